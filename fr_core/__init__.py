@@ -1,0 +1,17 @@
+"""bigface's library: ``fr_core.open_net(ref).embed(images)`` and the rooms behind it."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fr_core.nets.open import open_net as open_net
+
+__all__ = ["open_net"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports PyTorch when a net is opened, not before."""
+    if name == "open_net":
+        from fr_core.nets.open import open_net
+
+        return open_net
+    raise AttributeError(f"module 'fr_core' has no attribute {name!r}")

@@ -1,0 +1,295 @@
+"""Every knob of a run: typed, frozen, strict. No torch here.
+
+A recipe is a TOML file of these sections; ``key.path=value`` on the command line overrides single fields.
+Choices are tagged unions on ``kind``, so that a knob which does not apply cannot be written.
+Recipes state the *global* batch; the number of workers is a fact of the launch and never stands here.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fr_core.errors import UserError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+MAX_LANES = 64
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Augment(Section):
+    """Random changes of a training image, drawn from (seed, epoch, sample id). All off but the flip by default."""
+
+    flip: Probability = 0.5
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # of the image's side, each axis, uniform in ±shift
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0  # zoom, log-uniform in 1/(1+scale) … 1+scale
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, uniform in ±rotate
+    light: Annotated[float, Field(ge=0, lt=1)] = 0.0  # brightness and contrast, each uniform in 1 ± light
+    colour: Annotated[float, Field(ge=0, lt=1)] = 0.0  # gain of each channel, uniform in 1 ± colour
+    grey: Probability = 0.0  # chance to lose the colour
+    blur: Probability = 0.0  # chance to be shrunk by up to 3 and enlarged again
+    erase: Probability = 0.0  # chance that one rectangle is overwritten with noise's mean grey
+    erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25  # largest share of the image that a rectangle covers
+
+
+class Data(Section):
+    path: str = ""  # folder of shards, as `bigface ingest` leaves it
+    lanes: Annotated[int, Field(ge=1)] | None = None  # None: the largest divisor of the global batch up to 64
+    shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
+    check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
+    augment: Augment = Augment()
+
+
+class IResNetNet(Section):
+    kind: Literal["iresnet"] = "iresnet"
+    depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
+    width: Annotated[int, Field(ge=4)] = 64  # channels of the first stage; the next ones double
+    input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112  # pixels
+    embedding: Annotated[int, Field(ge=2)] = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the last linear layer
+
+
+class MobileFaceNetNet(Section):
+    kind: Literal["mobilefacenet"] = "mobilefacenet"
+    input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
+    embedding: Annotated[int, Field(ge=2)] = 128
+
+
+Net = Annotated[IResNetNet | MobileFaceNetNet, Field(discriminator="kind")]
+
+
+class Margin(Section):
+    """s·(cos(m1·θ + m2) − m3) for the positive class (METHODS §1). ArcFace: m2 = .5. CosFace: m3 = .4."""
+
+    scale: Positive = 64.0
+    m1: Annotated[float, Field(ge=1, le=4)] = 1.0
+    m2: Annotated[float, Field(ge=0, le=1.5)] = 0.0
+    m3: Annotated[float, Field(ge=0, le=1)] = 0.4
+    gradient: Literal["exact", "straight_through"] = "exact"
+    past_pi: Literal["fallback", "wrap"] = "fallback"  # where m1·θ + m2 > π
+
+
+class BigFace(Section):
+    """Backbone and a class matrix sharded over the ranks (METHODS §2, §5)."""
+
+    kind: Literal["bigface"] = "bigface"
+    margin: Margin = Margin()
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1: Partial FC
+    drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0  # cosine; 1 keeps all (inter-class filter)
+    clip_head: Positive | None = None  # largest norm of the class matrix's gradient
+
+
+Method = BigFace
+
+
+class Optim(Section):
+    lr: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 5e-4
+    clip: Positive | None = 5.0  # largest norm of the backbone's gradient
+
+
+class Warmup(Section):
+    warmup_epochs: NonNegative = 0.0  # linear from 0
+
+
+class Constant(Warmup):
+    kind: Literal["constant"] = "constant"
+
+
+class Cosine(Warmup):
+    kind: Literal["cosine"] = "cosine"
+    final_ratio: Probability = 0.0  # of the base rate, at the last step
+
+
+class Polynomial(Warmup):
+    kind: Literal["polynomial"] = "polynomial"
+    power: Positive = 2.0
+
+
+class MultiStep(Warmup):
+    kind: Literal["multistep"] = "multistep"
+    milestones: tuple[Positive, ...]  # epochs
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _rising(self) -> "MultiStep":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones must rise")
+        return self
+
+
+Schedule = Annotated[Constant | Cosine | Polynomial | MultiStep, Field(discriminator="kind")]
+
+
+class Init(Section):
+    """Warm start: fine-tune a trained backbone, on new identities if need be."""
+
+    backbone: str | None = None  # run, checkpoint or safetensors file with weights of this same net
+    head: Literal["random", "prototypes"] = "random"  # prototypes: mean embedding of each identity's images
+
+
+class Train(Section):
+    epochs: Annotated[int, Field(ge=1)] = 20
+    max_steps: Annotated[int, Field(ge=1)] | None = None  # stop early, with the schedule shortened to fit
+    global_batch: Annotated[int, Field(ge=2)] = 128
+    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; weights stay float32
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # averages the weights; the average is what is verified and used
+    max_bad_steps: Annotated[int, Field(ge=1)] = 10  # non-finite steps in a row before the run stops
+    log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    save_every: Annotated[int, Field(ge=1)] = 1000
+    keep: Annotated[int, Field(ge=1)] = 3  # newest checkpoints that stay on disk
+    verify_every: Annotated[int, Field(ge=1)] | None = None  # None: at the end only
+
+
+class Verify(Section):
+    images: str | None = None  # folder that the pairs' paths are relative to
+    pairs: str | None = None  # our CSV or LFW's pairs.txt; None: training ends without verification
+
+
+class Tracking(Section):
+    uri: str | None = None  # None: sqlite:///mlflow.db beside the runs; "off": none
+    experiment: str = "bigface"
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data = Data()
+    net: Net = IResNetNet()
+    method: Method = BigFace()
+    optim: Optim = Optim()
+    schedule: Schedule = Cosine()
+    init: Init = Init()
+    train: Train = Train()
+    verify: Verify = Verify()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        batch, accumulate = self.train.global_batch, self.train.accumulate
+        if batch % accumulate:
+            raise ValueError(f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}")
+        if self.data.lanes and batch % self.data.lanes:
+            raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
+        if self.verify.pairs and not self.verify.images:
+            raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
+        if self.init.head == "prototypes" and not self.init.backbone:
+            raise ValueError('init.head = "prototypes" needs init.backbone')
+        return self
+
+
+def lanes(config: Config) -> int:
+    """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64."""
+    batch = config.train.global_batch
+    return config.data.lanes or max(n for n in range(1, min(MAX_LANES, batch) + 1) if batch % n == 0)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    steps = config.train.epochs * steps_per_epoch
+    return min(steps, config.train.max_steps or steps)
+
+
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a recipe, with ``key.path=value`` overrides (values in TOML; a bare word is a string).
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe (``pipelines/recipes/NAME.toml``).
+
+    Raises:
+        UserError: no such recipe, bad TOML, unknown key (named with its nearest neighbour), value out of bounds.
+    """
+    path = _find_recipe(str(recipe))
+    try:
+        tree = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """A validated config from nested dictionaries; ``source`` names their origin in errors.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in _union_tags())
+        message = f"unknown key{_nearest(where)}" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"{source}: {where or 'config'}: {message}") from None
+
+
+def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, through every member of the unions."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        for member in (field.annotation, *get_args(field.annotation)):
+            if isinstance(member, type) and issubclass(member, Section):
+                paths += field_paths(member, f"{prefix}{name}.")
+    return list(dict.fromkeys(paths))
+
+
+def recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in _recipe_folder().glob("*.toml"))
+
+
+def _recipe_folder() -> Path:
+    return Path(__file__).parent.parent / "pipelines" / "recipes"
+
+
+def _find_recipe(name: str) -> Path:
+    for path in (Path(name), _recipe_folder() / f"{name}.toml"):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(name, recipes(), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(recipes())}"
+    raise UserError(f"no recipe {name!r}: {hint}")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    tree[last] = value
+
+
+def _union_tags() -> set[str]:
+    members = (*get_args(get_args(Net)[0]), *get_args(get_args(Schedule)[0]))
+    return {member.model_fields["kind"].default for member in members}
+
+
+def _nearest(key: str) -> str:
+    near = difflib.get_close_matches(key, field_paths(), 1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def steps_of_epochs(epochs: float, steps_per_epoch: int) -> int:
+    """Whole steps nearest below a number of epochs."""
+    return math.floor(epochs * steps_per_epoch + 1e-9)

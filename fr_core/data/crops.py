@@ -1,0 +1,143 @@
+"""One source image -> one upright square face crop, or the reason why not.
+
+A crop is `size`×`size` RGB with the five points on the template that the field's public datasets share. A JPEG that
+is one already keeps its bytes; everything else is decoded, aligned or resized, and encoded once.
+"""
+
+import struct
+
+import cv2
+import numpy as np
+import simplejpeg
+
+TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)], np.float32)
+TEMPLATE_SIZE = 112  # pixels that TEMPLATE is given for
+ALIGNED_WITHIN = 1 / 6  # of the side: points on average nearer to the template belong to a crop that is aligned
+MAX_PIXELS = 64_000_000  # larger headers are refused before any pixel is decoded
+QUALITY = 95  # of JPEGs written here, 4:4:4
+
+
+class RejectedImage(Exception):
+    """An image that cannot be used; the message is one of a few constant reasons, to be counted."""
+
+
+def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tuple[bytes, np.ndarray | None, bool]:
+    """JPEG bytes of the aligned crop.
+
+    Args:
+        data: a JPEG or PNG file.
+        landmarks: float32 [5, 2], the five points in pixels of this image; without them the image is taken for a
+            crop: cut to its central square and resized.
+
+    Returns:
+        The JPEG, the landmarks in its pixels (None if unknown), and whether the image was no square crop.
+
+    Raises:
+        RejectedImage: empty, corrupt, truncated, CMYK, 16-bit, too large, or no JPEG or PNG.
+    """
+    image = read_rgb(data)
+    height, width = image.shape[:2]
+    if landmarks is not None:
+        landmarks = np.asarray(landmarks, np.float32)
+        is_crop = height == width == size and _distance(landmarks, size) <= ALIGNED_WITHIN * size
+        if not is_crop:
+            matrix = similarity(landmarks, size)
+            image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_AREA)
+            return encode(image), landmarks @ matrix[:, :2].T + matrix[:, 2], False
+    if height == width == size and data[:2] == b"\xff\xd8":
+        return data, landmarks, False
+    return encode(square(image, size)), landmarks, height != width
+
+
+def read_rgb(data: bytes) -> np.ndarray:
+    """Decodes a JPEG or PNG strictly: uint8 [H, W, 3], RGB.
+
+    Raises:
+        RejectedImage: as :func:`make_crop`.
+    """
+    if not data:
+        raise RejectedImage("empty file")
+    if data[:2] == b"\xff\xd8":
+        return _read_jpeg(data)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return _read_png(data)
+    raise RejectedImage("neither JPEG nor PNG")
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The central square of an image, resized to [size, size, 3]."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
+    if side == size:
+        return np.ascontiguousarray(image)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+
+
+def similarity(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """The least-squares rotation, scale and shift that carries five points onto the template: float32 [2, 3].
+
+    Umeyama, "Least-squares estimation of transformation parameters between two point patterns", 1991.
+
+    Raises:
+        RejectedImage: the points coincide or are not finite.
+    """
+    target = TEMPLATE * (size / TEMPLATE_SIZE)
+    source_mean, target_mean = landmarks.mean(0), target.mean(0)
+    source, target = landmarks - source_mean, target - target_mean
+    spread = float((source**2).sum())
+    if not np.isfinite(spread) or spread < 1e-6:
+        raise RejectedImage("unusable landmarks")
+    # In the plane the optimal rotation-and-scale is the complex quotient <source, target> / <source, source>.
+    a = float((source * target).sum()) / spread
+    b = float((source[:, 0] * target[:, 1] - source[:, 1] * target[:, 0]).sum()) / spread
+    rotation = np.array([[a, -b], [b, a]], np.float32)
+    return np.column_stack([rotation, target_mean - rotation @ source_mean]).astype(np.float32)
+
+
+def encode(image: np.ndarray, quality: int = QUALITY) -> bytes:
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
+
+
+def _read_jpeg(data: bytes) -> np.ndarray:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        raise RejectedImage("corrupt or truncated") from None
+    if colours in ("CMYK", "YCCK"):
+        raise RejectedImage("CMYK")
+    _refuse_huge(height, width)
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+        raise RejectedImage("corrupt or truncated") from None
+
+
+def _read_png(data: bytes) -> np.ndarray:
+    try:
+        width, height, depth = struct.unpack(">IIB", data[16:25])
+    except struct.error:
+        raise RejectedImage("corrupt or truncated") from None
+    if depth > 8:
+        raise RejectedImage("16-bit")
+    _refuse_huge(height, width)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        image = None
+    # OpenCV returns the readable part of a truncated PNG; a whole one ends in its IEND chunk.
+    if image is None or b"IEND" not in data[-16:]:
+        raise RejectedImage("corrupt or truncated")
+    return image
+
+
+def _refuse_huge(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise RejectedImage(f"more than {MAX_PIXELS // 1_000_000} megapixels")
+
+
+def _distance(landmarks: np.ndarray, size: int) -> float:
+    return float(np.linalg.norm(landmarks - TEMPLATE * (size / TEMPLATE_SIZE), axis=1).mean())

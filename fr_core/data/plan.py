@@ -1,0 +1,122 @@
+"""The order of samples: a pure function of (manifest, seed, epoch), the same for every number of ranks.
+
+An epoch puts the row groups of the dataset in a seeded order and cuts that sequence of rows into L equal *lanes*.
+Each lane is shuffled window by window. Step t takes G/L rows from every lane, lane after lane; of R ranks, each owns
+L/R neighbouring lanes. So the global batch of a step, and even its order, does not depend on R, and a rank reads its
+own lanes only. A *block* is one window of a rank's lanes: a whole number of steps, the unit of reading.
+
+Legend: G global batch, L lanes, g = G/L rows per lane and step.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from fr_core import rng
+from fr_core.data.schema import Dataset
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of the samples of a dataset.
+
+    Raises:
+        UserError: a batch larger than the dataset.
+    """
+
+    dataset: Dataset
+    seed: int
+    global_batch: int
+    lanes: int
+    shuffle_window: int  # rows over all lanes
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"train.global_batch = {self.global_batch} with {self.lanes} lanes needs more than the "
+                f"{self.rows} images of {self.dataset.root}; lower train.global_batch"
+            )
+
+    @cached_property
+    def rows(self) -> int:
+        return int(self.dataset.row_groups[:, 2].sum())
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows of a lane in an epoch; the rows % lanes left over differ from epoch to epoch."""
+        return self.rows // self.lanes
+
+    @property
+    def rows_per_step(self) -> int:
+        """g: rows that a step takes from every lane."""
+        return self.global_batch // self.lanes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.lane_rows // self.rows_per_step
+
+    @property
+    def steps_per_block(self) -> int:
+        return max(1, self.shuffle_window // self.global_batch)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        return -(-self.steps_per_epoch // self.steps_per_block)
+
+    def lanes_of(self, ranks: Ranks) -> range:
+        """The lanes that a rank owns.
+
+        Raises:
+            UserError: the number of ranks does not divide the lanes; names the nearest that do.
+        """
+        if self.lanes % ranks.size:
+            divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
+            below, above = max(d for d in divisors if d < ranks.size), [d for d in divisors if d > ranks.size]
+            nearest = f"{below} or {above[0]}" if above else f"{below}"
+            raise UserError(f"{ranks.size} workers do not divide the run's {self.lanes} lanes; use {nearest}")
+        each = self.lanes // ranks.size
+        return range(ranks.rank * each, (ranks.rank + 1) * each)
+
+    def block_rows(self, epoch: int, block: int, ranks: Ranks, skip_steps: int = 0) -> np.ndarray:
+        """Where the rows of a rank's block lie, in the order in which its steps take them.
+
+        Args:
+            skip_steps: leading steps of the block that are left out.
+
+        Returns:
+            int64 [rows, 2]: row group (index into ``dataset.row_groups``), row within it.
+        """
+        order, ends = _epoch_order(self, epoch)
+        first = block * self.steps_per_block
+        steps = min(self.steps_per_block, self.steps_per_epoch - first)
+        start = first * self.rows_per_step
+        window = min(self.steps_per_block * self.rows_per_step, self.lane_rows - start)
+        lanes = []
+        for lane in self.lanes_of(ranks):
+            shuffled = rng.generator(self.seed, "window", epoch, block, lane).permutation(window)
+            lanes.append(lane * self.lane_rows + start + shuffled[: steps * self.rows_per_step])
+        positions = np.stack(lanes).reshape(len(lanes), steps, self.rows_per_step)[:, skip_steps:]
+        positions = positions.transpose(1, 0, 2).ravel()
+        slot = np.searchsorted(ends, positions, side="right")
+        return np.column_stack([order[slot], positions - (ends[slot] - self.dataset.row_groups[order[slot], 2])])
+
+
+def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+    """Rows as :meth:`Plan.block_rows` names them, in that order; every row group is read once."""
+    groups, inverse = np.unique(rows[:, 0], return_inverse=True)
+    places = dataset.row_groups[groups, :2].tolist()
+    tables = [dataset.read_row_group(shard, group, columns) for shard, group in places]
+    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])[:-1]])
+    return pa.concat_tables(tables).take(pa.array(starts[inverse] + rows[:, 1]))
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row groups in the epoch's order, and the running count of rows after each."""
+    groups = plan.dataset.row_groups
+    order = rng.generator(plan.seed, "row groups", epoch).permutation(len(groups))
+    return order, np.cumsum(groups[order, 2])

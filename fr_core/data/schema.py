@@ -1,0 +1,195 @@
+"""A dataset on disk: Parquet shards of JPEG bytes, ``manifest.json``, ``identities.parquet``, ``rejects.csv``.
+
+Two layouts of one content. *flat*: a row is an image, the rows shuffled once at ingest. *grouped*: a row is a chunk of
+images of one identity, for methods that need class images. Every page carries a CRC, every shard a sha256.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fr_core.errors import UserError
+
+SCHEMA_VERSION = 1
+LANDMARKS = pa.list_(pa.float32(), 10)  # x, y of left eye, right eye, nose, left and right mouth corner; crop pixels
+
+Layout = Literal["flat", "grouped"]
+SCHEMAS: dict[str, pa.Schema] = {
+    "flat": pa.schema(
+        [("sample_id", pa.int64()), ("label", pa.int32()), ("image", pa.binary()), ("landmarks", LANDMARKS)]
+    ),
+    "grouped": pa.schema(
+        [
+            ("label", pa.int32()),
+            ("sample_ids", pa.list_(pa.int64())),
+            ("images", pa.list_(pa.binary())),
+            ("landmarks", pa.list_(LANDMARKS)),
+        ]
+    ),
+}
+ROWS_PER_GROUP = {"flat": 128, "grouped": 4}  # about half a megabyte of faces: the unit of reading
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    row_groups: tuple[int, ...]  # rows of each
+    images: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    layout: Layout
+    image_size: int  # pixels, square
+    identities: int  # labels run from 0; an identity of which nothing could be read keeps its label
+    images: int
+    shards: tuple[Shard, ...]
+    source: str
+    rejects: dict[str, int]  # reason -> images left out; each is listed in rejects.csv
+    warnings: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened folder of shards. Opening reads the manifest and the files' sizes, no images."""
+
+    root: Path
+    manifest: Manifest
+
+    @cached_property
+    def row_groups(self) -> np.ndarray:
+        """int64 [groups, 3]: shard, row group within it, rows."""
+        return np.array(
+            [(s, g, n) for s, shard in enumerate(self.manifest.shards) for g, n in enumerate(shard.row_groups)],
+            np.int64,
+        ).reshape(-1, 3)
+
+    def read_row_group(self, shard: int, group: int, columns: list[str] | None = None) -> pa.Table:
+        """One row group.
+
+        Raises:
+            UserError: the shard is damaged (a page's CRC, a truncated file); names it.
+        """
+        path = self.root / self.manifest.shards[shard].file
+        try:
+            return _open_parquet(path).read_row_group(group, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest it again") from None
+
+    def check_sha256(self) -> None:
+        """Compares every shard with its checksum.
+
+        Raises:
+            UserError: names the first shard that differs.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            files = [self.root / shard.file for shard in self.manifest.shards]
+            for shard, digest in zip(self.manifest.shards, pool.map(sha256, files), strict=True):
+                if digest != shard.sha256:
+                    raise UserError(f"shard {self.root / shard.file}: wrong checksum; ingest it again")
+
+    def identity_names(self) -> list[str]:
+        """Names of the identities, by label."""
+        return pq.read_table(self.root / "identities.parquet", columns=["name"])["name"].to_pylist()
+
+
+def open_dataset(root: str | Path) -> Dataset:
+    """Opens a folder of shards and checks the manifest and the presence and size of every shard.
+
+    Raises:
+        UserError: no manifest, another schema version, a missing or truncated shard (named).
+    """
+    root = Path(root)
+    path = root / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{root}: no manifest.json; make shards with: bigface ingest PHOTOS --out {root}")
+    try:
+        version = json.loads(path.read_text()).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; ingest again")
+        manifest = Manifest.model_validate_json(path.read_text())
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest: {_first_line(error)}") from None
+    for shard in manifest.shards:
+        file = root / shard.file
+        if Path(shard.file).name != shard.file or not file.is_file():
+            raise UserError(f"shard {file} is missing; ingest it again")
+        if file.stat().st_size != shard.bytes:
+            raise UserError(f"shard {file}: {file.stat().st_size} bytes, the manifest says {shard.bytes}; truncated?")
+    return Dataset(root, manifest)
+
+
+def write_shard(path: Path, table: pa.Table, layout: Layout) -> Shard:
+    """Writes one shard under a temporary name, then renames it, so that a shard is whole or absent."""
+    rows = ROWS_PER_GROUP[layout]
+    part = path.with_suffix(".part")
+    pq.write_table(table, part, row_group_size=rows, compression="none", use_dictionary=False, write_page_checksum=True)
+    part.replace(path)
+    groups = tuple(min(rows, table.num_rows - start) for start in range(0, table.num_rows, rows))
+    images = table.num_rows if layout == "flat" else sum(len(ids) for ids in table["sample_ids"])
+    return Shard(file=path.name, row_groups=groups, images=images, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def write_manifest(root: Path, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:
+    """Writes ``identities.parquet``, then ``manifest.json``: the dataset exists once its manifest does."""
+    labels = pa.array(np.arange(len(names)), pa.int32())
+    table = pa.table({"label": labels, "name": pa.array(names, pa.string()), "images": pa.array(counts, pa.int64())})
+    pq.write_table(table, root / "identities.parquet")
+    write_text_atomically(root / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+
+
+def flat_table(rows: Iterable[tuple[int, int, bytes, np.ndarray | None]]) -> pa.Table:
+    """Rows of (sample id, label, JPEG, landmarks [5, 2] or None) as a table of the flat layout."""
+    ids, labels, images, points = zip(*rows, strict=True)
+    columns = [ids, labels, images, [None if p is None else p.ravel() for p in points]]
+    fields = SCHEMAS["flat"]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
+
+
+def grouped_table(chunks: Iterable[list[tuple[int, int, bytes, np.ndarray | None]]]) -> pa.Table:
+    """Chunks of flat rows, each of one identity, as a table of the grouped layout."""
+    columns: list[list] = [[], [], [], []]
+    for chunk in chunks:
+        ids, labels, images, points = zip(*chunk, strict=True)
+        columns[0].append(labels[0])
+        columns[1].append(ids)
+        columns[2].append(images)
+        columns[3].append([None if p is None else p.ravel() for p in points])
+    fields = SCHEMAS["grouped"]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+@lru_cache(maxsize=64)
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

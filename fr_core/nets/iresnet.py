@@ -1,0 +1,100 @@
+"""IR-ResNet: the plain deep residual backbone of face recognition (METHODS §5).
+
+Module names are those of the widely published IR-ResNet weights, which load as they are (strictly, at width 64,
+112×112 and 512 dimensions). Legend: B batch, C channels, H W pixels, D embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+BLOCKS = {  # depth -> residual blocks of the four stages
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    120: (3, 13, 40, 3),
+    140: (3, 15, 48, 3),
+    200: (6, 26, 60, 6),
+    240: (3, 25, 88, 3),
+    600: (3, 70, 220, 3),
+    1200: (3, 80, 512, 3),
+}
+BN_EPS = 1e-5
+STRIDES = 16  # input pixels per pixel of the last feature map
+
+
+class IResBlock(nn.Module):
+    """bn – conv3×3 – bn – PReLU – conv3×3(stride) – bn, plus the input (through conv1×1 – bn where shapes differ)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs, eps=BN_EPS)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs, eps=BN_EPS)
+        self.prelu = nn.PReLU(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs, eps=BN_EPS)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs, eps=BN_EPS)
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        skip = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        out = self.prelu(self.bn2(self.conv1(self.bn1(x_BCHW))))
+        return self.bn3(self.conv2(out)) + skip
+
+
+def stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    """Blocks of one width; the first halves the map."""
+    first = IResBlock(inputs, outputs, 2)
+    return nn.Sequential(first, *(IResBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
+class IResNet(nn.Module):
+    """Images to embeddings.
+
+    Args:
+        depth: a key of :data:`BLOCKS`.
+        width: channels of the first stage; each stage doubles them.
+        input_size: side of the square input, pixels; a multiple of 16.
+    """
+
+    input_std = 127.5  # x = (pixel − 127.5) / input_std
+
+    def __init__(
+        self, depth: int = 50, width: int = 64, input_size: int = 112, embedding: int = 512, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.input_size, self.embedding = input_size, embedding
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width, eps=BN_EPS)
+        self.prelu = nn.PReLU(width)
+        one, two, three, four = BLOCKS[depth]
+        self.layer1 = stage(width, width, one)
+        self.layer2 = stage(width, 2 * width, two)
+        self.layer3 = stage(2 * width, 4 * width, three)
+        self.layer4 = stage(4 * width, 8 * width, four)
+        channels = 8 * width
+        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(channels * (input_size // STRIDES) ** 2, embedding)
+        self.features = nn.BatchNorm1d(embedding, eps=BN_EPS)
+        nn.init.constant_(self.features.weight, 1.0)
+        self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised).
+
+        The last linear layer and its norm run in float32 under autocast: cosines are made of them.
+        """
+        x = self.prelu(self.bn1(self.conv1(x_BCHW)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.dropout(torch.flatten(self.bn2(x), 1))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.features(self.fc(x.float()))

@@ -1,0 +1,97 @@
+"""MobileFaceNet (Chen et al., "MobileFaceNets", 2018), in the form of the published `y1` weights.
+
+conv3×3/2 64 – depthwise 64 – three groups of bottlenecks – conv1×1 512 – depthwise over the whole map, linear –
+fc – bn1d; PReLU after every convolution but the linear ones. Legend: B batch, C channels, H W pixels, D embedding.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+BN_EPS = 1e-3
+STRIDES = 16  # input pixels per pixel of the last feature map
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+    """conv – bn – PReLU (no PReLU where ``act`` is false); a kernel over a whole map is not padded."""
+    layers = OrderedDict(
+        conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if kernel <= 3 else 0, groups=groups, bias=False),
+        bn=nn.BatchNorm2d(outputs, eps=BN_EPS),
+    )
+    if act:
+        layers["prelu"] = nn.PReLU(outputs)
+    return nn.Sequential(layers)
+
+
+class Bottleneck(nn.Module):
+    """Expand 1×1 – depthwise 3×3 – project 1×1 (linear), plus the input where the stride is 1."""
+
+    def __init__(self, inputs: int, expanded: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.expand = conv(inputs, expanded, 1)
+        self.depthwise = conv(expanded, expanded, 3, stride, groups=expanded)
+        self.project = conv(expanded, outputs, 1, act=False)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out = self.project(self.depthwise(self.expand(x_BCHW)))
+        return out + x_BCHW if self.residual else out
+
+
+class MobileFaceNet(nn.Module):
+    """Images to embeddings, about a million parameters."""
+
+    input_std = 128.0  # x = (pixel − 127.5) / input_std
+
+    def __init__(self, input_size: int = 112, embedding: int = 128) -> None:
+        super().__init__()
+        self.input_size, self.embedding = input_size, embedding
+        side = input_size // STRIDES
+        self.stem = conv(3, 64, 3, 2)
+        self.stem_depthwise = conv(64, 64, 3, groups=64)
+        self.stage3 = nn.Sequential(Bottleneck(64, 128, 64, 2), *(Bottleneck(64, 128, 64, 1) for _ in range(4)))
+        self.stage4 = nn.Sequential(Bottleneck(64, 256, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(6)))
+        self.stage5 = nn.Sequential(Bottleneck(128, 512, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(2)))
+        self.expand = conv(128, 512, 1)
+        self.pool = conv(512, 512, side, groups=512, act=False)
+        self.fc = nn.Linear(512, embedding)
+        self.features = nn.BatchNorm1d(embedding, eps=2e-5)
+        nn.init.constant_(self.features.weight, 1.0)
+        self.features.weight.requires_grad = False
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        x = self.stem_depthwise(self.stem(x_BCHW))
+        x = self.stage5(self.stage4(self.stage3(x)))
+        x = self.pool(self.expand(x)).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.features(self.fc(x.float()))
+
+
+def from_mxnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published `y1` weights (MXNet names) under this module's names.
+
+    Each layer's name maps as a whole: ``conv_1`` and ``conv_2_dw`` to the stem; ``dconv_23``, ``dconv_34``,
+    ``dconv_45`` to the first bottleneck of stages 3, 4, 5 and ``res_S_blockI`` to bottleneck I + 1 of stage S, where
+    ``conv_sep``, ``conv_dw``, ``conv_proj`` are expand, depthwise, project; ``conv_6sep`` and ``conv_6dw7_7`` to
+    expand and pool; ``fc1_weight`` with ``pre_fc1_bias`` to fc and the rest of ``fc1`` to the last norm.
+
+    Raises:
+        KeyError: a name that belongs to none of these.
+    """
+    layers = {"conv_1": "stem", "conv_2_dw": "stem_depthwise", "conv_6sep": "expand", "conv_6dw7_7": "pool"}
+    blocks = {"dconv_23": "stage3.0", "dconv_34": "stage4.0", "dconv_45": "stage5.0"}
+    blocks |= {f"res_{stage}_block{i}": f"stage{stage}.{i + 1}" for stage in (3, 4, 5) for i in range(6)}
+    parts = {"conv_sep": "expand", "conv_dw": "depthwise", "conv_proj": "project"}
+    layers |= {f"{b}_{p}": f"{block}.{part}" for b, block in blocks.items() for p, part in parts.items()}
+    bn = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
+    fields = {"conv2d_weight": "conv.weight", "relu_gamma": "prelu.weight"}
+    fields |= {f"batchnorm_{theirs}": f"bn.{ours}" for theirs, ours in bn.items()}
+    names = {f"{layer}_{field}": f"{layers[layer]}.{fields[field]}" for layer in layers for field in fields}
+    names |= {"fc1_weight": "fc.weight", "pre_fc1_bias": "fc.bias"}
+    names |= {f"fc1_{theirs}": f"features.{ours}" for theirs, ours in bn.items()}
+    return {names[name]: tensor for name, tensor in state.items()}

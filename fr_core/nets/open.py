@@ -1,0 +1,193 @@
+"""Opens any backbone (a run, a checkpoint, bare safetensors with a net's name) as a callable; heads are never needed.
+
+Legend: N images, B batch, C channels, H W pixels, D embedding.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fr_core.config import IResNetNet, MobileFaceNetNet, Net
+from fr_core.data.decode import resized
+from fr_core.errors import UserError
+from fr_core.nets.iresnet import IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
+
+Backbone = IResNet | MobileFaceNet
+
+
+def build_net(config: Net) -> Backbone:
+    """An untrained backbone."""
+    match config:
+        case IResNetNet():
+            return IResNet(config.depth, config.width, config.input_size, config.embedding, config.dropout)
+        case MobileFaceNetNet():
+            return MobileFaceNet(config.input_size, config.embedding)
+
+
+def on_device(net: Backbone, device: torch.device) -> Backbone:
+    """Moves a net; channels last is the order in which bf16 convolutions run fastest."""
+    moved: Any = net
+    return moved.to(device=device, memory_format=torch.channels_last)
+
+
+def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
+    """uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels last in memory."""
+    return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Recogniser:
+    """A backbone ready for use, in eval mode."""
+
+    net: Backbone
+    device: torch.device
+    threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        images_NHWC: np.ndarray,
+        flip: bool = True,
+        batch: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embeddings of aligned face crops.
+
+        Args:
+            images_NHWC: uint8 [N, H, W, 3], RGB, any size (resized to the net's).
+            flip: add the embedding of the mirrored image, as the verification protocols do.
+            progress: called with the number of images after each batch.
+
+        Returns:
+            float32 [N, D], L2-normalised.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        images_NHWC = np.asarray(images_NHWC)
+        if images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3 or images_NHWC.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 [N, H, W, 3], not {images_NHWC.dtype} {images_NHWC.shape}")
+        embeddings = np.empty((len(images_NHWC), self.net.embedding), np.float32)
+        for start in range(0, len(images_NHWC), batch):
+            chunk = np.stack([resized(image, self.net.input_size) for image in images_NHWC[start : start + batch]])
+            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net.input_std)
+            out_BD = self.net(x_BCHW)
+            if flip:
+                out_BD = out_BD + self.net(x_BCHW.flip(3))
+            embeddings[start : start + batch] = nn.functional.normalize(out_BD).cpu().numpy()
+            if progress:
+                progress(len(chunk))
+        return embeddings
+
+
+def open_net(ref: str | Path, net: str | None = None, device: torch.device | None = None) -> Recogniser:
+    """Opens a backbone.
+
+    Args:
+        ref: a run's folder, a checkpoint's folder, or a ``.safetensors`` file.
+        net: for bare weights: ``mobilefacenet``, or ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and
+            embedding are read off the weights).
+
+    Raises:
+        UserError: nothing there, weights that do not fit the net, or no net named.
+    """
+    device = device or default_device()
+    path = Path(ref)
+    if path.is_dir():
+        folder = find_checkpoint(path)
+        module = build_net(_net_config(folder))
+        _load(module, folder / "backbone.safetensors")
+        threshold = _threshold(folder.parent.parent / "report.json")
+    elif path.is_file():
+        module, threshold = _open_bare(path, net), None
+    else:
+        raise UserError(f"{path}: no such run, checkpoint or weights file")
+    on_device(module, device).eval().requires_grad_(False)
+    return Recogniser(module, device, threshold)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest one of a run.
+
+    Raises:
+        UserError: neither.
+    """
+    if (folder / "checkpoint.json").is_file():
+        return folder
+    found = sorted((folder / "checkpoints").glob("step_*/checkpoint.json"))
+    if not found:
+        raise UserError(f"{folder}: no checkpoint there")
+    return found[-1].parent
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; the published MobileFaceNet's names are mapped to ours.
+
+    Raises:
+        UserError: unreadable or not safetensors.
+    """
+    try:
+        state = load_file(path)
+        return from_mxnet(state) if "conv_1_conv2d_weight" in state else state
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{path}: weights do not fit the net: {first}") from None
+
+
+def _net_config(checkpoint: Path) -> Net:
+    try:
+        tree: Any = json.loads((checkpoint / "checkpoint.json").read_text())
+        return TypeAdapter(Net).validate_python(tree["config"]["net"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
+
+
+def _open_bare(path: Path, net: str | None) -> Backbone:
+    state = read_weights(path)
+    name = (net or "").lower()
+    try:
+        if name == "mobilefacenet":
+            embedding, _ = state["fc.weight"].shape
+            config: Net = MobileFaceNetNet(input_size=16 * state["pool.conv.weight"].shape[2], embedding=embedding)
+        elif name.startswith("iresnet"):
+            width = state["conv1.weight"].shape[0]
+            embedding, inputs = state["fc.weight"].shape
+            side = round((inputs / (8 * width)) ** 0.5)
+            config = TypeAdapter(IResNetNet).validate_python(
+                {"depth": int(name[7:]), "width": width, "input_size": 16 * side, "embedding": embedding}
+            )
+        else:
+            raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
+    except (KeyError, ValueError, ValidationError):
+        raise UserError(f"{path}: the weights are not those of {net}") from None
+    module = build_net(config)
+    _load(module, path)
+    return module
+
+
+def _threshold(report: Path) -> float | None:
+    try:
+        return float(json.loads(report.read_text())["figures"]["threshold"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

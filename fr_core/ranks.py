@@ -1,0 +1,96 @@
+"""The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
+
+The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a sum over
+ranks passes its gradient through unchanged, and a gather's gradient is the sum of what all ranks made of the
+gathered rows. The gradients of replicated weights must then be *summed* over ranks (see ``fr_core/train/bigface.py``);
+those of sharded weights are whole as they are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of a run; ``Ranks()`` is a run of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """The place in torch.distributed's default group, or a run of one where there is none."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def split(self, total: int) -> tuple[int, int]:
+        """This rank's rows [lo, hi) of ``total``: total // size each, the first total % size ranks one more."""
+        each, more = divmod(total, self.size)
+        lo = self.rank * each + min(self.rank, more)
+        return lo, lo + each + (self.rank < more)
+
+    def gather(self, rows_BD: Tensor) -> Tensor:
+        """Rows of all ranks, [B, …] → [B·size, …]; equal B on all ranks. Backward: reduce-scatter (sum)."""
+        return rows_BD if self.size == 1 else _Gather.apply(rows_BD, self.size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks. Backward: the gradient as it is."""
+        return x if self.size == 1 else _Sum.apply(x)
+
+    def max_(self, x: Tensor) -> Tensor:
+        """Maximum over ranks, in place, without gradient."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place, without gradient."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Picklable values of all ranks, in rank order. For small things only."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        return self.gather_objects(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        gathered = rows.new_empty((size * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_empty((grad.shape[0] // ctx.size, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

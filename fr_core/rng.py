@@ -1,0 +1,48 @@
+"""Random numbers as pure functions of (seed, purpose, keys), never of the number of workers or the order of calls."""
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """A NumPy generator of its own for every (seed, purpose, keys)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _number(purpose), *keys])))
+
+
+def torch_seed(seed: int, purpose: str, *keys: int) -> int:
+    """A 63-bit seed for ``torch.Generator.manual_seed``."""
+    return int(generator(seed, purpose, *keys).integers(2**63))
+
+
+def uniforms(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """``count`` uniform numbers in [0, 1) for each sample of a batch, in one vectorised call.
+
+    A counter-based generator (SplitMix64's finaliser over seed, purpose, epoch, id and counter): the numbers of
+    a sample do not depend on its batch.
+
+    Args:
+        sample_ids: int64 [B].
+
+    Returns:
+        float64 [B, count].
+    """
+    with np.errstate(over="ignore"):
+        stream = _mix(np.array([_number(purpose)], np.uint64) ^ _mix(np.array([seed], np.uint64)))
+        stream = _mix(stream + np.uint64(epoch) * _GOLDEN)
+        keys_B = _mix(np.asarray(sample_ids, np.int64).astype(np.uint64) + stream)
+        counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+        bits = _mix(keys_B[:, None] + counters[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _number(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")

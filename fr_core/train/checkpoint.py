@@ -1,0 +1,204 @@
+"""Checkpoints: the backbone once, the class matrix by row ranges, one JSON file that makes them whole.
+
+``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
+``backbone_state.safetensors`` (its optimiser, and the raw weights beside an average), ``head_RANK.safetensors``
+(rows and their optimiser) and ``checkpoint.json``. Written under another name and renamed when complete. Nothing
+random is saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fr_core.config import Config, lanes
+from fr_core.data.schema import sha256, write_text_atomically
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+from fr_core.train.state import TrainState, average_statistics
+
+FORMAT = 1
+
+
+def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) -> Path:
+    """Writes ``out/checkpoints/step_N`` from all ranks and drops the oldest beyond ``train.keep``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    average_statistics(state, ranks)
+    final = out / "checkpoints" / f"step_{state.step:08d}"
+    part = final.with_suffix(".part")
+    try:
+        if ranks.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        ranks.barrier()
+        files = {f"head_{ranks.rank:05d}.safetensors": _head_tensors(state)}
+        if ranks.rank == 0:
+            files["backbone.safetensors"] = dict(state.usable.state_dict())
+            files["backbone_state.safetensors"] = _backbone_tensors(state)
+        written = {name: _write(part / name, tensors) for name, tensors in files.items()}
+        parts = ranks.gather_objects((written, (state.head.lo, state.head.hi)))
+        if ranks.rank == 0:
+            text = json.dumps(_summary(config, state, parts), indent=1)
+            write_text_atomically(part / "checkpoint.json", text + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            for old in checkpoints(out)[: -config.train.keep]:
+                shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from None
+    ranks.barrier()
+    return final
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
+    return [path.parent for path in sorted(out.glob("checkpoints/step_*/checkpoint.json")) if _is_whole(path)]
+
+
+def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Ranks) -> None:
+    """Puts a run's checkpoint into ``state``; this many or any other number of ranks may have written it.
+
+    Raises:
+        UserError: damaged files (named), or a run with other data, net, method, batch or seed.
+    """
+    summary = json.loads((folder / "checkpoint.json").read_text())
+    _check_same_run(config, state, summary, folder)
+    check_files(folder, summary, ["backbone.safetensors", "backbone_state.safetensors"])
+    usable = load_file(folder / "backbone.safetensors")
+    extra = load_file(folder / "backbone_state.safetensors")
+    state.usable.load_state_dict(usable)
+    if state.average is not None:
+        state.backbone.load_state_dict(_under("weights/", extra))
+    named = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
+    _load_optimizer(state.optimizers["backbone"], named, _under("optimizer/", extra))
+    rows = _read_head_rows(folder, summary, state.head.lo, state.head.hi)
+    with torch.no_grad():
+        state.head.weight.copy_(rows.pop("weight"))
+    _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
+    state.step, state.loss_scale = summary["step"], summary["loss_scale"]
+    state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
+
+
+def check_files(folder: Path, summary: dict[str, Any], names: list[str]) -> None:
+    """Compares files with their checksums.
+
+    Raises:
+        UserError: names the file that differs.
+    """
+    for name in names:
+        if sha256(folder / name) != summary["files"][name]["sha256"]:
+            raise UserError(f"{folder / name}: wrong checksum; delete this checkpoint to go on from the one before")
+
+
+def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, Any]:
+    manifest = state.plan.dataset.manifest
+    return {
+        "format": FORMAT,
+        "step": state.step,
+        "epoch": state.step / state.plan.steps_per_epoch,
+        "ranks": len(parts),
+        "lanes": state.plan.lanes,
+        "identities": manifest.identities,
+        "images": manifest.images,
+        "loss_scale": state.loss_scale,
+        "good_steps": state.good_steps,
+        "bad_steps": state.bad_steps,
+        "run_id": state.run_id,
+        "head": [{"file": f"head_{rank:05d}.safetensors", "rows": rows} for rank, (_, rows) in enumerate(parts)],
+        "files": {name: facts for written, _ in parts for name, facts in written.items()},
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _head_tensors(state: TrainState) -> dict[str, Tensor]:
+    optimizer = _optimizer_tensors(state.optimizers["head"], {"weight": state.head.weight})
+    return {"weight": state.head.weight.detach()} | _prefixed("optimizer/", optimizer)
+
+
+def _backbone_tensors(state: TrainState) -> dict[str, Tensor]:
+    named = dict(state.backbone.named_parameters())
+    tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], named))
+    if state.average is not None:
+        tensors |= _prefixed("weights/", state.backbone.state_dict())
+    return tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files = json.loads(path.read_text())["files"]
+        return all((path.parent / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: Path) -> None:
+    now, then = config.model_dump(mode="json"), summary["config"]
+    facts = {
+        "seed": (config.seed, then["seed"]),
+        "net": (now["net"], then["net"]),
+        "method": (now["method"], then["method"]),
+        "train.global_batch": (config.train.global_batch, then["train"]["global_batch"]),
+        "train.ema": (config.train.ema > 0, then["train"]["ema"] > 0),
+        "data.lanes": (lanes(config), summary["lanes"]),
+        "data.shuffle_window": (config.data.shuffle_window, then["data"]["shuffle_window"]),
+        "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
+        "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
+    }
+    for name, (ours, theirs) in facts.items():
+        if ours != theirs:
+            raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another --out")
+
+
+def _read_head_rows(folder: Path, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:
+    """Rows [lo, hi) of the class matrix and of its optimiser's tensors, from the files that hold them."""
+    pieces: dict[str, list[Tensor]] = {}
+    for part in summary["head"]:
+        first, last = part["rows"]
+        if first < hi and lo < last:
+            check_files(folder, summary, [part["file"]])
+            with safe_open(folder / part["file"], "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no iterator)
+                    rows = file.get_slice(name)[max(lo - first, 0) : min(hi, last) - first]
+                    pieces.setdefault(name, []).append(rows)
+    return {name: torch.cat(rows) for name, rows in pieces.items()}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{key}/{name}": value
+        for name, param in named.items()
+        for key, value in optimizer.state.get(param, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for key_name, value in tensors.items():
+        key, name = key_name.split("/", 1)
+        optimizer.state[named[name]][key] = value.to(named[name].device)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(f"^{prefix}", "", n): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,209 @@
+"""The train loop. It knows nothing of Ray: whoever calls it hands it ranks, tables and a function to report to."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from fr_core.config import Augment, Config
+from fr_core.data.plan import Plan
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import Batch, batches, make_plan
+from fr_core.errors import UserError
+from fr_core.nets.open import Recogniser, default_device
+from fr_core.ranks import Ranks
+from fr_core.train.bigface import bigface_step
+from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fr_core.train.state import TrainState, average_statistics, initial_state
+from fr_core.train.tracking import Tracker
+from fr_core.train.warm_start import load_backbone, prototypes
+from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
+from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
+
+Tables = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
+
+
+def train_loop(
+    config: Config, out: Path, ranks: Ranks, tables: Tables, heard: Callable[[dict[str, float]], None]
+) -> dict[str, float]:
+    """Trains a run from its newest checkpoint, or from the start, to its end.
+
+    Args:
+        out: the run's folder, the same for all ranks.
+        tables: where rows come from (``fr_core/data/stream.py``).
+        heard: called on every rank with the metrics at each checkpoint.
+
+    Returns:
+        The figures of the run's report.
+
+    Raises:
+        UserError: bad data, checkpoints of another run, or a loss that stays non-finite.
+    """
+    started = time.monotonic()
+    state = resume_or_init(config, out, ranks, tables)
+    first_step = state.step
+    tracker = open_tracker(config, out, state, ranks)
+    stream = batches(config, state.plan, ranks, state.step, state.total_steps, tables)
+    clock = Clock(config.train.global_batch)
+    try:
+        while state.step < state.total_steps:
+            batch = clock.waited(stream)
+            metrics = step(config, state, batch, ranks)
+            stop_if_diverged(config, state, out)
+            if tracker and state.step == first_step + 1:
+                tracker.log_sample_batch(batch)
+            if tracker and due(config.train.log_every, state):
+                tracker.log(state.step, metrics | clock.rates(state.step) | {"epoch": epoch_of(state)})
+            if config.train.verify_every and due(config.train.verify_every, state):
+                verify(config, state, ranks, tracker)
+            if due(config.train.save_every, state) and state.bad_steps == 0:
+                save_checkpoint(config, state, out, ranks)
+                heard(metrics)
+        return finish(config, state, out, ranks, tracker, time.monotonic() - started)
+    except BaseException:
+        if tracker:
+            tracker.close("FAILED")
+        raise
+    finally:
+        stream.close()
+
+
+def resume_or_init(config: Config, out: Path, ranks: Ranks, tables: Tables) -> TrainState:
+    """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
+    plan = make_plan(config, open_dataset(config.data.path))
+    state = initial_state(config, plan, ranks, default_device())
+    # One rank looks, so that all agree even if the folder changes meanwhile.
+    newest = ranks.broadcast_object(checkpoints(out)[-1:])
+    if newest:
+        load_checkpoint(config, state, newest[0], ranks)
+    else:
+        load_backbone(config, state)
+        if config.init.head == "prototypes":
+            plain = config.model_copy(update={"data": config.data.model_copy(update={"augment": Augment(flip=0)})})
+            prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, tables), ranks)
+    return state
+
+
+def open_tracker(config: Config, out: Path, state: TrainState, ranks: Ranks) -> Tracker | None:
+    tracker = Tracker(config, out, state.step, state.run_id) if ranks.rank == 0 else None
+    state.run_id = ranks.broadcast_object(tracker and tracker.run_id)
+    return tracker
+
+
+def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """One optimiser step of the run's method."""
+    match config.method.kind:
+        case "bigface":
+            return bigface_step(config, state, batch, ranks)
+
+
+def due(every: int, state: TrainState) -> bool:
+    return state.step % every == 0
+
+
+def epoch_of(state: TrainState) -> float:
+    return state.step / state.plan.steps_per_epoch
+
+
+def stop_if_diverged(config: Config, state: TrainState, out: Path) -> None:
+    """Ends a run whose loss or gradients stay non-finite.
+
+    Raises:
+        UserError: names the last good checkpoint.
+    """
+    if state.bad_steps >= config.train.max_bad_steps:
+        saved = checkpoints(out)
+        good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        raise UserError(
+            f"loss or gradients not finite for {state.bad_steps} steps up to step {state.step}: {good}; lower optim.lr"
+        )
+
+
+def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> Verification | None:
+    """Verifies the usable backbone on the recipe's pairs; every rank embeds its share of the images."""
+    if config.verify.pairs is None or config.verify.images is None:
+        return None
+    average_statistics(state, ranks)
+    pairs = read_pairs(config.verify.pairs)
+    lo, hi = ranks.split(len(pairs.paths))
+    images, failed = read_images(config.verify.images, pairs.paths[lo:hi], config.net.input_size)
+    share = Recogniser(state.usable.eval(), state.device).embed(images)
+    shares = ranks.gather_objects((share, failed))
+    embeddings = np.concatenate([s for s, _ in shares])
+    missing = {path: reason for _, f in shares for path, reason in f.items()}
+    result, scores, usable = verify_embeddings(embeddings, missing, pairs)
+    if tracker:
+        tracker.log_figures(state.step, verification_figures(result) | {"missing_images": len(missing)})
+        tracker.log_picture("roc", roc_figure({"this net": (scores, usable.same)}))
+        tracker.log_picture("scores", score_figure(scores, usable.same, result.threshold))
+    return result
+
+
+def finish(
+    config: Config, state: TrainState, out: Path, ranks: Ranks, tracker: Tracker | None, seconds: float
+) -> dict[str, float]:
+    """Final checkpoint, verification and ``report.json``."""
+    last = save_checkpoint(config, state, out, ranks)
+    result = verify(config, state, ranks, tracker)
+    manifest = state.plan.dataset.manifest
+    figures = {
+        "steps": state.step,
+        "epochs": epoch_of(state),
+        "identities": manifest.identities,
+        "images": manifest.images,
+        "workers": ranks.size,
+        "seconds": seconds,
+    }
+    if result:
+        figures |= verification_figures(result)
+    if tracker:
+        rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
+        figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
+        figures["loss"] = tracker.rows[-1]["loss"] if tracker.rows else 0.0
+        content = report("train", figures, run=str(out), checkpoint=str(last), config=config.model_dump(mode="json"))
+        write_report(out / "report.json", content)
+        tracker.log_file(out / "report.json")
+        tracker.close("FINISHED")
+    return figures
+
+
+class Clock:
+    """Throughput and the share of time spent waiting for data, since it was last asked."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self.step: int | None = None
+        self.since, self.waiting = time.monotonic(), 0.0
+
+    def waited(self, stream: Iterator[Batch]) -> Batch:
+        before = time.monotonic()
+        batch = next(stream)
+        self.waiting += time.monotonic() - before
+        return batch
+
+    def rates(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        steps = step - self.step if self.step is not None else 0
+        seconds = now - self.since
+        rates = {"data_wait": self.waiting / seconds}
+        if steps:
+            rates["images_per_second"] = steps * self.global_batch / seconds
+        self.step, self.since, self.waiting = step, now, 0.0
+        return rates
+
+
+def clear_run(out: Path) -> None:
+    """Removes the checkpoints and figures of an earlier run in this folder."""
+    for name in ("checkpoints", "pictures"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("metrics.csv", "run.json", "report.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def use_threads(count: int) -> None:
+    """PyTorch's threads in this process; Ray's workers start with one."""
+    torch.set_num_threads(max(1, count))

@@ -1,0 +1,167 @@
+"""What a run carries from step to step, how it starts, and the one place where weights move."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fr_core import rng
+from fr_core.config import Config, total_steps
+from fr_core.data.plan import Plan
+from fr_core.heads.sharded_fc import ShardedFC
+from fr_core.nets.open import Backbone, build_net, on_device
+from fr_core.optim.optimizers import make_optimizers, squared_norm
+from fr_core.optim.schedules import learning_rate
+from fr_core.ranks import Ranks
+
+FIRST_LOSS_SCALE = 2.0**16  # float16 only
+LOSS_SCALE_PATIENCE = 2000  # good steps until it doubles
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and the plan that it follows."""
+
+    plan: Plan
+    device: torch.device
+    backbone: Backbone  # without its data-parallel wrapper
+    parallel: nn.Module  # what training calls: the backbone, wrapped where there are several ranks
+    head: ShardedFC
+    optimizers: dict[str, Any]
+    total_steps: int
+    average: Backbone | None = None  # moving average of the backbone
+    step: int = 0  # optimiser steps done
+    loss_scale: float = 1.0
+    good_steps: int = 0  # since the loss scale changed
+    bad_steps: int = 0  # non-finite steps in a row
+    run_id: str | None = None  # of MLflow
+    buffers: list[Tensor] = field(default_factory=list)  # batch-norm statistics before this step
+
+    @property
+    def usable(self) -> Backbone:
+        """The backbone that is verified and shipped."""
+        return self.average if self.average is not None else self.backbone
+
+
+def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device) -> TrainState:
+    """Seeded weights, the same on every rank and for every number of ranks."""
+    torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
+    backbone = on_device(build_net(config.net), device)
+    head = ShardedFC(plan.dataset.manifest.identities, config.net.embedding, config.method, ranks, config.seed).to(
+        device
+    )
+    optimizers = make_optimizers(config.optim, backbone, head, config.method.sample_rate < 1)
+    total = total_steps(config, plan.steps_per_epoch)
+    state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
+    if config.train.ema:
+        state.average = copy.deepcopy(backbone).requires_grad_(False)
+    if config.train.precision == "float16":
+        state.loss_scale = FIRST_LOSS_SCALE
+    return state
+
+
+def without_sync(state: TrainState) -> Any:
+    """Holds back the sum of gradients over ranks, for all but the last micro-batch."""
+    parallel = state.parallel
+    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
+
+
+def begin_step(state: TrainState) -> None:
+    """Remembers the batch-norm statistics, so that a non-finite step can leave no trace."""
+    state.buffers = [buffer.clone() for buffer in state.backbone.buffers()]
+
+
+def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dict[str, float]:
+    """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite.
+
+    Clips, sets the learning rate, steps both optimisers, the moving average and the loss scale. The loss scale lives
+    here, not in ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
+
+    Returns:
+        loss, lr, gradient norms.
+    """
+    backbone = [p for p in state.backbone.parameters() if p.grad is not None]
+    head = list(state.head.parameters())
+    if state.loss_scale != 1:
+        for param in (*backbone, *head):
+            if param.grad is not None:
+                param.grad.div_(state.loss_scale)
+    backbone_norm = squared_norm(backbone, state.device).sqrt()
+    head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
+    rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
+    metrics = {"loss": float(loss), "lr": rate, "grad_norm": float(backbone_norm), "head_grad_norm": float(head_norm)}
+    if torch.isfinite(torch.stack([loss, backbone_norm, head_norm])).all():
+        _clip(backbone, backbone_norm, config.optim.clip)
+        _clip(head, head_norm, config.method.clip_head)
+        for optimizer in state.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        _after_good_step(config, state)
+    else:
+        state.bad_steps += 1
+        state.good_steps = 0
+        state.loss_scale = max(1.0, state.loss_scale / 2)
+        for buffer, before in zip(state.backbone.buffers(), state.buffers, strict=True):
+            buffer.copy_(before)
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return metrics
+
+
+@torch.no_grad()
+def average_statistics(state: TrainState, ranks: Ranks) -> None:
+    """Gives all ranks the mean of their batch-norm statistics, before these are verified or saved."""
+    if ranks.size > 1:
+        for module in {state.backbone, state.usable}:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    ranks.sum_(buffer).div_(ranks.size)
+
+
+def _after_good_step(config: Config, state: TrainState) -> None:
+    state.bad_steps = 0
+    state.good_steps += 1
+    if config.train.precision == "float16" and state.good_steps == LOSS_SCALE_PATIENCE:
+        state.loss_scale *= 2
+        state.good_steps = 0
+    if state.average is not None:
+        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))  # a short memory while weights still race
+        _blend(state.average, state.backbone, 1 - decay)
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, current: nn.Module, share: float) -> None:
+    for ours, theirs in zip(average.state_dict().values(), current.state_dict().values(), strict=True):
+        if ours.is_floating_point():
+            ours.lerp_(theirs, share)
+        else:
+            ours.copy_(theirs)
+
+
+def _clip(params: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:
+    if limit is not None and norm > limit:
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(limit / norm)
+
+
+def _data_parallel(backbone: nn.Module, ranks: Ranks) -> nn.Module:
+    """DDP that *sums* gradients: the loss is already the mean over the global batch (``fr_core/ranks.py``)."""
+    if ranks.size == 1:
+        return backbone
+    parallel = DistributedDataParallel(backbone, broadcast_buffers=False)
+    parallel.register_comm_hook(None, _summed)
+    return parallel
+
+
+def _summed(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])

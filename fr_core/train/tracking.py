@@ -1,0 +1,161 @@
+"""Where a run's figures go: ``metrics.csv`` in its folder, and MLflow. Rank 0 alone tracks.
+
+Parameters, losses, rates, throughput, a sample batch, curves and the report. A restarted run goes on in the same
+MLflow run, whose id its checkpoints and ``run.json`` carry.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fr_core.config import Config
+from fr_core.data.schema import write_text_atomically
+from fr_core.data.stream import Batch
+from fr_core.verify.report import contact_sheet
+
+COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm", "images_per_second", "data_wait")
+FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
+SAMPLE_IMAGES = 32
+
+
+class Tracker:
+    """Records one run.
+
+    Args:
+        step: the step that the run goes on from; rows beyond it (of a life that ended) are dropped.
+        run_id: the MLflow run to go on with, if any.
+    """
+
+    def __init__(self, config: Config, out: Path, step: int, run_id: str | None) -> None:
+        self.config, self.out = config, out
+        self.pending: list[Any] = []
+        self.last_flush = time.monotonic()
+        self.client: Any = None
+        self.run_id: str | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        self.rows = [row for row in read_metrics(out) if row["step"] <= step]
+        with (out / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if config.tracking.uri != "off":
+            self._open_mlflow(run_id or _saved_run_id(out))
+        facts = {"run_id": self.run_id, "config": config.model_dump(mode="json")}
+        write_text_atomically(out / "run.json", json.dumps(facts, indent=1) + "\n")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a training step, to the CSV at once and to MLflow in batches."""
+        row = {name: metrics[name] for name in COLUMNS if name in metrics} | {"step": step}
+        self.rows.append(row)
+        with (self.out / "metrics.csv").open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+        self.log_figures(step, {name: value for name, value in metrics.items() if name != "step"})
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Named numbers, to MLflow only."""
+        if self.client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.pending += [Metric(name, float(value), now, step) for name, value in figures.items()]
+        if time.monotonic() - self.last_flush > FLUSH_EVERY:
+            self.flush()
+
+    def log_picture(self, name: str, figure: Figure) -> None:
+        """A picture into the run's folder and MLflow."""
+        path = self.out / "pictures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+        self.log_file(path, "pictures")
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        if self.client is not None:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_sample_batch(self, batch: Batch) -> None:
+        """The first images of a batch as the net sees them."""
+        images = batch.images_BHWC[:SAMPLE_IMAGES].numpy()
+        self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))
+
+    def flush(self) -> None:
+        self.last_flush = time.monotonic()
+        for start in range(0, len(self.pending), 1000):  # MLflow's limit of one call
+            self.client.log_batch(self.run_id, metrics=self.pending[start : start + 1000])
+        self.pending = []
+
+    def close(self, status: str) -> None:
+        """Delivers what is pending and the curves; ``status`` is FINISHED or FAILED."""
+        if self.rows:
+            self.log_picture("curves", curves(self.rows))
+        if self.client is not None:
+            self.flush()
+            self.client.set_terminated(self.run_id, status)
+
+    def _open_mlflow(self, run_id: str | None) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        tracking, folder = self.config.tracking, self.out.resolve().parent
+        self.client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
+        experiment = self.client.get_experiment_by_name(tracking.experiment)
+        if experiment is None:
+            place = None if tracking.uri else f"file://{folder}/mlartifacts"
+            identity = self.client.create_experiment(tracking.experiment, artifact_location=place)
+        else:
+            identity = experiment.experiment_id
+        if run_id is None:
+            self.run_id = self.client.create_run(identity, run_name=self.out.name).info.run_id
+            params = [Param(name, str(value)) for name, value in _flat(self.config.model_dump(mode="json")).items()]
+            self.client.log_batch(self.run_id, params=params)
+        else:
+            self.run_id = run_id
+            self.client.update_run(run_id, status="RUNNING")
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """Rows of a run's ``metrics.csv``; none if it has not begun. A half-written last row is left out."""
+    path = out / "metrics.csv"
+    if not path.is_file():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                rows.append({name: float(row[name]) for name in COLUMNS if row[name]} | {"step": int(row["step"])})
+            except (TypeError, ValueError, KeyError):
+                continue
+    return rows
+
+
+def curves(rows: list[dict[str, float]]) -> Figure:
+    """Loss, learning rate and throughput over the steps."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    names = (("loss", "loss"), ("lr", "learning rate"), ("images_per_second", "images/s"))
+    for axes, (key, label) in zip(panels, names, strict=True):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step")
+    return figure
+
+
+def _saved_run_id(out: Path) -> str | None:
+    try:
+        return json.loads((out / "run.json").read_text())["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

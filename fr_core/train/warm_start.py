@@ -1,0 +1,59 @@
+"""Starting from a trained backbone, on the same or on new identities.
+
+Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from fr_core.config import Config
+from fr_core.data.stream import Batch
+from fr_core.errors import UserError
+from fr_core.heads.sharded_fc import INIT_STD
+from fr_core.nets.open import find_checkpoint, normalised, read_weights
+from fr_core.ranks import Ranks
+from fr_core.train.bigface import autocast
+from fr_core.train.state import TrainState
+
+
+def load_backbone(config: Config, state: TrainState) -> None:
+    """Puts the weights that ``init.backbone`` names into a fresh state.
+
+    Raises:
+        UserError: no such weights, or weights of another net.
+    """
+    if config.init.backbone is None:
+        return
+    path = Path(config.init.backbone)
+    if path.is_dir():
+        path = find_checkpoint(path) / "backbone.safetensors"
+    weights = read_weights(path)
+    for module in {state.backbone, state.usable}:
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise UserError(f"init.backbone: {path} holds another net than [net]: {first}") from None
+
+
+@torch.no_grad()
+def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
+    """Sets each row of the class matrix to the mean normalised embedding of its identity's images.
+
+    Rows get the length that random ones have, so that the learning rate means the same; an identity without images
+    in ``epoch`` keeps its random row.
+    """
+    head, sums_SD = state.head, torch.zeros_like(state.head.weight)
+    state.backbone.eval()
+    for batch in epoch:
+        with autocast(config, state.device):
+            x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone.input_std))
+        x_GD, labels_G = ranks.gather(F.normalize(x_BD.float())), ranks.gather(batch.labels_B.to(state.device))
+        own_G = (labels_G >= head.lo) & (labels_G < head.hi)
+        sums_SD.index_add_(0, labels_G[own_G] - head.lo, x_GD[own_G])
+    seen_S = sums_SD.norm(dim=1) > 0
+    length = INIT_STD * sums_SD.shape[1] ** 0.5
+    head.weight[seen_S] = length * F.normalize(sums_SD[seen_S])

@@ -1,0 +1,121 @@
+"""Figures of a command as JSON, and the pictures that go with them."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fr_core.data.schema import write_text_atomically
+from fr_core.verify.pairs import Verification, roc
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def report(command: str, figures: Mapping[str, float], **more: Any) -> dict[str, Any]:
+    """The JSON object that every command writes: command, version, machine, figures, and what else it has to say."""
+    own = {"command": command, "version": version("bigface"), "machine": machine(), "figures": dict(figures)}
+    return own | more
+
+
+def write_report(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a report, whole or not at all; NaN is refused.
+
+    Raises:
+        OSError: the path cannot be written.
+        ValueError: a figure is not finite.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def verification_figures(result: Verification, prefix: str = "") -> dict[str, float]:
+    """Flat figures of a verification: accuracy, accuracy_std, threshold, pairs, tar_at_far_1e-2 …"""
+    figures = {
+        "accuracy": result.accuracy,
+        "accuracy_std": result.accuracy_std,
+        "threshold": result.threshold,
+        "pairs": result.pairs,
+    }
+    figures |= {f"tar_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far.items()}
+    return {prefix + name: float(value) for name, value in figures.items()}
+
+
+def far_name(far: float) -> str:
+    """1e-2 for 0.01."""
+    return f"1e-{round(-np.log10(far))}"
+
+
+def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """ROC of one or more nets, the false accept rate on a log axis.
+
+    Args:
+        curves: name -> scores [P], same [P].
+    """
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    smallest = 1.0
+    for name, (scores, same) in curves.items():
+        far, tar, _ = roc(scores, same)
+        smallest = min(smallest, 1 / max(1, int((~same).sum())))
+        axes.step(np.maximum(far, smallest), tar, where="post", label=name)
+    axes.set(xscale="log", xlim=(smallest, 1), ylim=(0, 1), xlabel="false accept rate", ylabel="true accept rate")
+    axes.set_title("ROC")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def score_figure(scores: np.ndarray, same: np.ndarray, threshold: float) -> Figure:
+    """Histogram of the cosines of same and different pairs."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(min(-0.2, float(scores.min())), 1, 80).tolist()
+    for value, name in ((False, "different"), (True, "same")):
+        axes.hist(scores[same == value], bins=bins, alpha=0.6, density=True, label=name)
+    axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.3f}")
+    axes.set(xlabel="cosine", ylabel="density", title="Scores of the pairs")
+    axes.legend()
+    return figure
+
+
+def contact_sheet(images_NHWC: np.ndarray, columns: int, title: str) -> Figure:
+    """uint8 images [N, H, W, 3] in rows of ``columns``."""
+    rows = -(-len(images_NHWC) // columns)
+    size = images_NHWC.shape[1]
+    sheet = np.full((rows * size, columns * size, 3), 255, np.uint8)
+    for i, image in enumerate(images_NHWC):
+        y, x = divmod(i, columns)
+        sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
+    figure = Figure(figsize=(columns, rows + 0.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet)
+    axes.set_title(title)
+    axes.axis("off")
+    return figure
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,226 @@
+"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fr_core.config import load_config, recipes
+from fr_core.data.schema import Layout
+from fr_core.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")]
+NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """Synthetic faces → shards → Ray Data → Ray Train → verification on unseen identities, in about five minutes."""
+    from pipelines.demo import demo as run
+
+    show("demo", run(out, workers, "demo", overrides or [], console.print), json)
+    console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}")
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder for images/, landmarks.csv and pairs.csv.")],
+    identities: Annotated[int, typer.Option(min=1)] = 200,
+    shots: Annotated[int, typer.Option(min=1, help="Images per identity.")] = 20,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int, typer.Option(min=16, help="Pixels.")] = 112,
+    first_identity: Annotated[int, typer.Option(min=0, help="Another range: other people.")] = 0,
+    pairs: Annotated[int, typer.Option(min=0, help="Pairs of each kind per fold in pairs.csv; 0: none.")] = 0,
+    json: Json = None,
+) -> None:
+    """Draw procedural faces: identities with landmarks, pose, expression, light and other nuisances."""
+    from fr_core.data.synthetic import write_faces
+    from pipelines.demo import write_pairs
+
+    started = time.monotonic()
+    with bar("synth", identities * shots) as advance, writable(out):
+        images = write_faces(out, identities, shots, seed, size, first_identity=first_identity, progress=advance)
+        if pairs:
+            write_pairs(out, pairs, seed)
+    show("synth", {"images": images, "images_per_second": images / (time.monotonic() - started)}, json)
+
+
+@app.command()
+def ingest(
+    src: Annotated[Path, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
+    landmarks: Annotated[Path | None, typer.Option(help="CSV of five points per image, to align by.")] = None,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
+    overwrite: Overwrite = False,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
+    json: Json = None,
+) -> None:
+    """Turn a folder of faces into Parquet shards with a manifest; what cannot be used is listed in rejects.csv."""
+    from pipelines.ingest import ingest as run
+
+    started = time.monotonic()
+    with bar("ingest", None) as advance:
+        done = 0
+
+        def progress(images: int, total: int) -> None:
+            nonlocal done
+            advance(images - done, total)
+            done = images
+
+        manifest = run(src, out, layout, size, landmarks, overwrite, not in_process, progress=progress)
+    rejected = sum(manifest.rejects.values())
+    for reason, count in manifest.rejects.items():
+        console.print(f"[yellow]left out: {count} images, {reason}; listed in {out / 'rejects.csv'}[/]")
+    if "not_square" in manifest.warnings:
+        console.print(
+            f"[bold red]warning: {manifest.warnings['not_square']} images are no square crops; their centres were "
+            "taken for faces. Aligned crops, or --landmarks, recognise far better.[/]"
+        )
+    if "identities_without_images" in manifest.warnings:
+        count = manifest.warnings["identities_without_images"]
+        console.print(f"[yellow]warning: {count} identities have no usable image[/]")
+    figures = {
+        "images": manifest.images,
+        "identities": manifest.identities,
+        "shards": len(manifest.shards),
+        "rejected": rejected,
+        "not_square": manifest.warnings.get("not_square", 0),
+        "images_per_second": manifest.images / (time.monotonic() - started),
+    }
+    show("ingest", figures, json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-DATE.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Train a recipe; key.path=value overrides its fields."""
+    from pipelines.train import train as run
+
+    config = load_config(recipe, overrides or [])
+    out = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    show("train", run(config, out, workers, in_process, resume, overwrite), json)
+    console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}")
+
+
+@app.command()
+def verify(
+    ckpt: Annotated[Path, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    images: Annotated[Path, typer.Option(help="Folder that the pairs' paths are relative to.")],
+    pairs: Annotated[Path, typer.Option(help="CSV image_a,image_b,same[,fold], or LFW's pairs.txt.")],
+    net: NetName = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the ROC and score pictures.")] = None,
+    json: Json = None,
+) -> None:
+    """Score a net on pairs of faces: 10-fold accuracy, TAR@FAR, ROC."""
+    from fr_core.nets.open import open_net
+    from fr_core.verify.report import verification_figures
+    from pipelines.verify import verify as run
+
+    recogniser = open_net(ckpt, net)
+    with bar("embed", None) as advance:
+        result = run(lambda pixels: recogniser.embed(pixels, progress=advance), images, pairs, out, str(ckpt))
+    figures = verification_figures(result.verification)
+    figures |= {"missing_images": len(result.failed), "skipped_pairs": result.skipped}
+    for path, reason in sorted(result.failed.items()):
+        console.print(f"[yellow]{path}: {reason}[/]")
+    if result.failed:
+        console.print(f"[bold red]{len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
+    show("verify", figures, json, missing=result.failed)
+
+
+@app.command()
+def match(
+    a: Annotated[Path, typer.Argument(help="A face crop.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    model: Annotated[Path, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    net: NetName = None,
+    json: Json = None,
+) -> None:
+    """Compare two faces."""
+    from fr_core.nets.open import open_net
+    from pipelines.verify import similarity
+
+    recogniser = open_net(model, net)
+    cosine, odd = similarity(recogniser.embed, a, b)
+    for path in odd:
+        console.print(f"[bold red]warning: {path} is no square crop; its centre was taken for the face[/]")
+    figures = {"cosine": cosine}
+    if recogniser.threshold is not None:
+        figures["threshold"] = recogniser.threshold
+        console.print("same person" if cosine >= recogniser.threshold else "different people")
+    show("match", figures, json)
+
+
+def show(command: str, figures: Mapping[str, float], json: Path | None, **more: object) -> None:
+    """Prints figures as a table and writes the same as JSON where asked."""
+    table = Table("figure", "value", title=command)
+    for name, value in figures.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+        table.add_row(name, text)
+    console.print(table)
+    if json:
+        from fr_core.verify.report import report, write_report
+
+        with writable(json):
+            write_report(json, report(command, figures, **more))
+
+
+@contextmanager
+def bar(name: str, total: int | None) -> Iterator:
+    """A progress bar; yields ``advance(count, total=None)``."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+
+        def advance(count: int, total: int | None = None) -> None:
+            progress.update(task, advance=count, total=total)
+
+        yield advance
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]bigface:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The whole path on one machine: synthetic faces, shards, two Ray workers, verification on unseen identities."""
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from fr_core import rng
+from fr_core.config import load_config
+from fr_core.data.sources import list_folder
+from fr_core.data.synthetic import write_faces
+from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.verify.baselines import colour_histogram, raw_pixels
+from fr_core.verify.pairs import make_pairs
+from fr_core.verify.report import contact_sheet, report, roc_figure, verification_figures, write_report
+from pipelines.ingest import ingest
+from pipelines.train import train
+from pipelines.verify import verify
+
+IDENTITIES, SHOTS = 600, 16
+UNSEEN_IDENTITIES, UNSEEN_SHOTS = 120, 10
+PAIRS_PER_FOLD = 300
+
+
+def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callable[[str], None]) -> dict[str, float]:
+    """Runs every stage into ``out`` and returns the figures of its ``report.json``."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        say(f"{name} …")
+        started = time.monotonic()
+        yield
+        seconds[f"seconds_{name}"] = time.monotonic() - started
+        say(f"{name}: {seconds[f'seconds_{name}']:.1f} s")
+
+    with stage("synth"):
+        write_faces(out / "faces", IDENTITIES, SHOTS)
+        write_faces(out / "unseen", UNSEEN_IDENTITIES, UNSEEN_SHOTS, first_identity=IDENTITIES)
+        write_pairs(out / "unseen", PAIRS_PER_FOLD)
+    with stage("ingest"):
+        ingest(out / "faces" / "images", out / "shards", landmarks=out / "faces" / "landmarks.csv", overwrite=True)
+    images, pairs = out / "unseen" / "images", out / "unseen" / "pairs.csv"
+    given = (f"data.path={out / 'shards'}", f"verify.images={images}", f"verify.pairs={pairs}")
+    config = load_config(recipe, [*given, *overrides])
+    with stage("train"):
+        trained = train(config, out, workers, overwrite=True)
+    with stage("verify"):
+        torch.manual_seed(rng.torch_seed(config.seed, "untrained"))
+        untrained = Recogniser(build_net(config.net).eval(), torch.device("cpu"))
+        nets: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "raw_pixel": raw_pixels,
+            "colour_histogram": colour_histogram,
+            "untrained": untrained.embed,
+            "trained": open_net(out).embed,
+        }
+        results = {name: verify(embed, images, pairs) for name, embed in nets.items()}
+    pictures = out / "pictures"
+    curves = {name: (result.scores, result.pairs.same) for name, result in results.items()}
+    roc_figure(curves).savefig(pictures / "roc_against_floors.png")
+    faces_figure(out / "faces" / "images").savefig(pictures / "faces.png")
+    figures = {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
+    figures |= verification_figures(results["trained"].verification)
+    figures |= {k: v for k, v in trained.items() if k not in figures} | seconds
+    figures["unseen_identities"] = UNSEEN_IDENTITIES
+    content = report("demo", figures, run=str(out), config=config.model_dump(mode="json"))
+    write_report(out / "report.json", content)
+    return figures
+
+
+def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
+    """``pairs.csv`` beside the ``images`` of a folder of synthetic faces."""
+    listing = list_folder(folder / "images")
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image_a", "image_b", "same", "fold"))
+        for a, b, same, fold in zip(*make_pairs(listing.labels, per_fold, seed), strict=True):
+            writer.writerow((listing.paths[a], listing.paths[b], int(same), fold))
+
+
+def faces_figure(images: Path, identities: int = 8, shots: int = 12) -> Figure:
+    """A contact sheet, one identity a row."""
+    from fr_core.data.crops import read_rgb
+
+    folders = sorted(p for p in images.iterdir() if p.is_dir())[:identities]
+    faces = [read_rgb(p.read_bytes()) for folder in folders for p in sorted(folder.iterdir())[:shots]]
+    columns = min(shots, len(faces) // len(folders))
+    return contact_sheet(np.stack(faces), columns, "synthetic faces, one identity a row")

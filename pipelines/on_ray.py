@@ -1,0 +1,101 @@
+"""The same loop on Ray: one local node by default, or the cluster that ``RAY_ADDRESS`` names."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fr_core.config import Config, parse_config
+from fr_core.errors import UserError
+
+MAX_FAILURES = 5  # lives that a run has after its first
+
+
+def start_ray() -> None:
+    """Joins the cluster of ``RAY_ADDRESS``, or starts a node of its own that ends with this process."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "local")
+        dashboard = None if address != "local" else False
+        ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def worker_cpus(cluster_cpus: float, workers: int) -> float:
+    """CPUs that each worker reserves, so that at least half of the cluster's are left to Ray Data."""
+    return min(1.0, cluster_cpus / (2 * workers))
+
+
+def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
+    """Trains on ``workers`` Ray Train workers; killed ones are replaced and go on from the newest checkpoint.
+
+    Checkpoints go straight to ``out``, which all nodes must see, in the form that ``--in-process`` writes too.
+
+    Raises:
+        UserError: what the loop refuses, named in one line.
+    """
+    start_ray()
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources: dict[str, float] = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= workers
+    mistake = out / "mistake.json"
+    mistake.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve())},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": worker_cpus(resources["CPU"], workers), **({"GPU": 1} if use_gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name="ray", storage_path=str(out.resolve()), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        raise _told(mistake) or error from None
+    told = _told(mistake)
+    if told:
+        raise told
+    return result.return_value
+
+
+def train_worker(launch: dict[str, Any]) -> Any:
+    """What each Ray Train worker runs. Rank 0's return value is the run's figures."""
+    import ray.train
+
+    from fr_core.data.stream import tables_by_ray
+    from fr_core.ranks import Ranks
+    from fr_core.train.loop import train_loop, use_threads
+
+    out, ranks = Path(launch["out"]), Ranks.current()
+    mistake = out / "mistake.json"
+    if mistake.is_file():  # of an earlier life: a restart would only repeat it
+        return {}
+    context = ray.train.get_context()
+    use_threads((os.cpu_count() or 1) // context.get_local_world_size())
+    try:
+        config = parse_config(launch["config"], "launch")
+        return train_loop(config, out, ranks, tables_by_ray, ray.train.report)
+    except UserError as error:
+        mistake.write_text(json.dumps({"rank": ranks.rank, "time": time.time(), "message": str(error)}))
+        raise
+
+
+def _told(mistake: Path) -> UserError | None:
+    """The user's mistake that ended the workers, if that is what did."""
+    try:
+        message = json.loads(mistake.read_text())["message"]
+    except (OSError, ValueError, KeyError):
+        return None
+    mistake.unlink(missing_ok=True)
+    return UserError(message)

@@ -1,0 +1,110 @@
+"""Launches a training run: here, or on Ray, with a progress line fed by the run's own ``metrics.csv``."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fr_core.config import Config, total_steps
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import make_plan
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+
+POLL = 0.5  # seconds
+
+
+def train(
+    config: Config, out: Path, workers: int = 1, in_process: bool = False, resume: bool = False, overwrite: bool = False
+) -> dict[str, float]:
+    """Runs a recipe to its end.
+
+    Args:
+        out: the run's folder: checkpoints, metrics.csv, pictures, report.json.
+        in_process: without Ray, one rank.
+        resume: go on from the newest checkpoint in ``out``.
+        overwrite: drop what an earlier run left in ``out``.
+
+    Raises:
+        UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
+    """
+    from fr_core.data.stream import tables_in_process
+    from fr_core.train.checkpoint import checkpoints
+    from fr_core.train.loop import clear_run, train_loop, use_threads
+
+    if in_process and workers != 1:
+        raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
+    if not config.data.path:
+        raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
+    dataset = open_dataset(config.data.path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(dataset.root.resolve())})})
+    plan = make_plan(config, dataset)
+    plan.lanes_of(Ranks(0, workers))
+    if workers > dataset.manifest.identities:
+        raise UserError(f"{workers} workers for {dataset.manifest.identities} identities; use fewer workers")
+    if config.train.global_batch % (workers * config.train.accumulate):
+        raise UserError(
+            f"train.global_batch = {config.train.global_batch} is not a multiple of "
+            f"{workers} workers × train.accumulate = {config.train.accumulate}"
+        )
+    if config.data.check_sha256:
+        dataset.check_sha256()
+    if checkpoints(out) and not (resume or overwrite):
+        raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
+    try:
+        if not resume:
+            clear_run(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(config.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    with progress_line(out, total_steps(config, plan.steps_per_epoch)):
+        if in_process:
+            use_threads(os.cpu_count() or 1)
+            return train_loop(config, out, Ranks(), tables_in_process, lambda metrics: None)
+        from pipelines.on_ray import train_on_ray
+
+        return train_on_ray(config, out, workers)
+
+
+@contextmanager
+def progress_line(out: Path, total: int) -> Iterator[None]:
+    """A Rich progress line that follows a run's metrics.csv until the block ends."""
+    from fr_core.train.tracking import read_metrics
+
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.4g}  {task.fields[rate]:.0f} img/s"),
+        TimeRemainingColumn(),
+    )
+    done = threading.Event()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("train", total=total, loss=float("nan"), lr=0.0, rate=0.0)
+
+        def follow() -> None:
+            said = 0.0
+            while not done.wait(POLL):
+                rows = read_metrics(out)
+                if not rows:
+                    continue
+                row = rows[-1]
+                loss, rate = row["loss"], row.get("images_per_second", 0.0)
+                progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)
+                if not console.is_terminal and time.monotonic() - said > 30:
+                    said = time.monotonic()
+                    console.print(f"step {row['step']}/{total}  loss {loss:.3f}  {rate:.0f} img/s")
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
