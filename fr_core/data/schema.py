@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fr_core.errors import UserError
 
 SCHEMA_VERSION = 1
-LANDMARKS = pa.list_(pa.float32(), 10)  # x, y of left eye, right eye, nose, left and right mouth corner; crop pixels
+LANDMARKS = pa.list_(pa.float32())  # ten numbers or null: x, y of left eye, right eye, nose, left and right mouth corner; crop pixels
 
 Layout = Literal["flat", "grouped"]
 SCHEMAS: dict[str, pa.Schema] = {

@@ -1,0 +1,88 @@
+"""Fixtures: small datasets, and functions run on real gloo processes."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fr_core.data.crops import encode
+from fr_core.data.schema import SCHEMA_VERSION, Manifest, flat_table, write_manifest, write_shard
+from fr_core.ranks import Ranks
+
+REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_real_data = pytest.mark.skipif(not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine")
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(ranks, *args)`` on ``size`` gloo processes; their results, in rank order."""
+    if size == 1:
+        return [function(Ranks(), *args)]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, function, args, folder), nprocs=size)
+        return [torch.load(f"{folder}/result{rank}", weights_only=False) for rank in range(size)]
+
+
+def _rank(rank: int, size: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    result = function(Ranks(rank, size), *args)
+    torch.save(result, f"{folder}/result{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write_dataset(root: Path, images: int, identities: int, size: int = 32, per_shard: int = 500, seed: int = 0) -> Path:
+    """Flat shards of noisy images whose colours tell the identity."""
+    random = np.random.default_rng(seed)
+    colours = random.integers(40, 215, (identities, 2, 2, 3))
+    labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
+    rows = []
+    for i, label in enumerate(labels):
+        image = np.kron(colours[label], np.ones((size // 2, size // 2, 1))) + random.normal(0, 25, (size, size, 3))
+        rows.append((i, int(label), encode(np.clip(image, 0, 255).astype(np.uint8)), None))
+    root.mkdir(parents=True)
+    shards = tuple(
+        write_shard(root / f"shard-{s:05d}.parquet", flat_table(rows[start : start + per_shard]), "flat")
+        for s, start in enumerate(range(0, images, per_shard))
+    )
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        layout="flat",
+        image_size=size,
+        identities=identities,
+        images=images,
+        shards=shards,
+        source="test",
+        rejects={},
+        warnings={},
+    )
+    write_manifest(root, manifest, [f"id{i}" for i in range(identities)], np.bincount(labels, minlength=identities))
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,500 images of 40 identities in 3 shards of 4 row groups."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "shards", 1500, 40)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 6 identities × 5 JPEG crops of 112 × 112."""
+    root = tmp_path_factory.mktemp("photos") / "people"
+    random = np.random.default_rng(1)
+    for identity in range(6):
+        folder = root / f"person{identity}"
+        folder.mkdir(parents=True)
+        base = random.integers(0, 255, (7, 7, 3))
+        for shot in range(5):
+            image = np.kron(base, np.ones((16, 16, 1))) + random.normal(0, 10, (112, 112, 3))
+            (folder / f"{shot}.jpg").write_bytes(encode(np.clip(image, 0, 255).astype(np.uint8)))
+    return root

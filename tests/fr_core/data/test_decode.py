@@ -1,0 +1,69 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from fr_core.config import Augment
+from fr_core.data.crops import encode
+from fr_core.data.decode import decode, decode_batch, resized
+
+OFF = Augment(flip=0)
+
+
+@pytest.fixture(scope="module")
+def faces():
+    random = np.random.default_rng(0)
+    smooth = random.integers(0, 255, (40, 8, 8, 3)).astype(np.uint8)
+    return [encode(np.kron(image, np.ones((14, 14, 1), np.uint8))) for image in smooth]
+
+
+def batch(faces, augment, epoch=0, ids=None, size=64):
+    ids = np.arange(len(faces)) if ids is None else ids
+    with ThreadPoolExecutor(2) as pool:
+        return decode_batch(faces, ids, size, augment, 7, epoch, pool)
+
+
+def test_without_augmentation_a_batch_is_the_resized_images(faces):
+    assert np.array_equal(batch(faces, OFF), np.stack([resized(decode(face), 64) for face in faces]))
+    assert np.array_equal(batch(faces, OFF, size=112), np.stack([decode(face) for face in faces]))
+
+
+def test_flip_is_exact_and_about_half(faces):
+    plain, flipped = batch(faces, OFF, size=112), batch(faces, Augment(flip=0.5), size=112)
+    turned = [np.array_equal(b, a[:, ::-1]) for a, b in zip(plain, flipped, strict=True)]
+    same = [np.array_equal(a, b) for a, b in zip(plain, flipped, strict=True)]
+    assert all(t != s for t, s in zip(turned, same, strict=True))
+    assert 10 <= sum(turned) <= 30
+    assert np.array_equal(batch(faces, Augment(flip=1), size=64), batch(faces, OFF, size=64)[:, :, ::-1])
+
+
+FULL = Augment(shift=0.1, scale=0.2, rotate=20, light=0.4, colour=0.2, grey=0.3, blur=0.3, erase=0.5)
+
+
+def test_an_image_depends_on_seed_epoch_and_id_only(faces):
+    whole = batch(faces, FULL)
+    order = np.random.default_rng(1).permutation(len(faces))
+    assert np.array_equal(batch([faces[i] for i in order], FULL, ids=order), whole[order])
+    assert np.array_equal(batch(faces[3:4], FULL, ids=np.array([3])), whole[3:4])
+    assert not np.array_equal(batch(faces, FULL, epoch=1), whole)
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [{"shift": 0.1}, {"scale": 0.2}, {"rotate": 15}, {"light": 0.3}, {"colour": 0.3}, {"grey": 1}, {"blur": 1}, {"erase": 1}],
+)
+def test_each_knob_changes_images_and_keeps_them_faces(faces, knob):
+    plain, changed = batch(faces, OFF), batch(faces, OFF.model_copy(update=knob))
+    differs = [not np.array_equal(a, b) for a, b in zip(plain, changed, strict=True)]
+    assert np.mean(differs) > 0.9
+    correlation = np.corrcoef(plain.ravel().astype(float), changed.ravel().astype(float))[0, 1]
+    assert 0.3 < correlation < 0.999
+
+
+def test_grey_has_no_colour_and_erase_stays_within_its_area(faces):
+    grey = batch(faces, OFF.model_copy(update={"grey": 1})).astype(int)
+    assert np.abs(grey[..., 0] - grey[..., 1]).max() == 0
+    plain, erased = batch(faces, OFF), batch(faces, OFF.model_copy(update={"erase": 1, "erase_area": 0.2}))
+    covered = (plain != erased).any(3).mean((1, 2))
+    assert 0.02 < covered.mean() < 0.15
+    assert covered.max() <= 0.22

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from fr_core.data import decode, schema
+from fr_core.data.plan import Plan, read_rows
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import tables_in_process
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def plan(dataset):
+    return Plan(open_dataset(dataset), seed=3, global_batch=48, lanes=12, shuffle_window=200)
+
+
+def ids_of_steps(plan, size, start, stop):
+    """Sample ids of each step's global batch, ranks in order."""
+    parts = [
+        [table["sample_id"].to_pylist() for table in tables_in_process(plan, Ranks(rank, size), start, stop)]
+        for rank in range(size)
+    ]
+    return [sum(step, []) for step in zip(*parts, strict=True)]
+
+
+def test_an_epoch_takes_each_sample_at_most_once_and_nearly_all(plan):
+    assert plan.steps_per_epoch == 1500 // 12 // 4
+    ids = np.array(ids_of_steps(plan, 1, 0, plan.steps_per_epoch)).ravel()
+    assert len(np.unique(ids)) == len(ids) == plan.steps_per_epoch * 48
+
+
+def test_global_batches_are_equal_for_every_number_of_ranks_and_after_a_resume(plan):
+    """50 steps over an epoch's end, started at W = 1 and resumed at step 17 by 3 ranks, at 40 by 2."""
+    alone = ids_of_steps(plan, 1, 0, 50)
+    assert ids_of_steps(plan, 2, 0, 50) == alone
+    assert ids_of_steps(plan, 3, 0, 50) == alone
+    assert ids_of_steps(plan, 3, 17, 40) + ids_of_steps(plan, 2, 40, 50) == alone[17:]
+
+
+def test_epochs_and_seeds_differ_and_batches_are_mixed(plan):
+    first = ids_of_steps(plan, 1, 0, 2)
+    later = ids_of_steps(plan, 1, plan.steps_per_epoch, plan.steps_per_epoch + 2)
+    other = Plan(plan.dataset, 4, 48, 12, 200)
+    assert len(set(first[0]) & set(later[0])) < 12
+    assert len(set(first[0]) & set(ids_of_steps(other, 1, 0, 1)[0])) < 12
+    assert np.std(first[0]) > 300  # spread over the 1,500, not one neighbourhood
+
+
+def test_rows_are_read_in_the_order_of_the_plan(plan):
+    rows = plan.block_rows(0, 1, Ranks(1, 3))
+    table = read_rows(plan.dataset, rows)
+    groups = plan.dataset.row_groups
+    starts = np.array([500 * shard + 128 * group for shard, group, _ in groups])
+    assert table["sample_id"].to_pylist() == (starts[rows[:, 0]] + rows[:, 1]).tolist()
+
+
+def test_skipping_reads_no_pixels_and_only_the_last_block(plan, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("decoded")
+
+    read = []
+    original = schema.Dataset.read_row_group
+    monkeypatch.setattr(decode, "decode", forbidden)
+    monkeypatch.setattr(
+        schema.Dataset, "read_row_group", lambda self, s, g, c=None: read.append((s, g)) or original(self, s, g, c)
+    )
+    steps = plan.steps_per_epoch
+    next(tables_in_process(plan, Ranks(), 5 * steps - 1, 5 * steps))
+    needed = {tuple(plan.dataset.row_groups[g, :2]) for g in np.unique(plan.block_rows(4, steps // 4, Ranks())[:, 0])}
+    assert set(read) <= needed
+    assert len(read) == len(set(read))
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_lanes_names_the_nearest(plan):
+    with pytest.raises(UserError, match="5 workers do not divide the run's 12 lanes; use 4 or 6"):
+        plan.lanes_of(Ranks(0, 5))
+    with pytest.raises(UserError, match="13 workers .* use 12"):
+        plan.lanes_of(Ranks(0, 13))
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(dataset):
+    with pytest.raises(UserError, match=r"train\.global_batch = 2048 .* 1500 images"):
+        Plan(open_dataset(dataset), 0, 2048, 64, 16384)

@@ -1,0 +1,80 @@
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fr_core.data.schema import _open_parquet, grouped_table, open_dataset, write_shard
+from fr_core.errors import UserError
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    _open_parquet.cache_clear()
+    return shutil.copytree(dataset, tmp_path / "shards")
+
+
+def test_row_groups_and_names(dataset):
+    opened = open_dataset(dataset)
+    assert opened.row_groups.tolist()[:5] == [[0, 0, 128], [0, 1, 128], [0, 2, 128], [0, 3, 116], [1, 0, 128]]
+    assert opened.row_groups[:, 2].sum() == opened.manifest.images == 1500
+    assert opened.identity_names()[:2] == ["id0", "id1"]
+    opened.check_sha256()
+
+
+def test_truncated_shard_is_named_on_opening(copy):
+    shard = copy / "shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"shard-00001\.parquet.*truncated"):
+        open_dataset(copy)
+
+
+def test_missing_shard_is_named(copy):
+    (copy / "shard-00002.parquet").unlink()
+    with pytest.raises(UserError, match=r"shard-00002\.parquet is missing"):
+        open_dataset(copy)
+
+
+def test_flipped_byte_is_found_by_checksum_and_by_reading(copy):
+    shard = copy / "shard-00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    shard.write_bytes(bytes(data))
+    opened = open_dataset(copy)
+    with pytest.raises(UserError, match=r"shard-00000\.parquet: wrong checksum"):
+        opened.check_sha256()
+    with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged"):
+        for group in range(4):
+            opened.read_row_group(0, group)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"schema_version": 99}, "schema version 99"),
+        (lambda m: m | {"surprise": 1}, "not a manifest"),
+        (lambda m: m | {"shards": [m["shards"][0] | {"file": "../../etc/passwd"}]}, "is missing"),
+        (lambda m: [1, 2], "not a manifest"),
+    ],
+)
+def test_bad_manifests_are_refused(copy, change, message):
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=message):
+        open_dataset(copy)
+
+
+def test_no_manifest_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="bigface ingest"):
+        open_dataset(tmp_path)
+
+
+def test_grouped_shards_hold_whole_chunks(tmp_path):
+    points = np.arange(10, dtype=np.float32).reshape(5, 2)
+    chunks = [[(0, 7, b"a", points), (1, 7, b"b", None)], [(5, 9, b"c", points)]]
+    shard = write_shard(tmp_path / "shard-00000.parquet", grouped_table(chunks), "grouped")
+    rows = pq.read_table(tmp_path / shard.file).to_pylist()
+    assert shard.images == 3
+    assert [(r["label"], r["sample_ids"], r["images"]) for r in rows] == [(7, [0, 1], [b"a", b"b"]), (9, [5], [b"c"])]
+    assert rows[0]["landmarks"] == [points.ravel().tolist(), None]

@@ -1,0 +1,76 @@
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from fr_core.config import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import ahead, batches, make_plan, tables_by_ray, tables_in_process
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+from pipelines.on_ray import start_ray
+from tests.conftest import write_dataset
+
+
+def config_of(dataset, *overrides):
+    return load_config("debug_bigface", [f"data.path={dataset}", *overrides])
+
+
+def test_batches_of_ranks_make_up_the_batch_of_one(dataset):
+    config = config_of(dataset, "data.augment.erase=0.5", "data.augment.rotate=10")
+    plan = make_plan(config, open_dataset(dataset))
+    alone = list(batches(config, plan, Ranks(), 44, 49, tables_in_process))
+    shared = [list(batches(config, plan, Ranks(rank, 2), 44, 49, tables_in_process)) for rank in range(2)]
+    for whole, *parts in zip(alone, *shared, strict=True):
+        assert np.array_equal(whole.sample_ids, np.concatenate([part.sample_ids for part in parts]))
+        assert np.array_equal(whole.images_BHWC, np.concatenate([part.images_BHWC for part in parts]))
+        assert np.array_equal(whole.labels_B, np.concatenate([part.labels_B for part in parts]))
+    assert [batch.epoch for batch in alone] == [0, 0, 1, 1, 1]
+
+
+def test_a_label_outside_the_manifest_is_named(tmp_path):
+    root = write_dataset(tmp_path / "shards", 300, 10)
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace('"identities": 10', '"identities": 9'))
+    config = config_of(root)
+    plan = make_plan(config, open_dataset(root))
+    with pytest.raises(UserError, match="sample .* has label 9, outside the manifest's 9 identities"):
+        list(batches(config, plan, Ranks(), 0, plan.steps_per_epoch, tables_in_process))
+
+
+def test_grouped_shards_are_refused_with_the_mend(dataset):
+    opened = open_dataset(dataset)
+    grouped = type(opened)(opened.root, opened.manifest.model_copy(update={"layout": "grouped"}))
+    with pytest.raises(UserError, match="--layout flat"):
+        make_plan(config_of(dataset), grouped)
+
+
+def test_ahead_keeps_order_raises_and_stops():
+    def failing():
+        yield 1
+        raise ValueError("broken")
+
+    assert list(ahead(iter(range(100)), 3)) == list(range(100))
+    items = ahead(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
+    before = threading.active_count()
+    endless = ahead(itertools.count(), 2)
+    assert [next(endless), next(endless)] == [0, 1]
+    endless.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.ray
+def test_ray_reads_the_same_rows_as_this_process(dataset):
+    start_ray()
+    config = config_of(dataset, "data.shuffle_window=300")
+    plan = make_plan(config, open_dataset(dataset))
+    for ranks in (Ranks(), Ranks(1, 2)):
+        here = list(tables_in_process(plan, ranks, 5, 60))
+        there = list(tables_by_ray(plan, ranks, 5, 60))
+        assert len(here) == len(there) == 55
+        for one, other in zip(here, there, strict=True):
+            assert one.equals(other.cast(one.schema))

@@ -1,0 +1,179 @@
+import csv
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fr_core
+from fr_core.config import IResNetNet, MobileFaceNetNet
+from fr_core.data.crops import read_rgb
+from fr_core.errors import UserError
+from fr_core.nets.iresnet import BLOCKS, IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
+from fr_core.nets.open import build_net, open_net
+from fr_core.verify.pairs import cosines, read_pairs, score_pairs
+from tests.conftest import REAL_DATA, needs_real_data
+
+PARAMETERS = {  # METHODS §5, in millions at 112×112 and 512 dimensions
+    18: 24.026,
+    34: 34.139,
+    50: 43.591,
+    100: 65.156,
+    120: 76.97,
+    140: 87.01,
+    200: 118.83,
+    240: 137.23,
+    600: 306.49,
+    1200: 654.43,
+}
+
+
+@pytest.mark.parametrize("depth", PARAMETERS)
+def test_parameter_counts_of_the_block_tables(depth):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in IResNet(depth).parameters())
+    digits = 3 if depth <= 100 else 2
+    assert round(count / 1e6, digits) == PARAMETERS[depth]
+
+
+def test_state_dict_names_are_the_published_ones():
+    names = set(IResNet(18, width=8, input_size=32, embedding=16).state_dict())
+    assert {"conv1.weight", "bn1.running_mean", "prelu.weight", "fc.bias", "features.weight", "bn2.weight"} <= names
+    block = {n.removeprefix("layer3.0.") for n in names if n.startswith("layer3.0.")}
+    parameters = {n for n in block if not n.endswith("num_batches_tracked")}
+    norms = {f"bn{i}.{f}" for i in (1, 2, 3) for f in ("weight", "bias", "running_mean", "running_var")}
+    shortcut = {f"downsample.1.{f}" for f in ("weight", "bias", "running_mean", "running_var")}
+    assert parameters == norms | shortcut | {"conv1.weight", "conv2.weight", "prelu.weight", "downsample.0.weight"}
+    assert "layer3.1.downsample.0.weight" not in names
+
+
+@pytest.mark.parametrize("config", [IResNetNet(depth=10, width=8, input_size=48, embedding=24), MobileFaceNetNet(input_size=64)])
+def test_nets_map_images_to_embeddings(config):
+    net = build_net(config)
+    out = net(torch.randn(3, 3, config.input_size, config.input_size))
+    assert out.shape == (3, config.embedding)
+    assert not net.features.weight.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(2, 3, config.input_size, config.input_size)).dtype == torch.float32
+
+
+def test_initial_weights_follow_the_paper():
+    net = IResNet(18, width=32)
+    for name in ("layer1.0.conv1", "layer4.1.conv2", "layer2.0.downsample.0"):
+        weight = net.get_submodule(name).weight
+        assert abs(float(weight.detach().std()) - 0.1) < 0.005
+
+
+def mxnet_names(net):
+    """The published file's names for our state dict, written independently of the mapping's own tables."""
+    stages = {3: "23", 4: "34", 5: "45"}
+    fields = {
+        "conv.weight": "conv2d_weight",
+        "prelu.weight": "relu_gamma",
+        "bn.weight": "batchnorm_gamma",
+        "bn.bias": "batchnorm_beta",
+        "bn.running_mean": "batchnorm_moving_mean",
+        "bn.running_var": "batchnorm_moving_var",
+    }
+    parts = {"expand": "conv_sep", "depthwise": "conv_dw", "project": "conv_proj"}
+    names = {}
+    for name in net.state_dict():
+        if name.endswith("num_batches_tracked"):
+            continue
+        pieces = name.split(".")
+        field = fields.get(".".join(pieces[-2:]))
+        if pieces[0].startswith("stage"):
+            stage, i = int(pieces[0][5:]), int(pieces[1])
+            block = f"dconv_{stages[stage]}" if i == 0 else f"res_{stage}_block{i - 1}"
+            names[name] = f"{block}_{parts[pieces[2]]}_{field}"
+        elif pieces[0] in ("stem", "stem_depthwise", "expand", "pool"):
+            layer = {"stem": "conv_1", "stem_depthwise": "conv_2_dw", "expand": "conv_6sep", "pool": "conv_6dw7_7"}
+            names[name] = f"{layer[pieces[0]]}_{field}"
+    last = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
+    names |= {f"features.{ours}": f"fc1_{theirs}" for ours, theirs in last.items()}
+    return names | {"fc.weight": "fc1_weight", "fc.bias": "pre_fc1_bias"}
+
+
+def test_published_mobilefacenet_names_map_one_to_one():
+    net = MobileFaceNet()
+    names = mxnet_names(net)
+    state = {theirs: net.state_dict()[ours] for ours, theirs in names.items()}
+    mapped = from_mxnet(state)
+    assert set(mapped) == set(names)
+    assert all(torch.equal(mapped[name], net.state_dict()[name]) for name in mapped)
+    with pytest.raises(KeyError):
+        from_mxnet({"surprise": torch.zeros(1)})
+
+
+@pytest.fixture
+def weights(tmp_path):
+    net = IResNet(10, width=8, input_size=32, embedding=16).eval()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    return net, tmp_path / "net.safetensors"
+
+
+def test_bare_weights_open_with_the_net_named(weights):
+    net, path = weights
+    images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), np.uint8)
+    embeddings = fr_core.open_net(path, "iresnet10", torch.device("cpu")).embed(images, flip=False, batch=2)
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 127.5) / 127.5
+    expected = torch.nn.functional.normalize(net(x)).detach().numpy()
+    assert np.allclose(embeddings, expected, atol=1e-5)
+    flipped = fr_core.open_net(path, "iresnet10").embed(images)
+    assert np.allclose(flipped, fr_core.open_net(path, "iresnet10").embed(images[:, :, ::-1]), atol=1e-4)
+    larger = np.kron(images, np.ones((1, 2, 2, 1), np.uint8))
+    assert (fr_core.open_net(path, "iresnet10").embed(larger) * flipped).sum(1).min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(None, "need --net"), ("resnet50", "need --net"), ("iresnet18", "do not fit"), ("mobilefacenet", "are not those"), ("iresnetX", "are not those")],
+)
+def test_wrong_net_names_are_explained(weights, name, message):
+    with pytest.raises(UserError, match=message):
+        open_net(weights[1], name)
+
+
+def test_what_is_no_net_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such run"):
+        open_net(tmp_path / "absent")
+    with pytest.raises(UserError, match="no checkpoint there"):
+        open_net(tmp_path)
+    hostile = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(1)}, hostile)
+    with pytest.raises(UserError, match="not readable as safetensors"):
+        open_net(hostile, "iresnet50")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match="not readable as safetensors"):
+        open_net(tmp_path / "cut.safetensors", "iresnet50")
+
+
+def test_embed_refuses_other_shapes(weights):
+    recogniser = open_net(weights[1], "iresnet10")
+    for bad in (np.zeros((32, 32, 3), np.uint8), np.zeros((1, 3, 32, 32), np.uint8), np.zeros((1, 32, 32, 3))):
+        with pytest.raises(ValueError, match="uint8"):
+            recogniser.embed(bad)
+    assert recogniser.embed(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 16)
+
+
+@needs_real_data
+def test_the_published_teacher_recognises_faces():
+    """Two of the ten folds of the real pairs: 96.6 ± 0.4 % on all ten."""
+    pairs = read_pairs(REAL_DATA / "faces" / "dev_pairs.csv")
+    some = np.isin(pairs.fold, (0, 1))
+    wanted = {pairs.paths[i] for i in np.concatenate([pairs.left[some], pairs.right[some]])}
+    images = np.zeros((len(pairs.paths), 112, 112, 3), np.uint8)
+    with tarfile.open(REAL_DATA / "faces" / "dev.tar") as tar:
+        for member in tar:
+            if member.name in wanted:
+                images[pairs.paths.index(member.name)] = read_rgb(tar.extractfile(member).read())
+    usable = np.array([path in wanted for path in pairs.paths])
+    recogniser = open_net(REAL_DATA / "teacher" / "mobilefacenet_y1.safetensors", "mobilefacenet")
+    embeddings = np.zeros((len(images), 128), np.float32)
+    embeddings[usable] = recogniser.embed(images[usable])
+    kept = pairs.keep(usable)
+    with open(REAL_DATA / "faces" / "dev_pairs.csv") as file:
+        assert len(kept.same) == sum(row["fold"] in "01" for row in csv.DictReader(file))
+    assert score_pairs(cosines(embeddings, kept), kept).accuracy > 0.955

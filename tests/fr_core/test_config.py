@@ -1,0 +1,89 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+from fr_core.config import Config, field_paths, lanes, load_config, parse_config, recipes, total_steps
+from fr_core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipes_load_and_say_what_they_need(recipe):
+    load_config(recipe)
+    header = (ROOT / "pipelines" / "recipes" / f"{recipe}.toml").read_text().split("\n[")[0]
+    for word in ("command", "hardware", "time", "expect"):
+        assert f"#   {word}" in header
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    config = load_config("debug_bigface", ["optim.lr=0.5", "data.path=a/b", "data.augment.flip=0", "schedule.kind=constant"])
+    assert (config.optim.lr, config.data.path, config.data.augment.flip) == (0.5, "a/b", 0.0)
+    assert config.schedule.kind == "constant"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.momentun=0.9", "did you mean optim.momentum?"),
+        ("trian.epochs=3", "trian: unknown key, did you mean train?"),
+        ("optim.lr=-1", "optim.lr: Input should be greater than 0"),
+        ("optim.lr=nan", "optim.lr"),
+        ("net.width=wide", "net.width: Input should be a valid integer"),
+        ("net.depth=51", "net.depth"),
+        ("optim.lr.x=1", "optim.lr is a value, not a section"),
+        ("optim.lr", "not of the form key.path=value"),
+        ("train.accumulate=3", "does not divide train.global_batch"),
+        ("verify.pairs=p.csv", "verify.pairs needs verify.images"),
+    ],
+)
+def test_bad_overrides_name_the_key_and_the_mend(override, message):
+    with pytest.raises(UserError, match="(?s)" + message.replace("?", r"\?").replace(".", r"\.")) as caught:
+        load_config("debug_bigface", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_knob_of_another_kind_cannot_be_written():
+    with pytest.raises(UserError, match=r"schedule\.power: unknown key"):
+        parse_config({"schedule": {"kind": "cosine", "power": 2.0}}, "test")
+    with pytest.raises(UserError, match=r"net\.depth: unknown key"):
+        parse_config({"net": {"kind": "mobilefacenet", "depth": 18}}, "test")
+
+
+def test_unknown_recipe_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'bigface_small'"):
+        load_config("bigface_smal")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[net\n")
+    with pytest.raises(UserError, match="not TOML"):
+        load_config(broken)
+
+
+def test_lanes_are_the_largest_divisor_up_to_64():
+    batch = lambda n: parse_config({"train": {"global_batch": n}}, "test")  # noqa: E731
+    assert [lanes(batch(n)) for n in (384, 128, 96, 100, 7, 67)] == [64, 64, 48, 50, 7, 1]
+
+
+def test_total_steps():
+    config = parse_config({"train": {"epochs": 3, "max_steps": 20}}, "test")
+    assert [total_steps(config, per_epoch) for per_epoch in (5, 10)] == [15, 20]
+
+
+def test_no_dead_knobs():
+    """Each field is read as an attribute somewhere outside its declaration."""
+    read = set()
+    for path in [*ROOT.glob("fr_core/**/*.py"), *ROOT.glob("pipelines/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)  # model_dump(include={"lr", …})
+    sections = {"kind"}
+    dead = [path for path in field_paths(Config) if path.split(".")[-1] not in read | sections]
+    assert dead == []
+
+
+def test_config_survives_json():
+    config = load_config("debug_bigface", ["schedule.kind=multistep", "schedule.milestones=[1, 2.5]"])
+    assert Config.model_validate_json(config.model_dump_json()) == config
