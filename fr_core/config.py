@@ -54,7 +54,8 @@ class IResNetNet(Section):
     kind: Literal["iresnet"] = "iresnet"
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
     width: Annotated[int, Field(ge=4)] = 64  # channels of the first stage; the next ones double
-    input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112  # pixels
+    stem_stride: Literal[1, 2] = 1  # 2: a quarter of the work per image, for small machines
+    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112  # pixels
     embedding: Annotated[int, Field(ge=2)] = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the last linear layer
 
@@ -144,7 +145,8 @@ class Train(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None  # stop early, with the schedule shortened to fit
     global_batch: Annotated[int, Field(ge=2)] = 128
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the backbone; weights stay float32
+    # Of the backbone; weights stay float32. auto: bfloat16 where the processor has it, else float32.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # averages the weights; the average is what is verified and used
     max_bad_steps: Annotated[int, Field(ge=1)] = 10  # non-finite steps in a row before the run stops
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
@@ -244,6 +246,14 @@ def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             if isinstance(member, type) and issubclass(member, Section):
                 paths += field_paths(member, f"{prefix}{name}.")
     return list(dict.fromkeys(paths))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    names: dict[str, Any] = {}
+    for name, value in tree.items():
+        names |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return names
 
 
 def recipes() -> list[str]:

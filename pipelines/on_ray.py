@@ -75,14 +75,14 @@ def train_worker(launch: dict[str, Any]) -> Any:
 
     from fr_core.data.stream import tables_by_ray
     from fr_core.ranks import Ranks
-    from fr_core.train.loop import train_loop, use_threads
+    from fr_core.train.loop import train_loop, use_processor
 
     out, ranks = Path(launch["out"]), Ranks.current()
     mistake = out / "mistake.json"
     if mistake.is_file():  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
-    use_threads((os.cpu_count() or 1) // context.get_local_world_size())
+    use_processor((os.cpu_count() or 1) // context.get_local_world_size())
     try:
         config = parse_config(launch["config"], "launch")
         return train_loop(config, out, ranks, tables_by_ray, ray.train.report)

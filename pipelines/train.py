@@ -35,7 +35,7 @@ def train(
     """
     from fr_core.data.stream import tables_in_process
     from fr_core.train.checkpoint import checkpoints
-    from fr_core.train.loop import clear_run, train_loop, use_threads
+    from fr_core.train.loop import clear_run, train_loop, use_processor
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
@@ -65,7 +65,7 @@ def train(
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     with progress_line(out, total_steps(config, plan.steps_per_epoch)):
         if in_process:
-            use_threads(os.cpu_count() or 1)
+            use_processor(os.cpu_count() or 1)
             return train_loop(config, out, Ranks(), tables_in_process, lambda metrics: None)
         from pipelines.on_ray import train_on_ray
 

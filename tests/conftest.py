@@ -17,7 +17,9 @@ from fr_core.data.schema import SCHEMA_VERSION, Manifest, flat_table, write_mani
 from fr_core.ranks import Ranks
 
 REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_real_data = pytest.mark.skipif(not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine")
+needs_real_data = pytest.mark.skipif(
+    not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine"
+)
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -38,7 +40,9 @@ def _rank(rank: int, size: int, function: Callable[..., Any], args: tuple[Any, .
     dist.destroy_process_group()
 
 
-def write_dataset(root: Path, images: int, identities: int, size: int = 32, per_shard: int = 500, seed: int = 0) -> Path:
+def write_dataset(
+    root: Path, images: int, identities: int, size: int = 32, per_shard: int = 500, seed: int = 0
+) -> Path:
     """Flat shards of noisy images whose colours tell the identity."""
     random = np.random.default_rng(seed)
     colours = random.integers(40, 215, (identities, 2, 2, 3))

@@ -21,7 +21,7 @@ BLOCKS = {  # depth -> residual blocks of the four stages
     1200: (3, 80, 512, 3),
 }
 BN_EPS = 1e-5
-STRIDES = 16  # input pixels per pixel of the last feature map
+STAGE_STRIDES = 16  # pixels after the stem per pixel of the last feature map
 
 
 class IResBlock(nn.Module):
@@ -59,17 +59,24 @@ class IResNet(nn.Module):
     Args:
         depth: a key of :data:`BLOCKS`.
         width: channels of the first stage; each stage doubles them.
+        stem_stride: 1 as published; 2 halves every map.
         input_size: side of the square input, pixels; a multiple of 16.
     """
 
     input_std = 127.5  # x = (pixel − 127.5) / input_std
 
     def __init__(
-        self, depth: int = 50, width: int = 64, input_size: int = 112, embedding: int = 512, dropout: float = 0.0
+        self,
+        depth: int = 50,
+        width: int = 64,
+        stem_stride: int = 1,
+        input_size: int = 112,
+        embedding: int = 512,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.input_size, self.embedding = input_size, embedding
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=BN_EPS)
         self.prelu = nn.PReLU(width)
         one, two, three, four = BLOCKS[depth]
@@ -80,7 +87,8 @@ class IResNet(nn.Module):
         channels = 8 * width
         self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(channels * (input_size // STRIDES) ** 2, embedding)
+        side = -(-input_size // (STAGE_STRIDES * stem_stride))  # each halving rounds up
+        self.fc = nn.Linear(channels * side**2, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=BN_EPS)
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter

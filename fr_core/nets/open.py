@@ -29,7 +29,7 @@ def build_net(config: Net) -> Backbone:
     """An untrained backbone."""
     match config:
         case IResNetNet():
-            return IResNet(config.depth, config.width, config.input_size, config.embedding, config.dropout)
+            return IResNet(**config.model_dump(exclude={"kind"}))
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding)
 
@@ -174,9 +174,8 @@ def _open_bare(path: Path, net: str | None) -> Backbone:
             width = state["conv1.weight"].shape[0]
             embedding, inputs = state["fc.weight"].shape
             side = round((inputs / (8 * width)) ** 0.5)
-            config = TypeAdapter(IResNetNet).validate_python(
-                {"depth": int(name[7:]), "width": width, "input_size": 16 * side, "embedding": embedding}
-            )
+            facts = {"depth": int(name[7:]), "width": width, "input_size": 16 * side, "embedding": embedding}
+            config = IResNetNet.model_validate(facts)
         else:
             raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
     except (KeyError, ValueError, ValidationError):

@@ -43,6 +43,12 @@ def bigface_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) 
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The backbone's precision."""
+    """The backbone's precision; ``auto`` is bfloat16 where the processor multiplies it natively.
+
+    Without such instructions a CPU emulates it: IR-10 at width 16 and 64×64 trained 17 images/s instead of 160.
+    """
     precision = config.train.precision
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        precision = "bfloat16" if native else "float32"
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fr_core.config import Config, lanes
+from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256, write_text_atomically
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
@@ -151,17 +151,18 @@ def _is_whole(path: Path) -> bool:
 
 def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: Path) -> None:
     now, then = config.model_dump(mode="json"), summary["config"]
-    facts = {
+    facts: dict[str, tuple[Any, Any]] = {
         "seed": (config.seed, then["seed"]),
-        "net": (now["net"], then["net"]),
-        "method": (now["method"], then["method"]),
         "train.global_batch": (config.train.global_batch, then["train"]["global_batch"]),
-        "train.ema": (config.train.ema > 0, then["train"]["ema"] > 0),
+        "train.ema on": (config.train.ema > 0, then["train"]["ema"] > 0),
         "data.lanes": (lanes(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, then["data"]["shuffle_window"]),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
     }
+    for section in ("net", "method"):
+        new, old = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
+        facts |= {name: (new.get(name), old.get(name)) for name in new | old}
     for name, (ours, theirs) in facts.items():
         if ours != theirs:
             raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another --out")

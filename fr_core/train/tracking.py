@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fr_core.config import Config
+from fr_core.config import Config, flat
 from fr_core.data.schema import write_text_atomically
 from fr_core.data.stream import Batch
 from fr_core.verify.report import contact_sheet
@@ -111,7 +111,7 @@ class Tracker:
             identity = experiment.experiment_id
         if run_id is None:
             self.run_id = self.client.create_run(identity, run_name=self.out.name).info.run_id
-            params = [Param(name, str(value)) for name, value in _flat(self.config.model_dump(mode="json")).items()]
+            params = [Param(name, str(value)) for name, value in flat(self.config.model_dump(mode="json")).items()]
             self.client.log_batch(self.run_id, params=params)
         else:
             self.run_id = run_id
@@ -152,10 +152,3 @@ def _saved_run_id(out: Path) -> str | None:
         return json.loads((out / "run.json").read_text())["run_id"]
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

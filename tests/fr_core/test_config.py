@@ -18,7 +18,9 @@ def test_recipes_load_and_say_what_they_need(recipe):
 
 
 def test_overrides_take_toml_values_and_bare_words():
-    config = load_config("debug_bigface", ["optim.lr=0.5", "data.path=a/b", "data.augment.flip=0", "schedule.kind=constant"])
+    config = load_config(
+        "debug_bigface", ["optim.lr=0.5", "data.path=a/b", "data.augment.flip=0", "schedule.kind=constant"]
+    )
     assert (config.optim.lr, config.data.path, config.data.augment.flip) == (0.5, "a/b", 0.0)
     assert config.schedule.kind == "constant"
 

@@ -50,7 +50,16 @@ def test_an_image_depends_on_seed_epoch_and_id_only(faces):
 
 @pytest.mark.parametrize(
     "knob",
-    [{"shift": 0.1}, {"scale": 0.2}, {"rotate": 15}, {"light": 0.3}, {"colour": 0.3}, {"grey": 1}, {"blur": 1}, {"erase": 1}],
+    [
+        {"shift": 0.1},
+        {"scale": 0.2},
+        {"rotate": 15},
+        {"light": 0.3},
+        {"colour": 0.3},
+        {"grey": 1},
+        {"blur": 1},
+        {"erase": 1},
+    ],
 )
 def test_each_knob_changes_images_and_keeps_them_faces(faces, knob):
     plain, changed = batch(faces, OFF), batch(faces, OFF.model_copy(update=knob))

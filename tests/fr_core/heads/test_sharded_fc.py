@@ -14,7 +14,9 @@ N, D, G = 11, 8, 6  # 11 rows divide by neither 2 nor 3
 ARC = BigFace(margin=Margin(scale=16, m2=0.5, m3=0))
 METHODS = {
     "exact": ARC,
-    "straight_through": ARC.model_copy(update={"margin": ARC.margin.model_copy(update={"gradient": "straight_through"})}),
+    "straight_through": ARC.model_copy(
+        update={"margin": ARC.margin.model_copy(update={"gradient": "straight_through"})}
+    ),
     "cosface": BigFace(margin=Margin(scale=16, m3=0.4)),
     "combined": BigFace(margin=Margin(scale=16, m1=1.1, m2=0.2, m3=0.1)),
     "filter": BigFace(margin=Margin(scale=16, m3=0.4), drop_negatives_above=0.3),
@@ -71,7 +73,9 @@ def test_loss_and_gradients_equal_the_whole_matrix_in_float64(cases, method, lab
         assert float(result["loss"]) == pytest.approx(float(loss), abs=1e-5)
     assert torch.allclose(torch.cat([r["x"] for r in results]).double(), x_grad, atol=1e-5)
     assert torch.allclose(torch.cat([r["weight"] for r in results]).double(), weight_grad, atol=2e-4, rtol=1e-4)
-    assert [r["rows"][1] - r["rows"][0] for r in results] == [len(part) for part in torch.arange(N).tensor_split(len(results))]
+    assert [r["rows"][1] - r["rows"][0] for r in results] == [
+        len(part) for part in torch.arange(N).tensor_split(len(results))
+    ]
 
 
 def test_initial_rows_do_not_depend_on_the_split():

@@ -10,7 +10,7 @@ import fr_core
 from fr_core.config import IResNetNet, MobileFaceNetNet
 from fr_core.data.crops import read_rgb
 from fr_core.errors import UserError
-from fr_core.nets.iresnet import BLOCKS, IResNet
+from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
 from fr_core.nets.open import build_net, open_net
 from fr_core.verify.pairs import cosines, read_pairs, score_pairs
@@ -49,7 +49,14 @@ def test_state_dict_names_are_the_published_ones():
     assert "layer3.1.downsample.0.weight" not in names
 
 
-@pytest.mark.parametrize("config", [IResNetNet(depth=10, width=8, input_size=48, embedding=24), MobileFaceNetNet(input_size=64)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        IResNetNet(depth=10, width=8, input_size=48, embedding=24),
+        IResNetNet(depth=10, width=8, stem_stride=2, input_size=112),
+        MobileFaceNetNet(input_size=64),
+    ],
+)
 def test_nets_map_images_to_embeddings(config):
     net = build_net(config)
     out = net(torch.randn(3, 3, config.input_size, config.input_size))
@@ -129,7 +136,13 @@ def test_bare_weights_open_with_the_net_named(weights):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(None, "need --net"), ("resnet50", "need --net"), ("iresnet18", "do not fit"), ("mobilefacenet", "are not those"), ("iresnetX", "are not those")],
+    [
+        (None, "need --net"),
+        ("resnet50", "need --net"),
+        ("iresnet18", "do not fit"),
+        ("mobilefacenet", "are not those"),
+        ("iresnetX", "are not those"),
+    ],
 )
 def test_wrong_net_names_are_explained(weights, name, message):
     with pytest.raises(UserError, match=message):

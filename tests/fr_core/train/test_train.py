@@ -1,0 +1,381 @@
+"""The loop, its state and its checkpoints, without Ray."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fr_core.train.loop as loop
+from fr_core.config import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import batches, make_plan, tables_in_process
+from fr_core.errors import UserError
+from fr_core.nets.open import open_net
+from fr_core.ranks import Ranks
+from fr_core.train.bigface import bigface_step
+from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fr_core.train.state import initial_state
+from fr_core.train.tracking import read_metrics
+from fr_core.train.warm_start import prototypes
+from tests.conftest import run_ranks
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def config_of(dataset, *overrides):
+    base = [f"data.path={dataset}", "tracking.uri=off", "data.lanes=8"]
+    return load_config("debug_bigface", [*base, *overrides])
+
+
+def run(config, out, ranks=None):
+    torch.set_num_threads(1)
+    return loop.train_loop(config, Path(out), ranks or Ranks(), tables_in_process, lambda metrics: None)
+
+
+def losses(out):
+    return [row["loss"] for row in read_metrics(Path(out))]
+
+
+def last_weights(out):
+    """The whole model of a run's newest checkpoint, the class matrix put together again."""
+    folder = checkpoints(Path(out))[-1]
+    head = torch.cat([load_file(path)["weight"] for path in sorted(folder.glob("head_*"))])
+    return load_file(folder / "backbone.safetensors") | {"head": head}
+
+
+def rank_run(ranks, config, out):
+    run(config, out, ranks)
+
+
+# Equality of ranks and micro-batches
+
+
+def smooth_run(ranks, config, out):
+    """A run without PReLU's kink, across which rounding would flip a whole slope and be amplified from step to step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn, "PReLU", lambda channels: torch.nn.SiLU())
+        run(config, out, ranks)
+
+
+def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
+    """20 steps: both see the same halves, so batch statistics agree."""
+    smooth_run(Ranks(), config_of(dataset, "train.accumulate=2", "net.dropout=0.2"), tmp_path / "one")
+    run_ranks(2, smooth_run, config_of(dataset, "net.dropout=0.2"), tmp_path / "two")
+    assert len(losses(tmp_path / "one")) == 20
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
+    ours, theirs = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    assert torch.allclose(ours["head"], theirs["head"], atol=1e-4)
+    assert torch.allclose(ours["fc.weight"], theirs["fc.weight"], atol=1e-4)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_accumulation_equals_the_big_batch_where_batch_norm_is_fixed(dataset, sample_rate):
+    results = []
+    for micro in (1, 4):
+        config = config_of(dataset, f"train.accumulate={micro}", f"method.sample_rate={sample_rate}")
+        state, stream = state_and_batches(config)
+        state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
+        trail = [bigface_step(config, state, next(stream), Ranks())["loss"] for _ in range(5)]
+        results.append((trail, state.head.weight.detach(), state.backbone.fc.weight.detach()))
+    (trail, head, fc), (other_trail, other_head, other_fc) = results
+    assert np.allclose(trail, other_trail, atol=1e-4)
+    assert torch.allclose(head, other_head, atol=1e-5)
+    assert torch.allclose(fc, other_fc, atol=1e-5)
+
+
+def state_and_batches(config, ranks=None):
+    ranks = ranks or Ranks()
+    plan = make_plan(config, open_dataset(config.data.path))
+    state = initial_state(config, plan, ranks, torch.device("cpu"))
+    return state, batches(config, plan, ranks, 0, state.total_steps, tables_in_process)
+
+
+@pytest.mark.parametrize("name", ["arcface", "cosface", "partial"])
+def test_golden_curves(dataset, tmp_path, name):
+    """The stored 20-step losses: a refactoring keeps them, a numerical change renews them on purpose."""
+    overrides = {
+        "arcface": ["method.margin={ scale = 16.0, m2 = 0.3, m3 = 0.0 }"],
+        "cosface": [],
+        "partial": [
+            "method.sample_rate=0.5",
+            "method.margin={ scale = 16.0, m3 = 0.2, gradient = 'straight_through' }",
+        ],
+    }[name]
+    run(config_of(dataset, *overrides), tmp_path)
+    stored = json.loads((GOLDEN / "losses_20_steps.json").read_text())[name]
+    assert np.allclose(losses(tmp_path), stored, rtol=2e-3)
+
+
+# Resuming
+
+
+def interrupted(config, out, at, monkeypatch, ranks=None):
+    """Runs until just after step ``at``, then dies without saving."""
+
+    def dying(config, state, batch, ranks):
+        if state.step == at:
+            raise KeyboardInterrupt
+        return bigface_step(config, state, batch, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "bigface_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, out, ranks)
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["method.sample_rate=0.5", "net.dropout=0.3"], ["train.ema=0.9", "data.augment.erase=0.5"]]
+)
+def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
+    config = config_of(dataset, "train.save_every=7", *extra)
+    run(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "resumed", 11, monkeypatch)
+    assert [path.name for path in checkpoints(tmp_path / "resumed")] == ["step_00000007"]
+    run(config, tmp_path / "resumed")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
+    ours, theirs = last_weights(tmp_path / "whole"), last_weights(tmp_path / "resumed")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rank_losses(ranks, config, out):
+    """Steps on from the newest checkpoint without batch norm's memory of ranks; the losses."""
+    run(config, out, ranks)
+    return losses(out)
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path):
+    """The uninterrupted run of two is the yardstick; batch statistics differ with the ranks, so it is met nearly."""
+    common = ["train.global_batch=48", "data.lanes=12"]
+    first = config_of(dataset, *common, "train.save_every=10")
+    run_ranks(2, rank_run, first, tmp_path / "whole")
+    start = tmp_path / "whole" / "checkpoints" / "step_00000010"
+    yardstick = losses(tmp_path / "whole")[10:]
+    for size in (1, 3):
+        out = tmp_path / f"on{size}"
+        shutil.copytree(start, out / "checkpoints" / start.name)
+        run_ranks(size, rank_run, first, out)
+        assert len(losses(out)) == 10
+        assert np.abs(np.array(losses(out)) - yardstick).mean() < 0.5
+        assert np.mean(losses(out)) < np.mean(losses(tmp_path / "whole")[:3])
+        assert last_weights(out)["head"].shape == (40, 32)
+
+
+def restored_rows(ranks, config, folder):
+    state, _ = state_and_batches(config, ranks)
+    load_checkpoint(config, state, folder, ranks)
+    return state.head.weight.detach(), state.optimizers["head"].state[state.head.weight]["momentum_buffer"]
+
+
+def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(dataset, tmp_path):
+    config = config_of(dataset, "train.global_batch=48", "data.lanes=12", "train.max_steps=3")
+    run_ranks(2, rank_run, config, tmp_path)
+    folder = checkpoints(tmp_path)[-1]
+    whole = [torch.cat(parts) for parts in zip(*run_ranks(1, restored_rows, config, folder), strict=True)]
+    shared = [torch.cat(parts) for parts in zip(*run_ranks(3, restored_rows, config, folder), strict=True)]
+    assert whole[0].shape == (40, 32)
+    assert all(torch.equal(a, b) for a, b in zip(whole, shared, strict=True))
+    assert whole[1].abs().sum() > 0
+
+
+def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=2"), tmp_path)
+    for change in ("net.width=16", "seed=1", "method.margin.scale=8.0", "train.global_batch=40", "train.ema=0.5"):
+        with pytest.raises(UserError, match=change.split("=")[0].replace("train.ema", "train.ema on") + " differs"):
+            run(config_of(dataset, change), tmp_path)
+    run(config_of(dataset, "train.max_steps=4", "optim.lr=0.01"), tmp_path)
+    assert checkpoints(tmp_path)[-1].name == "step_00000004"
+
+
+# Checkpoints
+
+
+def test_only_whole_checkpoints_count_and_only_the_newest_stay(dataset, tmp_path):
+    run(config_of(dataset, "train.save_every=4", "train.keep=2"), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000016", "step_00000020"]
+    newest = tmp_path / "checkpoints" / "step_00000020"
+    cut = newest / "head_00000.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000016"]
+    (tmp_path / "checkpoints" / "step_00000030").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000016"]
+
+
+def test_flipped_bytes_are_named(dataset, tmp_path):
+    config = config_of(dataset, "train.max_steps=2")
+    run(config, tmp_path)
+    path = checkpoints(tmp_path)[-1] / "backbone.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"backbone\.safetensors: wrong checksum"):
+        run(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})}), tmp_path)
+
+
+def test_an_unwritable_run_folder_is_a_mistake_of_the_user(dataset, tmp_path):
+    config = config_of(dataset)
+    state, _ = state_and_batches(config)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write checkpoint"):
+        save_checkpoint(config, state, tmp_path / "file", Ranks())
+
+
+def test_a_run_opens_as_a_net(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=3", "train.ema=0.5"), tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    by_run = open_net(tmp_path).embed(images)
+    by_checkpoint = open_net(checkpoints(tmp_path)[-1]).embed(images)
+    bare = open_net(checkpoints(tmp_path)[-1] / "backbone.safetensors", "iresnet10").embed(images)
+    assert np.array_equal(by_run, by_checkpoint)
+    assert np.array_equal(by_run, bare)
+    assert np.allclose(np.linalg.norm(by_run, axis=1), 1, atol=1e-5)
+
+
+# Numbers that are not finite
+
+
+def poison(monkeypatch, steps):
+    """Makes the images of some steps NaN, through the whole net and its batch norm."""
+    original = bigface_step
+    import fr_core.train.bigface as method
+
+    def step(config, state, batch, ranks):
+        with pytest.MonkeyPatch.context() as patch:
+            if state.step in steps:
+                patch.setattr(method, "normalised", lambda images, std: torch.full((len(images), 3, 32, 32), torch.nan))
+            return original(config, state, batch, ranks)
+
+    monkeypatch.setattr(loop, "bigface_step", step)
+
+
+def test_a_single_bad_step_leaves_no_trace(dataset, tmp_path, monkeypatch):
+    config = config_of(dataset)
+    state, stream = state_and_batches(config)
+    bigface_step(config, state, next(stream), Ranks())
+    before = {name: value.clone() for name, value in state.backbone.state_dict().items()}
+    head = state.head.weight.detach().clone()
+    batch = next(stream)
+    with torch.no_grad():
+        original = state.backbone.conv1.weight.clone()
+        state.backbone.conv1.weight.fill_(torch.inf)
+    metrics = bigface_step(config, state, batch, Ranks())
+    with torch.no_grad():
+        state.backbone.conv1.weight.copy_(original)
+    assert not np.isfinite(metrics["loss"])
+    assert (state.bad_steps, state.step) == (1, 2)
+    after = state.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(state.head.weight, head)
+    bigface_step(config, state, next(stream), Ranks())
+    assert state.bad_steps == 0
+
+
+def test_a_streak_of_bad_steps_stops_and_names_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
+    poison(monkeypatch, range(12, 100))
+    with pytest.raises(
+        UserError, match=r"not finite for 4 steps up to step 16: the last good checkpoint is .*step_00000010"
+    ):
+        run(config_of(dataset, "train.max_bad_steps=4"), tmp_path)
+    weights = last_weights(tmp_path)
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+
+
+def test_a_short_streak_is_survived(dataset, tmp_path, monkeypatch):
+    poison(monkeypatch, {5, 6, 13})
+    figures = run(config_of(dataset, "train.max_bad_steps=3"), tmp_path)
+    assert figures["steps"] == 20
+    assert sum(not np.isfinite(loss) for loss in losses(tmp_path)) == 3
+
+
+def test_float16_scales_its_loss_and_recovers_from_overflow(dataset):
+    config = config_of(dataset, "train.precision=float16")
+    state, stream = state_and_batches(config)
+    state.loss_scale = 2.0**40
+    for _ in range(12):
+        bigface_step(config, state, next(stream), Ranks())
+    assert state.loss_scale < 2.0**40
+    plain = config_of(dataset)
+    other, stream = state_and_batches(plain)
+    state, again = state_and_batches(config)
+    state.loss_scale = 2.0**6
+    pairs = [
+        (bigface_step(config, state, a, Ranks()), bigface_step(plain, other, b, Ranks()))
+        for a, b, _ in zip(again, stream, range(3), strict=False)
+    ]
+    assert np.allclose([a["loss"] for a, _ in pairs], [b["loss"] for _, b in pairs], rtol=0.02)
+    assert np.allclose([a["grad_norm"] for a, _ in pairs], [b["grad_norm"] for _, b in pairs], rtol=0.1)
+
+
+def test_clipping_bounds_the_update(dataset):
+    for knob in ("optim.clip=0.001", "method.clip_head=0.001"):
+        config = config_of(dataset, knob, "optim.momentum=0", "optim.weight_decay=0", "optim.lr=1.0")
+        state, stream = state_and_batches(config)
+        part = state.backbone if "optim.clip" in knob else state.head
+        before = [p.detach().clone() for p in part.parameters()]
+        bigface_step(config, state, next(stream), Ranks())
+        moved = torch.cat([(p.detach() - b).ravel() for p, b in zip(part.parameters(), before, strict=True)])
+        assert float(moved.norm()) == pytest.approx(0.001, rel=1e-2)
+
+
+# Warm starts and averages
+
+
+def test_the_moving_average_is_what_is_saved(dataset, tmp_path):
+    config = config_of(dataset, "train.ema=0.9", "train.max_steps=5")
+    state, stream = state_and_batches(config)
+    expected = {name: p.detach().clone() for name, p in state.backbone.named_parameters()}
+    for step, batch in enumerate(stream):
+        bigface_step(config, state, batch, Ranks())
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, p in state.backbone.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+    saved = load_file(save_checkpoint(config, state, tmp_path, Ranks()) / "backbone.safetensors")
+    assert all(torch.allclose(saved[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=3"), tmp_path / "first")
+    weights = last_weights(tmp_path / "first")
+    bare = tmp_path / "bare.safetensors"
+    save_file({name: value for name, value in weights.items() if name != "head"}, bare)
+    for source in (tmp_path / "first", bare):
+        config = config_of(dataset, f"init.backbone={source}", "seed=5")
+        state = loop.resume_or_init(config, tmp_path / "none", Ranks(), tables_in_process)
+        assert torch.equal(state.backbone.fc.weight, weights["fc.weight"])
+        assert not torch.equal(state.head.weight, weights["head"])
+    with pytest.raises(UserError, match=r"init\.backbone: .* holds another net"):
+        loop.resume_or_init(
+            config_of(dataset, f"init.backbone={bare}", "net.width=16"), tmp_path / "none", Ranks(), tables_in_process
+        )
+
+
+def prototype_rows(ranks, config):
+    state, _ = state_and_batches(config, ranks)
+    stream = batches(config, state.plan, ranks, 0, state.plan.steps_per_epoch, tables_in_process)
+    prototypes(config, state, stream, ranks)
+    return state.head.weight.detach()
+
+
+def test_prototypes_are_mean_embeddings_whatever_the_ranks(dataset):
+    config = config_of(dataset, "data.augment.flip=0", "train.precision=float32")
+    state, _ = state_and_batches(config)
+    sums = torch.zeros(40, 32)
+    state.backbone.eval()
+    for batch in batches(config, state.plan, Ranks(), 0, state.plan.steps_per_epoch, tables_in_process):
+        x = (batch.images_BHWC.permute(0, 3, 1, 2).float() - 127.5) / 127.5
+        with torch.no_grad():
+            sums.index_add_(0, batch.labels_B, torch.nn.functional.normalize(state.backbone(x)))
+    expected = 0.01 * 32**0.5 * torch.nn.functional.normalize(sums)
+    for size in (1, 2):
+        assert torch.allclose(torch.cat(run_ranks(size, prototype_rows, config)), expected, atol=1e-4)
+
+
+def test_finetuning_from_prototypes_starts_ahead(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=90", "train.epochs=3"), tmp_path / "first")
+    warm = ["init.backbone=" + str(tmp_path / "first"), "optim.lr=0.001", "train.max_steps=2"]
+    run(config_of(dataset, *warm), tmp_path / "random")
+    run(config_of(dataset, *warm, "init.head=prototypes"), tmp_path / "prototypes")
+    assert losses(tmp_path / "prototypes")[0] < losses(tmp_path / "random")[0] - 1

@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fr_core.errors import UserError
+from fr_core.verify.baselines import colour_histogram, raw_pixels
+from fr_core.verify.pairs import (
+    Pairs,
+    best_threshold,
+    make_pairs,
+    read_images,
+    read_pairs,
+    roc,
+    score_pairs,
+    tar_at_far,
+    verify_embeddings,
+)
+
+SCORES = st.lists(st.integers(-5, 5).map(lambda n: n / 5), min_size=2, max_size=40)
+
+
+def pairs_of(same, fold):
+    index = np.arange(len(same))
+    return Pairs([str(i) for i in index], index, index, np.array(same, bool), np.array(fold))
+
+
+@given(st.data())
+def test_best_threshold_and_roc_equal_brute_force_with_ties(data):
+    scores = np.array(data.draw(SCORES))
+    same = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    cuts = np.concatenate([np.unique(scores), [np.inf]])
+    best = max(((scores >= cut) == same).mean() for cut in cuts)
+    assert ((scores >= best_threshold(scores, same)) == same).mean() == best
+    far, tar, thresholds = roc(scores, same)
+    assert thresholds.tolist() == sorted(set(scores.tolist()), reverse=True)
+    for f, t, cut in zip(far, tar, thresholds, strict=True):
+        assert f == pytest.approx((scores[~same] >= cut).mean() if (~same).any() else 0)
+        assert t == pytest.approx((scores[same] >= cut).mean() if same.any() else 0)
+    for limit in (0.0, 0.1, 0.5):
+        allowed = [t for f, t in zip(far, tar, strict=True) if f <= limit]
+        assert tar_at_far(scores, same, limit) == pytest.approx(max(allowed, default=0))
+
+
+def test_each_fold_is_judged_at_the_threshold_of_the_others():
+    """Fold 0 lies .5 higher: the others' threshold, 0.25, calls all of its pairs the same."""
+    same = [True, True, False, False] * 3
+    scores = np.array([1.0, 1.0, 0.5, 0.5] + [0.5, 0.5, 0.0, 0.0] * 2)
+    result = score_pairs(scores, pairs_of(same, [0] * 4 + [1] * 4 + [2] * 4))
+    assert result.accuracy == pytest.approx((0.5 + 1 + 1) / 3)
+    assert result.accuracy_std == pytest.approx(np.std([0.5, 1, 1]))
+    assert result.tar_at_far == {}
+
+
+def test_tar_is_given_only_for_rates_that_the_impostors_resolve():
+    random = np.random.default_rng(0)
+    same = np.arange(400) < 200
+    result = score_pairs(random.random(400) + same, pairs_of(same, np.arange(400) % 10))
+    assert list(result.tar_at_far) == [1e-1, 1e-2]
+    assert result.tar_at_far[1e-2] == 1.0
+    assert result.pairs == 400
+
+
+@pytest.mark.parametrize(
+    ("scores", "same", "fold", "message"),
+    [
+        ([1, 2, 3], [1, 1, 1], [0, 1, 2], "both same and different"),
+        ([1, 2, 3], [1, 0, 1], [0, 0, 0], "two folds"),
+        ([1, np.nan, 3], [1, 0, 1], [0, 1, 2], "not finite"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(scores, same, fold, message):
+    with pytest.raises(UserError, match=message):
+        score_pairs(np.array(scores, float), pairs_of(same, fold))
+
+
+def test_our_csv_with_and_without_folds(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("image_a,image_b,same,fold\na.jpg,b.jpg,1,3\nb.jpg,c.jpg,0,4\n")
+    pairs = read_pairs(path)
+    assert pairs.paths == ["a.jpg", "b.jpg", "c.jpg"]
+    assert (pairs.left.tolist(), pairs.right.tolist()) == ([0, 1], [1, 2])
+    assert (pairs.same.tolist(), pairs.fold.tolist()) == ([True, False], [3, 4])
+    path.write_text("image_a,image_b,same\n" + "a.jpg,b.jpg,1\na.jpg,c.jpg,0\n" * 12)
+    pairs = read_pairs(path)
+    assert np.bincount(pairs.fold[pairs.same]).tolist() == [2, 2] + [1] * 8
+    assert np.array_equal(pairs.fold[pairs.same], pairs.fold[~pairs.same])
+
+
+def test_lfw_pairs(tmp_path):
+    path = tmp_path / "pairs.txt"
+    lines = ["2\t2", "Ann\t1\t4", "Bob\t2\t3", "Ann\t1\tBob\t12", "Eve_X\t3\tAnn\t1"]
+    lines += ["Cy\t1\t2", "Cy\t1\t3", "Cy\t1\tDee\t1", "Dee\t2\tCy\t1"]
+    path.write_text("\n".join(lines) + "\n")
+    pairs = read_pairs(path)
+    names = [(pairs.paths[a], pairs.paths[b]) for a, b in zip(pairs.left, pairs.right, strict=True)]
+    assert names[0] == ("Ann/Ann_0001.jpg", "Ann/Ann_0004.jpg")
+    assert names[2] == ("Ann/Ann_0001.jpg", "Bob/Bob_0012.jpg")
+    assert pairs.same.tolist() == [True, True, False, False] * 2
+    assert pairs.fold.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "neither a CSV"),
+        ("what,ever\n1,2\n", "neither a CSV"),
+        ("image_a,image_b,same\na,b,2\n", "line 2"),
+        ("image_a,image_b,same\na,b,1\na\n", "line 3"),
+        ("image_a,image_b,same\n", "no pairs"),
+        ("10\t300\nAnn\tx\t2\n", "line 2"),
+        ("10\t300\nAnn\t1\n", "line 2"),
+    ],
+)
+def test_bad_pairs_files_name_the_line(tmp_path, text, message):
+    path = tmp_path / "pairs"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_pairs(path)
+
+
+@given(st.text(alphabet="image_ab,same0123 \t\n\r\"'é", max_size=200))
+def test_any_text_is_read_or_refused(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "pairs"
+    path.write_text(text)
+    try:
+        read_pairs(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    paths = [
+        "person0/0.jpg",
+        "person0/1.jpg",
+        "absent.jpg",
+        str(tmp_path / "broken.jpg"),
+        "person1/0.jpg",
+        "person1/1.jpg",
+    ]
+    images, failed = read_images(photos, paths, 64)
+    assert images.shape == (6, 64, 64, 3)
+    assert failed == {"absent.jpg": "missing", paths[3]: "corrupt or truncated"}
+    left, right = np.array([0, 0, 2, 4, 1, 3]), np.array([1, 4, 0, 5, 5, 4])
+    pairs = Pairs(paths, left, right, np.array([1, 0, 1, 1, 0, 0], bool), np.array([0, 0, 0, 1, 1, 1]))
+    result, scores, usable = verify_embeddings(raw_pixels(images), failed, pairs)
+    assert (result.pairs, len(scores)) == (4, 4)
+    assert usable.same.tolist() == [True, False, True, False]
+    assert result.accuracy == 1.0
+    with pytest.raises(UserError, match="none of the 6 pairs"):
+        verify_embeddings(raw_pixels(images), dict.fromkeys(paths, "missing"), pairs)
+
+
+def test_folds_of_made_pairs_share_no_identity():
+    labels = np.repeat(np.arange(40), 5)
+    left, right, same, fold = make_pairs(labels, 30, seed=1)
+    assert len(left) == 600
+    assert same.sum() == 300
+    assert np.array_equal(labels[left] == labels[right], same)
+    assert (left != right).all()
+    of_fold = [set(labels[left[fold == f]]) | set(labels[right[fold == f]]) for f in range(10)]
+    assert sum(map(len, of_fold)) == len(set().union(*of_fold))
+    with pytest.raises(UserError, match="too few"):
+        make_pairs(np.repeat(np.arange(12), 5), 30, seed=1)
+
+
+def test_floors_are_what_they_say():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (2, 16, 16, 3), np.uint8)
+    shuffled = images.reshape(2, 256, 3)[:, random.permutation(256)].reshape(images.shape)
+    histogram = colour_histogram(np.concatenate([images, shuffled]))
+    assert np.allclose(histogram[:2], histogram[2:])  # blind to place
+    brighter = np.clip(images.astype(int) // 2 + 30, 0, 255).astype(np.uint8)
+    pixels = raw_pixels(np.concatenate([images, brighter]))
+    assert (pixels[:2] * pixels[2:]).sum(1).min() > 0.99  # blind to brightness and contrast
+    assert abs(float(pixels[0] @ pixels[1])) < 0.3
