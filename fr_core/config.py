@@ -282,6 +282,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if not isinstance(value, str | int | float | list | dict):  # a folder may be named like a date
+        value = text
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         tree = tree.setdefault(parent, {})

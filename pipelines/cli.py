@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def demo(
     from pipelines.demo import demo as run
 
     show("demo", run(out, workers, "demo", overrides or [], console.print), json)
-    console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}")
+    console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}", markup=False)
 
 
 @app.command()
@@ -88,7 +89,7 @@ def ingest(
         manifest = run(src, out, layout, size, landmarks, overwrite, not in_process, progress=progress)
     rejected = sum(manifest.rejects.values())
     for reason, count in manifest.rejects.items():
-        console.print(f"[yellow]left out: {count} images, {reason}; listed in {out / 'rejects.csv'}[/]")
+        console.print(f"[yellow]left out: {count} images, {reason}; listed in {escape(str(out / 'rejects.csv'))}[/]")
     if "not_square" in manifest.warnings:
         console.print(
             f"[bold red]warning: {manifest.warnings['not_square']} images are no square crops; their centres were "
@@ -125,7 +126,7 @@ def train(
     config = load_config(recipe, overrides or [])
     out = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     show("train", run(config, out, workers, in_process, resume, overwrite), json)
-    console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}")
+    console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}", markup=False)
 
 
 @app.command()
@@ -143,12 +144,12 @@ def verify(
     from pipelines.verify import verify as run
 
     recogniser = open_net(ckpt, net)
-    with bar("embed", None) as advance:
+    with bar("embed", None) as advance, writable(out or Path()):
         result = run(lambda pixels: recogniser.embed(pixels, progress=advance), images, pairs, out, str(ckpt))
     figures = verification_figures(result.verification)
     figures |= {"missing_images": len(result.failed), "skipped_pairs": result.skipped}
     for path, reason in sorted(result.failed.items()):
-        console.print(f"[yellow]{path}: {reason}[/]")
+        console.print(f"[yellow]{escape(path)}: {reason}[/]")
     if result.failed:
         console.print(f"[bold red]{len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
     show("verify", figures, json, missing=result.failed)
@@ -169,7 +170,7 @@ def match(
     recogniser = open_net(model, net)
     cosine, odd = similarity(recogniser.embed, a, b)
     for path in odd:
-        console.print(f"[bold red]warning: {path} is no square crop; its centre was taken for the face[/]")
+        console.print(f"[bold red]warning: {escape(str(path))} is no square crop; its centre was taken for the face[/]")
     figures = {"cosine": cosine}
     if recogniser.threshold is not None:
         figures["threshold"] = recogniser.threshold
@@ -216,7 +217,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[red]bigface:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]bigface:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,8 +1,8 @@
 """Photos in, Parquet shards out: one task a shard, so that memory stays flat however many images there are."""
 
 import csv
+import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from fr_core.data.crops import RejectedImage, make_crop
 from fr_core.data.schema import (
     ROWS_PER_GROUP,
     SCHEMA_VERSION,
+    FlatRow,
     Layout,
     Manifest,
     Shard,
@@ -30,6 +31,7 @@ IMAGES_PER_SHARD = 8192
 FEWEST_SHARDS = 8  # small sets are cut finer, so that all cores have work
 CHUNK = 32  # images of one identity in a row of the grouped layout
 MOST_REJECTS = 0.5
+OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "rejects.csv*")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ShardTask:
     layout: Layout
     image_size: int
     sample_ids: list[int]
+    chunks: list[int]  # which images share a row of the grouped layout
     labels: list[int]
     paths: list[str]
     landmarks: list[Any]  # float32 [5, 2] or None
@@ -71,7 +74,7 @@ def ingest(
     """
     listing = list_folder(source)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
-    prepare(out, overwrite)
+    prepare(source, out, overwrite)
     tasks = list(shard_tasks(listing, points, out, layout, image_size, seed))
     shards: list[Shard] = []
     rejects: list[tuple[str, str]] = []
@@ -108,20 +111,20 @@ def ingest(
     return manifest
 
 
-def prepare(out: Path, overwrite: bool) -> None:
-    """Makes the output folder, empty.
+def prepare(source: Path, out: Path, overwrite: bool) -> None:
+    """Makes the output folder, or clears it of an earlier dataset's files and nothing else.
 
     Raises:
-        UserError: it holds a dataset already, or cannot be written.
+        UserError: it is not empty, lies in the source or around it, or cannot be written.
     """
+    if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
     try:
-        if out.exists() and any(out.iterdir()):
-            if not overwrite:
-                raise UserError(f"{out} is not empty; --overwrite replaces it")
-            if not (out / "manifest.json").is_file() and not list(out.glob("shard-*")):
-                raise UserError(f"{out} is not empty and holds no shards; it is not overwritten")
-            shutil.rmtree(out)
+        if out.exists() and any(out.iterdir()) and not overwrite:
+            raise UserError(f"{out} is not empty; --overwrite replaces the shards in it")
         out.mkdir(parents=True, exist_ok=True)
+        for old in (file for pattern in OWN_FILES for file in out.glob(pattern)):
+            old.unlink()
         probe = out / "rejects.csv.part"
         probe.touch()
         probe.unlink()
@@ -134,29 +137,33 @@ def shard_tasks(
 ) -> Iterator[ShardTask]:
     """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once."""
     total = len(listing.paths)
-    if layout == "flat":
-        units = [np.array([i]) for i in range(total)]
-    else:
-        bounds = np.flatnonzero(np.diff(listing.labels)) + 1
-        identities = np.split(np.arange(total), bounds)
-        units = [chunk for ids in identities for chunk in np.array_split(ids, -(-len(ids) // CHUNK))]
-    order = rng.generator(seed, "ingest").permutation(len(units))
+    identity_starts = np.flatnonzero(np.diff(listing.labels, prepend=-1))
+    starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total)
+    order = rng.generator(seed, "ingest").permutation(len(starts))
+    lengths = np.diff(starts, append=total)[order]
     per_shard = min(IMAGES_PER_SHARD, max(ROWS_PER_GROUP["flat"], -(-total // FEWEST_SHARDS)))
-    shards = np.cumsum([len(units[u]) for u in order]) - 1
-    for number in range(int(shards[-1]) // per_shard + 1):
-        ids = np.concatenate([np.zeros(0, np.int64), *(units[u] for u in order[shards // per_shard == number])])
-        if len(ids):
-            yield ShardTask(
-                number,
-                str(listing.root.resolve()),
-                str(out.resolve()),
-                layout,
-                image_size,
-                ids.tolist(),
-                listing.labels[ids].tolist(),
-                [listing.paths[i] for i in ids],
-                [points[i] if points else None for i in ids] if points else [],
-            )
+    shard_of = (np.cumsum(lengths) - 1) // per_shard
+    for number, chunks in enumerate(np.split(np.arange(len(order)), np.flatnonzero(np.diff(shard_of)) + 1)):
+        ids = np.concatenate([np.arange(starts[order[c]], starts[order[c]] + lengths[c]) for c in chunks])
+        yield ShardTask(
+            number,
+            str(listing.root.resolve()),
+            str(out.resolve()),
+            layout,
+            image_size,
+            ids.tolist(),
+            np.repeat(chunks, lengths[chunks]).tolist(),
+            listing.labels[ids].tolist(),
+            [listing.paths[i] for i in ids],
+            [points[i] for i in ids] if points else [],
+        )
+
+
+def chunk_starts(identity_starts: np.ndarray, total: int) -> np.ndarray:
+    """Cuts identities into nearly equal chunks of at most ``CHUNK`` images; the positions where they begin."""
+    ends = np.append(identity_starts[1:], total)
+    parts = [np.linspace(a, b, -(-(b - a) // CHUNK) + 1)[:-1] for a, b in zip(identity_starts, ends, strict=True)]
+    return np.concatenate(parts).astype(np.int64)
 
 
 def write_one(task: ShardTask) -> dict[str, Any]:
@@ -165,7 +172,9 @@ def write_one(task: ShardTask) -> dict[str, Any]:
     Returns:
         shard (None if nothing could be used), rejects [[path, reason]], labels [[label], [images]], not_square, images.
     """
-    rows, rejects, not_square = [], [], 0
+    rows: list[FlatRow] = []
+    chunks: list[int] = []
+    rejects, not_square = [], 0
     for i, path in enumerate(task.paths):
         try:
             points = task.landmarks[i] if task.landmarks else None
@@ -174,13 +183,15 @@ def write_one(task: ShardTask) -> dict[str, Any]:
             jpeg, points, odd = make_crop((Path(task.root) / path).read_bytes(), task.image_size, points)
             not_square += odd
             rows.append((task.sample_ids[i], task.labels[i], jpeg, points))
+            chunks.append(task.chunks[i])
         except RejectedImage as error:
             rejects.append([path, str(error)])
         except OSError as error:
             rejects.append([path, error.strerror or "unreadable"])
     shard = None
     if rows:
-        table = flat_table(rows) if task.layout == "flat" else grouped_table(_chunks(rows))
+        whole = ([row for _, row in group] for _, group in itertools.groupby(zip(chunks, rows, strict=True), _first))
+        table = flat_table(rows) if task.layout == "flat" else grouped_table(whole)
         shard = write_shard(Path(task.out) / f"shard-{task.number:05d}.parquet", table, task.layout).model_dump()
     labels, images = np.unique([label for _, label, _, _ in rows], return_counts=True)
     return {
@@ -192,15 +203,8 @@ def write_one(task: ShardTask) -> dict[str, Any]:
     }
 
 
-def _chunks(rows: list[Any]) -> Iterator[list[Any]]:
-    """Neighbouring rows of one identity, at most ``CHUNK`` of them."""
-    chunk: list[Any] = []
-    for row in rows:
-        if chunk and (row[1] != chunk[0][1] or len(chunk) == CHUNK):
-            yield chunk
-            chunk = []
-        chunk.append(row)
-    yield chunk
+def _first(pair: tuple[int, FlatRow]) -> int:
+    return pair[0]
 
 
 def _by_ray(tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:

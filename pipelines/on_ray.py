@@ -1,13 +1,12 @@
 """The same loop on Ray: one local node by default, or the cluster that ``RAY_ADDRESS`` names."""
 
-import json
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from fr_core.config import Config, parse_config
+from fr_core.data.schema import write_text_atomically
 from fr_core.errors import UserError
 
 MAX_FAILURES = 5  # lives that a run has after its first
@@ -16,6 +15,7 @@ MAX_FAILURES = 5  # lives that a run has after its first
 def start_ray() -> None:
     """Joins the cluster of ``RAY_ADDRESS``, or starts a node of its own that ends with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets any other process starve the training
     import ray
 
     if not ray.is_initialized():
@@ -43,9 +43,12 @@ def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources: dict[str, float] = ray.cluster_resources()
-    use_gpu = resources.get("GPU", 0) >= workers
-    mistake = out / "mistake.json"
-    mistake.unlink(missing_ok=True)
+    gpus = resources.get("GPU", 0)
+    if 0 < gpus < workers:
+        raise UserError(f"{workers} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
+    use_gpu = gpus > 0
+    for old in out.glob("mistake_*"):
+        old.unlink()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve())},
@@ -62,8 +65,8 @@ def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
-        raise _told(mistake) or error from None
-    told = _told(mistake)
+        raise _told(out) or error from None
+    told = _told(out)
     if told:
         raise told
     return result.return_value
@@ -78,8 +81,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.train.loop import train_loop, use_processor
 
     out, ranks = Path(launch["out"]), Ranks.current()
-    mistake = out / "mistake.json"
-    if mistake.is_file():  # of an earlier life: a restart would only repeat it
+    if list(out.glob("mistake_*.txt")):  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
     use_processor((os.cpu_count() or 1) // context.get_local_world_size())
@@ -87,15 +89,13 @@ def train_worker(launch: dict[str, Any]) -> Any:
         config = parse_config(launch["config"], "launch")
         return train_loop(config, out, ranks, tables_by_ray, ray.train.report)
     except UserError as error:
-        mistake.write_text(json.dumps({"rank": ranks.rank, "time": time.time(), "message": str(error)}))
+        write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
         raise
 
 
-def _told(mistake: Path) -> UserError | None:
+def _told(out: Path) -> UserError | None:
     """The user's mistake that ended the workers, if that is what did."""
-    try:
-        message = json.loads(mistake.read_text())["message"]
-    except (OSError, ValueError, KeyError):
-        return None
-    mistake.unlink(missing_ok=True)
-    return UserError(message)
+    messages = {path: path.read_text() for path in sorted(out.glob("mistake_*.txt"))}
+    for path in messages:
+        path.unlink()
+    return UserError(next(iter(messages.values()))) if messages else None

@@ -15,8 +15,9 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
+from fr_core.verify.pairs import read_pairs
 
-POLL = 0.5  # seconds
+POLL = 2.0  # seconds
 
 
 def train(
@@ -41,10 +42,10 @@ def train(
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
     if not config.data.path:
         raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
+    config = with_absolute_paths(config)
     dataset = open_dataset(config.data.path)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(dataset.root.resolve())})})
     plan = make_plan(config, dataset)
-    plan.lanes_of(Ranks(0, workers))
+    plan.lanes_of(0, workers)
     if workers > dataset.manifest.identities:
         raise UserError(f"{workers} workers for {dataset.manifest.identities} identities; use fewer workers")
     if config.train.global_batch % (workers * config.train.accumulate):
@@ -52,15 +53,23 @@ def train(
             f"train.global_batch = {config.train.global_batch} is not a multiple of "
             f"{workers} workers × train.accumulate = {config.train.accumulate}"
         )
+    if config.verify.pairs and config.verify.images:
+        read_pairs(config.verify.pairs)
+        if not Path(config.verify.images).is_dir():
+            raise UserError(f"verify.images: {config.verify.images}: no such folder")
     if config.data.check_sha256:
         dataset.check_sha256()
-    if checkpoints(out) and not (resume or overwrite):
+    if resume and not checkpoints(out):
+        raise UserError(f"--resume: {out} holds no whole checkpoint; name the run with --out")
+    if (out / "run.json").is_file() and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
     try:
-        if not resume:
+        if overwrite:
             clear_run(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(config.model_dump_json(indent=1) + "\n")
+        probe = out / "metrics.csv.part"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     with progress_line(out, total_steps(config, plan.steps_per_epoch)):
@@ -70,6 +79,18 @@ def train(
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config as workers elsewhere can use it: their working directory is another."""
+    tree = config.model_dump()
+    for section, name in (("data", "path"), ("init", "backbone"), ("verify", "images"), ("verify", "pairs")):
+        if tree[section][name]:
+            tree[section][name] = str(Path(tree[section][name]).resolve())
+    scheme, _, database = (tree["tracking"]["uri"] or "").partition("sqlite:///")
+    if database and not scheme:
+        tree["tracking"]["uri"] = f"sqlite:///{Path(database).resolve()}"
+    return Config.model_validate(tree)
 
 
 @contextmanager

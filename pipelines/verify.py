@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import RejectedImage, read_rgb, square
+from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_rgb, square
 from fr_core.errors import UserError
 from fr_core.verify.pairs import Pairs, Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import roc_figure, score_figure
-
-CROP_SIZE = 112  # images are read at this size; a net of another input size resizes them itself
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def verify(
     if not images.is_dir():
         raise UserError(f"{images}: no such folder")
     pairs = read_pairs(pairs_file)
-    pixels, failed = read_images(images, pairs.paths, CROP_SIZE)
+    pixels, failed = read_images(images, pairs.paths, TEMPLATE_SIZE)
     verification, scores, usable = verify_embeddings(embed(pixels), failed, pairs)
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,6 +65,6 @@ def similarity(embed: Callable[[np.ndarray], np.ndarray], a: Path, b: Path) -> t
             raise UserError(f"{path}: {error}") from None
         if image.shape[0] != image.shape[1]:
             odd.append(path)
-        crops.append(square(image, CROP_SIZE))
+        crops.append(square(image, TEMPLATE_SIZE))
     left, right = embed(np.stack(crops))
     return float(left @ right), odd

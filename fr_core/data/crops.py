@@ -42,8 +42,7 @@ def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tu
         is_crop = height == width == size and _distance(landmarks, size) <= ALIGNED_WITHIN * size
         if not is_crop:
             matrix = similarity(landmarks, size)
-            image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_AREA)
-            return encode(image), landmarks @ matrix[:, :2].T + matrix[:, 2], False
+            return encode(_warped(image, matrix, size)), landmarks @ matrix[:, :2].T + matrix[:, 2], False
     if height == width == size and data[:2] == b"\xff\xd8":
         return data, landmarks, False
     return encode(square(image, size)), landmarks, height != width
@@ -100,6 +99,19 @@ def encode(image: np.ndarray, quality: int = QUALITY) -> bytes:
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="444"
     )
+
+
+def _warped(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+    """A similarity warp that averages over the source's pixels where it shrinks (warpAffine alone would alias)."""
+    shrink = int(1 / np.hypot(matrix[0, 0], matrix[1, 0]))
+    if shrink >= 2:
+        height, width = (max(1, round(side / shrink)) for side in image.shape[:2])
+        scale = np.array([image.shape[1] / width, image.shape[0] / height])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        # Pixel centres: x_source = scale·(x_small + ½) − ½.
+        shift = matrix[:, :2] @ ((scale - 1) / 2) + matrix[:, 2]
+        matrix = np.column_stack([matrix[:, :2] * scale, shift])
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
 
 
 def _read_jpeg(data: bytes) -> np.ndarray:

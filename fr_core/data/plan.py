@@ -4,6 +4,7 @@ An epoch puts the row groups of the dataset in a seeded order and cuts that sequ
 Each lane is shuffled window by window. Step t takes G/L rows from every lane, lane after lane; of R ranks, each owns
 L/R neighbouring lanes. So the global batch of a step, and even its order, does not depend on R, and a rank reads its
 own lanes only. A *block* is one window of a rank's lanes: a whole number of steps, the unit of reading.
+No PyTorch here: the processes that only read start without it.
 
 Legend: G global batch, L lanes, g = G/L rows per lane and step.
 """
@@ -15,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from fr_core import rng
-from fr_core.data.schema import Dataset
+from fr_core.data.schema import Dataset, open_dataset
 from fr_core.errors import UserError
-from fr_core.ranks import Ranks
+
+COLUMNS = ["sample_id", "label", "image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,21 +69,21 @@ class Plan:
     def blocks_per_epoch(self) -> int:
         return -(-self.steps_per_epoch // self.steps_per_block)
 
-    def lanes_of(self, ranks: Ranks) -> range:
-        """The lanes that a rank owns.
+    def lanes_of(self, rank: int, size: int) -> range:
+        """The lanes that a rank of ``size`` owns.
 
         Raises:
             UserError: the number of ranks does not divide the lanes; names the nearest that do.
         """
-        if self.lanes % ranks.size:
+        if self.lanes % size:
             divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
-            below, above = max(d for d in divisors if d < ranks.size), [d for d in divisors if d > ranks.size]
+            below, above = max(d for d in divisors if d < size), [d for d in divisors if d > size]
             nearest = f"{below} or {above[0]}" if above else f"{below}"
-            raise UserError(f"{ranks.size} workers do not divide the run's {self.lanes} lanes; use {nearest}")
-        each = self.lanes // ranks.size
-        return range(ranks.rank * each, (ranks.rank + 1) * each)
+            raise UserError(f"{size} workers do not divide the run's {self.lanes} lanes; use {nearest}")
+        each = self.lanes // size
+        return range(rank * each, (rank + 1) * each)
 
-    def block_rows(self, epoch: int, block: int, ranks: Ranks, skip_steps: int = 0) -> np.ndarray:
+    def block_rows(self, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> np.ndarray:
         """Where the rows of a rank's block lie, in the order in which its steps take them.
 
         Args:
@@ -96,13 +98,34 @@ class Plan:
         start = first * self.rows_per_step
         window = min(self.steps_per_block * self.rows_per_step, self.lane_rows - start)
         lanes = []
-        for lane in self.lanes_of(ranks):
+        for lane in self.lanes_of(rank, size):
             shuffled = rng.generator(self.seed, "window", epoch, block, lane).permutation(window)
             lanes.append(lane * self.lane_rows + start + shuffled[: steps * self.rows_per_step])
         positions = np.stack(lanes).reshape(len(lanes), steps, self.rows_per_step)[:, skip_steps:]
         positions = positions.transpose(1, 0, 2).ravel()
         slot = np.searchsorted(ends, positions, side="right")
         return np.column_stack([order[slot], positions - (ends[slot] - self.dataset.row_groups[order[slot], 2])])
+
+
+def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> pa.Table:
+    """A rank's rows of one block in step order; no images are decoded.
+
+    Raises:
+        UserError: a damaged shard; names it.
+    """
+    return read_rows(plan.dataset, plan.block_rows(epoch, block, rank, size, skip_steps), COLUMNS)
+
+
+def read_task(
+    root: str, stamp: str, seed: int, global_batch: int, lanes: int, window: int, block: tuple[int, ...]
+) -> pa.Table:
+    """:func:`read_block` for another process, which makes the plan again from these few values.
+
+    Args:
+        stamp: of the dataset, so that a new one under the same name is not taken for the old.
+        block: epoch, block, rank, size, skip_steps.
+    """
+    return read_block(_plan_of(root, stamp, seed, global_batch, lanes, window), *block)
 
 
 def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
@@ -112,6 +135,11 @@ def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = No
     tables = [dataset.read_row_group(shard, group, columns) for shard, group in places]
     starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])[:-1]])
     return pa.concat_tables(tables).take(pa.array(starts[inverse] + rows[:, 1]))
+
+
+@lru_cache(maxsize=4)
+def _plan_of(root: str, stamp: str, seed: int, global_batch: int, lanes: int, window: int) -> Plan:
+    return Plan(open_dataset(root), seed, global_batch, lanes, window)
 
 
 @lru_cache(maxsize=4)

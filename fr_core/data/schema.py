@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fr_core.errors import UserError
 
 SCHEMA_VERSION = 1
-LANDMARKS = pa.list_(pa.float32())  # ten numbers or null: x, y of left eye, right eye, nose, left and right mouth corner; crop pixels
+# Ten numbers or null: x, y of left eye, right eye, nose, left and right mouth corner; pixels of the crop.
+LANDMARKS = pa.list_(pa.float32())
 
 Layout = Literal["flat", "grouped"]
+FlatRow = tuple[int, int, bytes, np.ndarray | None]  # sample id, label, JPEG, landmarks float32 [5, 2]
 SCHEMAS: dict[str, pa.Schema] = {
     "flat": pa.schema(
         [("sample_id", pa.int64()), ("label", pa.int32()), ("image", pa.binary()), ("landmarks", LANDMARKS)]
@@ -80,15 +82,21 @@ class Dataset:
             np.int64,
         ).reshape(-1, 3)
 
+    @cached_property
+    def stamp(self) -> str:
+        """Tells this dataset from any other: the checksum of its shards' checksums."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
     def read_row_group(self, shard: int, group: int, columns: list[str] | None = None) -> pa.Table:
         """One row group.
 
         Raises:
             UserError: the shard is damaged (a page's CRC, a truncated file); names it.
         """
-        path = self.root / self.manifest.shards[shard].file
+        known = self.manifest.shards[shard]
+        path = self.root / known.file
         try:
-            return _open_parquet(path).read_row_group(group, columns=columns)
+            return _open_parquet(path, known.sha256).read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest it again") from None
 
@@ -139,7 +147,8 @@ def write_shard(path: Path, table: pa.Table, layout: Layout) -> Shard:
     """Writes one shard under a temporary name, then renames it, so that a shard is whole or absent."""
     rows = ROWS_PER_GROUP[layout]
     part = path.with_suffix(".part")
-    pq.write_table(table, part, row_group_size=rows, compression="none", use_dictionary=False, write_page_checksum=True)
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, part, row_group_size=rows, write_page_checksum=True, **plain)  # JPEG gains by none of these
     part.replace(path)
     groups = tuple(min(rows, table.num_rows - start) for start in range(0, table.num_rows, rows))
     images = table.num_rows if layout == "flat" else sum(len(ids) for ids in table["sample_ids"])
@@ -154,15 +163,15 @@ def write_manifest(root: Path, manifest: Manifest, names: list[str], counts: np.
     write_text_atomically(root / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
 
-def flat_table(rows: Iterable[tuple[int, int, bytes, np.ndarray | None]]) -> pa.Table:
-    """Rows of (sample id, label, JPEG, landmarks [5, 2] or None) as a table of the flat layout."""
+def flat_table(rows: Iterable[FlatRow]) -> pa.Table:
+    """Rows as a table of the flat layout."""
     ids, labels, images, points = zip(*rows, strict=True)
     columns = [ids, labels, images, [None if p is None else p.ravel() for p in points]]
     fields = SCHEMAS["flat"]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
 
 
-def grouped_table(chunks: Iterable[list[tuple[int, int, bytes, np.ndarray | None]]]) -> pa.Table:
+def grouped_table(chunks: Iterable[list[FlatRow]]) -> pa.Table:
     """Chunks of flat rows, each of one identity, as a table of the grouped layout."""
     columns: list[list] = [[], [], [], []]
     for chunk in chunks:
@@ -187,7 +196,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: Path, sha256: str) -> pq.ParquetFile:
+    """The checksum is a key: the same name may hold another dataset after a new ingest."""
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 

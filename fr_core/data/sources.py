@@ -46,7 +46,9 @@ def list_folder(root: str | Path) -> Listing:
         loose = any(p.suffix.lower() in SUFFIXES for p in root.iterdir())
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
-    if len(names) == len(paths) and len(paths) > 1:
+    if len(names) == 1:
+        raise UserError(f"{root}: one identity only, {names[0]!r}; name the folder that holds one folder per person")
+    if len(names) == len(paths):
         raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
     return Listing(root, names, paths, np.array(labels, np.int32))
 

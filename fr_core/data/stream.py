@@ -3,12 +3,13 @@
 Both ways call the same ``read_block``; Ray ships the Arrow tables, it does not decide their order.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,15 +19,15 @@ from torch import Tensor
 
 from fr_core.config import Config, lanes
 from fr_core.data.decode import decode_batch
-from fr_core.data.plan import Plan, read_rows
-from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.plan import Plan, read_block, read_task
+from fr_core.data.schema import Dataset
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
 T = TypeVar("T")
-COLUMNS = ["sample_id", "label", "image"]
-READ_AHEAD_BYTES = 1 << 30  # of object store that one rank's stream may fill
+GROUP_ROWS = 32768  # that one rank reads in a turn of Ray Data; three groups are in memory at most
 DECODED_AHEAD = 3  # batches
+DECODERS = 2  # threads that decode
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ def batches(
     step: int,
     stop: int,
     tables: Callable[[Plan, Ranks, int, int], Iterator[pa.Table]],
-    threads: int = 2,
 ) -> Generator[Batch, None, None]:
     """A rank's decoded batches of steps [step, stop), a few of them ahead of the consumer.
 
@@ -71,8 +71,8 @@ def batches(
         UserError: a damaged shard, or a label that the manifest does not have (from ``next``).
     """
     size, classes = config.net.input_size, plan.dataset.manifest.identities
-    plan.lanes_of(ranks)  # refuse a wrong number of ranks before the first read
-    with ThreadPoolExecutor(threads) as pool:
+    plan.lanes_of(ranks.rank, ranks.size)  # refuse a wrong number of ranks before the first read
+    with ThreadPoolExecutor(DECODERS) as pool:
 
         def decoded() -> Iterator[Batch]:
             for number, table in enumerate(tables(plan, ranks, step, stop), step):
@@ -94,46 +94,56 @@ def batches(
 
 def tables_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
     """A rank's rows of each step, read by PyArrow in a thread of this process."""
-    rows = plan.global_batch // ranks.size
-
-    def blocks() -> Iterator[pa.Table]:
-        for epoch, block, skip in _blocks(plan, step, stop):
-            yield read_block(plan, ranks, epoch, block, skip)
-
-    remaining = stop - step
-    for table in ahead(blocks(), 1):
-        for start in range(0, min(table.num_rows, remaining * rows), rows):
-            remaining -= 1
-            yield table.slice(start, rows)
+    blocks = _blocks(plan, step, stop)
+    tables = (read_block(plan, epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in blocks)
+    yield from _steps(ahead(tables, 1), plan.global_batch // ranks.size, stop - step)
 
 
 def tables_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """A rank's rows of each step, read by Ray Data tasks anywhere in the cluster. Needs a running Ray."""
+    """A rank's rows of each step, read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
+
+    Blocks are read group by group, a group ahead of the consumer. One pipeline over all blocks would stand against
+    its memory limit for most of the run, where Ray Data's executor spins: it took half a core from every worker.
+    """
     import ray
+    from ray.exceptions import RayTaskError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=READ_AHEAD_BYTES)
-    arguments = (str(plan.dataset.root), plan.seed, plan.global_batch, plan.lanes, plan.shuffle_window)
-    tasks = [{"epoch": e, "block": b, "skip": s} for e, b, s in _blocks(plan, step, stop)]
-
-    def read(task: dict[str, np.ndarray]) -> pa.Table:
-        epoch, block, skip = (int(task[key][0]) for key in ("epoch", "block", "skip"))
-        return read_block(_plan_of(*arguments), ranks, epoch, block, skip)
-
-    stream = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        read, batch_size=1, num_cpus=0.5, zero_copy_batch=True
-    )
+    context.raise_original_map_exception = True
+    root = str(plan.dataset.root)
+    stamp = plan.dataset.stamp
+    read = partial(read_task, root, stamp, plan.seed, plan.global_batch, plan.lanes, plan.shuffle_window)
     rows = plan.global_batch // ranks.size
-    steps = stream.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2)
-    for _, table in zip(range(stop - step), steps, strict=False):
-        yield table
+    blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _blocks(plan, step, stop)]
+    each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))
+
+    def references() -> Iterator[list[Any]]:
+        for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first one alone
+            group = ray.data.from_items(blocks[start:end], override_num_blocks=end - start)
+            tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
+            yield tables.to_arrow_refs()
+
+    tables = (ray.get(reference) for group in ahead(references(), 1) for reference in group)
+    try:
+        yield from _steps(tables, rows, stop - step)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
 
 
-def read_block(plan: Plan, ranks: Ranks, epoch: int, block: int, skip_steps: int = 0) -> pa.Table:
-    """The rows of one block of a rank, in step order; no images are decoded."""
-    return read_rows(plan.dataset, plan.block_rows(epoch, block, ranks, skip_steps), COLUMNS)
+def _steps(tables: Iterator[pa.Table], rows: int, count: int) -> Iterator[pa.Table]:
+    """``count`` tables of ``rows`` rows each, cut from a stream of tables of any sizes."""
+    rest: list[pa.Table] = []
+    for table in tables:
+        joined = pa.concat_tables([*rest, table])
+        whole = min(joined.num_rows // rows, count)
+        for start in range(0, whole * rows, rows):
+            yield joined.slice(start, rows)
+        count -= whole
+        rest = [joined.slice(whole * rows)]
+        if count == 0:
+            return
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
@@ -182,8 +192,3 @@ def _blocks(plan: Plan, step: int, stop: int) -> Iterator[tuple[int, int, int]]:
         block, skip = divmod(within, plan.steps_per_block)
         yield epoch, block, skip
         step += min(plan.steps_per_block, plan.steps_per_epoch - block * plan.steps_per_block) - skip
-
-
-@lru_cache(maxsize=4)
-def _plan_of(root: str, seed: int, global_batch: int, lanes: int, shuffle_window: int) -> Plan:
-    return Plan(open_dataset(root), seed, global_batch, lanes, shuffle_window)

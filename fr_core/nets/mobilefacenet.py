@@ -13,10 +13,12 @@ BN_EPS = 1e-3
 STRIDES = 16  # input pixels per pixel of the last feature map
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
-    """conv – bn – PReLU (no PReLU where ``act`` is false); a kernel over a whole map is not padded."""
+def conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True, pad: bool = True
+) -> nn.Sequential:
+    """conv – bn – PReLU (no PReLU where ``act`` is false)."""
     layers = OrderedDict(
-        conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if kernel <= 3 else 0, groups=groups, bias=False),
+        conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if pad else 0, groups=groups, bias=False),
         bn=nn.BatchNorm2d(outputs, eps=BN_EPS),
     )
     if act:
@@ -54,7 +56,7 @@ class MobileFaceNet(nn.Module):
         self.stage4 = nn.Sequential(Bottleneck(64, 256, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(6)))
         self.stage5 = nn.Sequential(Bottleneck(128, 512, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(2)))
         self.expand = conv(128, 512, 1)
-        self.pool = conv(512, 512, side, groups=512, act=False)
+        self.pool = conv(512, 512, side, groups=512, act=False, pad=False)
         self.fc = nn.Linear(512, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=2e-5)
         nn.init.constant_(self.features.weight, 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,13 +23,16 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
 
 Backbone = IResNet | MobileFaceNet
+CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
 
 
 def build_net(config: Net) -> Backbone:
     """An untrained backbone."""
     match config:
         case IResNetNet():
-            return IResNet(**config.model_dump(exclude={"kind"}))
+            return IResNet(
+                config.depth, config.width, config.stem_stride, config.input_size, config.embedding, config.dropout
+            )
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding)
 
@@ -99,8 +102,8 @@ def open_net(ref: str | Path, net: str | None = None, device: torch.device | Non
 
     Args:
         ref: a run's folder, a checkpoint's folder, or a ``.safetensors`` file.
-        net: for bare weights: ``mobilefacenet``, or ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and
-            embedding are read off the weights).
+        net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
+            ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and embedding are read off the weights).
 
     Raises:
         UserError: nothing there, weights that do not fit the net, or no net named.
@@ -110,7 +113,7 @@ def open_net(ref: str | Path, net: str | None = None, device: torch.device | Non
     if path.is_dir():
         folder = find_checkpoint(path)
         module = build_net(_net_config(folder))
-        _load(module, folder / "backbone.safetensors")
+        load_weights(module, folder / "backbone.safetensors")
         threshold = _threshold(folder.parent.parent / "report.json")
     elif path.is_file():
         module, threshold = _open_bare(path, net), None
@@ -128,7 +131,7 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if (folder / "checkpoint.json").is_file():
         return folder
-    found = sorted((folder / "checkpoints").glob("step_*/checkpoint.json"))
+    found = sorted(folder.glob(CHECKPOINTS))
     if not found:
         raise UserError(f"{folder}: no checkpoint there")
     return found[-1].parent
@@ -147,7 +150,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
 
 
-def _load(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Puts the weights of a file into a net.
+
+    Raises:
+        UserError: they are those of another net.
+    """
     try:
         module.load_state_dict(read_weights(path))
     except RuntimeError as error:
@@ -166,10 +174,14 @@ def _net_config(checkpoint: Path) -> Net:
 def _open_bare(path: Path, net: str | None) -> Backbone:
     state = read_weights(path)
     name = (net or "").lower()
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("net")
     try:
-        if name == "mobilefacenet":
+        if told:
+            config: Net = TypeAdapter(Net).validate_json(told)
+        elif name == "mobilefacenet":
             embedding, _ = state["fc.weight"].shape
-            config: Net = MobileFaceNetNet(input_size=16 * state["pool.conv.weight"].shape[2], embedding=embedding)
+            config = MobileFaceNetNet(input_size=16 * state["pool.conv.weight"].shape[2], embedding=embedding)
         elif name.startswith("iresnet"):
             width = state["conv1.weight"].shape[0]
             embedding, inputs = state["fc.weight"].shape
@@ -181,7 +193,7 @@ def _open_bare(path: Path, net: str | None) -> Backbone:
     except (KeyError, ValueError, ValidationError):
         raise UserError(f"{path}: the weights are not those of {net}") from None
     module = build_net(config)
-    _load(module, path)
+    load_weights(module, path)
     return module
 
 

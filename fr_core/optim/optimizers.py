@@ -26,7 +26,10 @@ class RowSGD(torch.optim.Optimizer):
                     continue
                 grad = param.grad.coalesce()
                 rows, values = grad.indices()[0], grad.values()
-                buffer = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+                state = self.state[param]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+                buffer = state["momentum_buffer"]
                 current = param[rows]
                 moved = buffer[rows].mul_(group["momentum"]).add_(values).add_(current, alpha=group["weight_decay"])
                 buffer[rows] = moved

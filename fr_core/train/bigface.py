@@ -49,6 +49,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     """
     precision = config.train.precision
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        on_gpu = device.type == "cuda"
+        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
         precision = "bfloat16" if native else "float32"
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256, write_text_atomically
 from fr_core.errors import UserError
+from fr_core.nets.open import CHECKPOINTS
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
@@ -35,7 +36,7 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
         UserError: the folder cannot be written.
     """
     average_statistics(state, ranks)
-    final = out / "checkpoints" / f"step_{state.step:08d}"
+    final = out / "checkpoints" / step_name(state.step)
     part = final.with_suffix(".part")
     try:
         if ranks.rank == 0:
@@ -46,7 +47,8 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
         if ranks.rank == 0:
             files["backbone.safetensors"] = dict(state.usable.state_dict())
             files["backbone_state.safetensors"] = _backbone_tensors(state)
-        written = {name: _write(part / name, tensors) for name, tensors in files.items()}
+        net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
+        written = {name: _write(part / name, tensors, net) for name, tensors in files.items()}
         parts = ranks.gather_objects((written, (state.head.lo, state.head.hi)))
         if ranks.rank == 0:
             text = json.dumps(_summary(config, state, parts), indent=1)
@@ -55,15 +57,20 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
             part.rename(final)
             for old in checkpoints(out)[: -config.train.keep]:
                 shutil.rmtree(old)
-    except OSError as error:
-        raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write checkpoint {final}: {reason}") from None
     ranks.barrier()
     return final
 
 
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
-    return [path.parent for path in sorted(out.glob("checkpoints/step_*/checkpoint.json")) if _is_whole(path)]
+    return [path.parent for path in sorted(out.glob(CHECKPOINTS)) if _is_whole(path)]
 
 
 def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Ranks) -> None:
@@ -73,6 +80,8 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
         UserError: damaged files (named), or a run with other data, net, method, batch or seed.
     """
     summary = json.loads((folder / "checkpoint.json").read_text())
+    if summary["format"] != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
     check_files(folder, summary, ["backbone.safetensors", "backbone_state.safetensors"])
     usable = load_file(folder / "backbone.safetensors")
@@ -134,8 +143,8 @@ def _backbone_tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,5 +1,6 @@
 """The train loop. It knows nothing of Ray: whoever calls it hands it ranks, tables and a function to report to."""
 
+import contextlib
 import ctypes
 import shutil
 import sys
@@ -12,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from fr_core.config import Augment, Config
+from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import Batch, batches, make_plan
@@ -19,7 +21,7 @@ from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser, default_device
 from fr_core.ranks import Ranks
 from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
 from fr_core.train.state import TrainState, average_statistics, initial_state
 from fr_core.train.tracking import Tracker
 from fr_core.train.warm_start import load_backbone, prototypes
@@ -70,7 +72,8 @@ def train_loop(
         return finish(config, state, out, ranks, tracker, time.monotonic() - started)
     except BaseException:
         if tracker:
-            tracker.close("FAILED")
+            with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
+                tracker.close("FAILED")
         raise
     finally:
         stream.close()
@@ -134,7 +137,7 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
-    images, failed = read_images(config.verify.images, pairs.paths[lo:hi], config.net.input_size)
+    images, failed = read_images(config.verify.images, pairs.paths[lo:hi], TEMPLATE_SIZE)
     share = Recogniser(state.usable.eval(), state.device).embed(images)
     shares = ranks.gather_objects((share, failed))
     embeddings = np.concatenate([s for s, _ in shares])
@@ -151,7 +154,9 @@ def finish(
     config: Config, state: TrainState, out: Path, ranks: Ranks, tracker: Tracker | None, seconds: float
 ) -> dict[str, float]:
     """Final checkpoint, verification and ``report.json``."""
-    last = save_checkpoint(config, state, out, ranks)
+    last = out / "checkpoints" / step_name(state.step)
+    if not ranks.broadcast_object(last in checkpoints(out)):
+        save_checkpoint(config, state, out, ranks)
     result = verify(config, state, ranks, tracker)
     manifest = state.plan.dataset.manifest
     figures = {
@@ -167,7 +172,8 @@ def finish(
     if tracker:
         rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
         figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
-        figures["loss"] = tracker.rows[-1]["loss"] if tracker.rows else 0.0
+        finite = [row["loss"] for row in tracker.rows if np.isfinite(row["loss"])]
+        figures["loss"] = finite[-1] if finite else 0.0
         content = report("train", figures, run=str(out), checkpoint=str(last), config=config.model_dump(mode="json"))
         write_report(out / "report.json", content)
         tracker.log_file(out / "report.json")
@@ -201,7 +207,9 @@ class Clock:
 
 
 def clear_run(out: Path) -> None:
-    """Removes the checkpoints and figures of an earlier run in this folder."""
+    """Removes the checkpoints and figures of an earlier run in this folder; anything else in it stays."""
+    if not (out / "run.json").is_file():
+        return
     for name in ("checkpoints", "pictures"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("metrics.csv", "run.json", "report.json"):

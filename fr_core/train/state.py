@@ -1,6 +1,7 @@
 """What a run carries from step to step, how it starts, and the one place where weights move."""
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -95,10 +96,11 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
     backbone_norm = squared_norm(backbone, state.device).sqrt()
     head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
     rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
-    metrics = {"loss": float(loss), "lr": rate, "grad_norm": float(backbone_norm), "head_grad_norm": float(head_norm)}
-    if torch.isfinite(torch.stack([loss, backbone_norm, head_norm])).all():
-        _clip(backbone, backbone_norm, config.optim.clip)
-        _clip(head, head_norm, config.method.clip_head)
+    numbers = torch.stack([loss, backbone_norm, head_norm]).tolist()  # the step's one wait for the device
+    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm"), numbers, strict=True)) | {"lr": rate}
+    if all(map(math.isfinite, numbers)):
+        _clip(backbone, metrics["grad_norm"], config.optim.clip)
+        _clip(head, metrics["head_grad_norm"], config.method.clip_head)
         for optimizer in state.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -120,7 +122,7 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
 def average_statistics(state: TrainState, ranks: Ranks) -> None:
     """Gives all ranks the mean of their batch-norm statistics, before these are verified or saved."""
     if ranks.size > 1:
-        for module in {state.backbone, state.usable}:
+        for module in [state.backbone, *([state.average] if state.average is not None else [])]:
             for buffer in module.buffers():
                 if buffer.is_floating_point():
                     ranks.sum_(buffer).div_(ranks.size)
@@ -146,7 +148,7 @@ def _blend(average: nn.Module, current: nn.Module, share: float) -> None:
             ours.copy_(theirs)
 
 
-def _clip(params: Sequence[Tensor], norm: Tensor, limit: float | None) -> None:
+def _clip(params: Sequence[Tensor], norm: float, limit: float | None) -> None:
     if limit is not None and norm > limit:
         for param in params:
             if param.grad is not None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from fr_core.config import Config, flat
 from fr_core.data.schema import write_text_atomically
 from fr_core.data.stream import Batch
+from fr_core.errors import UserError
 from fr_core.verify.report import contact_sheet
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm", "images_per_second", "data_wait")
@@ -44,7 +45,12 @@ class Tracker:
             writer.writeheader()
             writer.writerows(self.rows)
         if config.tracking.uri != "off":
-            self._open_mlflow(run_id or _saved_run_id(out))
+            from mlflow.exceptions import MlflowException
+
+            try:
+                self._open_mlflow(run_id or _saved_run_id(out))
+            except MlflowException as error:
+                raise UserError(f"tracking.uri = {config.tracking.uri}: {str(error).splitlines()[0]}") from None
         facts = {"run_id": self.run_id, "config": config.model_dump(mode="json")}
         write_text_atomically(out / "run.json", json.dumps(facts, indent=1) + "\n")
 
@@ -127,7 +133,8 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             try:
-                rows.append({name: float(row[name]) for name in COLUMNS if row[name]} | {"step": int(row["step"])})
+                if row["data_wait"]:  # the last column: a row without it is half written
+                    rows.append({name: float(row[name]) for name in COLUMNS if row[name]} | {"step": int(row["step"])})
             except (TypeError, ValueError, KeyError):
                 continue
     return rows

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from fr_core.config import Config
 from fr_core.data.stream import Batch
-from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD
-from fr_core.nets.open import find_checkpoint, normalised, read_weights
+from fr_core.nets.open import find_checkpoint, load_weights, normalised
 from fr_core.ranks import Ranks
 from fr_core.train.bigface import autocast
 from fr_core.train.state import TrainState
@@ -30,13 +29,9 @@ def load_backbone(config: Config, state: TrainState) -> None:
     path = Path(config.init.backbone)
     if path.is_dir():
         path = find_checkpoint(path) / "backbone.safetensors"
-    weights = read_weights(path)
-    for module in {state.backbone, state.usable}:
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip()
-            raise UserError(f"init.backbone: {path} holds another net than [net]: {first}") from None
+    load_weights(state.backbone, path)
+    if state.average is not None:
+        state.average.load_state_dict(state.backbone.state_dict())
 
 
 @torch.no_grad()

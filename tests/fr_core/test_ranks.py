@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ def test_split_shares_out_every_row_once(total, size):
     parts = [Ranks(rank, size).split(total) for rank in range(size)]
     assert parts[0][0] == 0
     assert parts[-1][1] == total
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
     sizes = [hi - lo for lo, hi in parts]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] - sizes[-1] <= 1

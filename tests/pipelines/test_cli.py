@@ -163,7 +163,7 @@ def test_mostly_rejects_is_an_error_without_a_dataset(tmp_path):
         (tmp_path / "in" / person).mkdir(parents=True)
         for i in range(4):
             (tmp_path / "in" / person / f"{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="8 of 8 images rejected, first a/0.jpg"):
+    with pytest.raises(UserError, match=r"8 of 8 images rejected, first a/0\.jpg"):
         bigface("ingest", tmp_path / "in", "--out", tmp_path / "out", "--in-process")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -174,10 +174,13 @@ def test_output_folders_are_guarded(photos, tmp_path):
         bigface("ingest", photos, "--out", tmp_path / "file" / "shards", "--in-process")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    for extra in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match="is not empty"):
-            bigface("ingest", photos, "--out", tmp_path / "mine", "--in-process", *extra)
+    with pytest.raises(UserError, match="is not empty"):
+        bigface("ingest", photos, "--out", tmp_path / "mine", "--in-process")
+    bigface("ingest", photos, "--out", tmp_path / "mine", "--in-process", "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    for out in (photos / "person0", photos.parent):
+        with pytest.raises(UserError, match="lie in each other"):
+            bigface("ingest", photos, "--out", out, "--in-process", "--overwrite")
     with pytest.raises(UserError, match="cannot write"):
         bigface("synth", "--out", tmp_path / "file" / "faces", "--identities", 1, "--shots", 1)
 

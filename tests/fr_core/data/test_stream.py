@@ -35,7 +35,7 @@ def test_a_label_outside_the_manifest_is_named(tmp_path):
     (root / "manifest.json").write_text(text.replace('"identities": 10', '"identities": 9'))
     config = config_of(root)
     plan = make_plan(config, open_dataset(root))
-    with pytest.raises(UserError, match="sample .* has label 9, outside the manifest's 9 identities"):
+    with pytest.raises(UserError, match=r"sample .* has label 9, outside the manifest's 9 identities"):
         list(batches(config, plan, Ranks(), 0, plan.steps_per_epoch, tables_in_process))
 
 

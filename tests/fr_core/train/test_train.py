@@ -51,14 +51,14 @@ def rank_run(ranks, config, out):
     run(config, out, ranks)
 
 
-# Equality of ranks and micro-batches
-
-
 def smooth_run(ranks, config, out):
     """A run without PReLU's kink, across which rounding would flip a whole slope and be amplified from step to step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn, "PReLU", lambda channels: torch.nn.SiLU())
         run(config, out, ranks)
+
+
+# Equality of ranks and micro-batches
 
 
 def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
@@ -105,7 +105,7 @@ def test_golden_curves(dataset, tmp_path, name):
             "method.margin={ scale = 16.0, m3 = 0.2, gradient = 'straight_through' }",
         ],
     }[name]
-    run(config_of(dataset, *overrides), tmp_path)
+    smooth_run(Ranks(), config_of(dataset, *overrides), tmp_path)
     stored = json.loads((GOLDEN / "losses_20_steps.json").read_text())[name]
     assert np.allclose(losses(tmp_path), stored, rtol=2e-3)
 
@@ -346,7 +346,7 @@ def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
         state = loop.resume_or_init(config, tmp_path / "none", Ranks(), tables_in_process)
         assert torch.equal(state.backbone.fc.weight, weights["fc.weight"])
         assert not torch.equal(state.head.weight, weights["head"])
-    with pytest.raises(UserError, match=r"init\.backbone: .* holds another net"):
+    with pytest.raises(UserError, match="weights do not fit the net"):
         loop.resume_or_init(
             config_of(dataset, f"init.backbone={bare}", "net.width=16"), tmp_path / "none", Ranks(), tables_in_process
         )

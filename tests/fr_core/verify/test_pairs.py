@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -123,10 +125,8 @@ def test_bad_pairs_files_name_the_line(tmp_path, text, message):
 def test_any_text_is_read_or_refused(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("fuzz") / "pairs"
     path.write_text(text)
-    try:
-        read_pairs(path)
-    except UserError as error:
-        assert "\n" not in str(error)
+    with contextlib.suppress(UserError):
+        assert len(read_pairs(path).same) > 0
 
 
 def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tmp_path):

@@ -1,0 +1,115 @@
+"""Real Ray: the same dataset from ingest, a killed worker, a user's mistake, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from fr_core.config import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.errors import UserError
+from fr_core.train.checkpoint import checkpoints
+from fr_core.train.tracking import read_metrics
+from pipelines.ingest import ingest
+from pipelines.on_ray import train_on_ray, worker_cpus
+from pipelines.train import train
+from tests.conftest import write_dataset
+
+pytestmark = pytest.mark.ray
+
+
+def test_workers_leave_half_of_the_cpus_to_ray_data():
+    assert [worker_cpus(2, workers) for workers in (1, 2, 4)] == [1, 0.5, 0.25]
+    assert worker_cpus(64, 8) == 1
+
+
+def test_ingest_by_ray_equals_ingest_in_this_process(photos, tmp_path):
+    here = ingest(photos, tmp_path / "here", on_ray=False)
+    there = ingest(photos, tmp_path / "there", on_ray=True)
+    assert here == there  # file names, rows, sizes and checksums of all shards
+    open_dataset(tmp_path / "there").check_sha256()
+
+
+def kill_a_worker_after_the_first_checkpoint(out: Path, killed: list[int]) -> None:
+    while not checkpoints(out):
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers[-1].send_signal(signal.SIGKILL)
+    killed.append(workers[-1].pid)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
+    """Every step is there once, and the MLflow run is one."""
+    overrides = [f"data.path={dataset}", "train.epochs=10", "train.max_steps=300", "train.save_every=50"]
+    config = load_config("debug_bigface", overrides)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(tmp_path / "run", killed))
+    killer.start()
+    figures = train(config, tmp_path / "run", workers=2)
+    killer.join()
+    assert len(killed) == 1
+    assert (figures["steps"], figures["workers"]) == (300, 2)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 301))
+    assert np.mean([row["loss"] for row in rows[-20:]]) < 0.5 * np.mean([row["loss"] for row in rows[:20]])
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["steps"] == 300
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("bigface").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+def test_a_mistake_inside_the_workers_comes_out_in_one_line(tmp_path):
+    root = write_dataset(tmp_path / "shards", 300, 10)
+    shard = root / "shard-00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(bytes(data))
+    config = load_config("debug_bigface", [f"data.path={root}", "tracking.uri=off"])
+    with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged") as caught:
+        train_on_ray(config, tmp_path / "run", 1)
+    assert "\n" not in str(caught.value)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("BIGFACE_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_ctrl_c_leaves_no_process_behind(dataset, tmp_path):
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-m", "pipelines.cli", "train", "debug_bigface", f"data.path={dataset}"]
+    command += ["train.epochs=1000", "train.max_steps=40000", "tracking.uri=off", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"BIGFACE_TEST_MARK": mark}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while len(read_metrics(tmp_path / "run")) < 20:
+            assert process.poll() is None
+            time.sleep(0.2)
+        assert len(marked(mark)) > 3
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        deadline = time.monotonic() + 30
+        while marked(mark) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert marked(mark) == []
+    finally:
+        for left in marked(mark):
+            left.kill()
