@@ -129,7 +129,9 @@ def tables_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     try:
         yield from _steps(tables, rows, stop - step)
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+        raise
 
 
 def _steps(tables: Iterator[pa.Table], rows: int, count: int) -> Iterator[pa.Table]:
