@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 
 from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
@@ -93,15 +94,18 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def test_ctrl_c_leaves_no_process_behind(dataset, tmp_path):
+    ray.shutdown()  # of the tests before: one node is enough for small machines
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "pipelines.cli", "train", "debug_bigface", f"data.path={dataset}"]
     command += ["train.epochs=1000", "train.max_steps=40000", "tracking.uri=off", "--out", str(tmp_path / "run")]
     environment = os.environ | {"BIGFACE_TEST_MARK": mark}
     environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
     try:
         while len(read_metrics(tmp_path / "run")) < 20:
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         assert len(marked(mark)) > 3
         os.killpg(process.pid, signal.SIGINT)
