@@ -16,7 +16,6 @@ def start_ray() -> None:
     """Joins the cluster of ``RAY_ADDRESS``, or starts a node of its own that ends with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets any other process starve the training
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 are too few on a busy machine
     import ray
 
     if not ray.is_initialized():
