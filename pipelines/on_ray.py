@@ -9,6 +9,7 @@ from fr_core.config import Config, parse_config
 from fr_core.data.schema import write_text_atomically
 from fr_core.errors import UserError
 
+START_ATTEMPTS = 3
 MAX_FAILURES = 5  # lives that a run has after its first
 
 
@@ -18,10 +19,17 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets any other process starve the training
     import ray
 
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "local")
-        dashboard = None if address != "local" else False
-        ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    dashboard = None if address != "local" else False
+    for attempt in range(START_ATTEMPTS):
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray has no class for it: a busy machine needs more than the 30 s that it waits
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
 
 
 def worker_cpus(cluster_cpus: float, workers: int) -> float:
