@@ -71,6 +71,12 @@ def write_dataset(
     return root
 
 
+def flip_a_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,500 images of 40 identities in 3 shards of 4 row groups."""

@@ -15,7 +15,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from pipelines.cli import app
 from pipelines.demo import write_pairs
-from tests.conftest import write_dataset
+from tests.conftest import flip_a_bit, write_dataset
 
 
 def bigface(*args):
@@ -206,10 +206,7 @@ def test_launch_mistakes(dataset, tmp_path, overrides, message):
 
 def test_a_damaged_shard_stops_the_launch(tmp_path):
     root = write_dataset(tmp_path / "shards", 300, 10)
-    shard = root / "shard-00000.parquet"
-    data = bytearray(shard.read_bytes())
-    data[1000] ^= 1
-    shard.write_bytes(bytes(data))
+    flip_a_bit(root / "shard-00000.parquet", 1000)
     with pytest.raises(UserError, match=r"shard-00000\.parquet: wrong checksum"):
         bigface("train", "debug_bigface", f"data.path={root}", "--in-process", "--out", tmp_path / "run")
 

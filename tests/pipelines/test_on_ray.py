@@ -23,7 +23,7 @@ from fr_core.train.tracking import read_metrics
 from pipelines.ingest import ingest
 from pipelines.on_ray import train_on_ray, worker_cpus
 from pipelines.train import train
-from tests.conftest import write_dataset
+from tests.conftest import flip_a_bit, write_dataset
 
 pytestmark = pytest.mark.ray
 
@@ -72,10 +72,7 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
 
 def test_a_mistake_inside_the_workers_comes_out_in_one_line(tmp_path):
     root = write_dataset(tmp_path / "shards", 300, 10)
-    shard = root / "shard-00000.parquet"
-    data = bytearray(shard.read_bytes())
-    data[5000] ^= 1
-    shard.write_bytes(bytes(data))
+    flip_a_bit(root / "shard-00000.parquet", 5000)
     config = load_config("debug_bigface", [f"data.path={root}", "tracking.uri=off"])
     with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged") as caught:
         train_on_ray(config, tmp_path / "run", 1)
