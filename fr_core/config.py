@@ -88,6 +88,9 @@ class BigFace(Section):
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1: Partial FC
     drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0  # cosine; 1 keeps all (inter-class filter)
     clip_head: Positive | None = None  # largest norm of the class matrix's gradient
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the class matrix's products; their sums are float32
+    update: Literal["plain", "fused"] = "plain"  # fused: the class matrix moves tile by tile and has no gradient
+    tile: Annotated[int, Field(ge=1)] | None = None  # classes computed at once; None: what fits cache or card
 
 
 Method = BigFace
@@ -186,6 +189,13 @@ class Config(Section):
             raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
         if self.verify.pairs and not self.verify.images:
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
+        if self.method.update == "fused":
+            if accumulate > 1:
+                raise ValueError('method.update = "fused" moves the class matrix once per batch: train.accumulate = 1')
+            if self.method.clip_head is not None:
+                raise ValueError('method.update = "fused" has no gradient to clip: leave method.clip_head out')
+            if self.train.precision == "float16":
+                raise ValueError('method.update = "fused" cannot scale the loss: train.precision = "bfloat16"')
         if self.init.head == "prototypes" and not self.init.backbone:
             raise ValueError('init.head = "prototypes" needs init.backbone')
         return self

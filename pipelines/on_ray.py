@@ -85,8 +85,9 @@ def train_worker(launch: dict[str, Any]) -> Any:
     import ray.train
 
     from fr_core.data.stream import tables_by_ray
+    from fr_core.device import use_processor
     from fr_core.ranks import Ranks
-    from fr_core.train.loop import train_loop, use_processor
+    from fr_core.train.loop import train_loop
 
     out, ranks = Path(launch["out"]), Ranks.current()
     if list(out.glob("mistake_*.txt")):  # of an earlier life: a restart would only repeat it

@@ -35,8 +35,9 @@ def train(
         UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
     """
     from fr_core.data.stream import tables_in_process
+    from fr_core.device import use_processor
     from fr_core.train.checkpoint import checkpoints
-    from fr_core.train.loop import clear_run, train_loop, use_processor
+    from fr_core.train.loop import clear_run, train_loop
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")

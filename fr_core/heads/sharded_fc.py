@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.config import BigFace
-from fr_core.heads.margins import with_margin
+from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
 from fr_core.ranks import Ranks
 
 INIT_STD = 0.01
@@ -27,7 +27,10 @@ class ShardedFC(nn.Module):
         super().__init__()
         if identities < ranks.size:
             raise ValueError(f"{identities} identities cannot be shared out to {ranks.size} ranks")
-        self.method, self.ranks, self.seed, self.identities = method, ranks, seed, identities
+        self.ranks, self.seed, self.identities, self.sample_rate = ranks, seed, identities, method.sample_rate
+        self.softmax = Softmax(
+            method.margin, method.drop_negatives_above, getattr(torch, method.precision), method.tile
+        )
         self.lo, self.hi = ranks.split(identities)
         self.weight = nn.Parameter(initial_rows(self.lo, self.hi, embedding, seed))
 
@@ -39,54 +42,44 @@ class ShardedFC(nn.Module):
         Returns:
             Sorted int64 [S], relative to ``lo``; None where every row enters.
         """
-        if self.method.sample_rate >= 1:
+        if self.sample_rate >= 1:
             return None
         own = labels_G[(labels_G >= self.lo) & (labels_G < self.hi)].unique() - self.lo
         rows = self.hi - self.lo
         generator = torch.Generator().manual_seed(rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank))
         priority = torch.rand(rows, generator=generator).to(labels_G.device)
         priority[own] = 2.0
-        count = max(int(self.method.sample_rate * rows), len(own), 1)
+        count = max(int(self.sample_rate * rows), len(own), 1)
         return priority.topk(count).indices.sort().values
 
-    def forward(self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the margin softmax over all ranks' rows.
-
-        Every rank calls it with the same arguments and gets the same loss; its backward gives this rank's rows their
-        whole gradient and ``x_GD`` the part that these rows contribute (``Ranks.gather`` sums the parts).
+    def forward(
+        self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None, sgd: TileSGD | None = None
+    ) -> Tensor:
+        """Mean cross-entropy of the margin softmax over all ranks' rows; see :func:`margin_softmax`.
 
         Args:
             x_GD: all ranks' embeddings, not normalised.
             labels_G: int64.
             rows_S: from :meth:`sample`; the weight's gradient is then sparse.
+            sgd: the fused mode: rows move in the backward pass and get no gradient.
         """
-        scale, limit = self.method.margin.scale, self.method.drop_negatives_above
-        weight_SD = self.weight if rows_S is None else F.embedding(rows_S, self.weight, sparse=True)
+        own_G = (labels_G >= self.lo) & (labels_G < self.hi)
+        column_G = (labels_G - self.lo).clamp(0, self.hi - self.lo - 1)
+        if rows_S is not None:
+            column_G = torch.searchsorted(rows_S, column_G)
+        column_G = torch.where(own_G, column_G, -1)
         with torch.autocast(x_GD.device.type, enabled=False):
-            cos_GS = F.linear(F.normalize(x_GD.float()), F.normalize(weight_SD)).clamp(-1, 1)
-        own_P, column_P = self._positives(labels_G, rows_S)
-        positive_P = with_margin(cos_GS[own_P, column_P], self.method.margin)
-        if limit < 1:
-            cos_GS = cos_GS.masked_fill(cos_GS.detach() > limit, -torch.inf)
-        logits_GS = scale * cos_GS.index_put((own_P, column_P), positive_P)
-        positive_G = logits_GS.new_zeros(len(labels_G)).index_put((own_P,), scale * positive_P)
-        top_G = self.ranks.max_(logits_GS.detach().amax(1))
-        total_G = self.ranks.sum(torch.exp(logits_GS - top_G[:, None]).sum(1))
-        return (total_G.log() + top_G - self.ranks.sum(positive_G)).mean()
-
-    def _positives(self, labels_G: Tensor, rows_S: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Positions in the batch of the faces whose identity lies on this rank, and their columns in ``cos_GS``."""
-        own_P = torch.nonzero((labels_G >= self.lo) & (labels_G < self.hi)).squeeze(1)
-        local_P = labels_G[own_P] - self.lo
-        return own_P, local_P if rows_S is None else torch.searchsorted(rows_S, local_P)
+            unit_GD = F.normalize(x_GD.to(self.weight.dtype))
+            return margin_softmax(unit_GD, self.weight, column_G, self.softmax, self.ranks, rows_S, sgd)
 
 
 def initial_rows(lo: int, hi: int, embedding: int, seed: int) -> Tensor:
     """Rows [lo, hi) of a class matrix drawn from N(0, 0.01²): float32 [hi − lo, D]."""
-    blocks = []
+    rows = torch.empty(hi - lo, embedding)
     for block in range(lo // _INIT_ROWS, -(-hi // _INIT_ROWS)):
         generator = torch.Generator().manual_seed(rng.torch_seed(seed, "class matrix", block))
-        rows = torch.empty(_INIT_ROWS, embedding).normal_(0, INIT_STD, generator=generator)
+        drawn = torch.empty(_INIT_ROWS, embedding).normal_(0, INIT_STD, generator=generator)
         first = block * _INIT_ROWS
-        blocks.append(rows[max(lo - first, 0) : min(hi - first, _INIT_ROWS)])
-    return torch.cat(blocks)
+        start, stop = max(lo, first), min(hi, first + _INIT_ROWS)
+        rows[start - lo : stop - lo] = drawn[start - first : stop - first]
+    return rows

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fr_core.config import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
+from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
@@ -46,10 +47,6 @@ def on_device(net: Backbone, device: torch.device) -> Backbone:
 def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
     """uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels last in memory."""
     return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass

@@ -6,17 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fr_core.config import Optim
+from fr_core.config import Method, Optim
+from fr_core.heads.streamed import TileSGD
 
 
 class RowSGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay that moves only the rows which a sparse gradient names.
 
-    A dense update would let the rows that were not sampled drift by their momentum and weight decay.
+    A dense update would let the rows that were not sampled drift by their momentum and weight decay. In the fused
+    mode the head moves the rows itself (:meth:`tile_sgd`) and ``step`` finds no gradient.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def tile_sgd(self) -> TileSGD:
+        """This step's settings, for the head to apply."""
+        (group,) = self.param_groups
+        (param,) = group["params"]
+        return TileSGD(self._momentum(param), group["lr"], group["momentum"], group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -26,21 +34,24 @@ class RowSGD(torch.optim.Optimizer):
                     continue
                 grad = param.grad.coalesce()
                 rows, values = grad.indices()[0], grad.values()
-                state = self.state[param]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                buffer = state["momentum_buffer"]
+                buffer = self._momentum(param)
                 current = param[rows]
                 moved = buffer[rows].mul_(group["momentum"]).add_(values).add_(current, alpha=group["weight_decay"])
                 buffer[rows] = moved
                 param[rows] = current.sub_(moved, alpha=group["lr"])
 
 
-def make_optimizers(config: Optim, backbone: nn.Module, head: nn.Module, sparse_head: bool) -> dict[str, Any]:
+    def _momentum(self, param: Tensor) -> Tensor:
+        if "momentum_buffer" not in self.state[param]:
+            self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        return self.state[param]["momentum_buffer"]
+
+
+def make_optimizers(config: Optim, method: Method, backbone: nn.Module, head: nn.Module) -> dict[str, Any]:
     """The optimisers of backbone and head, by these names."""
     settings: dict[str, Any] = config.model_dump(include={"lr", "momentum", "weight_decay"})
     trained = [p for p in backbone.parameters() if p.requires_grad]
-    head_sgd = RowSGD if sparse_head else torch.optim.SGD
+    head_sgd = RowSGD if method.sample_rate < 1 or method.update == "fused" else torch.optim.SGD
     return {"backbone": torch.optim.SGD(trained, **settings), "head": head_sgd(head.parameters(), **settings)}
 
 

@@ -10,6 +10,7 @@ import torch
 from fr_core import rng
 from fr_core.config import Config
 from fr_core.data.stream import Batch
+from fr_core.device import multiplies_bfloat16
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, begin_step, update, without_sync
@@ -22,7 +23,7 @@ def bigface_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) 
     micro-batches one by one.
 
     Returns:
-        See :func:`fr_core.train.state.update`.
+        lr, and those of :func:`fr_core.train.state.update`.
     """
     micro = config.train.accumulate
     images_ABHWC = batch.images_BHWC.to(state.device).chunk(micro)
@@ -30,16 +31,17 @@ def bigface_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) 
     rows_S = state.head.sample(torch.cat(labels_AG), state.step)
     total = torch.zeros((), device=state.device)
     state.backbone.train()
-    begin_step(state)
+    rate = begin_step(config, state)
+    sgd = state.optimizers["head"].tile_sgd() if config.method.update == "fused" else None
     for a in range(micro):
         torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, ranks.rank * micro + a))
         with without_sync(state) if a < micro - 1 else nullcontext():
             with autocast(config, state.device):
                 x_BD = state.parallel(normalised(images_ABHWC[a], state.backbone.input_std))
-            loss = state.head(ranks.gather(x_BD), labels_AG[a], rows_S) / micro
+            loss = state.head(ranks.gather(x_BD), labels_AG[a], rows_S, sgd) / micro
             (loss * state.loss_scale).backward()
         total += loss.detach()
-    return update(config, state, total, ranks)
+    return update(config, state, total, ranks) | {"lr": rate}
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -49,7 +51,5 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     """
     precision = config.train.precision
     if precision == "auto":
-        on_gpu = device.type == "cuda"
-        native = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
-        precision = "bfloat16" if native else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")

@@ -1,9 +1,7 @@
 """The train loop. It knows nothing of Ray: whoever calls it hands it ranks, tables and a function to report to."""
 
 import contextlib
-import ctypes
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +15,9 @@ from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import Batch, batches, make_plan
+from fr_core.device import default_device
 from fr_core.errors import UserError
-from fr_core.nets.open import Recogniser, default_device
+from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
 from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
@@ -27,8 +26,6 @@ from fr_core.train.tracking import Tracker
 from fr_core.train.warm_start import load_backbone, prototypes
 from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 Tables = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 
@@ -214,16 +211,3 @@ def clear_run(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("metrics.csv", "run.json", "report.json"):
         (out / name).unlink(missing_ok=True)
-
-
-def use_processor(threads: int) -> None:
-    """PyTorch's threads in this process (Ray's workers start with one), and memory that is kept between steps.
-
-    glibc returns large blocks to the kernel and faults every page in again: on CPUs a third of a step's time.
-    """
-    torch.set_num_threads(max(1, threads))
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-                libc.mallopt(option, 2**31 - 1)

@@ -57,7 +57,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     head = ShardedFC(plan.dataset.manifest.identities, config.net.embedding, config.method, ranks, config.seed).to(
         device
     )
-    optimizers = make_optimizers(config.optim, backbone, head, config.method.sample_rate < 1)
+    optimizers = make_optimizers(config.optim, config.method, backbone, head)
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
     if config.train.ema:
@@ -73,19 +73,24 @@ def without_sync(state: TrainState) -> Any:
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
 
 
-def begin_step(state: TrainState) -> None:
-    """Remembers the batch-norm statistics, so that a non-finite step can leave no trace."""
+def begin_step(config: Config, state: TrainState) -> float:
+    """Sets and returns the learning rate; remembers the batch-norm statistics, so that a bad step leaves no trace."""
+    rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
+    for optimizer in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     state.buffers = [buffer.clone() for buffer in state.backbone.buffers()]
+    return rate
 
 
 def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dict[str, float]:
     """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite.
 
-    Clips, sets the learning rate, steps both optimisers, the moving average and the loss scale. The loss scale lives
-    here, not in ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
+    Clips, steps both optimisers, the moving average and the loss scale. The loss scale lives here, not in
+    ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
 
     Returns:
-        loss, lr, gradient norms.
+        loss, gradient norms (the head's is 0 in the fused mode, which has no gradient).
     """
     backbone = [p for p in state.backbone.parameters() if p.grad is not None]
     head = list(state.head.parameters())
@@ -95,15 +100,12 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
     head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
-    rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
     numbers = torch.stack([loss, backbone_norm, head_norm]).tolist()  # the step's one wait for the device
-    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm"), numbers, strict=True)) | {"lr": rate}
+    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm"), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
         _clip(backbone, metrics["grad_norm"], config.optim.clip)
         _clip(head, metrics["head_grad_norm"], config.method.clip_head)
         for optimizer in state.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             optimizer.step()
         _after_good_step(config, state)
     else:

@@ -108,7 +108,7 @@ PARTIAL = BigFace(margin=Margin(scale=16, m3=0.4), sample_rate=0.4)
 def partial_step(ranks):
     """Three steps of Partial FC: which rows moved, which were sampled, and the last loss against its own subset."""
     head = ShardedFC(50, D, PARTIAL, ranks, seed=1)
-    optimizer = make_optimizers(Optim(), torch.nn.Linear(1, 1), head, sparse_head=True)["head"]
+    optimizer = make_optimizers(Optim(), PARTIAL, torch.nn.Linear(1, 1), head)["head"]
     history = []
     for step in range(3):
         labels_G = torch.tensor([0, 10, 44, 44, 7, 25]) + step

@@ -1,0 +1,33 @@
+"""The processor of this process: which one, what it multiplies natively, and how PyTorch uses it."""
+
+import ctypes
+import sys
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def default_device() -> torch.device:
+    """This process's GPU (Ray and torchrun show each worker its own), else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are native there. CPUs without them emulate, ten times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def use_processor(threads: int) -> None:
+    """PyTorch's threads in this process (Ray's workers start with one), and memory that is kept between steps.
+
+    glibc returns large blocks to the kernel and faults every page in again: on CPUs a third of a step's time.
+    """
+    torch.set_num_threads(max(1, threads))
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+                libc.mallopt(option, 2**31 - 1)

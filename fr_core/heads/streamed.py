@@ -1,0 +1,308 @@
+"""Softmax over many classes, streamed: one tile of classes at a time, exact loss and exact gradients (METHODS §1, §2).
+
+Pass (a) walks the tiles once for the softmax's denominator. Pass (b) walks them again, makes a tile's probabilities
+anew, adds the tile's part to the embeddings' gradient, and forms the gradient of its rows through their
+normalisation. There is never more than one tile of logits, nor a normalised copy of the class matrix. With
+:class:`TileSGD` the rows move while their tile is in cache, and there is no gradient of the class matrix either.
+
+The positive class is masked out of its tile and handled apart, never subtracted: Σ exp − exp(positive) cancels.
+
+Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fr_core.config import Margin
+from fr_core.device import multiplies_bfloat16
+from fr_core.heads.margins import with_margin
+from fr_core.ranks import Ranks
+
+MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is 0
+MIN_NORM = 1e-12  # of a row, as in F.normalize
+CPU_LOGITS, GPU_LOGITS = 2**18, 2**25  # of one tile: in cache; large enough to fill a card
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Which softmax, and how it is computed.
+
+    Args:
+        drop_above: negatives with a larger cosine have probability 0 (inter-class filter); 1 keeps all.
+        precision: of the matrix products' operands; float32 everywhere else.
+        tile: classes per tile; None: what fits cache or card.
+    """
+
+    margin: Margin
+    drop_above: float = 1.0
+    precision: torch.dtype = torch.float32
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
+class TileSGD:
+    """SGD with momentum and weight decay, applied to rows of the class matrix as their tile passes."""
+
+    momentum_ND: Tensor
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+def margin_softmax(
+    unit_GD: Tensor,
+    weight_ND: Tensor,
+    column_G: Tensor,
+    softmax: Softmax,
+    ranks: Ranks,
+    rows_S: Tensor | None = None,
+    sgd: TileSGD | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the margin softmax over all ranks' rows.
+
+    Every rank calls it with the same faces and gets the same loss. The gradient of ``unit_GD`` is the part that this
+    rank's rows contribute (``Ranks.gather`` sums the parts); that of the rows is whole.
+
+    Args:
+        unit_GD: embeddings of length 1.
+        weight_ND: this rank's rows, of any length; they are normalised on the way.
+        column_G: int64, the row of each face's class (its position in ``rows_S`` where that is given); negative
+            where another rank holds it.
+        rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse.
+        sgd: the rows move in the backward pass and get no gradient. A loss that is not finite moves nothing.
+    """
+    return _MarginSoftmax.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
+
+
+def fixed_centres_softmax(
+    unit_GD: Tensor, positive_GD: Tensor, labels_G: Tensor, centres_SD: Tensor, labels_S: Tensor, softmax: Softmax
+) -> Tensor:
+    """Mean cross-entropy against one centre per face and negatives, none of which carries a gradient, in one pass.
+
+    Σ p·w accumulates beside the denominator, so that nothing is computed twice (METHODS §3). Centres with a face's
+    own label are no negatives of it.
+
+    Args:
+        unit_GD: embeddings of length 1.
+        positive_GD: the centre of each face's class, of length 1.
+        centres_SD: of length 1.
+    """
+    return _FixedCentresSoftmax.apply(unit_GD, positive_GD, labels_G, centres_SD, labels_S, softmax)
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit_GD: Tensor,
+        weight_ND: Tensor,
+        column_G: Tensor,
+        softmax: Softmax,
+        ranks: Ranks,
+        rows_S: Tensor | None,
+        sgd: TileSGD | None,
+    ) -> Tensor:
+        scale = softmax.margin.scale
+        cos_G = (unit_GD * F.normalize(weight_ND[_rows_of(column_G, rows_S)])).sum(1)
+        value_G, slope_G = with_margin(cos_G, softmax.margin)
+        operand_GD = _operand(unit_GD, softmax.precision)
+        sums = _LogSumExp(unit_GD, scale)
+        for tile in _tiles(unit_GD, weight_ND, rows_S, softmax):
+            sums.add(tile.negatives(operand_GD, column_G))
+        negative_G, positive_G = _over_ranks(sums, torch.where(column_G >= 0, scale * value_G, 0), ranks)
+        loss = F.softplus(negative_G - positive_G).mean()
+        ctx.save_for_backward(unit_GD, weight_ND, column_G, rows_S, cos_G, slope_G, negative_G, positive_G)
+        ctx.softmax, ctx.sgd, ctx.finite = softmax, sgd, sgd is None or bool(loss.isfinite())
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        unit_GD, weight_ND, column_G, rows_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        softmax, sgd = ctx.softmax, ctx.sgd
+        grad_GD = torch.zeros_like(unit_GD)
+        if not ctx.finite:
+            return grad_GD.fill_(math.nan), *[None] * 6
+        total_G = torch.logaddexp(negative_G, positive_G)
+        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive
+        operand_GD = _operand(unit_GD, softmax.precision)
+        each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
+        grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
+        for tile in _tiles(unit_GD, weight_ND, rows_S, softmax):
+            push_GT, radial_T = tile.push(operand_GD, column_G, total_G, pull_G, cos_G, each)
+            _add_product(grad_GD, 1, push_GT, tile.operand_TD)
+            if grad_SD is None:
+                tile.move(push_GT, operand_GD, radial_T, sgd, weight_ND)
+            else:
+                tile.gradient(push_GT, operand_GD, radial_T, grad_SD)
+        if grad_SD is None or rows_S is None:
+            return grad_GD, grad_SD, *[None] * 5
+        return grad_GD, torch.sparse_coo_tensor(rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True), *[None] * 5
+
+
+class _FixedCentresSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit_GD: Tensor,
+        positive_GD: Tensor,
+        labels_G: Tensor,
+        centres_SD: Tensor,
+        labels_S: Tensor,
+        softmax: Softmax,
+    ) -> Tensor:
+        scale, size = softmax.margin.scale, tile_size(softmax, unit_GD)
+        value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
+        operand_GD = _operand(unit_GD, softmax.precision)
+        sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
+        for operand_TD, labels_T in zip(centres_SD.split(size), labels_S.split(size), strict=True):
+            operand_TD = _operand(operand_TD, softmax.precision)
+            logits_GT = _product(operand_GD, operand_TD.T).mul_(scale)
+            _drop(logits_GT, softmax)
+            logits_GT.masked_fill_(labels_G[:, None] == labels_T, MASKED)
+            shrink_G = sums.add(logits_GT)
+            pull_GD.mul_(shrink_G[:, None]).add_(_product(_operand(logits_GT, softmax.precision), operand_TD))
+        spread_G = sums.value_G() - scale * value_G
+        pull_GD.div_(sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)[:, None])  # the mean negative by p
+        pull_GD.sub_(slope_G[:, None] * positive_GD).mul_(torch.sigmoid(spread_G)[:, None])
+        ctx.save_for_backward(pull_GD.mul_(scale / len(unit_GD)))
+        return F.softplus(spread_G).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_GD,) = ctx.saved_tensors
+        return grad * grad_GD, *[None] * 5
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows [start, start + T) of those that take part; ``rows`` are their places in the class matrix."""
+
+    start: int
+    rows: slice | Tensor
+    weight_TD: Tensor
+    operand_TD: Tensor
+    inverse_T: Tensor  # 1 / length
+    softmax: Softmax
+
+    def negatives(self, operand_GD: Tensor, column_G: Tensor) -> Tensor:
+        """Logits [G, T] without the positives."""
+        logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
+        _drop(logits_GT, self.softmax)
+        return self._put(logits_GT, column_G, torch.full_like(column_G, MASKED, dtype=logits_GT.dtype))
+
+    def push(
+        self, operand_GD: Tensor, column_G: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
+        scale = self.softmax.margin.scale
+        logits_GT = self.negatives(operand_GD, column_G)
+        push_GT = self._put((logits_GT - total_G[:, None]).exp_(), column_G, pull_G).mul_(each * self.inverse_T)
+        along_GT = self._put(logits_GT, column_G, scale * cos_G).mul_(push_GT)
+        return _operand(push_GT, self.softmax.precision), along_GT.sum(0).mul_(self.inverse_T / scale)
+
+    def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, out_SD: Tensor) -> None:
+        """The rows' gradient, written to their place in ``out_SD``."""
+        out_TD = out_SD[self.start : self.start + len(self.weight_TD)]
+        _add_product(out_TD, 0, push_GT.T, operand_GD)
+        out_TD.addcmul_(self.weight_TD, radial_T[:, None], value=-1)
+
+    def move(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, sgd: TileSGD, weight_ND: Tensor) -> None:
+        """SGD on the rows in place: m ← μ·m + gradient + λ·w, w ← w − lr·m."""
+        momentum_TD = sgd.momentum_ND[self.rows]
+        _add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD)
+        momentum_TD.addcmul_(self.weight_TD, (sgd.weight_decay - radial_T)[:, None])
+        self.weight_TD.add_(momentum_TD, alpha=-sgd.lr)
+        if isinstance(self.rows, Tensor):  # these are copies
+            sgd.momentum_ND[self.rows] = momentum_TD
+            weight_ND[self.rows] = self.weight_TD
+
+    def _put(self, x_GT: Tensor, column_G: Tensor, value_G: Tensor) -> Tensor:
+        """Sets the positives' entries, in place and without waiting for the device."""
+        last = x_GT.shape[1] - 1
+        at_G = column_G - self.start
+        inside_G = (at_G >= 0) & (at_G <= last)
+        at_G1 = at_G.clamp(0, last)[:, None]
+        return x_GT.scatter_(1, at_G1, torch.where(inside_G[:, None], value_G[:, None], x_GT.gather(1, at_G1)))
+
+
+class _LogSumExp:
+    """log Σ exp over tiles as they come."""
+
+    def __init__(self, unit_GD: Tensor, scale: float) -> None:
+        self.top_G = unit_GD.new_full((len(unit_GD),), -2 * scale)  # below every logit
+        self.sum_G = torch.zeros_like(self.top_G)
+
+    def add(self, logits_GT: Tensor) -> Tensor:
+        """Adds a tile, turning its logits into exp(logit − top) in place; returns what older sums shrink by."""
+        top_G = torch.maximum(self.top_G, logits_GT.amax(1))
+        shrink_G = torch.exp(self.top_G - top_G)
+        self.sum_G = self.sum_G * shrink_G + logits_GT.sub_(top_G[:, None]).exp_().sum(1)
+        self.top_G = top_G
+        return shrink_G
+
+    def value_G(self) -> Tensor:
+        return self.top_G + self.sum_G.log()
+
+
+def tile_size(softmax: Softmax, unit_GD: Tensor) -> int:
+    """Classes per tile."""
+    logits = GPU_LOGITS if unit_GD.is_cuda else CPU_LOGITS
+    return softmax.tile or max(256, logits // len(unit_GD))
+
+
+def _tiles(unit_GD: Tensor, weight_ND: Tensor, rows_S: Tensor | None, softmax: Softmax) -> Iterator[_Tile]:
+    size = tile_size(softmax, unit_GD)
+    for start in range(0, len(weight_ND if rows_S is None else rows_S), size):
+        rows = slice(start, start + size) if rows_S is None else rows_S[start : start + size]
+        weight_TD = weight_ND[rows]
+        inverse_T = torch.linalg.vector_norm(weight_TD, dim=1).clamp_min_(MIN_NORM).reciprocal_()
+        yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, softmax)
+
+
+def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """log Σ exp over all ranks' negatives, and the positive's logit from whichever rank holds it: one collective."""
+    parts_W2G = ranks.gather(torch.stack([sums.value_G(), positive_G])).unflatten(0, (ranks.size, 2))
+    return parts_W2G[:, 0].logsumexp(0), parts_W2G[:, 1].sum(0)
+
+
+def _rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
+    return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
+
+
+def _drop(logits_GT: Tensor, softmax: Softmax) -> None:
+    if softmax.drop_above < 1:
+        logits_GT.masked_fill_(logits_GT > softmax.margin.scale * softmax.drop_above, MASKED)
+
+
+def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
+    """A product's operand, rounded. Processors without bfloat16 products multiply the rounded numbers in float32."""
+    if precision != torch.bfloat16:
+        return x
+    rounded = x.bfloat16()
+    return rounded if multiplies_bfloat16(x.device) else rounded.to(x.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product with float32 sums and, except on CPUs, a float32 result."""
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+def _add_product(out: Tensor, keep: float, a: Tensor, b: Tensor) -> None:
+    """out ← keep·out + a·b."""
+    if a.dtype != torch.bfloat16:
+        out.addmm_(a, b, beta=keep)
+    elif keep:
+        out.mul_(keep).add_(_product(a, b))
+    else:
+        out.copy_(_product(a, b))
