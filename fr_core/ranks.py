@@ -1,12 +1,12 @@
 """The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
 
-The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a sum over
-ranks passes its gradient through unchanged, and a gather's gradient is the sum of what all ranks made of the
-gathered rows. The gradients of replicated weights must then be *summed* over ranks (see ``fr_core/train/bigface.py``);
+The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a
+gather's gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be *summed* over ranks (see ``fr_core/train/state.py``);
 those of sharded weights are whole as they are.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    handed: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # bytes given to collectives
 
     @classmethod
     def current(cls) -> "Ranks":
@@ -34,21 +35,12 @@ class Ranks:
 
     def gather(self, rows_BD: Tensor) -> Tensor:
         """Rows of all ranks, [B, …] → [B·size, …]; equal B on all ranks. Backward: reduce-scatter (sum)."""
-        return rows_BD if self.size == 1 else _Gather.apply(rows_BD, self.size)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks. Backward: the gradient as it is."""
-        return x if self.size == 1 else _Sum.apply(x)
-
-    def max_(self, x: Tensor) -> Tensor:
-        """Maximum over ranks, in place, without gradient."""
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return x
+        return rows_BD if self.size == 1 else _Gather.apply(rows_BD, self)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place, without gradient."""
         if self.size > 1:
+            self.count("all_reduce", x)
             dist.all_reduce(x)
         return x
 
@@ -64,6 +56,10 @@ class Ranks:
         """Rank 0's value, on all ranks."""
         return self.gather_objects(value if self.rank == 0 else None)[0]
 
+    def count(self, collective: str, tensor: Tensor) -> None:
+        """Adds what this rank hands to a collective to ``handed``, in bytes."""
+        self.handed[collective] += tensor.nbytes
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -71,26 +67,16 @@ class Ranks:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        gathered = rows.new_empty((size * rows.shape[0], *rows.shape[1:]))
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        ranks.count("all_gather", rows)
+        gathered = rows.new_empty((ranks.size * rows.shape[0], *rows.shape[1:]))
         dist.all_gather_into_tensor(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        own = grad.new_empty((grad.shape[0] // ctx.size, *grad.shape[1:]))
+        ctx.ranks.count("reduce_scatter", grad)
+        own = grad.new_empty((grad.shape[0] // ctx.ranks.size, *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, grad.contiguous())
         return own, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad

@@ -144,7 +144,10 @@ class _MarginSoftmax(torch.autograd.Function):
                 tile.gradient(push_GT, operand_GD, radial_T, grad_SD)
         if grad_SD is None or rows_S is None:
             return grad_GD, grad_SD, *[None] * 5
-        return grad_GD, torch.sparse_coo_tensor(rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True), *[None] * 5
+        sparse = torch.sparse_coo_tensor(
+            rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False
+        )
+        return grad_GD, sparse, *[None] * 5
 
 
 class _FixedCentresSoftmax(torch.autograd.Function):

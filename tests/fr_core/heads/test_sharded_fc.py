@@ -20,6 +20,7 @@ METHODS = {
     "cosface": BigFace(margin=Margin(scale=16, m3=0.4)),
     "combined": BigFace(margin=Margin(scale=16, m1=1.1, m2=0.2, m3=0.1)),
     "filter": BigFace(margin=Margin(scale=16, m3=0.4), drop_negatives_above=0.3),
+    "tiles": ARC.model_copy(update={"tile": 2}),
 }
 LABELS = {"mixed": [0, 10, 4, 4, 7, 5], "one rank's": [0, 1, 0, 2, 2, 1]}
 
@@ -78,6 +79,47 @@ def test_loss_and_gradients_equal_the_whole_matrix_in_float64(cases, method, lab
     ]
 
 
+def fused_steps(ranks, identities=N):
+    """Three fused steps: losses, the moved rows, and the bytes that a step handed to collectives."""
+    method = ARC.model_copy(update={"update": "fused", "tile": 2})
+    head = ShardedFC(identities, D, method, ranks, seed=1)
+    optimizer = make_optimizers(Optim(), method, torch.nn.Linear(1, 1), head)["head"]
+    own = slice(ranks.rank * G // ranks.size, (ranks.rank + 1) * G // ranks.size)
+    losses = []
+    for step in range(3):
+        ranks.handed.clear()
+        x_GD = ranks.gather(embeddings()[own].clone().requires_grad_())
+        loss = head(x_GD, (torch.tensor(LABELS["mixed"]) + step) % N, sgd=optimizer.tile_sgd())
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, head.weight.detach(), dict(ranks.handed)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_fused_steps_equal_sgd_on_the_whole_matrix(size):
+    results = run_ranks(size, fused_steps)
+    weight = initial_rows(0, N, D, seed=1).double().requires_grad_()
+    optimizer = torch.optim.SGD([weight], **Optim().model_dump(include={"lr", "momentum", "weight_decay"}))
+    for step in range(3):
+        loss, _, weight.grad = reference(
+            ARC, embeddings(), weight.detach(), (torch.tensor(LABELS["mixed"]) + step) % N
+        )
+        assert all(losses[step] == pytest.approx(float(loss), abs=1e-5) for losses, _, _ in results)
+        optimizer.step()
+    assert torch.allclose(torch.cat([rows for _, rows, _ in results]).double(), weight, atol=1e-5)
+
+
+def bytes_for_few_and_many_identities(ranks):
+    return [fused_steps(ranks, identities)[2] for identities in (N, 1000)]
+
+
+def test_bytes_between_ranks_do_not_depend_on_the_identities():
+    small, large = run_ranks(2, bytes_for_few_and_many_identities)[0]
+    faces, statistics = G // 2 * D * 4, 2 * G * 4
+    assert small == large == {"all_gather": faces + statistics, "reduce_scatter": 2 * faces}
+
+
 def test_initial_rows_do_not_depend_on_the_split():
     whole = initial_rows(0, 9000, 4, seed=5)
     assert torch.equal(torch.cat([initial_rows(0, 5000, 4, 5), initial_rows(5000, 9000, 4, 5)]), whole)
@@ -92,7 +134,7 @@ def test_saturated_probabilities_and_parallel_vectors_stay_finite():
     loss = head(x, torch.tensor([0, 1, 2]))
     loss.backward()
     assert loss.isfinite()
-    assert float(loss) > 64 * 1.5 / 3  # the second face sits opposite its class: no clamp at 69
+    assert loss > 64 * 1.5 / 3  # the second face sits opposite its class: no clamp at 69
     assert x.grad.isfinite().all()
     assert head.weight.grad.isfinite().all()
 
