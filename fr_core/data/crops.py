@@ -4,17 +4,20 @@ A crop is `size`×`size` RGB with the five points on the template that the field
 is one already keeps its bytes; everything else is decoded, aligned or resized, and encoded once.
 """
 
+import io
 import struct
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)], np.float32)
 TEMPLATE_SIZE = 112  # pixels that TEMPLATE is given for
 ALIGNED_WITHIN = 1 / 6  # of the side: points on average nearer to the template belong to a crop that is aligned
 MAX_PIXELS = 64_000_000  # larger headers are refused before any pixel is decoded
 QUALITY = 95  # of JPEGs written here, 4:4:4
+UPRIGHT, ORIENTATION = 1, 0x0112  # Exif's value and tag
 
 
 class RejectedImage(Exception):
@@ -26,8 +29,8 @@ def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tu
 
     Args:
         data: a JPEG or PNG file.
-        landmarks: float32 [5, 2], the five points in pixels of this image; without them the image is taken for a
-            crop: cut to its central square and resized.
+        landmarks: float32 [5, 2], the five points in pixels of this image as it is shown (upright); without them the
+            image is taken for a crop: cut to its central square and resized.
 
     Returns:
         The JPEG, the landmarks in its pixels (None if unknown), and whether the image was no square crop.
@@ -43,13 +46,13 @@ def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tu
         if not is_crop:
             matrix = similarity(landmarks, size)
             return encode(_warped(image, matrix, size)), landmarks @ matrix[:, :2].T + matrix[:, 2], False
-    if height == width == size and data[:2] == b"\xff\xd8":
+    if height == width == size and data[:2] == b"\xff\xd8" and orientation(data) == UPRIGHT:
         return data, landmarks, False
     return encode(square(image, size)), landmarks, height != width
 
 
 def read_rgb(data: bytes) -> np.ndarray:
-    """Decodes a JPEG or PNG strictly: uint8 [H, W, 3], RGB.
+    """Decodes a JPEG or PNG strictly, turned as its Exif block says: uint8 [H, W, 3], RGB.
 
     Raises:
         RejectedImage: as :func:`make_crop`.
@@ -61,6 +64,17 @@ def read_rgb(data: bytes) -> np.ndarray:
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _read_png(data)
     raise RejectedImage("neither JPEG nor PNG")
+
+
+def orientation(data: bytes) -> int:
+    """Exif's orientation of a JPEG, 1 (upright) where it does not say."""
+    if b"Exif\0\0" not in data[: 2**16]:
+        return UPRIGHT
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return int(image.getexif().get(ORIENTATION, UPRIGHT))
+    except (OSError, ValueError, TypeError, SyntaxError, struct.error):  # what Pillow raises for damaged blocks
+        return UPRIGHT
 
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
@@ -123,9 +137,15 @@ def _read_jpeg(data: bytes) -> np.ndarray:
         raise RejectedImage("CMYK")
     _refuse_huge(height, width)
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError:
         raise RejectedImage("corrupt or truncated") from None
+    if orientation(data) == UPRIGHT:
+        return image
+    turned = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if turned is None:
+        raise RejectedImage("corrupt or truncated")
+    return turned
 
 
 def _read_png(data: bytes) -> np.ndarray:

@@ -121,17 +121,26 @@ def open_net(ref: str | Path, net: str | None = None, device: torch.device | Non
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest one of a run.
+    """The folder itself if it is a checkpoint, else the newest one of a run whose backbone is whole.
 
     Raises:
         UserError: neither.
     """
     if (folder / "checkpoint.json").is_file():
         return folder
-    found = sorted(folder.glob(CHECKPOINTS))
-    if not found:
-        raise UserError(f"{folder}: no checkpoint there")
-    return found[-1].parent
+    for path in sorted(folder.glob(CHECKPOINTS), reverse=True):
+        if is_whole(path.parent, ["backbone.safetensors"]):
+            return path.parent
+    raise UserError(f"{folder}: no checkpoint there")
+
+
+def is_whole(checkpoint: Path, names: list[str] | None = None) -> bool:
+    """Whether these files of a checkpoint (None: all) have the sizes that its ``checkpoint.json`` lists."""
+    try:
+        files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
+        return all((checkpoint / name).stat().st_size == files[name]["bytes"] for name in names or files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

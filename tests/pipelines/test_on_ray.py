@@ -70,6 +70,13 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
+def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
+    with pytest.raises(UserError, match="2 workers for 1 GPUs; use --workers 1"):
+        train_on_ray(config, tmp_path / "run", 2)
+
+
 def test_a_mistake_inside_the_workers_comes_out_in_one_line(tmp_path):
     root = write_dataset(tmp_path / "shards", 300, 10)
     flip_a_bit(root / "shard-00000.parquet", 5000)

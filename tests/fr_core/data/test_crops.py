@@ -69,6 +69,37 @@ def test_png_and_grey_become_rgb():
     assert not odd
 
 
+def with_orientation(jpeg, value):
+    """The same JPEG with an Exif block that holds nothing but an orientation."""
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, value, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+@pytest.mark.parametrize("shape", [(112, 112), (80, 120)])
+def test_photos_that_a_phone_held_sideways_are_turned_upright(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    image[: shape[0] // 2] = 220  # bright above; a camera turned clockwise stores it on the left
+    stored = with_orientation(encode(np.rot90(image)), 6)
+    assert np.abs(read_rgb(stored).astype(int) - image).mean() < 2
+    crop = read_rgb(make_crop(stored, 112)[0])
+    assert crop[:50].min() > 180
+    assert crop[-50:].max() < 40
+    upright = with_orientation(JPEG, 1)
+    assert make_crop(upright, 112)[0] == upright
+    damaged = upright.replace(b"MM\0*", b"XX\0*")
+    assert make_crop(damaged, 112)[0] == damaged
+
+
+def test_large_photos_are_averaged_not_skipped_over():
+    """Stripes one pixel wide, shrunk by five: grey, where picking single pixels gives stripes."""
+    image = np.zeros((560, 560, 3), np.uint8)
+    image[:, ::2] = 255
+    crop = read_rgb(make_crop(encode(image), 112, TEMPLATE * 5)[0]).astype(float)
+    assert crop[10:-10, 10:-10].std() < 12
+    assert abs(crop[10:-10, 10:-10].mean() - 127.5) < 8
+
+
 def test_other_shapes_are_cut_to_their_centre_and_flagged():
     image = np.zeros((100, 300, 3), np.uint8)
     image[:, 100:200] = 200

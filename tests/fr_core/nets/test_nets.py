@@ -134,6 +134,15 @@ def test_bare_weights_open_with_the_net_named(weights):
     assert (fr_core.open_net(path, "iresnet10").embed(larger) * flipped).sum(1).min() > 0.8
 
 
+def test_weights_that_tell_their_net_need_no_name(tmp_path):
+    """Those of a checkpoint: a stem of stride 2 cannot be read off the shapes."""
+    config = IResNetNet(depth=10, width=8, stem_stride=2, input_size=64, embedding=16)
+    save_file(build_net(config).state_dict(), tmp_path / "net.safetensors", {"net": config.model_dump_json()})
+    net = open_net(tmp_path / "net.safetensors").net
+    assert net.conv1.stride == (2, 2)
+    assert net.input_size == 64
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
