@@ -133,7 +133,30 @@ class MultiStep(Warmup):
         return self
 
 
-Schedule = Annotated[Constant | Cosine | Polynomial | MultiStep, Field(discriminator="kind")]
+class FastFace(Warmup):
+    """The loss decides (METHODS §4): the recurrence of the published code."""
+
+    kind: Literal["fastface"] = "fastface"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # rates of the two moving averages
+    beta: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    threshold: Positive = 5e-5  # λ: a loss that falls by less a step is stationary
+    patience: Annotated[float, Field(gt=0, lt=1)] = 0.05  # τ: stationary share of all steps before a cut
+    delta: Annotated[float, Field(gt=1)] = 2.0  # the rate is divided by it
+    max_cuts: Annotated[int, Field(ge=1)] = 8
+    start: Literal["published", "consistent"] = "published"
+    reference_batch: Annotated[int, Field(ge=1)] | None = None  # alpha, beta, threshold hold for it and are scaled
+
+
+class FastFaceHaar(Warmup):
+    """The loss decides: the window form, which also raises the rate again."""
+
+    kind: Literal["fastface_haar"] = "fastface_haar"
+    m: Annotated[int, Field(ge=2)] | None = None  # steps; None: window
+    window: Annotated[float, Field(gt=0, lt=1)] = 0.015  # m as a share of all steps
+    threshold: Positive = 0.06
+
+
+Schedule = Annotated[Constant | Cosine | Polynomial | MultiStep | FastFace | FastFaceHaar, Field(discriminator="kind")]
 
 
 class Init(Section):

@@ -1,8 +1,8 @@
 """The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
 
-The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a
-gather's gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be *summed* over ranks (see ``fr_core/train/state.py``);
-those of sharded weights are whole as they are.
+The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a gather's
+gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be
+*summed* over ranks (see ``fr_core/train/state.py``); those of sharded weights are whole as they are.
 """
 
 from collections import Counter

@@ -156,6 +156,85 @@ def verify(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
+    identities: Annotated[int, typer.Option(min=1, help="Of the training set.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Workers, one card each.")] = 1,
+    gpu_gib: Annotated[float, typer.Option("--gpu-gib", min=0.1, help="Memory of one card.")] = 24.0,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """Say before a run whether it fits the card: memory by part, per head and mode, and the first knob to turn."""
+    from pipelines.plan import plan as run
+
+    console.print(
+        f"{recipe}, {identities:,} identities, {gpus} × {gpu_gib:g} GiB. Computed, not yet checked on a card."
+    )
+    rows, advice, figures = run(load_config(recipe, overrides or []), identities, gpus, gpu_gib)
+    table = Table(*rows[0], title="GiB per card")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    console.print(advice)
+    show("plan", figures, json)
+
+
+@app.command()
+def replay(
+    log: Annotated[Path, typer.Argument(help="CSV of step, loss or of last_step, mean_loss.")],
+    form: Annotated[str, typer.Option(help="recurrence or haar.")] = "recurrence",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; again for more.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Global batch of the log.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Base rate; default: the log's first, else 0.1.")] = None,
+    picture: Annotated[Path, typer.Option(help="PNG of loss, detector and rate.")] = Path("replay.png"),
+    json: Json = None,
+) -> None:
+    """Tell what FastFace would have done on a past loss log."""
+    from pipelines.replay import replay as run
+
+    changes, steps, figure = run(log, form, set_ or [], batch, lr)
+    table = Table("step", "factor", "rate", title=f"{form} on {steps:,} steps")
+    for change in changes:
+        table.add_row(f"{change['step']:,}", f"{change['factor']:g}", f"{change['rate']:.6g}")
+    console.print(table)
+    with writable(picture):
+        figure.savefig(picture)
+    console.print(f"picture: {picture}", markup=False)
+    show("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory against plain references, in one run.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("head")
+def bench_head(
+    identities: Annotated[int, typer.Option(min=1000)] = 200_000,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    embedding: Annotated[int, typer.Option(min=2)] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    million: Annotated[bool, typer.Option(help="Also a million identities in one process.")] = True,
+    json: Json = None,
+) -> None:
+    """The classifier's step: streamed and fused, against plain PyTorch and against its matrix products alone."""
+    from pipelines.bench import bench_head as run
+
+    show("bench head", run(identities, batch, embedding, repeats, threads, million, console.log), json)
+
+
+@bench.command("schedule")
+def bench_schedule(
+    steps: Annotated[int, typer.Option(min=1000)] = 200_000,
+    json: Json = None,
+) -> None:
+    """FastFace's time per step, against a window that is summed anew each step."""
+    from pipelines.bench import bench_schedule as run
+
+    show("bench schedule", run(steps), json)
+
+
+@app.command()
 def match(
     a: Annotated[Path, typer.Argument(help="A face crop.")],
     b: Annotated[Path, typer.Argument(help="Another.")],

@@ -27,7 +27,8 @@ from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # of a row, as in F.normalize
-CPU_LOGITS, GPU_LOGITS = 2**18, 2**25  # of one tile: in cache; large enough to fill a card
+CPU_LOGITS, GPU_LOGITS = 2**18, 2**24  # of one tile: in cache; large enough to fill a card
+MIN_TILE = 256  # classes: below it products are too thin to be fast
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         labels_S: Tensor,
         softmax: Softmax,
     ) -> Tensor:
-        scale, size = softmax.margin.scale, tile_size(softmax, unit_GD)
+        scale, size = softmax.margin.scale, softmax.tile or tile_size(len(unit_GD), unit_GD.device)
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
@@ -256,14 +257,13 @@ class _LogSumExp:
         return self.top_G + self.sum_G.log()
 
 
-def tile_size(softmax: Softmax, unit_GD: Tensor) -> int:
-    """Classes per tile."""
-    logits = GPU_LOGITS if unit_GD.is_cuda else CPU_LOGITS
-    return softmax.tile or max(256, logits // len(unit_GD))
+def tile_size(faces: int, device: torch.device) -> int:
+    """Classes per tile, where the softmax does not say."""
+    return max(MIN_TILE, (GPU_LOGITS if device.type == "cuda" else CPU_LOGITS) // faces)
 
 
 def _tiles(unit_GD: Tensor, weight_ND: Tensor, rows_S: Tensor | None, softmax: Softmax) -> Iterator[_Tile]:
-    size = tile_size(softmax, unit_GD)
+    size = softmax.tile or tile_size(len(unit_GD), unit_GD.device)
     for start in range(0, len(weight_ND if rows_S is None else rows_S), size):
         rows = slice(start, start + size) if rows_S is None else rows_S[start : start + size]
         weight_TD = weight_ND[rows]

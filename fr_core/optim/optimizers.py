@@ -40,7 +40,6 @@ class RowSGD(torch.optim.Optimizer):
                 buffer[rows] = moved
                 param[rows] = current.sub_(moved, alpha=group["lr"])
 
-
     def _momentum(self, param: Tensor) -> Tensor:
         if "momentum_buffer" not in self.state[param]:
             self.state[param]["momentum_buffer"] = torch.zeros_like(param)

@@ -1,8 +1,8 @@
-"""Learning-rate schedules: functions of the step, nothing to save."""
+"""Learning-rate schedules: functions of the step, nothing to save (but for FastFace, in ``fastface.py``)."""
 
 import math
 
-from fr_core.config import Constant, Cosine, MultiStep, Polynomial, Schedule, steps_of_epochs
+from fr_core.config import Constant, Cosine, FastFace, FastFaceHaar, MultiStep, Polynomial, Schedule, steps_of_epochs
 
 
 def learning_rate(schedule: Schedule, base: float, step: int, total: int, steps_per_epoch: int) -> float:
@@ -15,7 +15,7 @@ def learning_rate(schedule: Schedule, base: float, step: int, total: int, steps_
         return base * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     match schedule:
-        case Constant():
+        case Constant() | FastFace() | FastFaceHaar():  # FastFace's factor comes on top
             return base
         case Cosine():
             low = schedule.final_ratio

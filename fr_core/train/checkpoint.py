@@ -22,7 +22,7 @@ from torch import Tensor
 from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256, write_text_atomically
 from fr_core.errors import UserError
-from fr_core.nets.open import CHECKPOINTS
+from fr_core.nets.open import CHECKPOINTS, is_whole
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
@@ -70,7 +70,7 @@ def step_name(step: int) -> str:
 
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
-    return [path.parent for path in sorted(out.glob(CHECKPOINTS)) if _is_whole(path)]
+    return [path.parent for path in sorted(out.glob(CHECKPOINTS)) if is_whole(path.parent)]
 
 
 def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Ranks) -> None:
@@ -97,6 +97,8 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
     _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
+    if state.watcher and summary["watcher"]:
+        state.watcher.load_state_dict(summary["watcher"])
 
 
 def check_files(folder: Path, summary: dict[str, Any], names: list[str]) -> None:
@@ -124,6 +126,7 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, A
         "good_steps": state.good_steps,
         "bad_steps": state.bad_steps,
         "run_id": state.run_id,
+        "watcher": state.watcher.state_dict() if state.watcher else None,
         "head": [{"file": f"head_{rank:05d}.safetensors", "rows": rows} for rank, (_, rows) in enumerate(parts)],
         "files": {name: facts for written, _ in parts for name, facts in written.items()},
         "config": config.model_dump(mode="json"),
@@ -148,14 +151,6 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        files = json.loads(path.read_text())["files"]
-        return all((path.parent / name).stat().st_size == facts["bytes"] for name, facts in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: Path) -> None:

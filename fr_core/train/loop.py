@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from fr_core.config import Augment, Config
 from fr_core.data.crops import TEMPLATE_SIZE

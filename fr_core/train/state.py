@@ -17,6 +17,7 @@ from fr_core.config import Config, total_steps
 from fr_core.data.plan import Plan
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.open import Backbone, build_net, on_device
+from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
 from fr_core.optim.optimizers import make_optimizers, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
@@ -37,6 +38,7 @@ class TrainState:
     optimizers: dict[str, Any]
     total_steps: int
     average: Backbone | None = None  # moving average of the backbone
+    watcher: Recurrence | HaarWindow | None = None  # FastFace: what cuts the rate
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0
     good_steps: int = 0  # since the loss scale changed
@@ -60,6 +62,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     optimizers = make_optimizers(config.optim, config.method, backbone, head)
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
+    state.watcher = watcher(config.schedule, total, config.train.global_batch)
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
     if config.train.precision == "float16":
@@ -76,6 +79,8 @@ def without_sync(state: TrainState) -> Any:
 def begin_step(config: Config, state: TrainState) -> float:
     """Sets and returns the learning rate; remembers the batch-norm statistics, so that a bad step leaves no trace."""
     rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
+    if state.watcher:
+        rate *= state.watcher.factor
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -90,7 +95,7 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
     ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
 
     Returns:
-        loss, gradient norms (the head's is 0 in the fused mode, which has no gradient).
+        loss, gradient norms (the head's is 0 in the fused mode, which has no gradient), and what FastFace sees.
     """
     backbone = [p for p in state.backbone.parameters() if p.grad is not None]
     head = list(state.head.parameters())
@@ -107,6 +112,8 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
         _clip(head, metrics["head_grad_norm"], config.method.clip_head)
         for optimizer in state.optimizers.values():
             optimizer.step()
+        if state.watcher:
+            state.watcher.observe(metrics["loss"])
         _after_good_step(config, state)
     else:
         state.bad_steps += 1
@@ -117,6 +124,8 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    if state.watcher:
+        metrics |= {"detector": state.watcher.detector, "stationary": float(state.watcher.count)}
     return metrics
 
 

@@ -19,7 +19,12 @@ from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.verify.report import contact_sheet
 
-COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm", "images_per_second", "data_wait")
+COLUMNS = (
+    *("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm"),
+    *("detector", "stationary"),  # of FastFace
+    *("images_per_second", "data_wait"),
+)
+PANELS = {"loss": "loss", "detector": "fall of the loss", "lr": "learning rate", "images_per_second": "images/s"}
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
 SAMPLE_IMAGES = 32
 
@@ -141,14 +146,14 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 
 
 def curves(rows: list[dict[str, float]]) -> Figure:
-    """Loss, learning rate and throughput over the steps."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True)
-    names = (("loss", "loss"), ("lr", "learning rate"), ("images_per_second", "images/s"))
-    for axes, (key, label) in zip(panels, names, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+    """Loss, FastFace's detector where there is one, learning rate and throughput over the steps."""
+    shown = [name for name in PANELS if any(name in row for row in rows)]
+    figure = Figure(figsize=(7, 2.4 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, shown, strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points, strict=True), linewidth=1)
-        axes.set_ylabel(label)
+        axes.set_ylabel(PANELS[name])
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     return figure

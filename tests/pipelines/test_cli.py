@@ -138,7 +138,6 @@ def test_grouped_ingest_keeps_identities_together(photos, tmp_path):
 
 
 def test_rejects_are_listed_and_counted(photos, tmp_path):
-
     source = shutil.copytree(photos, tmp_path / "people")
     (source / "person0" / "empty.jpg").touch()
     (source / "person0" / "cut.jpg").write_bytes((source / "person0" / "0.jpg").read_bytes()[:700])
@@ -196,6 +195,7 @@ def test_output_folders_are_guarded(photos, tmp_path):
         (["--workers", "3"], "3 workers do not divide the run's 32 lanes; use 2 or 4"),
         (["--workers", "2", "train.global_batch=34", "train.accumulate=2"], "not a multiple of 2 workers"),
         (["data.path="], "data.path is not set"),
+        (["--resume", "--in-process"], "holds no whole checkpoint"),
         (["verify.images=/x", "verify.pairs=/absent.csv", "--in-process", "tracking.uri=off"], "absent.csv"),
     ],
 )

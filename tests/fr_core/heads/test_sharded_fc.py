@@ -102,9 +102,7 @@ def test_fused_steps_equal_sgd_on_the_whole_matrix(size):
     weight = initial_rows(0, N, D, seed=1).double().requires_grad_()
     optimizer = torch.optim.SGD([weight], **Optim().model_dump(include={"lr", "momentum", "weight_decay"}))
     for step in range(3):
-        loss, _, weight.grad = reference(
-            ARC, embeddings(), weight.detach(), (torch.tensor(LABELS["mixed"]) + step) % N
-        )
+        loss, _, weight.grad = reference(ARC, embeddings(), weight.detach(), (torch.tensor(LABELS["mixed"]) + step) % N)
         assert all(losses[step] == pytest.approx(float(loss), abs=1e-5) for losses, _, _ in results)
         optimizer.step()
     assert torch.allclose(torch.cat([rows for _, rows, _ in results]).double(), weight, atol=1e-5)

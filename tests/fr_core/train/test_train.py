@@ -110,6 +110,24 @@ def test_golden_curves(dataset, tmp_path, name):
     assert np.allclose(losses(tmp_path), stored, rtol=2e-3)
 
 
+def test_the_fused_mode_trains_as_the_plain_one(dataset, tmp_path):
+    smooth_run(Ranks(), config_of(dataset), tmp_path / "plain")
+    smooth_run(Ranks(), config_of(dataset, "method.update=fused", "method.tile=7"), tmp_path / "fused")
+    assert np.allclose(losses(tmp_path / "plain"), losses(tmp_path / "fused"), atol=1e-4)
+    ours, theirs = last_weights(tmp_path / "plain"), last_weights(tmp_path / "fused")
+    assert torch.allclose(ours["head"], theirs["head"], atol=1e-4)
+
+
+def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path):
+    config = config_of(dataset, "schedule={kind='fastface', threshold=1.0, patience=0.25}")  # 5 of 20 steps
+    run(config, tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row["lr"] for row in rows] == [0.05] * 7 + [0.025] * 6 + [0.0125] * 6 + [0.00625]
+    assert [row["stationary"] for row in rows[:8]] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert all(row["detector"] < 1 for row in rows)
+    assert (tmp_path / "pictures" / "curves.png").exists()
+
+
 # Resuming
 
 
@@ -128,7 +146,14 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["method.sample_rate=0.5", "net.dropout=0.3"], ["train.ema=0.9", "data.augment.erase=0.5"]]
+    "extra",
+    [
+        [],
+        ["method.sample_rate=0.5", "net.dropout=0.3"],
+        ["train.ema=0.9", "data.augment.erase=0.5"],
+        ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
+        ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
+    ],
 )
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
     config = config_of(dataset, "train.save_every=7", *extra)
@@ -148,8 +173,11 @@ def rank_losses(ranks, config, out):
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path):
-    """The uninterrupted run of two is the yardstick; batch statistics differ with the ranks, so it is met nearly."""
-    common = ["train.global_batch=48", "data.lanes=12"]
+    """The uninterrupted run of two is the yardstick; batch statistics differ with the ranks, so it is met nearly.
+
+    Both the weights and their moving average go on from where they were.
+    """
+    common = ["train.global_batch=48", "data.lanes=12", "train.ema=0.5"]
     first = config_of(dataset, *common, "train.save_every=10")
     run_ranks(2, rank_run, first, tmp_path / "whole")
     start = tmp_path / "whole" / "checkpoints" / "step_00000010"
@@ -161,7 +189,10 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path)
         assert len(losses(out)) == 10
         assert np.abs(np.array(losses(out)) - yardstick).mean() < 0.5
         assert np.mean(losses(out)) < np.mean(losses(tmp_path / "whole")[:3])
-        assert last_weights(out)["head"].shape == (40, 32)
+        ours, theirs = last_weights(out), last_weights(tmp_path / "whole")
+        assert ours["head"].shape == (40, 32)
+        moved = (theirs["fc.weight"] - load_file(start / "backbone.safetensors")["fc.weight"]).norm()
+        assert (ours["fc.weight"] - theirs["fc.weight"]).norm() < 0.5 * moved
 
 
 def restored_rows(ranks, config, folder):

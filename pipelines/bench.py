@@ -1,0 +1,260 @@
+"""``bigface bench``: speed and memory, as ratios to a plain reference in the same run (machines are noisy).
+
+Every formulation lives in a child process of its own, since peak memory is a high-water mark. The children take
+turns, step by step; a figure is the median of its turns.
+
+Legend: B batch, D embedding, N identities, T classes of one tile.
+"""
+
+import multiprocessing as mp
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fr_core.config import BigFace, FastFace, FastFaceHaar, Margin, Optim
+from fr_core.device import multiplies_bfloat16, use_processor
+from fr_core.heads.sharded_fc import ShardedFC, initial_rows
+from fr_core.heads.streamed import tile_size
+from fr_core.optim.fastface import HaarWindow, Recurrence
+from fr_core.optim.optimizers import make_optimizers
+from fr_core.ranks import Ranks
+
+ARCFACE = Margin(scale=64, m2=0.5, m3=0)
+MILLION = 1_029_950  # identities of WebFace21M in AttFC's table 2
+MILLION_BATCH = 64
+WARM_ROWS = 64  # a step on these loads libraries and starts threads before memory is counted
+
+
+@dataclass(frozen=True)
+class Head:
+    """One formulation of the classifier's step and its problem."""
+
+    formulation: str  # plain, fused or products
+    precision: str
+    identities: int
+    batch: int
+    embedding: int
+    threads: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights and momentum."""
+        return 2 * 4 * self.identities * self.embedding
+
+
+def bench_head(
+    identities: int, batch: int, embedding: int, repeats: int, threads: int, million: bool, say: Callable[[str], None]
+) -> dict[str, float]:
+    """An ArcFace and SGD step over N identities: streamed and fused, plain, and its matrix products alone.
+
+    Returns:
+        time_ratio_P (fused over plain), time_over_products_P for both precisions P; peak_over_state and
+        reference_peak_over_state (growth of peak memory over weights + momentum); seconds of everything; seconds and
+        mebibytes above weights + momentum for four N; million_rss_gib.
+
+    Raises:
+        RuntimeError: the formulations' losses differ.
+    """
+    figures: dict[str, float] = {"identities": identities, "batch": batch, "embedding": embedding, "threads": threads}
+    shape = (identities, batch, embedding, threads)
+    for precision in ("float32", "bfloat16"):
+        heads = [Head(name, precision, *shape) for name in ("plain", "fused", "products")]
+        seconds, losses, peaks = _measured(heads, repeats, say)
+        allowed = 1e-3 if precision == "float32" else 0.02
+        if abs(losses[0] - losses[1]) > allowed * losses[0]:
+            raise RuntimeError(f"losses differ in {precision}: plain {losses[0]}, fused {losses[1]}")
+        short = "bf16" if precision == "bfloat16" else precision
+        plain, fused, products = seconds
+        figures |= {f"seconds_{h.formulation}_{short}": s for h, s in zip(heads, seconds, strict=True)}
+        figures[f"time_ratio_{short}"] = fused / plain
+        figures[f"time_over_products_{short}"] = fused / products
+        if precision == "float32":
+            figures["peak_over_state"] = peaks[1] / heads[1].state_bytes
+            figures["reference_peak_over_state"] = peaks[0] / heads[0].state_bytes
+    sizes = [Head("fused", "float32", identities * part // 4, batch, embedding, threads) for part in (1, 2, 3, 4)]
+    for head in sizes:
+        (second,), _, (peak,) = _measured([head], repeats, say)
+        figures[f"seconds_n{head.identities}"] = second
+        figures[f"mib_above_state_n{head.identities}"] = (peak - head.state_bytes) / 2**20
+    if million:
+        head = Head("fused", "float32", MILLION, MILLION_BATCH, embedding, threads)
+        with _child(head) as turn:
+            turn("step")
+            figures["million_seconds"] = turn("step")[0]
+            figures["million_rss_gib"] = turn("peak")[0] / 2**30
+    return figures
+
+
+def bench_schedule(steps: int) -> dict[str, float]:
+    """FastFace's time per step in microseconds: both forms, short and long runs, and a window summed anew.
+
+    Returns:
+        us_recurrence, us_haar (m = 4000); the same for a tenth of the steps and of m; us_naive: means and halves of
+        the last m recomputed each step by NumPy.
+    """
+    losses = (5 + np.random.default_rng(0).normal(0, 0.5, steps)).tolist()
+    m = 4000
+    long: dict[str, Recurrence | HaarWindow] = {
+        "us_recurrence": Recurrence(FastFace(), 10 * steps, 128),
+        "us_haar": HaarWindow(FastFaceHaar(m=m), steps),
+    }
+    short: dict[str, Recurrence | HaarWindow] = {
+        "us_recurrence_tenth": Recurrence(FastFace(), steps, 128),
+        "us_haar_tenth": HaarWindow(FastFaceHaar(m=m // 10), steps),
+    }
+    figures: dict[str, float] = {"steps": steps}
+    for name, watching in (long | short).items():
+        started = time.perf_counter()
+        for loss in losses:
+            watching.observe(loss)
+        figures[name] = (time.perf_counter() - started) / steps * 1e6
+    window, means = np.zeros(m), np.zeros(m)
+    started, some = time.perf_counter(), steps // 20
+    for loss in losses[:some]:
+        window = np.append(window[1:], loss)
+        means = np.append(means[1:], window.mean())
+        float((means[: m // 2].sum() - means[m // 2 :].sum()) / m)
+    figures["us_naive"] = (time.perf_counter() - started) / some * 1e6
+    return figures
+
+
+def _measured(
+    heads: list[Head], repeats: int, say: Callable[[str], None]
+) -> tuple[list[float], list[float], list[float]]:
+    """Median seconds, first losses and growth of peak memory; the heads take turns."""
+    with _children(heads) as turns:
+        first = [turn("step")[1] for turn in turns]  # not timed: pages of weights and momentum are touched
+        seconds: list[list[float]] = [[] for _ in heads]
+        for repeat in range(repeats):
+            for head, turn, times in zip(heads, turns, seconds, strict=True):
+                times.append(turn("step")[0])
+                say(f"{head.formulation} {head.precision} N={head.identities:,} {repeat + 1}: {times[-1]:.3f} s")
+        growth = [peak - base for peak, base in (turn("peak") for turn in turns)]
+    return [statistics.median(times) for times in seconds], first, growth
+
+
+@contextmanager
+def _children(heads: list[Head]) -> Iterator[list[Callable[[str], Any]]]:
+    if not heads:
+        yield []
+        return
+    with _child(heads[0]) as turn, _children(heads[1:]) as rest:
+        yield [turn, *rest]
+
+
+@contextmanager
+def _child(head: Head) -> Iterator[Callable[[str], Any]]:
+    """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, head), daemon=True)
+    process.start()
+    theirs.close()
+
+    def turn(question: str) -> Any:
+        ours.send(question)
+        return ours.recv()
+
+    try:
+        yield turn
+    finally:
+        ours.close()
+        process.join(30)
+        process.kill()
+
+
+def _serve(questions: Connection, head: Head) -> None:
+    use_processor(head.threads)
+    _stepper(head, WARM_ROWS)()
+    base = _peak_bytes()
+    step = _stepper(head, head.identities)
+    while True:
+        try:
+            question = questions.recv()
+        except EOFError:
+            return
+        if question == "step":
+            started = time.perf_counter()
+            loss = step()
+            questions.send((time.perf_counter() - started, loss))
+        else:
+            questions.send((_peak_bytes(), base))
+
+
+def _stepper(head: Head, identities: int) -> Callable[[], float]:
+    random = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(head.batch, head.embedding, generator=random)
+    labels_B = torch.randint(0, identities, (head.batch,), generator=random)
+    steppers = {"plain": _plain, "fused": _fused, "products": _products}
+    return steppers[head.formulation](x_BD, labels_B, identities, head.precision)
+
+
+def _plain(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
+    """The reference: what one writes in stock PyTorch."""
+    weight = initial_rows(0, identities, x_BD.shape[1], seed=0).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=True)
+    faces = torch.arange(len(x_BD))
+
+    def step() -> float:
+        x = x_BD.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            cos = F.linear(F.normalize(x), F.normalize(weight))
+        cos = cos.float().clamp(-1, 1)
+        target = torch.cos(torch.acos(cos[faces, labels_B]) + ARCFACE.m2)
+        loss = F.cross_entropy(ARCFACE.scale * cos.index_put((faces, labels_B), target), labels_B)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
+    method = BigFace.model_validate({"margin": ARCFACE, "update": "fused", "precision": precision})
+    head = ShardedFC(identities, x_BD.shape[1], method, Ranks(), seed=0)
+    optimizer = make_optimizers(Optim(), method, torch.nn.Linear(1, 1), head)["head"]
+
+    def step() -> float:
+        loss = head(x_BD.clone().requires_grad_(), labels_B, sgd=optimizer.tile_sgd())
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def _products(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
+    """Only the four matrix products of the streamed form, on operands that are ready for them."""
+    dtype = getattr(torch, precision)
+    weight_ND, x_BD = initial_rows(0, identities, x_BD.shape[1], seed=0).to(dtype), x_BD.to(dtype)
+    if not multiplies_bfloat16(x_BD.device):
+        weight_ND, x_BD = weight_ND.float(), x_BD.float()
+    size = tile_size(len(x_BD), x_BD.device)
+
+    def step() -> float:
+        total_BD = torch.zeros_like(x_BD)
+        for weight_TD in weight_ND.split(size):
+            torch.mm(x_BD, weight_TD.T)
+        for weight_TD in weight_ND.split(size):
+            cos_BT = torch.mm(x_BD, weight_TD.T)
+            total_BD.addmm_(cos_BT, weight_TD)
+            torch.mm(cos_BT.T, x_BD)
+        return 0.0
+
+    return step
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,156 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fr_core.config import FastFace, FastFaceHaar
+from fr_core.errors import UserError
+from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
+from tests.conftest import REAL_DATA, needs_real_data, run_ranks
+
+HAAR_CHANGES = [54273, 72866, 94820, 113104, 135860, 143861, 151862, 159863, 175826, 183827, 191828, 199829]
+RECURRENCE_CHANGES = [94270, 135927, 156070, 175310, 185427, 195544]
+
+
+def changes(watching, losses):
+    """(first step at the new rate, factor) of every change."""
+    found = []
+    for step, loss in enumerate(losses, 1):
+        before = watching.factor
+        watching.observe(loss)
+        if watching.factor != before:
+            found.append((step + 1, watching.factor / before))
+    return found
+
+
+@pytest.fixture(scope="module")
+def published():
+    losses = []
+    with (REAL_DATA / "fastface" / "ms1mv3_r100.csv").open() as file:
+        for row in csv.DictReader(file):
+            losses += [float(row["mean_loss"])] * (int(row["last_step"]) - len(losses))
+    return losses
+
+
+@needs_real_data
+def test_the_window_form_replays_the_published_run(published):
+    found = changes(HaarWindow(FastFaceHaar(m=4000), len(published)), published)
+    assert [factor for _, factor in found] == [0.5] * 7 + [4.0] + [0.5] * 3 + [4.0]
+    assert np.abs(np.array([step for step, _ in found]) - HAAR_CHANGES).max() <= 3
+
+
+@needs_real_data
+def test_the_recurrence_replays_the_published_run(published):
+    found = changes(Recurrence(FastFace(), 202_320, 128), published)
+    assert [factor for _, factor in found] == [0.5] * 6
+    assert np.abs(np.array([step for step, _ in found]) - RECURRENCE_CHANGES).max() <= 3
+
+
+def detectors(watching, losses):
+    found = []
+    for loss in losses:
+        watching.observe(float(loss))
+        found.append(watching.detector)
+    return np.array(found)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_consistent_start_is_an_average_of_averages(seed):
+    """Two plain moving averages in float64, over 200,000 steps of a random walk."""
+    losses = 20 + np.random.default_rng(seed).normal(0, 0.05, 200_000).cumsum()
+    falls = -np.diff(losses)
+    first = second = 1e-3 * falls[0]
+    expected = [0.0, second]
+    for fall in falls[1:]:
+        first += 1e-3 * (fall - first)
+        second += 1e-3 * (first - second)
+        expected.append(second)
+    found = detectors(Recurrence(FastFace(start="consistent"), 200_000, 128), losses)
+    assert np.abs(found - expected).max() < 1e-9
+
+
+def test_the_published_start_overshoots():
+    """One fall of 0.5, then a constant loss: 0.184 at step 1000 (METHODS §4), where consistent averages stay small."""
+    losses = [10.0] + [9.5] * 1000
+    assert detectors(Recurrence(FastFace(), 10_000, 128), losses)[-1] == pytest.approx(0.184, abs=5e-4)
+    assert abs(detectors(Recurrence(FastFace(start="consistent"), 10_000, 128), losses)[-1]) < 1e-3
+
+
+@pytest.mark.parametrize("m", [2, 5, 8, 33])
+def test_the_window_form_equals_recomputed_windows(m):
+    losses = np.random.default_rng(m).normal(5, 1, 400)
+    found = detectors(HaarWindow(FastFaceHaar(m=m), 400), losses)
+    for step in range(2 * m, 401):
+        means = [losses[t - m : t].mean() for t in range(step - m + 1, step + 1)]
+        haar = (sum(means[: m // 2]) - sum(means[m - m // 2 :])) / m
+        assert found[step - 1] == pytest.approx(haar, abs=1e-10)
+    assert (found[: 2 * m - 1] == 0).all()
+
+
+def test_a_constant_loss_is_cut_at_even_steps_down_to_the_floor():
+    watching = Recurrence(FastFace(patience=0.01, max_cuts=3), 1000, 128)
+    found = changes(watching, [1.0] * 200)
+    assert found == [(13 + 11 * k, 0.5) for k in range(3)]  # 10 stationary steps from the second on, then one more
+    assert watching.factor == 1 / 8
+
+
+def test_a_falling_loss_is_never_cut():
+    assert changes(Recurrence(FastFace(patience=0.01), 1000, 128), np.linspace(9, 1, 1000)) == []
+    assert changes(HaarWindow(FastFaceHaar(m=10, threshold=0.01), 1000), np.linspace(9, 1, 1000)) == []
+
+
+def test_a_constant_loss_restarts_the_window_form_each_fourth_time():
+    found = changes(HaarWindow(FastFaceHaar(m=10), 1000), [1.0] * 130)
+    assert [factor for _, factor in found] == [0.5, 0.5, 0.5, 4.0, 0.5]
+    assert np.diff([step for step, _ in found]).tolist() == [21] * 4  # more than 2m in a row
+
+
+@pytest.mark.parametrize("schedule", [FastFace(patience=0.02), FastFaceHaar(m=20)], ids=lambda s: s.kind)
+@pytest.mark.parametrize("at", [1, 7, 55, 111])
+def test_state_goes_on_in_the_middle_of_a_stretch(schedule, at):
+    losses = 3 + 1e-6 * np.random.default_rng(0).normal(0, 1, 300)
+    whole, first, second = (watcher(schedule, 1000, 128) for _ in range(3))
+    expected = changes(whole, losses.tolist())
+    found = changes(first, losses[:at].tolist())
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found += [(step + at, factor) for step, factor in changes(second, losses[at:].tolist())]
+    assert found == expected
+    assert len(expected) > 1
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_batch_size_rule():
+    """Twice the batch halves the steps: a step falls twice as much, the averages span half as many."""
+    scaled = Recurrence(FastFace(reference_batch=128), 1000, 256)
+    assert (scaled.alpha, scaled.beta, scaled.threshold) == (2e-3, 2e-3, 1e-4)
+    with pytest.raises(UserError, match="reference_batch = 1"):
+        Recurrence(FastFace(reference_batch=1), 1000, 1024)
+
+
+def test_runs_too_short_to_decide_are_refused():
+    with pytest.raises(UserError, match=r"patience = 0.05 of 19 steps"):
+        Recurrence(FastFace(), 19, 128)
+    with pytest.raises(UserError, match=r"window = 0.015 of 100 steps"):
+        HaarWindow(FastFaceHaar(), 100)
+
+
+def rates_of(ranks):
+    """20,000 steps of losses that differ between ranks; each feeds their mean."""
+    random = np.random.default_rng(ranks.rank)
+    watching = Recurrence(FastFace(patience=0.01), 20_000, 128)
+    factors = []
+    for loss in 5 + random.normal(0, 0.5, 20_000):
+        watching.observe(float(ranks.sum_(torch.tensor(loss)) / ranks.size))
+        factors.append(watching.factor)
+    return factors
+
+
+def test_ranks_that_feed_the_same_loss_hold_the_same_rate():
+    one, two = run_ranks(2, rates_of)
+    assert one == two
+    assert one[-1] < 1

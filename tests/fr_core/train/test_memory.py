@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from fr_core.config import IResNetNet, MobileFaceNetNet, load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import make_plan
+from fr_core.nets.open import build_net
+from fr_core.ranks import Ranks
+from fr_core.train.memory import backbone_bytes, memory, saved_bytes
+from fr_core.train.state import initial_state
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "net", [IResNetNet(depth=18, width=16, input_size=64), MobileFaceNetNet(input_size=64)], ids=lambda n: n.kind
+)
+def test_counts_on_fake_tensors_are_those_of_real_ones(net, precision):
+    _, fake = backbone_bytes(net, 6, precision)
+    real = saved_bytes(build_net(net).train(), torch.randn(6, 3, 64, 64), precision)
+    assert fake == pytest.approx(real, rel=0.02)
+
+
+def test_saved_bytes_by_hand():
+    """A linear layer keeps its input; the weights are not counted."""
+    module = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Sigmoid())
+    assert saved_bytes(module, torch.randn(3, 10), "float32") == 3 * 10 * 4 + 3 * 20 * 4
+
+
+def test_parts_by_hand():
+    config = load_config("bigface_r50", ["train.precision=float32"])
+    plain = memory(config, 1000, 3)
+    assert plain["class_matrix"] == plain["class_momentum"] == plain["class_gradient"] == 334 * 512 * 4
+    fused = memory(load_config("bigface_r50", ["method.update=fused"]), 1000, 3)
+    assert fused["class_gradient"] == 0
+    partial = memory(load_config("bigface_r50", ["method.sample_rate=0.1"]), 1000, 3)
+    assert partial["class_gradient"] == 33 * 512 * 4
+    kept = sum(plain[name] for name in ("backbone", "class_matrix", "class_momentum", "class_gradient", "context"))
+    assert plain["total"] == kept + max(plain["activations"] + plain["tile"], plain["update"])
+
+
+def test_state_is_what_a_run_holds(dataset):
+    config = load_config("debug_bigface", [f"data.path={dataset}"])
+    state = initial_state(config, make_plan(config, open_dataset(dataset)), Ranks(), torch.device("cpu"))
+    parts = memory(config, 40, 1)
+    assert parts["class_matrix"] == state.head.weight.nbytes
+    assert parts["backbone"] == 3 * sum(t.nbytes for t in (*state.backbone.parameters(), *state.backbone.buffers()))

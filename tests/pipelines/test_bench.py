@@ -1,0 +1,16 @@
+from pipelines.bench import bench_head
+
+
+def test_bench_head_on_a_small_problem():
+    """The formulations agree (else it raises) and every figure is there; speed is not judged here."""
+    figures = bench_head(2000, 16, 32, 1, 1, False, lambda line: None)
+    assert {
+        "time_ratio_float32",
+        "time_ratio_bf16",
+        "time_over_products_float32",
+        "time_over_products_bf16",
+        "peak_over_state",
+        "reference_peak_over_state",
+        "mib_above_state_n2000",
+    } <= figures.keys()
+    assert all(value > 0 for name, value in figures.items() if name.startswith(("seconds", "time")))

@@ -1,0 +1,39 @@
+import json
+
+import pytest
+
+from fr_core.config import load_config
+from fr_core.errors import UserError
+from pipelines.plan import plan
+from tests.pipelines.test_cli import bigface
+
+R50 = ["train.global_batch=384"]
+
+
+def test_what_fits_and_what_does_not():
+    _, advice, figures = plan(load_config("bigface_r50", R50), 1000, 1, 24)
+    assert figures["fits"] == 1
+    assert "It fits" in advice
+    _, advice, figures = plan(load_config("bigface_r50", R50), 2_000_000, 1, 24)
+    assert figures["fits"] == 0
+    assert "method.update=fused" in advice
+    _, advice, _ = plan(load_config("bigface_r50", R50), 1000, 1, 10)
+    assert "train.accumulate=2" in advice
+    _, advice, _ = plan(load_config("bigface_r50", R50), 40_000_000, 1, 24)
+    assert "Partial FC" in advice or "cards" in advice
+
+
+def test_the_advice_holds():
+    config = load_config("bigface_r50", [*R50, "method.update=fused"])
+    assert plan(config, 2_000_000, 1, 24)[2]["fits"] == 1
+
+
+def test_a_batch_that_the_cards_cannot_share():
+    with pytest.raises(UserError, match="not a multiple"):
+        plan(load_config("bigface_r50", R50), 1000, 7, 24)
+
+
+def test_the_command(tmp_path):
+    output = bigface("plan", "bigface_r50", "--identities", 1_029_950, "--json", tmp_path / "p.json")
+    assert "not yet checked on a card" in output
+    assert json.loads((tmp_path / "p.json").read_text())["figures"]["total_gib"] > 4

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from fr_core.errors import UserError
+from tests.conftest import REAL_DATA, needs_real_data
+from tests.pipelines.test_cli import bigface
+
+
+@needs_real_data
+@pytest.mark.parametrize(("options", "count"), [(["--form", "haar", "--set", "m=4000"], 12), ([], 6)])
+def test_the_published_log(tmp_path, options, count):
+    log = REAL_DATA / "fastface" / "ms1mv3_r100.csv"
+    output = bigface("replay", log, *options, "--picture", tmp_path / "r.png", "--json", tmp_path / "r.json")
+    assert "202,320 steps" in output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["changes"]) == report["figures"]["changes"] == count
+    assert report["changes"][0]["factor"] == 0.5
+    assert report["changes"][0]["rate"] == pytest.approx(0.01)
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_a_log_of_single_steps(tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_text("step,loss,lr\n" + "".join(f"{step},2.0,0.1\n" for step in range(1, 101)))
+    bigface("replay", log, "--set", "patience=0.1", "--picture", tmp_path / "r.png", "--json", tmp_path / "r.json")
+    changes = json.loads((tmp_path / "r.json").read_text())["changes"]
+    assert [change["step"] for change in changes[:2]] == [13, 24]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (None, [], "not readable"),
+        ("", [], "needs columns"),
+        ("a,b\n1,2\n", [], "needs columns step, loss"),
+        ("step,loss\n", [], "holds no losses"),
+        ("step,loss\n1,nan\n", [], "the loss of step 1 is nan"),
+        ("step,loss\n1,2\n1,2\n", [], "steps must rise"),
+        ("step,loss\n1,x\n", [], "not readable"),
+        ("step,loss\n1\n", [], "not readable"),
+        ("step,loss\n9,2\n", [], "patience"),
+        ("step,loss\n99,2\n", ["--form", "wave"], "recurrence, haar"),
+        ("step,loss\n99,2\n", ["--set", "m=4000"], "recurrence has alpha"),
+        ("step,loss\n99,2\n", ["--set", "alpha"], "not of the form"),
+    ],
+)
+def test_bad_logs_and_settings(tmp_path, text, options, message):
+    if text is not None:
+        (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        bigface("replay", tmp_path / "log.csv", *options, "--picture", tmp_path / "r.png")
