@@ -96,11 +96,49 @@ class BigFace(Section):
 Method = BigFace
 
 
-class Optim(Section):
+class ClassMatrix(Section):
+    """How the class matrix moves: by SGD with momentum, whatever moves the backbone. None: as the backbone."""
+
+    lr: Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # None beside AdamW: 0.9
+    weight_decay: NonNegative | None = None
+
+
+class Optimizer(Section):
     lr: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 5e-4
     clip: Positive | None = 5.0  # largest norm of the backbone's gradient
+    reference_batch: Annotated[int, Field(ge=1)] | None = None  # lr is meant for it: × global_batch / reference_batch
+    shard_state: bool = False  # the backbone's optimiser state over the ranks (ZeRO, stage 1)
+    head: ClassMatrix = ClassMatrix()
+
+
+class SGD(Optimizer):
+    kind: Literal["sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    decay_all: bool = True  # False: norm layers and biases do not decay
+
+
+class LARS(Optimizer):
+    """Layer-wise rates for large batches (You et al., 2017); norm layers and biases neither adapt nor decay."""
+
+    kind: Literal["lars"] = "lars"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    trust: Positive = 1e-3
+
+
+class AdamW(Optimizer):
+    """Norm layers and biases do not decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.05
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+Optim = Annotated[SGD | LARS | AdamW, Field(discriminator="kind")]
 
 
 class Warmup(Section):
@@ -196,12 +234,19 @@ class Config(Section):
     data: Data = Data()
     net: Net = IResNetNet()
     method: Method = BigFace()
-    optim: Optim = Optim()
+    optim: Optim = SGD()
     schedule: Schedule = Cosine()
     init: Init = Init()
     train: Train = Train()
     verify: Verify = Verify()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sgd_unless_told(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("optim"), dict):
+            tree = tree | {"optim": {"kind": "sgd"} | tree["optim"]}
+        return tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -326,7 +371,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _union_tags() -> set[str]:
-    members = (*get_args(get_args(Net)[0]), *get_args(get_args(Schedule)[0]))
+    members = (member for union in (Net, Optim, Schedule) for member in get_args(get_args(union)[0]))
     return {member.model_fields["kind"].default for member in members}
 
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import BigFace, FastFace, FastFaceHaar, Margin, Optim
+from fr_core.config import BigFace, Config, FastFace, FastFaceHaar, Margin
 from fr_core.device import multiplies_bfloat16, use_processor
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.heads.streamed import tile_size
 from fr_core.optim.fastface import HaarWindow, Recurrence
-from fr_core.optim.optimizers import make_optimizers
+from fr_core.optim.optimizers import RowSGD, head_optimizer
 from fr_core.ranks import Ranks
 
 ARCFACE = Margin(scale=64, m2=0.5, m3=0)
@@ -224,7 +224,8 @@ def _plain(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> C
 def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
     method = BigFace.model_validate({"margin": ARCFACE, "update": "fused", "precision": precision})
     head = ShardedFC(identities, x_BD.shape[1], method, Ranks(), seed=0)
-    optimizer = make_optimizers(Optim(), method, torch.nn.Linear(1, 1), head)["head"]
+    optimizer = head_optimizer(Config(method=method), head)
+    assert isinstance(optimizer, RowSGD)
 
     def step() -> float:
         loss = head(x_BD.clone().requires_grad_(), labels_B, sgd=optimizer.tile_sgd())

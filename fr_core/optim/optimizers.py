@@ -1,13 +1,15 @@
-"""Optimisers of a run: PyTorch's SGD for dense gradients, and SGD on single rows for Partial FC."""
+"""Optimisers: PyTorch's for the backbone, LARS for its large batches, and SGD on single rows for the class matrix."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import Method, Optim
+from fr_core.config import LARS, SGD, AdamW, Config
 from fr_core.heads.streamed import TileSGD
+from fr_core.ranks import Ranks
 
 
 class RowSGD(torch.optim.Optimizer):
@@ -46,12 +48,83 @@ class RowSGD(torch.optim.Optimizer):
         return self.state[param]["momentum_buffer"]
 
 
-def make_optimizers(config: Optim, method: Method, backbone: nn.Module, head: nn.Module) -> dict[str, Any]:
-    """The optimisers of backbone and head, by these names."""
-    settings: dict[str, Any] = config.model_dump(include={"lr", "momentum", "weight_decay"})
+class LayerwiseSGD(torch.optim.Optimizer):
+    """LARS: v ← μ·v + lr·r·(g + β·w), w ← w − v, with r = trust·‖w‖ / (‖g‖ + β·‖w‖) for each tensor.
+
+    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017, algorithm 1. In groups with
+    ``adapt = False``, and for tensors or gradients that are all zero, r = 1.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+        given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
+        super().__init__(params, given)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                if "momentum_buffer" not in self.state[param]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+            moves = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            if group["adapt"]:
+                weights = torch.stack(torch._foreach_norm(params))
+                grads = torch.stack(torch._foreach_norm([p.grad for p in params]))
+                rates = group["trust"] * weights / (grads + group["weight_decay"] * weights)
+                rates = torch.where((weights > 0) & (grads > 0), rates, 1.0)
+                torch._foreach_mul_(moves, list(rates.unbind()))
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, moves, alpha=group["lr"])
+            torch._foreach_sub_(params, buffers)
+
+
+def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """The optimisers of backbone and class matrix, by these names.
+
+    Every parameter group keeps its base rate under ``initial_lr``, as PyTorch's schedulers do; the linear-scaling
+    rule (Goyal et al., 2017) is in it.
+    """
+    optim, scale = config.optim, config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
     trained = [p for p in backbone.parameters() if p.requires_grad]
-    head_sgd = RowSGD if method.sample_rate < 1 or method.update == "fused" else torch.optim.SGD
-    return {"backbone": torch.optim.SGD(trained, **settings), "head": head_sgd(head.parameters(), **settings)}
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay}
+    vectors: dict[str, Any] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    given: dict[str, Any] = {"lr": scale * optim.lr, "weight_decay": optim.weight_decay}
+    made: type[torch.optim.Optimizer]
+    match optim:
+        case SGD():
+            made, given = torch.optim.SGD, given | {"momentum": optim.momentum, "nesterov": optim.nesterov}
+            vectors["weight_decay"] = optim.weight_decay if optim.decay_all else 0.0
+        case LARS():
+            made, given = LayerwiseSGD, given | {"momentum": optim.momentum, "trust": optim.trust}
+            vectors["adapt"] = False
+        case AdamW():
+            made, given = torch.optim.AdamW, given | {"betas": (optim.beta1, optim.beta2)}
+    groups = [group for group in (matrices, vectors) if group["params"]]
+    if optim.shard_state and ranks.size > 1:
+        body: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=made, **given)
+    else:
+        body = made(groups, **given)
+    optimizers = {"backbone": body, "head": head_optimizer(config, head, scale)}
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def head_optimizer(config: Config, head: nn.Module, scale: float = 1.0) -> torch.optim.Optimizer:
+    """SGD for the class matrix: dense, or on single rows where they are sampled or the head is fused."""
+    optim, own = config.optim, config.optim.head
+    momentum = 0.9 if isinstance(optim, AdamW) else optim.momentum
+    given: dict[str, Any] = {
+        "lr": scale * (optim.lr if own.lr is None else own.lr),
+        "momentum": momentum if own.momentum is None else own.momentum,
+        "weight_decay": optim.weight_decay if own.weight_decay is None else own.weight_decay,
+    }
+    by_rows = config.method.sample_rate < 1 or config.method.update == "fused"
+    return (RowSGD if by_rows else torch.optim.SGD)(head.parameters(), **given)
 
 
 def squared_norm(params: Iterable[Tensor], device: torch.device) -> Tensor:

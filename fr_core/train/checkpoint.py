@@ -1,9 +1,10 @@
 """Checkpoints: the backbone once, the class matrix by row ranges, one JSON file that makes them whole.
 
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
-``backbone_state.safetensors`` (its optimiser, and the raw weights beside an average), ``head_RANK.safetensors``
-(rows and their optimiser) and ``checkpoint.json``. Written under another name and renamed when complete. Nothing
-random is saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
+``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, and the raw weights
+beside an average), ``head_RANK.safetensors`` (rows and their optimiser) and ``checkpoint.json``. Written under
+another name and renamed when complete. Nothing random is saved: every draw is a function of (seed, step, rank or
+sample id), and the data position is the step.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256, write_text_atomically
@@ -46,7 +48,8 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
         files = {f"head_{ranks.rank:05d}.safetensors": _head_tensors(state)}
         if ranks.rank == 0:
             files["backbone.safetensors"] = dict(state.usable.state_dict())
-            files["backbone_state.safetensors"] = _backbone_tensors(state)
+        if ranks.rank == 0 or config.optim.shard_state:
+            files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
         net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
         written = {name: _write(part / name, tensors, net) for name, tensors in files.items()}
         parts = ranks.gather_objects((written, (state.head.lo, state.head.hi)))
@@ -83,9 +86,10 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
     if summary["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
-    check_files(folder, summary, ["backbone.safetensors", "backbone_state.safetensors"])
+    states = [name for name in summary["files"] if name.startswith("backbone_state")]
+    check_files(folder, summary, ["backbone.safetensors", *states])
     usable = load_file(folder / "backbone.safetensors")
-    extra = load_file(folder / "backbone_state.safetensors")
+    extra = {name: tensor for file in states for name, tensor in load_file(folder / file).items()}
     state.usable.load_state_dict(usable)
     if state.average is not None:
         state.backbone.load_state_dict(_under("weights/", extra))
@@ -138,10 +142,11 @@ def _head_tensors(state: TrainState) -> dict[str, Tensor]:
     return {"weight": state.head.weight.detach()} | _prefixed("optimizer/", optimizer)
 
 
-def _backbone_tensors(state: TrainState) -> dict[str, Tensor]:
+def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's part of the optimiser's state, and on rank 0 the raw weights beside an average."""
     named = dict(state.backbone.named_parameters())
     tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], named))
-    if state.average is not None:
+    if state.average is not None and ranks.rank == 0:
         tensors |= _prefixed("weights/", state.backbone.state_dict())
     return tensors
 
@@ -187,18 +192,27 @@ def _read_head_rows(folder: Path, summary: dict[str, Any], lo: int, hi: int) -> 
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = _local(optimizer).state
     return {
         f"{key}/{name}": value
         for name, param in named.items()
-        for key, value in optimizer.state.get(param, {}).items()
+        for key, value in own.get(param, {}).items()
         if isinstance(value, Tensor)
     }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    optimizer = _local(optimizer)
+    own = {param for group in optimizer.param_groups for param in group["params"]}
     for key_name, value in tensors.items():
         key, name = key_name.split("/", 1)
-        optimizer.state[named[name]][key] = value.to(named[name].device)
+        if named[name] in own:  # a step count has no dimension and stays on the CPU
+            optimizer.state[named[name]][key] = value.to(named[name].device) if value.ndim else value
+
+
+def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What holds this rank's state."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import Config, Net
+from fr_core.config import AdamW, Config, Net
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.open import Backbone, build_net
 from fr_core.ranks import Ranks
@@ -34,13 +34,14 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained, activations = backbone_bytes(config.net, -(-micro // gpus), precision)
     fused, sparse = config.method.update == "fused", config.method.sample_rate < 1
+    moments = 2 if isinstance(config.optim, AdamW) else 1
     matrix, gradient = FLOAT * rows * embedding, 0 if fused else FLOAT * sampled * embedding
     tile = min(config.method.tile or tile_size(micro, GPU), sampled)
     operands = 2 * tile * (micro + embedding) if config.method.precision == "bfloat16" else 0
     gathered = FLOAT * tile * embedding * (1 + fused) if sparse else 0
     parts = {
-        "backbone": trained
-        * (3 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, momentum, buckets, average
+        "backbone": trained * (2 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, buckets, average
+        "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
         "class_matrix": matrix,
         "class_momentum": matrix,
         "class_gradient": gradient,
@@ -50,7 +51,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
         "context": CONTEXT,
     }
     working = max(parts["activations"] + parts["tile"], parts["update"])
-    kept = ("backbone", "class_matrix", "class_momentum", "class_gradient", "context")
+    kept = ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")
     return parts | {"total": working + sum(parts[name] for name in kept)}
 
 

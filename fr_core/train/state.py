@@ -59,7 +59,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     head = ShardedFC(plan.dataset.manifest.identities, config.net.embedding, config.method, ranks, config.seed).to(
         device
     )
-    optimizers = make_optimizers(config.optim, config.method, backbone, head)
+    optimizers = make_optimizers(config, backbone, head, ranks)
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
     state.watcher = watcher(config.schedule, total, config.train.global_batch)
@@ -77,15 +77,18 @@ def without_sync(state: TrainState) -> Any:
 
 
 def begin_step(config: Config, state: TrainState) -> float:
-    """Sets and returns the learning rate; remembers the batch-norm statistics, so that a bad step leaves no trace."""
-    rate = learning_rate(config.schedule, config.optim.lr, state.step, state.total_steps, state.plan.steps_per_epoch)
+    """Sets the learning rates and returns the backbone's.
+
+    Remembers the batch-norm statistics, so that a step that is not finite can leave no trace.
+    """
+    share = learning_rate(config.schedule, state.step, state.total_steps, state.plan.steps_per_epoch)
     if state.watcher:
-        rate *= state.watcher.factor
+        share *= state.watcher.factor
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["initial_lr"]
     state.buffers = [buffer.clone() for buffer in state.backbone.buffers()]
-    return rate
+    return state.optimizers["backbone"].param_groups[0]["lr"]
 
 
 def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dict[str, float]:

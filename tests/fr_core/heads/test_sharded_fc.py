@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import BigFace, Margin, Optim
+from fr_core.config import SGD, BigFace, Config, Margin
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
-from fr_core.optim.optimizers import make_optimizers
+from fr_core.optim.optimizers import head_optimizer
 from fr_core.ranks import Ranks
 from tests.conftest import run_ranks
 
@@ -83,7 +83,7 @@ def fused_steps(ranks, identities=N):
     """Three fused steps: losses, the moved rows, and the bytes that a step handed to collectives."""
     method = ARC.model_copy(update={"update": "fused", "tile": 2})
     head = ShardedFC(identities, D, method, ranks, seed=1)
-    optimizer = make_optimizers(Optim(), method, torch.nn.Linear(1, 1), head)["head"]
+    optimizer = head_optimizer(Config(method=method), head)
     own = slice(ranks.rank * G // ranks.size, (ranks.rank + 1) * G // ranks.size)
     losses = []
     for step in range(3):
@@ -100,7 +100,7 @@ def fused_steps(ranks, identities=N):
 def test_fused_steps_equal_sgd_on_the_whole_matrix(size):
     results = run_ranks(size, fused_steps)
     weight = initial_rows(0, N, D, seed=1).double().requires_grad_()
-    optimizer = torch.optim.SGD([weight], **Optim().model_dump(include={"lr", "momentum", "weight_decay"}))
+    optimizer = torch.optim.SGD([weight], **SGD().model_dump(include={"lr", "momentum", "weight_decay"}))
     for step in range(3):
         loss, _, weight.grad = reference(ARC, embeddings(), weight.detach(), (torch.tensor(LABELS["mixed"]) + step) % N)
         assert all(losses[step] == pytest.approx(float(loss), abs=1e-5) for losses, _, _ in results)
@@ -148,7 +148,7 @@ PARTIAL = BigFace(margin=Margin(scale=16, m3=0.4), sample_rate=0.4)
 def partial_step(ranks):
     """Three steps of Partial FC: which rows moved, which were sampled, and the last loss against its own subset."""
     head = ShardedFC(50, D, PARTIAL, ranks, seed=1)
-    optimizer = make_optimizers(Optim(), PARTIAL, torch.nn.Linear(1, 1), head)["head"]
+    optimizer = head_optimizer(Config(method=PARTIAL), head)
     history = []
     for step in range(3):
         labels_G = torch.tensor([0, 10, 44, 44, 7, 25]) + step

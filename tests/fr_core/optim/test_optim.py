@@ -1,15 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fr_core.config import Constant, Cosine, MultiStep, Polynomial
-from fr_core.optim.optimizers import RowSGD, squared_norm
+from fr_core.config import Constant, Cosine, MultiStep, Polynomial, parse_config
+from fr_core.optim.optimizers import LayerwiseSGD, RowSGD, make_optimizers, squared_norm
 from fr_core.optim.schedules import learning_rate
+from fr_core.ranks import Ranks
 
 
 def rates(schedule, total=100, per_epoch=10):
-    return [learning_rate(schedule, 0.2, step, total, per_epoch) for step in range(total)]
+    return [0.2 * learning_rate(schedule, step, total, per_epoch) for step in range(total)]
 
 
 def test_warm_up_reaches_the_base_rate_linearly():
@@ -47,6 +49,63 @@ def test_row_sgd_equals_sgd_on_the_rows_it_touches():
     others = torch.tensor([0, 2, 3, 5])
     assert torch.equal(sparse[others], start[others])
     assert not torch.equal(whole[others], start[others])  # what a dense update would have done
+
+
+def lars_by_hand(weight, grad, velocity, rate, momentum, decay, trust):
+    """Algorithm 1 of You et al. (2017), for one tensor."""
+    local = trust * np.linalg.norm(weight) / (np.linalg.norm(grad) + decay * np.linalg.norm(weight))
+    velocity = momentum * velocity + rate * local * (grad + decay * weight)
+    return weight - velocity, velocity
+
+
+def test_lars_by_hand():
+    """A matrix adapts and decays, a vector does neither, zeros have no length to adapt to."""
+    random = np.random.default_rng(0)
+    matrix, vector = random.normal(size=(4, 3)), random.normal(size=5)
+    params = [torch.nn.Parameter(torch.tensor(array)) for array in (matrix, vector, np.zeros((2, 2)))]
+    groups = [{"params": [params[0], params[2]]}, {"params": [params[1]], "weight_decay": 0.0, "adapt": False}]
+    optimizer = LayerwiseSGD(groups, lr=0.5, momentum=0.9, weight_decay=0.01, trust=0.02)
+    velocity, drift = np.zeros((4, 3)), np.zeros(5)
+    for _ in range(5):
+        grads = [random.normal(size=tuple(param.shape)) for param in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.tensor(grad)
+        optimizer.step()
+        matrix, velocity = lars_by_hand(matrix, grads[0], velocity, 0.5, 0.9, 0.01, 0.02)
+        drift = 0.9 * drift + 0.5 * grads[1]
+        vector = vector - drift
+    assert np.allclose(params[0].detach(), matrix)
+    assert np.allclose(params[1].detach(), vector)
+    assert params[2].detach().isfinite().all()
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+
+def groups_of(**optim):
+    config = parse_config({"optim": optim, "train": {"global_batch": 256}}, "test")
+    return {name: made.param_groups for name, made in make_optimizers(config, Net(), Net(), Ranks()).items()}
+
+
+def test_groups_rates_and_decay():
+    found = groups_of(lr=0.1, reference_batch=128, weight_decay=0.01)
+    assert [group["initial_lr"] for group in found["backbone"]] == [0.2, 0.2]
+    assert [group["weight_decay"] for group in found["backbone"]] == [0.01, 0.01]
+    assert [p.ndim for group in found["backbone"] for p in group["params"]] == [4, 1, 1, 1]
+    assert found["head"][0]["initial_lr"] == 0.2
+    assert [g["weight_decay"] for g in groups_of(decay_all=False)["backbone"]] == [5e-4, 0]
+    lars = groups_of(kind="lars", lr=3.0, head={"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0})
+    assert [(g["adapt"], g["weight_decay"]) for g in lars["backbone"]] == [(True, 5e-4), (False, 0)]
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in lars["head"]] == [(0.1, 0.5, 0.0)]
+    adamw = groups_of(kind="adamw", beta2=0.98)
+    assert [(g["lr"], g["betas"], g["weight_decay"]) for g in adamw["backbone"]] == [
+        (1e-3, (0.9, 0.98), 0.05),
+        (1e-3, (0.9, 0.98), 0.0),
+    ]
+    assert adamw["head"][0]["momentum"] == 0.9
 
 
 def test_squared_norm_of_dense_and_sparse_gradients():

@@ -34,7 +34,10 @@ def test_parts_by_hand():
     assert fused["class_gradient"] == 0
     partial = memory(load_config("bigface_r50", ["method.sample_rate=0.1"]), 1000, 3)
     assert partial["class_gradient"] == 33 * 512 * 4
-    kept = sum(plain[name] for name in ("backbone", "class_matrix", "class_momentum", "class_gradient", "context"))
+    kept = sum(
+        plain[n]
+        for n in ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")
+    )
     assert plain["total"] == kept + max(plain["activations"] + plain["tile"], plain["update"])
 
 
@@ -43,4 +46,6 @@ def test_state_is_what_a_run_holds(dataset):
     state = initial_state(config, make_plan(config, open_dataset(dataset)), Ranks(), torch.device("cpu"))
     parts = memory(config, 40, 1)
     assert parts["class_matrix"] == state.head.weight.nbytes
-    assert parts["backbone"] == 3 * sum(t.nbytes for t in (*state.backbone.parameters(), *state.backbone.buffers()))
+    assert parts["backbone"] + parts["backbone_optimizer"] == 3 * sum(
+        t.nbytes for t in (*state.backbone.parameters(), *state.backbone.buffers())
+    )

@@ -153,6 +153,8 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
         ["train.ema=0.9", "data.augment.erase=0.5"],
         ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
+        ["optim={kind='lars', lr=2.0}"],
+        ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
     ],
 )
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
@@ -193,6 +195,19 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path)
         assert ours["head"].shape == (40, 32)
         moved = (theirs["fc.weight"] - load_file(start / "backbone.safetensors")["fc.weight"]).norm()
         assert (ours["fc.weight"] - theirs["fc.weight"]).norm() < 0.5 * moved
+
+
+def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_ranks(dataset, tmp_path):
+    adamw = "optim={kind='adamw', head={lr=0.05}, shard_state=%s}"
+    for shard in ("false", "true"):
+        run_ranks(2, smooth_run, config_of(dataset, adamw % shard, "train.save_every=10"), tmp_path / shard)
+    ours, theirs = last_weights(tmp_path / "true"), last_weights(tmp_path / "false")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    start = tmp_path / "true" / "checkpoints" / "step_00000010"
+    assert len(list(start.glob("backbone_state_*"))) == 2
+    shutil.copytree(start, tmp_path / "one" / "checkpoints" / start.name)
+    smooth_run(Ranks(), config_of(dataset, adamw % "true"), tmp_path / "one")
+    assert np.abs(np.array(losses(tmp_path / "one")) - losses(tmp_path / "true")[10:]).mean() < 0.5
 
 
 def restored_rows(ranks, config, folder):
