@@ -27,7 +27,7 @@ from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # of a row, as in F.normalize
-CPU_LOGITS, GPU_LOGITS = 2**18, 2**24  # of one tile: in cache; large enough to fill a card
+CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers of one tile: in cache; enough to fill a card
 MIN_TILE = 256  # classes: below it products are too thin to be fast
 
 
@@ -115,18 +115,21 @@ class _MarginSoftmax(torch.autograd.Function):
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums = _LogSumExp(unit_GD, scale)
-        for tile in _tiles(unit_GD, weight_ND, rows_S, softmax):
-            sums.add(tile.negatives(operand_GD, column_G))
+        inverses = []
+        for tile in _tiles(unit_GD, weight_ND, column_G, rows_S, softmax):
+            sums.add(tile.negatives(operand_GD))
+            inverses.append(tile.inverse_T)
         negative_G, positive_G = _over_ranks(sums, torch.where(column_G >= 0, scale * value_G, 0), ranks)
         loss = F.softplus(negative_G - positive_G).mean()
-        ctx.save_for_backward(unit_GD, weight_ND, column_G, rows_S, cos_G, slope_G, negative_G, positive_G)
+        per_face = (column_G, cos_G, slope_G, negative_G, positive_G)
+        ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
         ctx.softmax, ctx.sgd, ctx.finite = softmax, sgd, sgd is None or bool(loss.isfinite())
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, column_G, rows_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, column_G, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
@@ -136,8 +139,8 @@ class _MarginSoftmax(torch.autograd.Function):
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
-        for tile in _tiles(unit_GD, weight_ND, rows_S, softmax):
-            push_GT, radial_T = tile.push(operand_GD, column_G, total_G, pull_G, cos_G, each)
+        for tile in _tiles(unit_GD, weight_ND, column_G, rows_S, softmax, inverse_S):
+            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each)
             _add_product(grad_GD, 1, push_GT, tile.operand_TD)
             if grad_SD is None:
                 tile.move(push_GT, operand_GD, radial_T, sgd, weight_ND)
@@ -162,7 +165,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         labels_S: Tensor,
         softmax: Softmax,
     ) -> Tensor:
-        scale, size = softmax.margin.scale, softmax.tile or tile_size(len(unit_GD), unit_GD.device)
+        scale, size = softmax.margin.scale, softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
@@ -195,23 +198,30 @@ class _Tile:
     weight_TD: Tensor
     operand_TD: Tensor
     inverse_T: Tensor  # 1 / length
+    positives: tuple[Tensor, Tensor] | None  # faces whose class lies in this tile, and its columns
     softmax: Softmax
 
-    def negatives(self, operand_GD: Tensor, column_G: Tensor) -> Tensor:
+    def negatives(self, operand_GD: Tensor) -> Tensor:
         """Logits [G, T] without the positives."""
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
         _drop(logits_GT, self.softmax)
-        return self._put(logits_GT, column_G, torch.full_like(column_G, MASKED, dtype=logits_GT.dtype))
+        if self.positives:
+            logits_GT[self.positives] = MASKED
+        return logits_GT
 
     def push(
-        self, operand_GD: Tensor, column_G: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
+        self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
         scale = self.softmax.margin.scale
-        logits_GT = self.negatives(operand_GD, column_G)
-        push_GT = self._put((logits_GT - total_G[:, None]).exp_(), column_G, pull_G).mul_(each * self.inverse_T)
-        along_GT = self._put(logits_GT, column_G, scale * cos_G).mul_(push_GT)
-        return _operand(push_GT, self.softmax.precision), along_GT.sum(0).mul_(self.inverse_T / scale)
+        logits_GT = self.negatives(operand_GD)
+        push_GT = (logits_GT - total_G[:, None]).exp_()
+        if self.positives:
+            faces, _ = self.positives
+            push_GT[self.positives], logits_GT[self.positives] = pull_G[faces], scale * cos_G[faces]
+        push_GT.mul_(each * self.inverse_T)
+        radial_T = logits_GT.mul_(push_GT).sum(0).mul_(self.inverse_T / scale)
+        return _operand(push_GT, self.softmax.precision), radial_T
 
     def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, out_SD: Tensor) -> None:
         """The rows' gradient, written to their place in ``out_SD``."""
@@ -228,14 +238,6 @@ class _Tile:
         if isinstance(self.rows, Tensor):  # these are copies
             sgd.momentum_ND[self.rows] = momentum_TD
             weight_ND[self.rows] = self.weight_TD
-
-    def _put(self, x_GT: Tensor, column_G: Tensor, value_G: Tensor) -> Tensor:
-        """Sets the positives' entries, in place and without waiting for the device."""
-        last = x_GT.shape[1] - 1
-        at_G = column_G - self.start
-        inside_G = (at_G >= 0) & (at_G <= last)
-        at_G1 = at_G.clamp(0, last)[:, None]
-        return x_GT.scatter_(1, at_G1, torch.where(inside_G[:, None], value_G[:, None], x_GT.gather(1, at_G1)))
 
 
 class _LogSumExp:
@@ -257,18 +259,35 @@ class _LogSumExp:
         return self.top_G + self.sum_G.log()
 
 
-def tile_size(faces: int, device: torch.device) -> int:
+def tile_size(faces: int, embedding: int, device: torch.device) -> int:
     """Classes per tile, where the softmax does not say."""
-    return max(MIN_TILE, (GPU_LOGITS if device.type == "cuda" else CPU_LOGITS) // faces)
+    if device.type == "cuda":
+        return max(MIN_TILE, GPU_LOGITS // faces)
+    return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
 
 
-def _tiles(unit_GD: Tensor, weight_ND: Tensor, rows_S: Tensor | None, softmax: Softmax) -> Iterator[_Tile]:
-    size = softmax.tile or tile_size(len(unit_GD), unit_GD.device)
-    for start in range(0, len(weight_ND if rows_S is None else rows_S), size):
+def _tiles(
+    unit_GD: Tensor,
+    weight_ND: Tensor,
+    column_G: Tensor,
+    rows_S: Tensor | None,
+    softmax: Softmax,
+    inverse_S: Tensor | None = None,
+) -> Iterator[_Tile]:
+    """The rows that take part, tile by tile; ``inverse_S`` are their inverse lengths once they are known."""
+    size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
+    starts = range(0, len(weight_ND if rows_S is None else rows_S), size)
+    column_P, face_P = column_G.sort()
+    edges = torch.searchsorted(column_P, torch.tensor([*starts, starts[-1] + size], device=column_P.device)).tolist()
+    for start, first, last in zip(starts, edges, edges[1:], strict=False):
         rows = slice(start, start + size) if rows_S is None else rows_S[start : start + size]
         weight_TD = weight_ND[rows]
-        inverse_T = torch.linalg.vector_norm(weight_TD, dim=1).clamp_min_(MIN_NORM).reciprocal_()
-        yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, softmax)
+        if inverse_S is None:
+            inverse_T = torch.linalg.vector_norm(weight_TD, dim=1).clamp_min_(MIN_NORM).reciprocal_()
+        else:
+            inverse_T = inverse_S[start : start + size]
+        positives = (face_P[first:last], column_P[first:last] - start) if first < last else None
+        yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, positives, softmax)
 
 
 def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

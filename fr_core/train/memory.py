@@ -36,7 +36,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     fused, sparse = config.method.update == "fused", config.method.sample_rate < 1
     moments = 2 if isinstance(config.optim, AdamW) else 1
     matrix, gradient = FLOAT * rows * embedding, 0 if fused else FLOAT * sampled * embedding
-    tile = min(config.method.tile or tile_size(micro, GPU), sampled)
+    tile = min(config.method.tile or tile_size(micro, embedding, GPU), sampled)
     operands = 2 * tile * (micro + embedding) if config.method.precision == "bfloat16" else 0
     gathered = FLOAT * tile * embedding * (1 + fused) if sparse else 0
     parts = {

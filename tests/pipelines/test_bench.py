@@ -3,7 +3,7 @@ from pipelines.bench import bench_head
 
 def test_bench_head_on_a_small_problem():
     """The formulations agree (else it raises) and every figure is there; speed is not judged here."""
-    figures = bench_head(2000, 16, 32, 1, 1, False, lambda line: None)
+    figures = bench_head(2000, 16, 32, 1, 1, False, True, lambda line: None)
     assert {
         "time_ratio_float32",
         "time_ratio_bf16",

@@ -1,0 +1,127 @@
+"""``bigface compare``: the same data and net under several settings and seeds, one finished run a line of a CSV.
+
+A line that is there is not run again, so a comparison goes on where it was stopped; ``--minutes`` ends it between runs.
+"""
+
+import csv
+import shlex
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fr_core.config import Config, load_config
+from fr_core.errors import UserError
+from pipelines.train import train
+
+COLUMNS = ("setting", "seed", "accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "seconds", "epochs", "loss")
+FACTS = ("images", "identities", "overrides", "commit")
+
+
+def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
+    """Overrides of the settings that FastFace is judged by: the recipe in full, and two ways to spend a quarter."""
+    watching = ["schedule={kind='fastface'}", *(f"schedule.{setting}" for setting in fastface)]
+    return {
+        "full": [f"train.epochs={epochs}"],
+        "cosine": [f"train.epochs={fast_epochs}", "schedule={kind='cosine'}"],
+        "fastface": [f"train.epochs={fast_epochs}", *watching],
+    }
+
+
+def compare(
+    recipe: str,
+    settings: Mapping[str, list[str]],
+    overrides: list[str],
+    seeds: list[int],
+    results: Path,
+    workers: int,
+    in_process: bool,
+    minutes: float,
+    say: Callable[[str], None],
+) -> list[dict[str, str]]:
+    """Runs what is missing in ``results`` and returns its lines that belong to these settings and seeds.
+
+    Raises:
+        UserError: no pairs to verify on, or a results file of another comparison.
+    """
+    configs = {
+        (name, seed): load_config(recipe, [*overrides, *extra, f"seed={seed}"])
+        for seed in seeds
+        for name, extra in settings.items()
+    }
+    if any(config.verify.pairs is None for config in configs.values()):
+        raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
+    started, rows = time.monotonic(), read_results(results)
+    done = {(row["setting"], int(row["seed"])): row for row in rows}
+    for (name, seed), config in configs.items():
+        given = shlex.join([recipe, *overrides, *settings[name]])
+        if (name, seed) in done:
+            if done[name, seed]["overrides"] != given:
+                raise UserError(f"{results}: {name}, seed {seed} was run as {done[name, seed]['overrides']}")
+            continue
+        if time.monotonic() - started > 60 * minutes:
+            say(f"{minutes:g} minutes are over; the same command goes on with {name}, seed {seed}")
+            break
+        say(f"{name}, seed {seed} …")
+        row = {"setting": name, "seed": str(seed)} | one_run(config, results.with_suffix(""), workers, in_process)
+        row |= {"overrides": given, "commit": commit()}
+        append(results, row)
+        done[name, seed] = row
+        say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.0f} s")
+    return [done[key] for key in configs if key in done]
+
+
+def one_run(config: Config, folder: Path, workers: int, in_process: bool) -> dict[str, str]:
+    """Trains into a folder that goes afterwards; its figures."""
+    out = folder / "run"
+    figures = train(config, out, workers, in_process, overwrite=True)
+    shutil.rmtree(folder)
+    return {name: f"{figures[name]:.6g}" for name in (*COLUMNS[2:], "images", "identities")}
+
+
+def summary(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
+    """Per setting: runs, and mean ± standard deviation over seeds of accuracy, TAR@FAR 1e-3 and seconds."""
+    table = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        cells = []
+        for column, factor, digits in (("accuracy", 100, 2), ("tar_at_far_1e-3", 1, 3), ("seconds", 1, 0)):
+            values = [factor * float(row[column]) for row in own]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+        table.append((name, str(len(own)), *cells))
+    return table
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Lines of a results file; none if it is not there yet.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS + FACTS:
+            raise UserError(f"{path}: not a results file of bigface compare")
+        return list(reader)
+
+
+def append(path: Path, row: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS + FACTS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def commit() -> str:
+    """Of the source tree that runs, or "" outside of one."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
