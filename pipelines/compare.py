@@ -74,11 +74,12 @@ def compare(
 
 
 def one_run(config: Config, folder: Path, workers: int, in_process: bool) -> dict[str, str]:
-    """Trains into a folder that goes afterwards; its figures."""
+    """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one."""
     out = folder / "run"
     figures = train(config, out, workers, in_process, overwrite=True)
     shutil.rmtree(folder)
-    return {name: f"{figures[name]:.6g}" for name in (*COLUMNS[2:], "images", "identities")}
+    wanted = (*COLUMNS[2:], "images", "identities")
+    return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
 
 
 def summary(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
@@ -88,9 +89,9 @@ def summary(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
         own = [row for row in rows if row["setting"] == name]
         cells = []
         for column, factor, digits in (("accuracy", 100, 2), ("tar_at_far_1e-3", 1, 3), ("seconds", 1, 0)):
-            values = [factor * float(row[column]) for row in own]
+            values = [factor * float(row[column]) for row in own if row[column]]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}" if values else "")
         table.append((name, str(len(own)), *cells))
     return table
 
