@@ -2,7 +2,9 @@ import csv
 import json
 
 import pytest
+import torch
 
+import fr_core.device
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from pipelines.compare import summary
@@ -16,16 +18,24 @@ def given(dataset, tmp_path_factory):
     write_faces(root, 20, 2, workers=1)
     write_pairs(root, 10)
     pairs = [f"verify.images={root / 'images'}", f"verify.pairs={root / 'pairs.csv'}"]
-    return ["debug_bigface", f"data.path={dataset}", "train.max_steps=400", "tracking.uri=off", *pairs]
+    return [
+        "debug_bigface",
+        f"data.path={dataset}",
+        "train.global_batch=128",
+        "train.max_steps=99",
+        "tracking.uri=off",
+        *pairs,
+    ]
 
 
 def compared(given, folder, *options):
     recipe, *overrides = given
-    fixed = ["--epochs", 2, "--fast-epochs", 1, "--results", folder / "r.csv", "--in-process", "--set", "patience=0.1"]
+    fixed = ["--epochs", 2, "--fast-epochs", 1, "--results", folder / "r.csv", "--in-process", "--set", "patience=0.2"]
     return bigface("compare", "schedules", recipe, *fixed, *options, *overrides)
 
 
-def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path):
+def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(fr_core.device, "use_processor", lambda threads: torch.set_num_threads(1))  # busy cores
     output = compared(given, tmp_path, "--seeds", 1, "--minutes", 0)
     assert "0 minutes are over" in output or len(list(csv.DictReader((tmp_path / "r.csv").open()))) == 1
     compared(given, tmp_path, "--seeds", 1, "--json", tmp_path / "r.json")
