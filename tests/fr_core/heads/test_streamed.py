@@ -207,6 +207,20 @@ def test_one_pass_over_fixed_centres(margin, drop_above):
     assert torch.allclose(x.grad, y.grad)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_card_computes_what_the_cpu_does(precision):
+    unit, weight, labels = problem(16, 64, 3000, torch.float32)
+    softmax = Softmax(COS, precision=precision, tile=700)
+    loss, *gradients = reference(unit, weight, labels, COS)
+    found = streamed_loss_and_gradients(unit.cuda(), weight.cuda(), labels.cuda(), softmax)
+    coarse = precision == torch.bfloat16
+    assert float(found[0]) == pytest.approx(float(loss), abs=COS.scale * 2**-8 if coarse else 1e-3)
+    for ours, theirs in zip(found[1:], gradients, strict=True):
+        assert torch.allclose(ours.cpu().double(), theirs, atol=(0.02 if coarse else 1e-4) * float(theirs.abs().max()))
+
+
 def test_a_queue_of_own_labels_only_has_no_gradient():
     unit, centres, _ = problem(3, 8, 4)
     x, labels = unit.requires_grad_(), torch.zeros(3, dtype=torch.int64)
