@@ -19,6 +19,8 @@ from fr_core.errors import UserError
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]  # share of the old that a moving average keeps
 
 MAX_LANES = 64
 
@@ -48,6 +50,8 @@ class Data(Section):
     shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
     check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
     augment: Augment = Augment()
+    variants: Annotated[int, Field(ge=1, le=64)] = 1  # identities made of each real one (fr_core/data/virtual.py)
+    variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side
 
 
 class IResNetNet(Section):
@@ -85,7 +89,7 @@ class BigFace(Section):
 
     kind: Literal["bigface"] = "bigface"
     margin: Margin = Margin()
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # below 1: Partial FC
+    sample_rate: Ratio = 1.0  # below 1: Partial FC
     drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0  # cosine; 1 keeps all (inter-class filter)
     clip_head: Positive | None = None  # largest norm of the class matrix's gradient
     precision: Literal["float32", "bfloat16"] = "float32"  # of the class matrix's products; their sums are float32
@@ -93,7 +97,62 @@ class BigFace(Section):
     tile: Annotated[int, Field(ge=1)] | None = None  # classes computed at once; None: what fits cache or card
 
 
-Method = BigFace
+class FixedCentres(Section):
+    """What the methods have in common whose class centres carry no gradient."""
+
+    class_images: Annotated[int, Field(ge=1, le=16)] = 1  # K: other images of the same person, beside each image
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the centres; auto: as the backbone trains
+    tile: Annotated[int, Field(ge=1)] | None = None  # centres computed at once; None: what fits cache or card
+
+    @model_validator(mode="before")
+    @classmethod
+    def _margin_of_the_method(cls, tree: Any) -> Any:
+        """Parts of the margin that are not given are the method's, not those of ``Margin``."""
+        if isinstance(tree, dict) and isinstance(tree.get("margin"), dict):
+            tree = tree | {"margin": cls.model_fields["margin"].default.model_dump() | tree["margin"]}
+        return tree
+
+
+class AttFC(FixedCentres):
+    """A momentum class encoder, attention over class images, a queue of class centres (METHODS §3)."""
+
+    kind: Literal["attfc"] = "attfc"
+    margin: Margin = Margin(m2=0.5, m3=0)
+    class_images: Annotated[int, Field(ge=1, le=16)] = 2
+    strategy: Literal["attention", "constant", "single"] = "attention"  # how class images make a centre
+    temperature: Positive = 1.0  # of the attention
+    size_ratio: Ratio = 0.3  # slots of the queue by identities
+    encoder_momentum: Momentum = 0.999
+    order: Literal["paper", "reference"] = "paper"  # a batch's centres enter the queue before or after its loss
+
+
+class DCQ(FixedCentres):
+    """Dynamic Class Queue: AttFC's forerunner with one class image and no attention (METHODS §3)."""
+
+    kind: Literal["dcq"] = "dcq"
+    margin: Margin = Margin(scale=50, m3=0.3)
+    queue_size: Annotated[int, Field(ge=2)] = 8192
+    encoder_momentum: Momentum = 0.999
+
+
+class F2C(FixedCentres):
+    """Faster Face Classification: a pool of classes, least recently used out first (METHODS §3)."""
+
+    kind: Literal["f2c"] = "f2c"
+    margin: Margin = Margin(scale=32, m3=0.4)
+    pool_size: Annotated[int, Field(ge=2)] = 8192  # classes
+    encoder_momentum: Momentum = 0.99
+
+
+class VirtualFC(FixedCentres):
+    """Virtual fully-connected layer: identities share anchors, which a batch takes over (METHODS §3)."""
+
+    kind: Literal["virtual_fc"] = "virtual_fc"
+    margin: Margin = Margin(scale=32, m2=0.5, m3=0)
+    anchors: Annotated[int, Field(ge=2)] = 8192
+
+
+Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC, Field(discriminator="kind")]
 
 
 class ClassMatrix(Section):
@@ -243,9 +302,10 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _sgd_unless_told(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("optim"), dict):
-            tree = tree | {"optim": {"kind": "sgd"} | tree["optim"]}
+    def _kinds_unless_told(cls, tree: Any) -> Any:
+        for section, kind in (("optim", "sgd"), ("method", "bigface")):
+            if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+                tree = tree | {section: {"kind": kind} | tree[section]}
         return tree
 
     @model_validator(mode="after")
@@ -257,7 +317,14 @@ class Config(Section):
             raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
         if self.verify.pairs and not self.verify.images:
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
-        if self.method.update == "fused":
+        if isinstance(self.method, AttFC) and self.method.order == "paper" and accumulate > 1:
+            raise ValueError(
+                'method.order = "paper" puts the whole batch\'s centres in the queue first: train.accumulate = 1, '
+                'or method.order = "reference"'
+            )
+        if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:
+            raise ValueError(f"{self.method.kind} writes its centres once per batch: train.accumulate = 1")
+        if isinstance(self.method, BigFace) and self.method.update == "fused":
             if accumulate > 1:
                 raise ValueError('method.update = "fused" moves the class matrix once per batch: train.accumulate = 1')
             if self.method.clip_head is not None:
@@ -266,6 +333,8 @@ class Config(Section):
                 raise ValueError('method.update = "fused" cannot scale the loss: train.precision = "bfloat16"')
         if self.init.head == "prototypes" and not self.init.backbone:
             raise ValueError('init.head = "prototypes" needs init.backbone')
+        if self.init.head == "prototypes" and not isinstance(self.method, BigFace):
+            raise ValueError(f'init.head = "prototypes" is for a class matrix; {self.method.kind} has none')
         return self
 
 
@@ -273,6 +342,16 @@ def lanes(config: Config) -> int:
     """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64."""
     batch = config.train.global_batch
     return config.data.lanes or max(n for n in range(1, min(MAX_LANES, batch) + 1) if batch % n == 0)
+
+
+def classes(config: Config, identities: int) -> int:
+    """Classes of a run: the dataset's identities, or all their variants."""
+    return identities * config.data.variants
+
+
+def class_images(config: Config) -> int:
+    """Class images that come with each image of a batch; 0 where the method needs none."""
+    return config.method.class_images if isinstance(config.method, FixedCentres) else 0
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -371,7 +450,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _union_tags() -> set[str]:
-    members = (member for union in (Net, Optim, Schedule) for member in get_args(get_args(union)[0]))
+    members = (member for union in (Net, Method, Optim, Schedule) for member in get_args(get_args(union)[0]))
     return {member.model_fields["kind"].default for member in members}
 
 

@@ -1,6 +1,7 @@
 """The processor of this process: which one, what it multiplies natively, and how PyTorch uses it."""
 
 import ctypes
+import resource
 import sys
 
 import torch
@@ -31,3 +32,10 @@ def use_processor(threads: int) -> None:
         if hasattr(libc, "mallopt"):
             for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
                 libc.mallopt(option, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors held at most on this process's card, or without one the process itself."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

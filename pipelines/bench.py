@@ -7,9 +7,7 @@ Legend: B batch, D embedding, N identities, T classes of one tile.
 """
 
 import multiprocessing as mp
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core.config import BigFace, Config, FastFace, FastFaceHaar, Margin
-from fr_core.device import multiplies_bfloat16, use_processor
+from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.heads.streamed import tile_size
 from fr_core.optim.fastface import HaarWindow, Recurrence
 from fr_core.optim.optimizers import RowSGD, head_optimizer
 from fr_core.ranks import Ranks
 
+CPU = torch.device("cpu")
 ARCFACE = Margin(scale=64, m2=0.5, m3=0)
 MILLION = 1_029_950  # identities of WebFace21M in AttFC's table 2
 MILLION_BATCH = 64
@@ -77,7 +76,7 @@ def bench_head(
     figures: dict[str, float] = {"identities": identities, "batch": batch, "embedding": embedding, "threads": threads}
     shape = (identities, batch, embedding, threads)
     precisions = ["float32"]
-    if emulated or multiplies_bfloat16(torch.device("cpu")):
+    if emulated or multiplies_bfloat16(CPU):
         precisions.append("bfloat16")
     else:
         say("bfloat16 is not native to this processor, plain PyTorch takes minutes a step: left out, see --emulated")
@@ -200,7 +199,7 @@ def _serve(questions: Connection, head: Head) -> None:
     else:
         use_processor(head.threads)
     _stepper(head, WARM_ROWS)()
-    base = _peak_bytes()
+    base = peak_memory(CPU)
     step = _stepper(head, head.identities)
     while True:
         try:
@@ -212,7 +211,7 @@ def _serve(questions: Connection, head: Head) -> None:
             loss = step()
             questions.send((time.perf_counter() - started, loss))
         else:
-            questions.send((_peak_bytes(), base))
+            questions.send((peak_memory(CPU), base))
 
 
 def _stepper(head: Head, identities: int) -> Callable[[], float]:
@@ -247,7 +246,7 @@ def _plain(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> C
 def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
     method = BigFace.model_validate({"margin": ARCFACE, "update": "fused", "precision": precision})
     head = ShardedFC(identities, x_BD.shape[1], method, Ranks(), seed=0)
-    optimizer = head_optimizer(Config(method=method), head)
+    optimizer = head_optimizer(Config(method=method), method, head)
     assert isinstance(optimizer, RowSGD)
 
     def step() -> float:
@@ -277,8 +276,3 @@ def _products(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -
         return 0.0
 
     return step
-
-
-def _peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

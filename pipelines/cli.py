@@ -207,33 +207,81 @@ comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the s
 app.add_typer(comparisons, name="compare")
 
 
+Results = Annotated[Path, typer.Option(help="CSV that finished runs are appended to.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Begin no run later than this.")]
+
+
 @comparisons.command("schedules")
 def compare_schedules(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     epochs: Annotated[int, typer.Option(min=1, help="Of the recipe's own schedule.")],
     fast_epochs: Annotated[int, typer.Option(min=1, help="Of FastFace and of cosine beside it.")],
-    results: Annotated[Path, typer.Option(help="CSV that finished runs are appended to.")],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    results: Results,
+    seeds: Seeds = 3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of FastFace; again for more.")] = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
-    minutes: Annotated[float, typer.Option(min=0, help="Begin no run later than this.")] = 40,
+    minutes: Minutes = 40,
     overrides: Overrides = None,
     json: Json = None,
 ) -> None:
     """The recipe in full, against FastFace and cosine in fewer epochs: accuracy and time over seeds."""
-    from pipelines.compare import compare, schedules, summary
+    from pipelines.compare import schedules
 
     settings = schedules(epochs, fast_epochs, set_ or [])
+    columns = ("accuracy", "tar_at_far_1e-3", "seconds")
+    compared("schedules", recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+
+
+@comparisons.command("settings")
+def compare_settings(
+    recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
+    results: Results,
+    setting: Annotated[list[str] | None, typer.Option(help="'NAME: key.path=value …'; again for more.")] = None,
+    seeds: Seeds = 1,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
+    minutes: Minutes = 40,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """Any settings of a recipe against each other."""
+    from pipelines.compare import named_settings
+
+    settings = named_settings(setting or [])
+    columns = ("accuracy", "tar_at_far_1e-3", "seconds")
+    compared("settings", recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+
+
+def compared(
+    name: str,
+    recipe: str,
+    settings: Mapping[str, list[str]],
+    overrides: list[str] | None,
+    seeds: int,
+    results: Path,
+    workers: int,
+    in_process: bool,
+    minutes: float,
+    columns: tuple[str, ...],
+    json: Path | None,
+) -> None:
+    """Runs a comparison and shows its table, also as the Markdown that README holds."""
+    from pipelines.compare import compare, markdown, summary
+
     with writable(results):
         rows = compare(
             recipe, settings, overrides or [], list(range(seeds)), results, workers, in_process, minutes, console.print
         )
-    table = Table("setting", "runs", "accuracy %", "TAR@FAR 1e-3", "seconds", title=str(results))
-    for cells in summary(rows):
-        table.add_row(*cells)
+    cells = summary(rows, columns)
+    table = Table(*cells[0], title=str(results))
+    for row in cells[1:]:
+        table.add_row(*row)
     console.print(table)
-    show("compare schedules", {"runs": len(rows), "wanted": seeds * len(settings)}, json, rows=rows)
+    console.print(markdown(cells), highlight=False, soft_wrap=True)
+    figures = {"runs": len(rows), "wanted": seeds * len(settings)}
+    show(f"compare {name}", figures, json, rows=rows)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory against plain references, in one run.")

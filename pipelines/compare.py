@@ -9,14 +9,19 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from fr_core.config import Config, load_config
 from fr_core.errors import UserError
 from pipelines.train import train
 
-COLUMNS = ("setting", "seed", "accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "seconds", "epochs", "loss")
+COLUMNS = (
+    *("setting", "seed", "accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "seconds", "epochs", "loss"),
+    *("images_per_second", "peak_memory_mib", "classes_mib"),
+)
 FACTS = ("images", "identities", "overrides", "commit")
 
 
@@ -28,6 +33,25 @@ def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, l
         "cosine": [f"train.epochs={fast_epochs}", "schedule={kind='cosine'}"],
         "fastface": [f"train.epochs={fast_epochs}", *watching],
     }
+
+
+def named_settings(given: list[str]) -> dict[str, list[str]]:
+    """Settings written as ``NAME: key.path=value …``.
+
+    Raises:
+        UserError: no name, or a name twice.
+    """
+    settings: dict[str, list[str]] = {}
+    for text in given:
+        name, colon, overrides = text.partition(":")
+        if not colon or not name.strip() or "=" in name:
+            raise UserError(f"--setting {text!r}: write NAME: key.path=value …")
+        if name.strip() in settings:
+            raise UserError(f"--setting {name.strip()} is there twice")
+        settings[name.strip()] = shlex.split(overrides)
+    if not settings:
+        raise UserError("nothing to compare: give --setting 'NAME: key.path=value …', twice or more")
+    return settings
 
 
 def compare(
@@ -74,26 +98,47 @@ def compare(
 
 
 def one_run(config: Config, folder: Path, workers: int, in_process: bool) -> dict[str, str]:
-    """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one."""
-    out = folder / "run"
-    figures = train(config, out, workers, in_process, overwrite=True)
+    """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one.
+
+    In a process of its own, since peak memory is a high-water mark.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        figures = pool.submit(train, config, folder / "run", workers, in_process, overwrite=True).result()
     shutil.rmtree(folder)
     wanted = (*COLUMNS[2:], "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
 
 
-def summary(rows: list[dict[str, str]]) -> list[tuple[str, ...]]:
-    """Per setting: runs, and mean ± standard deviation over seeds of accuracy, TAR@FAR 1e-3 and seconds."""
-    table = []
+SHOWN = {  # column -> heading, factor, digits
+    "accuracy": ("accuracy %", 100, 2),
+    "tar_at_far_1e-2": ("TAR@FAR 1e-2", 1, 3),
+    "tar_at_far_1e-3": ("TAR@FAR 1e-3", 1, 3),
+    "seconds": ("seconds", 1, 0),
+    "images_per_second": ("images/s", 1, 0),
+    "peak_memory_mib": ("peak memory, MiB", 1, 0),
+    "classes_mib": ("classes, MiB", 1, 2),
+}
+
+
+def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """A table, header first. Per setting: runs, and mean ± standard deviation over seeds of each column."""
+    table: list[tuple[str, ...]] = [("setting", "runs", *(SHOWN[column][0] for column in columns))]
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name]
         cells = []
-        for column, factor, digits in (("accuracy", 100, 2), ("tar_at_far_1e-3", 1, 3), ("seconds", 1, 0)):
+        for column in columns:
+            _, factor, digits = SHOWN[column]
             values = [factor * float(row[column]) for row in own if row[column]]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}" if values else "")
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         table.append((name, str(len(own)), *cells))
     return table
+
+
+def markdown(table: list[tuple[str, ...]]) -> str:
+    """The table as README shows it."""
+    lines = [table[0], tuple("---" for _ in table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def read_results(path: Path) -> list[dict[str, str]]:

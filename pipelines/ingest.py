@@ -13,7 +13,7 @@ import numpy as np
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, make_crop
 from fr_core.data.schema import (
-    ROWS_PER_GROUP,
+    GROUP_IMAGES,
     SCHEMA_VERSION,
     FlatRow,
     Layout,
@@ -135,16 +135,22 @@ def prepare(source: Path, out: Path, overwrite: bool) -> None:
 def shard_tasks(
     listing: Listing, points: list[np.ndarray | None] | None, out: Path, layout: Layout, image_size: int, seed: int
 ) -> Iterator[ShardTask]:
-    """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once."""
+    """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
+
+    Which of an identity's images share a chunk is drawn too: neighbours in a folder are often frames of one film.
+    """
     total = len(listing.paths)
+    images = np.arange(total)
+    if layout == "grouped":
+        images = np.lexsort((rng.generator(seed, "chunks").random(total), listing.labels))
     identity_starts = np.flatnonzero(np.diff(listing.labels, prepend=-1))
     starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total)
     order = rng.generator(seed, "ingest").permutation(len(starts))
     lengths = np.diff(starts, append=total)[order]
-    per_shard = min(IMAGES_PER_SHARD, max(ROWS_PER_GROUP["flat"], -(-total // FEWEST_SHARDS)))
+    per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // FEWEST_SHARDS)))
     shard_of = (np.cumsum(lengths) - 1) // per_shard
     for number, chunks in enumerate(np.split(np.arange(len(order)), np.flatnonzero(np.diff(shard_of)) + 1)):
-        ids = np.concatenate([np.arange(starts[order[c]], starts[order[c]] + lengths[c]) for c in chunks])
+        ids = np.concatenate([images[starts[order[c]] : starts[order[c]] + lengths[c]] for c in chunks])
         yield ShardTask(
             number,
             str(listing.root.resolve()),

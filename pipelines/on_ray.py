@@ -84,7 +84,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     """What each Ray Train worker runs. Rank 0's return value is the run's figures."""
     import ray.train
 
-    from fr_core.data.stream import tables_by_ray
+    from fr_core.data.stream import blocks_by_ray
     from fr_core.device import use_processor
     from fr_core.ranks import Ranks
     from fr_core.train.loop import train_loop
@@ -96,7 +96,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     use_processor((os.cpu_count() or 1) // context.get_local_world_size())
     try:
         config = parse_config(launch["config"], "launch")
-        return train_loop(config, out, ranks, tables_by_ray, ray.train.report)
+        return train_loop(config, out, ranks, blocks_by_ray, ray.train.report)
     except UserError as error:
         write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
         raise

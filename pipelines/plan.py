@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fr_core.config import Config
+from fr_core.config import AttFC, BigFace, Config, class_images
 from fr_core.errors import UserError
 from fr_core.train.memory import memory
 
 GIB = 2**30
+FUSED, WHOLE = {"update": "fused"}, {"accumulate": 1, "precision": "bfloat16"}
 
 
 def plan(
@@ -29,13 +30,12 @@ def plan(
             f"{gpus} GPUs × train.accumulate = {config.train.accumulate}"
         )
     here = memory(config, identities, gpus)
-    fused = {"sample_rate": 1.0, "update": "fused", "clip_head": None}
-    whole = {"accumulate": 1, "precision": "bfloat16"}
+    margin = config.method.margin.model_dump()
     modes = {
         "as written": config,
-        "full FC, plain": changed(config, {"method": {"sample_rate": 1.0, "update": "plain"}}),
-        "full FC, fused": changed(config, {"method": fused, "train": whole}),
-        "Partial FC 0.1, plain": changed(config, {"method": {"sample_rate": 0.1, "update": "plain"}}),
+        "full FC, plain": changed(config, {"method": {"kind": "bigface", "margin": margin}}),
+        "full FC, fused": changed(config, {"method": {"kind": "bigface", "margin": margin} | FUSED, "train": WHOLE}),
+        "Partial FC 0.1, plain": changed(config, {"method": {"kind": "bigface", "margin": margin, "sample_rate": 0.1}}),
     }
     columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
@@ -69,29 +69,39 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
 
 def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Changes from the mildest on: the same training first, then the same in expectation, then another one."""
-    batch = config.train.global_batch
-    if config.method.update == "plain":
+    batch, method = config.train.global_batch, config.method
+    if isinstance(method, BigFace) and method.update == "plain":
         yield "method.update=fused (the same training)", {"method": {"update": "fused"}}, gpus
     for factor in (2, 4, 8, 16):
         accumulate = config.train.accumulate * factor
         if batch % (gpus * accumulate) == 0 and batch // (gpus * accumulate) > 1:
-            changes = {"train": {"accumulate": accumulate}, "method": {"update": "plain"}}
-            yield f"train.accumulate={accumulate} (batch norm over {batch // gpus // accumulate} images)", changes, gpus
+            changes: dict[str, Any] = {"train": {"accumulate": accumulate}}
+            words = f"train.accumulate={accumulate} (batch norm over {batch // gpus // accumulate} images)"
+            if isinstance(method, BigFace):
+                changes["method"] = {"update": "plain"}
+            if isinstance(method, AttFC) and method.order == "paper":
+                changes["method"] = {"order": "reference"}
+                words += " with method.order=reference"
+            yield words, changes, gpus
     for factor in (2, 4, 8, 16):
         if batch % (gpus * factor * config.train.accumulate) == 0:
             yield f"{gpus * factor} cards", {}, gpus * factor
+    for count in range(class_images(config) - 1, 0, -1):
+        yield f"method.class_images={count} (another training)", {"method": {"class_images": count}}, gpus
     for rate in (0.5, 0.3, 0.1):
-        if rate < config.method.sample_rate:
+        if isinstance(method, BigFace) and rate < method.sample_rate:
             changes = {"method": {"sample_rate": rate, "update": "fused"}}
             yield f"method.sample_rate={rate} (Partial FC, another training)", changes, gpus
+        if isinstance(method, AttFC) and rate < method.size_ratio:
+            yield f"method.size_ratio={rate} (another training)", {"method": {"size_ratio": rate}}, gpus
     for factor in (2, 4, 8):
         if batch % (gpus * factor) == 0:
             yield f"train.global_batch={batch // factor}", {"train": {"global_batch": batch // factor}}, gpus
 
 
 def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The config with some fields of some sections replaced, validated."""
+    """The config with some fields of some sections replaced, validated. A ``kind`` begins its section anew."""
     tree = config.model_dump()
     for section, fields in changes.items():
-        tree[section] |= fields
+        tree[section] = dict(fields) if "kind" in fields else tree[section] | fields
     return Config.model_validate(tree)

@@ -1,12 +1,12 @@
 """Launches a training run: here, or on Ray, with a progress line fed by the run's own ``metrics.csv``."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,7 +34,7 @@ def train(
     Raises:
         UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
     """
-    from fr_core.data.stream import tables_in_process
+    from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
     from fr_core.train.checkpoint import checkpoints
     from fr_core.train.loop import clear_run, train_loop
@@ -75,8 +75,8 @@ def train(
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     with progress_line(out, total_steps(config, plan.steps_per_epoch)):
         if in_process:
-            use_processor(os.cpu_count() or 1)
-            return train_loop(config, out, Ranks(), tables_in_process, lambda metrics: None)
+            use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that this process may use
+            return train_loop(config, out, Ranks(), blocks_in_process, lambda metrics: None)
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)

@@ -13,7 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fr_core.data.crops import encode
-from fr_core.data.schema import SCHEMA_VERSION, Manifest, flat_table, write_manifest, write_shard
+from fr_core.data.schema import (
+    SCHEMA_VERSION,
+    Layout,
+    Manifest,
+    flat_table,
+    grouped_table,
+    write_manifest,
+    write_shard,
+)
 from fr_core.ranks import Ranks
 
 REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -41,9 +49,16 @@ def _rank(rank: int, size: int, function: Callable[..., Any], args: tuple[Any, .
 
 
 def write_dataset(
-    root: Path, images: int, identities: int, size: int = 32, per_shard: int = 500, seed: int = 0
+    root: Path,
+    images: int,
+    identities: int,
+    size: int = 32,
+    per_shard: int = 500,
+    seed: int = 0,
+    layout: Layout = "flat",
+    chunk: int = 32,
 ) -> Path:
-    """Flat shards of noisy images whose colours tell the identity."""
+    """Shards of noisy images whose colours tell the identity; grouped ones in chunks of at most ``chunk``."""
     random = np.random.default_rng(seed)
     colours = random.integers(40, 215, (identities, 2, 2, 3))
     labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
@@ -51,14 +66,18 @@ def write_dataset(
     for i, label in enumerate(labels):
         image = np.kron(colours[label], np.ones((size // 2, size // 2, 1))) + random.normal(0, 25, (size, size, 3))
         rows.append((i, int(label), encode(np.clip(image, 0, 255).astype(np.uint8)), None))
+    parts = [rows[start : start + per_shard] for start in range(0, images, per_shard)]
+    tables = [flat_table(part) for part in parts]
+    if layout == "grouped":
+        own = [[row for row in rows if row[1] == label] for label in range(identities)]
+        chunks = [group[start : start + chunk] for group in own for start in range(0, len(group), chunk)]
+        each = -(-len(chunks) // len(parts))
+        tables = [grouped_table(chunks[start : start + each]) for start in range(0, len(chunks), each)]
     root.mkdir(parents=True)
-    shards = tuple(
-        write_shard(root / f"shard-{s:05d}.parquet", flat_table(rows[start : start + per_shard]), "flat")
-        for s, start in enumerate(range(0, images, per_shard))
-    )
+    shards = tuple(write_shard(root / f"shard-{s:05d}.parquet", table, layout) for s, table in enumerate(tables))
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        layout="flat",
+        layout=layout,
         image_size=size,
         identities=identities,
         images=images,
@@ -81,6 +100,13 @@ def flip_a_bit(path: Path, position: int) -> None:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,500 images of 40 identities in 3 shards of 4 row groups."""
     return write_dataset(tmp_path_factory.mktemp("data") / "shards", 1500, 40)
+
+
+@pytest.fixture(scope="session")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 images of 60 identities, of which some have one, in chunks of at most 6."""
+    root = tmp_path_factory.mktemp("grouped") / "shards"
+    return write_dataset(root, 600, 60, per_shard=200, layout="grouped", chunk=6)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ decodes it. Legend: B batch, H W pixels.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,34 +20,47 @@ from fr_core.data.crops import read_rgb
 _CHUNK = 16  # images per thread and turn: fewer turns than images, enough of them to share out
 
 
-def decode_batch(
-    jpegs: Sequence[bytes],
-    sample_ids: np.ndarray,
+def augmented_batch(
+    images: Sequence[bytes | np.ndarray],
+    draws_BU: np.ndarray,
     size: int,
     augment: Augment,
-    seed: int,
-    epoch: int,
     pool: ThreadPoolExecutor,
+    fields_BFF2: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decodes and augments a batch.
+    """Decodes what is not decoded yet, changes it at random and resizes it, in the pool's threads.
 
     Args:
-        jpegs: B encoded images of any size.
-        sample_ids: int64 [B].
+        images: B encoded images, or uint8 [H, W, 3], of any size.
+        draws_BU: from :func:`draws`.
         size: side of the net's input, pixels.
+        fields_BFF2: displacements that make virtual identities (``fr_core/data/virtual.py``).
 
     Returns:
         uint8 [B, size, size, 3], RGB.
     """
-    draws_BU = rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
-    images = np.empty((len(jpegs), size, size, 3), np.uint8)
+    out = np.empty((len(images), size, size, 3), np.uint8)
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(jpegs))):
-            images[i] = augmented(decode(jpegs[i]), draws_BU[i], size, augment)
+        for i in range(start, min(start + _CHUNK, len(images))):
+            image = images[i]
+            image = decode(image) if isinstance(image, bytes) else image
+            field = None if fields_BFF2 is None else fields_BFF2[i]
+            out[i] = augmented(image, draws_BU[i], size, augment, field)
 
-    list(pool.map(fill, range(0, len(jpegs), _CHUNK)))
-    return images
+    list(pool.map(fill, range(0, len(images), _CHUNK)))
+    return out
+
+
+def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """The uniform numbers that augment each image of a batch: float64 [B, 19]."""
+    return rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
+
+
+def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
+    """As :func:`draws` for the K class images of each sample, independent of its own: float64 [B, K, 19]."""
+    numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * _DRAWS)
+    return numbers.reshape(-1, class_images, _DRAWS)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -65,20 +80,28 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
 _DRAWS = 19
 
 
-def augmented(image: np.ndarray, u: np.ndarray, size: int, augment: Augment) -> np.ndarray:
+def augmented(
+    image: np.ndarray, u: np.ndarray, size: int, augment: Augment, field: np.ndarray | None = None
+) -> np.ndarray:
     """One image changed as ``augment`` allows and the uniform draws ``u`` [19] decide; resized to [size, size, 3]."""
     signed = 2 * u - 1
+    flip = bool(u[0] < augment.flip)
     if u[14] < augment.blur:
         image = _blurred(image, 1 + 2 * u[15])
     matrix = _warp(
         image.shape,
         size,
-        flip=u[0] < augment.flip,
+        flip=flip,
         shift=(augment.shift * signed[1], augment.shift * signed[2]),
         zoom=(1 + augment.scale) ** signed[3],
         degrees=augment.rotate * signed[4],
     )
-    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    if field is not None:
+        image = _displaced(image, matrix, size, field)
+    elif image.shape[:2] == (size, size) and not (augment.shift or augment.scale or augment.rotate):
+        image = np.array(image[:, ::-1] if flip else image)  # what the warp would give, sooner
+    else:
+        image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     if u[5] < augment.grey:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if augment.light or augment.colour:
@@ -104,6 +127,25 @@ def _warp(
     centre = (np.array(shape[1::-1]) - 1) / 2
     target = (size - 1) / 2 + size * np.array(shift)
     return np.column_stack([linear, target - linear @ centre])
+
+
+def _displaced(image: np.ndarray, matrix: np.ndarray, size: int, field: np.ndarray) -> np.ndarray:
+    """The warp by ``matrix``, its sources displaced by a field [F, F, 2] that lies over the image."""
+    side = max(image.shape[:2])
+    shrunk = matrix @ np.diag([side / len(field), side / len(field), 1.0])  # from the field's pixels to the net's
+    shrunk[:, 2] += matrix[:, :2] @ np.full(2, (side / len(field) - 1) / 2)
+    moved = cv2.warpAffine(field, shrunk, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    moved *= side
+    moved += cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
+    both: Any = None  # no second map: x and y are in the first
+    return cv2.remap(image, moved, both, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+
+@lru_cache(maxsize=4)
+def _pixels(size: int) -> np.ndarray:
+    """(x, y) of every pixel: float32 [size, size, 2]."""
+    axis = np.arange(size, dtype=np.float32)
+    return np.stack(np.meshgrid(axis, axis), 2)
 
 
 def _lit(image: np.ndarray, brightness: float, contrast: float, gains: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ An epoch puts the row groups of the dataset in a seeded order and cuts that sequ
 Each lane is shuffled window by window. Step t takes G/L rows from every lane, lane after lane; of R ranks, each owns
 L/R neighbouring lanes. So the global batch of a step, and even its order, does not depend on R, and a rank reads its
 own lanes only. A *block* is one window of a rank's lanes: a whole number of steps, the unit of reading.
+In the grouped layout the rows of this plan are still the single images, and whole chunks of an identity are read.
 No PyTorch here: the processes that only read start without it.
 
 Legend: G global batch, L lanes, g = G/L rows per lane and step.
@@ -14,12 +15,14 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fr_core import rng
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.errors import UserError
 
 COLUMNS = ["sample_id", "label", "image"]
+CHUNK_COLUMNS = ["label", "sample_ids", "images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +111,15 @@ class Plan:
 
 
 def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> pa.Table:
-    """A rank's rows of one block in step order; no images are decoded.
+    """A rank's rows of one block in step order, or in the grouped layout its chunks; no images are decoded.
 
     Raises:
         UserError: a damaged shard; names it.
     """
-    return read_rows(plan.dataset, plan.block_rows(epoch, block, rank, size, skip_steps), COLUMNS)
+    rows = plan.block_rows(epoch, block, rank, size, skip_steps)
+    if plan.dataset.manifest.layout == "grouped":
+        return read_chunks(plan.dataset, rows)
+    return read_rows(plan.dataset, rows, COLUMNS)
 
 
 def read_task(
@@ -130,11 +136,32 @@ def read_task(
 
 def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
     """Rows as :meth:`Plan.block_rows` names them, in that order; every row group is read once."""
+    table, positions = _read_groups(dataset, rows, columns)
+    return table.take(pa.array(positions))
+
+
+def read_chunks(dataset: Dataset, rows: np.ndarray) -> pa.Table:
+    """The whole chunks that hold the images which :meth:`Plan.block_rows` names.
+
+    Returns:
+        label, sample_ids, images, and turns: for each image its place in the order of ``rows``, or -1.
+    """
+    table, positions = _read_groups(dataset, rows, CHUNK_COLUMNS)
+    ends = np.cumsum(pc.list_value_length(table["sample_ids"]).to_numpy())
+    turns = np.full(ends[-1], -1, np.int32)
+    turns[positions] = np.arange(len(rows))
+    needed = np.unique(np.searchsorted(ends, positions, side="right"))
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return table.append_column("turns", pa.ListArray.from_arrays(offsets, pa.array(turns))).take(pa.array(needed))
+
+
+def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) -> tuple[pa.Table, np.ndarray]:
+    """The row groups that ``rows`` lie in, and the position of each row among all their images."""
     groups, inverse = np.unique(rows[:, 0], return_inverse=True)
-    places = dataset.row_groups[groups, :2].tolist()
-    tables = [dataset.read_row_group(shard, group, columns) for shard, group in places]
-    starts = np.concatenate([[0], np.cumsum([table.num_rows for table in tables])[:-1]])
-    return pa.concat_tables(tables).take(pa.array(starts[inverse] + rows[:, 1]))
+    places = dataset.row_groups[groups]
+    starts = np.cumsum(places[:, 2]) - places[:, 2]
+    tables = [dataset.read_row_group(shard, group, columns) for shard, group in places[:, :2].tolist()]
+    return pa.concat_tables(tables), starts[inverse] + rows[:, 1]
 
 
 @lru_cache(maxsize=4)

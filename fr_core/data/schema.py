@@ -5,6 +5,7 @@ images of one identity, for methods that need class images. Every page carries a
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fr_core.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Ten numbers or null: x, y of left eye, right eye, nose, left and right mouth corner; pixels of the crop.
 LANDMARKS = pa.list_(pa.float32())
 
@@ -40,14 +42,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
-ROWS_PER_GROUP = {"flat": 128, "grouped": 4}  # about half a megabyte of faces: the unit of reading
+GROUP_IMAGES = 128  # of a row group, or a chunk more: about half a megabyte of faces, the unit of reading
 
 
 class Shard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
-    row_groups: tuple[int, ...]  # rows of each
+    row_groups: tuple[int, ...]  # images of each
     images: int
     bytes: int
     sha256: str
@@ -76,7 +78,7 @@ class Dataset:
 
     @cached_property
     def row_groups(self) -> np.ndarray:
-        """int64 [groups, 3]: shard, row group within it, rows."""
+        """int64 [groups, 3]: shard, row group within it, images."""
         return np.array(
             [(s, g, n) for s, shard in enumerate(self.manifest.shards) for g, n in enumerate(shard.row_groups)],
             np.int64,
@@ -114,7 +116,27 @@ class Dataset:
 
     def identity_names(self) -> list[str]:
         """Names of the identities, by label."""
-        return pq.read_table(self.root / "identities.parquet", columns=["name"])["name"].to_pylist()
+        return self._identities()["name"].to_pylist()
+
+    def identity_counts(self) -> np.ndarray:
+        """Images of each identity, by label: int64 [identities]."""
+        return self._identities()["images"].to_numpy()
+
+    def _identities(self) -> pa.Table:
+        """Raises UserError where the table is damaged or another dataset's."""
+        path = self.root / "identities.parquet"
+        try:
+            table = pq.read_table(path, columns=["name", "images"])
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} is damaged: {_first_line(error)}; ingest again") from None
+        known = (self.manifest.identities, self.manifest.images)
+        found = (table.num_rows, pc.sum(table["images"]).as_py())
+        if found != known:
+            raise UserError(
+                f"{path} lists {found[1]} images of {found[0]} identities, the manifest {known[1]} of {known[0]}; "
+                "ingest again"
+            )
+        return table
 
 
 def open_dataset(root: str | Path) -> Dataset:
@@ -145,14 +167,28 @@ def open_dataset(root: str | Path) -> Dataset:
 
 def write_shard(path: Path, table: pa.Table, layout: Layout) -> Shard:
     """Writes one shard under a temporary name, then renames it, so that a shard is whole or absent."""
-    rows = ROWS_PER_GROUP[layout]
+    images = np.ones(table.num_rows, np.int64)
+    if layout == "grouped":
+        images = pc.list_value_length(table["sample_ids"]).to_numpy().astype(np.int64)
+    begun = np.cumsum(images) - images
+    starts = [0]
+    while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < table.num_rows:
+        starts.append(int(later))
     part = path.with_suffix(".part")
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    pq.write_table(table, part, row_group_size=rows, write_page_checksum=True, **plain)  # JPEG gains by none of these
+    with pq.ParquetWriter(
+        part, table.schema, write_page_checksum=True, **plain
+    ) as writer:  # JPEG gains by none of these
+        for start, stop in itertools.pairwise([*starts, table.num_rows]):
+            writer.write_table(table.slice(start, stop - start))
     part.replace(path)
-    groups = tuple(min(rows, table.num_rows - start) for start in range(0, table.num_rows, rows))
-    images = table.num_rows if layout == "flat" else sum(len(ids) for ids in table["sample_ids"])
-    return Shard(file=path.name, row_groups=groups, images=images, bytes=path.stat().st_size, sha256=sha256(path))
+    return Shard(
+        file=path.name,
+        row_groups=tuple(np.add.reduceat(images, starts).tolist()),
+        images=int(images.sum()),
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+    )
 
 
 def write_manifest(root: Path, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:

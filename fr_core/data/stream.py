@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -17,10 +18,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fr_core.config import Config, lanes
-from fr_core.data.decode import decode_batch
+from fr_core.config import Config, class_images, lanes
+from fr_core.data.class_images import Pool
+from fr_core.data.decode import augmented_batch, class_image_draws, draws
 from fr_core.data.plan import Plan, read_block, read_task
 from fr_core.data.schema import Dataset
+from fr_core.data.virtual import displacements, variants
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
@@ -32,23 +35,32 @@ DECODERS = 2  # threads that decode
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step. Legend: B rank batch, H W pixels."""
+    """What one rank trains on in one step. Legend: B rank batch, K class images of each, H W pixels."""
 
     epoch: int
     sample_ids: np.ndarray  # int64 [B]
     labels_B: Tensor  # int64
     images_BHWC: Tensor  # uint8, RGB
+    class_images_BKHWC: Tensor  # uint8; K = 0 for methods that need none
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
     """The plan of a run.
 
     Raises:
-        UserError: grouped shards, or a batch larger than the dataset.
+        UserError: shards of the other layout, more class images than any identity has, or a batch larger than the
+            dataset.
     """
-    if dataset.manifest.layout != "flat":
+    wanted = "flat" if class_images(config) == 0 else "grouped"
+    if dataset.manifest.layout != wanted:
         raise UserError(
-            f"{dataset.root} holds grouped shards; {config.method.kind} reads flat ones: bigface ingest … --layout flat"
+            f"{dataset.root} holds {dataset.manifest.layout} shards; {config.method.kind} reads {wanted} ones: "
+            f"bigface ingest {dataset.manifest.source} --out SHARDS --layout {wanted}"
+        )
+    if wanted == "grouped" and (most := int(dataset.identity_counts().max())) <= class_images(config):
+        raise UserError(
+            f"method.class_images = {class_images(config)}, but no identity of {dataset.root} has more than {most} "
+            "images: lower it"
         )
     data, train = config.data, config.train
     return Plan(dataset, config.seed, train.global_batch, lanes(config), data.shuffle_window)
@@ -60,47 +72,89 @@ def batches(
     ranks: Ranks,
     step: int,
     stop: int,
-    tables: Callable[[Plan, Ranks, int, int], Iterator[pa.Table]],
+    blocks: Callable[[Plan, Ranks, int, int], Iterator[pa.Table]],
 ) -> Generator[Batch, None, None]:
     """A rank's decoded batches of steps [step, stop), a few of them ahead of the consumer.
 
     Args:
-        tables: :func:`tables_in_process` or :func:`tables_by_ray`.
+        blocks: :func:`blocks_in_process` or :func:`blocks_by_ray`.
 
     Raises:
         UserError: a damaged shard, or a label that the manifest does not have (from ``next``).
     """
-    size, classes = config.net.input_size, plan.dataset.manifest.identities
     plan.lanes_of(ranks.rank, ranks.size)  # refuse a wrong number of ranks before the first read
+    read = _flat_batches if plan.dataset.manifest.layout == "flat" else _grouped_batches
     with ThreadPoolExecutor(DECODERS) as pool:
 
         def decoded() -> Iterator[Batch]:
-            for number, table in enumerate(tables(plan, ranks, step, stop), step):
-                epoch = number // plan.steps_per_epoch
-                ids = table["sample_id"].to_numpy()
-                labels = table["label"].to_numpy().astype(np.int64)
-                if labels.min() < 0 or labels.max() >= classes:
-                    wrong = int(np.argmax((labels < 0) | (labels >= classes)))
-                    raise UserError(
-                        f"{plan.dataset.root}: sample {ids[wrong]} has label {labels[wrong]}, "
-                        f"outside the manifest's {classes} identities; ingest again"
-                    )
-                jpegs = table["image"].to_pylist()
-                images = decode_batch(jpegs, ids, size, config.data.augment, config.seed, epoch, pool)
-                yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images))
+            for (epoch, _, _), table in zip(_blocks(plan, step, stop), blocks(plan, ranks, step, stop), strict=False):
+                _check_labels(plan, table)
+                yield from read(config, epoch, table, plan.global_batch // ranks.size, pool)
 
-        yield from ahead(decoded(), DECODED_AHEAD)
+        with closing(ahead(decoded(), DECODED_AHEAD)) as stream:
+            yield from itertools.islice(stream, stop - step)
 
 
-def tables_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """A rank's rows of each step, read by PyArrow in a thread of this process."""
+def _flat_batches(config: Config, epoch: int, rows: pa.Table, batch: int, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    size, augment = config.net.input_size, config.data.augment
+    for start in range(0, rows.num_rows, batch):
+        step = rows.slice(start, batch)
+        ids = step["sample_id"].to_numpy()
+        labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
+        numbers = draws(config.seed, epoch, ids)
+        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, pool, fields)
+        none = torch.empty((len(ids), 0, size, size, 3), dtype=torch.uint8)
+        yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
+
+
+def _grouped_batches(
+    config: Config, epoch: int, chunks: pa.Table, batch: int, threads: ThreadPoolExecutor
+) -> Iterator[Batch]:
+    size, augment, count = config.net.input_size, config.data.augment, class_images(config)
+    pool = Pool.of(chunks, threads)
+    for start in range(0, len(pool.order_Q), batch):
+        own_B = pool.order_Q[start : start + batch]
+        other_BK = pool.class_images(own_B, count, config.seed, epoch)
+        ids = pool.sample_ids_P[own_B]
+        labels, fields = _classes(config, epoch, ids, pool.labels_P[own_B])
+        others = class_image_draws(config.seed, epoch, ids, count)
+        numbers = np.concatenate([draws(config.seed, epoch, ids), *others.swapaxes(0, 1)])
+        sources = [pool.images[i] for i in np.concatenate([own_B, *other_BK.T])]
+        fields = None if fields is None else np.concatenate([fields] * (count + 1))
+        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields))
+        class_images_BK = images[len(own_B) :].unflatten(0, (count, len(own_B))).transpose(0, 1)
+        yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
+
+
+def _classes(config: Config, epoch: int, ids_B: np.ndarray, labels_B: np.ndarray) -> tuple[np.ndarray, Any]:
+    """The classes of samples, and the displacement fields of their variants if there are any."""
+    count = config.data.variants
+    if count == 1:
+        return labels_B, None
+    variant_B = variants(config.seed, epoch, ids_B, count)
+    fields = displacements(config.seed, labels_B, variant_B, config.data.variant_strength)
+    return labels_B * count + variant_B, fields
+
+
+def _check_labels(plan: Plan, table: pa.Table) -> None:
+    labels, classes = table["label"].to_numpy(), plan.dataset.manifest.identities
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = int(np.argmax((labels < 0) | (labels >= classes)))
+        sample = table["sample_id"][wrong] if "sample_id" in table.column_names else table["sample_ids"][wrong][0]
+        raise UserError(
+            f"{plan.dataset.root}: sample {sample} has label {labels[wrong]}, "
+            f"outside the manifest's {classes} identities; ingest again"
+        )
+
+
+def blocks_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
+    """A rank's blocks of steps [step, stop), read by PyArrow in a thread of this process."""
     blocks = _blocks(plan, step, stop)
-    tables = (read_block(plan, epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in blocks)
-    yield from _steps(ahead(tables, 1), plan.global_batch // ranks.size, stop - step)
+    yield from ahead((read_block(plan, epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in blocks), 1)
 
 
-def tables_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """A rank's rows of each step, read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
+def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
+    """A rank's blocks of steps [step, stop), read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
 
     Blocks are read group by group, a group ahead of the consumer. One pipeline over all blocks would stand against
     its memory limit for most of the run, where Ray Data's executor spins: it took half a core from every worker.
@@ -112,6 +166,7 @@ def tables_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
+    context.target_max_block_size = None  # a block stays whole, however large
     root = str(plan.dataset.root)
     stamp = plan.dataset.stamp
     read = partial(read_task, root, stamp, plan.seed, plan.global_batch, plan.lanes, plan.shuffle_window)
@@ -125,30 +180,17 @@ def tables_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
             tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
             yield tables.to_arrow_refs()
 
-    tables = (ray.get(reference) for group in ahead(references(), 1) for reference in group)
     try:
-        yield from _steps(tables, rows, stop - step)
+        for group in ahead(references(), 1):
+            for reference in group:
+                yield ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
         raise
 
 
-def _steps(tables: Iterator[pa.Table], rows: int, count: int) -> Iterator[pa.Table]:
-    """``count`` tables of ``rows`` rows each, cut from a stream of tables of any sizes."""
-    rest: list[pa.Table] = []
-    for table in tables:
-        joined = pa.concat_tables([*rest, table])
-        whole = min(joined.num_rows // rows, count)
-        for start in range(0, whole * rows, rows):
-            yield joined.slice(start, rows)
-        count -= whole
-        rest = [joined.slice(whole * rows)]
-        if count == 0:
-            return
-
-
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Runs an iterator in a thread, ``depth`` items ahead. Its errors surface here; closing this stops it."""
     slots: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()

@@ -83,19 +83,31 @@ def margin_softmax(
 
 
 def fixed_centres_softmax(
-    unit_GD: Tensor, positive_GD: Tensor, labels_G: Tensor, centres_SD: Tensor, labels_S: Tensor, softmax: Softmax
+    unit_GD: Tensor, positive_GD: Tensor, centres_SD: Tensor, excluded: tuple[Tensor, Tensor], softmax: Softmax
 ) -> Tensor:
     """Mean cross-entropy against one centre per face and negatives, none of which carries a gradient, in one pass.
 
-    Σ p·w accumulates beside the denominator, so that nothing is computed twice (METHODS §3). Centres with a face's
-    own label are no negatives of it.
+    Σ p·w accumulates beside the denominator, so that nothing is computed twice (METHODS §3).
 
     Args:
         unit_GD: embeddings of length 1.
         positive_GD: the centre of each face's class, of length 1.
-        centres_SD: of length 1.
+        centres_SD: of length 1; they may be bfloat16.
+        excluded: faces and columns (sorted) of centres that are no negatives, from :func:`same_label`.
     """
-    return _FixedCentresSoftmax.apply(unit_GD, positive_GD, labels_G, centres_SD, labels_S, softmax)
+    return _FixedCentresSoftmax.apply(unit_GD, positive_GD, centres_SD, excluded, softmax)
+
+
+def same_label(labels_G: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a face and a centre have one label: int64 faces [P] and columns [P], sorted by column.
+
+    A look-up per centre instead of a comparison of all with all; only the few centres found are compared.
+    """
+    sorted_G = labels_G.sort().values
+    place_S = torch.searchsorted(sorted_G, labels_S).clamp_max_(len(sorted_G) - 1)
+    column_C = (sorted_G[place_S] == labels_S).nonzero()[:, 0]
+    centre_P, face_P = (labels_S[column_C][:, None] == labels_G).nonzero().unbind(1)
+    return face_P, column_C[centre_P]
 
 
 class _MarginSoftmax(torch.autograd.Function):
@@ -160,22 +172,25 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         ctx: Any,
         unit_GD: Tensor,
         positive_GD: Tensor,
-        labels_G: Tensor,
         centres_SD: Tensor,
-        labels_S: Tensor,
+        excluded: tuple[Tensor, Tensor],
         softmax: Softmax,
     ) -> Tensor:
         scale, size = softmax.margin.scale, softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
-        for operand_TD, labels_T in zip(centres_SD.split(size), labels_S.split(size), strict=True):
-            operand_TD = _operand(operand_TD, softmax.precision)
+        starts, (face_P, column_P) = range(0, len(centres_SD), size), excluded
+        edges = _edges(column_P, starts, size)
+        for start, first, last in zip(starts, edges, edges[1:], strict=False):
+            operand_TD = _operand(centres_SD[start : start + size], softmax.precision)
             logits_GT = _product(operand_GD, operand_TD.T).mul_(scale)
             _drop(logits_GT, softmax)
-            logits_GT.masked_fill_(labels_G[:, None] == labels_T, MASKED)
+            if first < last:
+                logits_GT[face_P[first:last], column_P[first:last] - start] = MASKED
             shrink_G = sums.add(logits_GT)
-            pull_GD.mul_(shrink_G[:, None]).add_(_product(_operand(logits_GT, softmax.precision), operand_TD))
+            pull_GD.mul_(shrink_G[:, None])
+            _add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
         spread_G = sums.value_G() - scale * value_G
         pull_GD.div_(sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)[:, None])  # the mean negative by p
         pull_GD.sub_(slope_G[:, None] * positive_GD).mul_(torch.sigmoid(spread_G)[:, None])
@@ -186,7 +201,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GD,) = ctx.saved_tensors
-        return grad * grad_GD, *[None] * 5
+        return grad * grad_GD, *[None] * 4
 
 
 @dataclass(frozen=True)
@@ -278,7 +293,7 @@ def _tiles(
     size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
     starts = range(0, len(weight_ND if rows_S is None else rows_S), size)
     column_P, face_P = column_G.sort()
-    edges = torch.searchsorted(column_P, torch.tensor([*starts, starts[-1] + size], device=column_P.device)).tolist()
+    edges = _edges(column_P, starts, size)
     for start, first, last in zip(starts, edges, edges[1:], strict=False):
         rows = slice(start, start + size) if rows_S is None else rows_S[start : start + size]
         weight_TD = weight_ND[rows]
@@ -288,6 +303,11 @@ def _tiles(
             inverse_T = inverse_S[start : start + size]
         positives = (face_P[first:last], column_P[first:last] - start) if first < last else None
         yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, positives, softmax)
+
+
+def _edges(column_P: Tensor, starts: range, size: int) -> list[int]:
+    """Where in the sorted columns each tile begins, and the last one ends."""
+    return torch.searchsorted(column_P, torch.tensor([*starts, starts[-1] + size], device=column_P.device)).tolist()
 
 
 def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -310,7 +330,7 @@ def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
     if precision != torch.bfloat16:
         return x
     rounded = x.bfloat16()
-    return rounded if multiplies_bfloat16(x.device) else rounded.to(x.dtype)
+    return rounded if multiplies_bfloat16(x.device) else rounded.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

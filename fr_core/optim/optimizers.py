@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import LARS, SGD, AdamW, Config
+from fr_core.config import LARS, SGD, AdamW, BigFace, Config
 from fr_core.heads.streamed import TileSGD
 from fr_core.ranks import Ranks
 
@@ -82,7 +82,7 @@ class LayerwiseSGD(torch.optim.Optimizer):
 
 
 def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks: Ranks) -> dict[str, Any]:
-    """The optimisers of backbone and class matrix, by these names.
+    """The optimisers of the backbone and, where there is one, of the class matrix: "backbone" and "head".
 
     Every parameter group keeps its base rate under ``initial_lr``, as PyTorch's schedulers do; the linear-scaling
     rule (Goyal et al., 2017) is in it.
@@ -107,14 +107,16 @@ def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks:
         body: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=made, **given)
     else:
         body = made(groups, **given)
-    optimizers = {"backbone": body, "head": head_optimizer(config, head, scale)}
+    optimizers = {"backbone": body}
+    if isinstance(config.method, BigFace):
+        optimizers["head"] = head_optimizer(config, config.method, head, scale)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def head_optimizer(config: Config, head: nn.Module, scale: float = 1.0) -> torch.optim.Optimizer:
+def head_optimizer(config: Config, method: BigFace, head: nn.Module, scale: float = 1.0) -> torch.optim.Optimizer:
     """SGD for the class matrix: dense, or on single rows where they are sampled or the head is fused."""
     optim, own = config.optim, config.optim.head
     momentum = 0.9 if isinstance(optim, AdamW) else optim.momentum
@@ -123,7 +125,7 @@ def head_optimizer(config: Config, head: nn.Module, scale: float = 1.0) -> torch
         "momentum": momentum if own.momentum is None else own.momentum,
         "weight_decay": optim.weight_decay if own.weight_decay is None else own.weight_decay,
     }
-    by_rows = config.method.sample_rate < 1 or config.method.update == "fused"
+    by_rows = method.sample_rate < 1 or method.update == "fused"
     return (RowSGD if by_rows else torch.optim.SGD)(head.parameters(), **given)
 
 

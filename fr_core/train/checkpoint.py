@@ -1,8 +1,9 @@
 """Checkpoints: the backbone once, the class matrix by row ranges, one JSON file that makes them whole.
 
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
-``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, and the raw weights
-beside an average), ``head_RANK.safetensors`` (rows and their optimiser) and ``checkpoint.json``. Written under
+``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
+something else is shipped, and a momentum encoder), ``head_RANK.safetensors`` (rows of the class matrix and their
+optimiser; or once, what all ranks have in common in its place) and ``checkpoint.json``. Written under
 another name and renamed when complete. Nothing random is saved: every draw is a function of (seed, step, rank or
 sample id), and the data position is the step.
 """
@@ -24,7 +25,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256, write_text_atomically
 from fr_core.errors import UserError
-from fr_core.nets.open import CHECKPOINTS, is_whole
+from fr_core.heads.sharded_fc import ShardedFC
+from fr_core.nets.open import CHECKPOINTS, Backbone, is_whole
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
@@ -45,14 +47,17 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         ranks.barrier()
-        files = {f"head_{ranks.rank:05d}.safetensors": _head_tensors(state)}
+        rows = (state.head.lo, state.head.hi) if isinstance(state.head, ShardedFC) else None
+        files = {}
+        if ranks.rank == 0 or rows:
+            files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state)
         if ranks.rank == 0:
             files["backbone.safetensors"] = dict(state.usable.state_dict())
         if ranks.rank == 0 or config.optim.shard_state:
             files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
         net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
         written = {name: _write(part / name, tensors, net) for name, tensors in files.items()}
-        parts = ranks.gather_objects((written, (state.head.lo, state.head.hi)))
+        parts = ranks.gather_objects((written, rows))
         if ranks.rank == 0:
             text = json.dumps(_summary(config, state, parts), indent=1)
             write_text_atomically(part / "checkpoint.json", text + "\n")
@@ -88,17 +93,20 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
     _check_same_run(config, state, summary, folder)
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
     check_files(folder, summary, ["backbone.safetensors", *states])
-    usable = load_file(folder / "backbone.safetensors")
     extra = {name: tensor for file in states for name, tensor in load_file(folder / file).items()}
-    state.usable.load_state_dict(usable)
-    if state.average is not None:
-        state.backbone.load_state_dict(_under("weights/", extra))
+    state.usable.load_state_dict(load_file(folder / "backbone.safetensors"))
+    for name, net in _other_nets(state).items():
+        net.load_state_dict(_under(f"{name}/", extra))
     named = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
     _load_optimizer(state.optimizers["backbone"], named, _under("optimizer/", extra))
-    rows = _read_head_rows(folder, summary, state.head.lo, state.head.hi)
-    with torch.no_grad():
-        state.head.weight.copy_(rows.pop("weight"))
-    _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
+    if isinstance(state.head, ShardedFC):
+        rows = _read_head_rows(folder, summary, state.head.lo, state.head.hi)
+        with torch.no_grad():
+            state.head.weight.copy_(rows.pop("weight"))
+        _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
+    else:
+        check_files(folder, summary, [summary["head"][0]["file"]])
+        state.head.load_state_dict(load_file(folder / summary["head"][0]["file"]))
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     if state.watcher and summary["watcher"]:
@@ -131,24 +139,36 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, A
         "bad_steps": state.bad_steps,
         "run_id": state.run_id,
         "watcher": state.watcher.state_dict() if state.watcher else None,
-        "head": [{"file": f"head_{rank:05d}.safetensors", "rows": rows} for rank, (_, rows) in enumerate(parts)],
+        "head": [
+            {"file": f"head_{rank:05d}.safetensors", "rows": rows}
+            for rank, (_, rows) in enumerate(parts)
+            if rank == 0 or rows
+        ],
         "files": {name: facts for written, _ in parts for name, facts in written.items()},
         "config": config.model_dump(mode="json"),
     }
 
 
 def _head_tensors(state: TrainState) -> dict[str, Tensor]:
+    if not isinstance(state.head, ShardedFC):
+        return dict(state.head.state_dict())
     optimizer = _optimizer_tensors(state.optimizers["head"], {"weight": state.head.weight})
     return {"weight": state.head.weight.detach()} | _prefixed("optimizer/", optimizer)
 
 
 def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of the optimiser's state, and on rank 0 the raw weights beside an average."""
+    """This rank's part of the optimiser's state, and on rank 0 the nets beside the one that is shipped."""
     named = dict(state.backbone.named_parameters())
     tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], named))
-    if state.average is not None and ranks.rank == 0:
-        tensors |= _prefixed("weights/", state.backbone.state_dict())
+    if ranks.rank == 0:
+        for name, net in _other_nets(state).items():
+            tensors |= _prefixed(f"{name}/", net.state_dict())
     return tensors
+
+
+def _other_nets(state: TrainState) -> dict[str, Backbone]:
+    nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder}
+    return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
@@ -215,7 +235,7 @@ def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""The train loop. It knows nothing of Ray: whoever calls it hands it ranks, tables and a function to report to."""
+"""The train loop. It knows nothing of Ray: whoever calls it hands it ranks, blocks and a function to report to."""
 
 import contextlib
 import shutil
@@ -9,34 +9,38 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import Augment, Config
+from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, VirtualFC
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import Batch, batches, make_plan
-from fr_core.device import default_device
+from fr_core.device import default_device, peak_memory
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
+from fr_core.train.attfc import attfc_step
 from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
+from fr_core.train.dcq import dcq_step
+from fr_core.train.f2c import f2c_step
 from fr_core.train.state import TrainState, average_statistics, initial_state
 from fr_core.train.tracking import Tracker
+from fr_core.train.virtual_fc import virtual_fc_step
 from fr_core.train.warm_start import load_backbone, prototypes
 from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
 
-Tables = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
+Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 
 
 def train_loop(
-    config: Config, out: Path, ranks: Ranks, tables: Tables, heard: Callable[[dict[str, float]], None]
+    config: Config, out: Path, ranks: Ranks, blocks: Blocks, heard: Callable[[dict[str, float]], None]
 ) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from the start, to its end.
 
     Args:
         out: the run's folder, the same for all ranks.
-        tables: where rows come from (``fr_core/data/stream.py``).
+        blocks: where rows come from (``fr_core/data/stream.py``).
         heard: called on every rank with the metrics at each checkpoint.
 
     Returns:
@@ -46,10 +50,10 @@ def train_loop(
         UserError: bad data, checkpoints of another run, or a loss that stays non-finite.
     """
     started = time.monotonic()
-    state = resume_or_init(config, out, ranks, tables)
+    state = resume_or_init(config, out, ranks, blocks)
     first_step = state.step
     tracker = open_tracker(config, out, state, ranks)
-    stream = batches(config, state.plan, ranks, state.step, state.total_steps, tables)
+    stream = batches(config, state.plan, ranks, state.step, state.total_steps, blocks)
     clock = Clock(config.train.global_batch)
     try:
         while state.step < state.total_steps:
@@ -75,7 +79,7 @@ def train_loop(
         stream.close()
 
 
-def resume_or_init(config: Config, out: Path, ranks: Ranks, tables: Tables) -> TrainState:
+def resume_or_init(config: Config, out: Path, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, default_device())
@@ -87,7 +91,7 @@ def resume_or_init(config: Config, out: Path, ranks: Ranks, tables: Tables) -> T
         load_backbone(config, state)
         if config.init.head == "prototypes":
             plain = config.model_copy(update={"data": config.data.model_copy(update={"augment": Augment(flip=0)})})
-            prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, tables), ranks)
+            prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, blocks), ranks)
     return state
 
 
@@ -99,9 +103,17 @@ def open_tracker(config: Config, out: Path, state: TrainState, ranks: Ranks) -> 
 
 def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
     """One optimiser step of the run's method."""
-    match config.method.kind:
-        case "bigface":
-            return bigface_step(config, state, batch, ranks)
+    match config.method:
+        case BigFace() as method:
+            return bigface_step(config, method, state, batch, ranks)
+        case AttFC() as method:
+            return attfc_step(config, method, state, batch, ranks)
+        case DCQ() as method:
+            return dcq_step(config, method, state, batch, ranks)
+        case F2C() as method:
+            return f2c_step(config, method, state, batch, ranks)
+        case VirtualFC():
+            return virtual_fc_step(config, state, batch, ranks)
 
 
 def due(every: int, state: TrainState) -> bool:
@@ -162,6 +174,8 @@ def finish(
         "images": manifest.images,
         "workers": ranks.size,
         "seconds": seconds,
+        "peak_memory_mib": peak_memory(state.device) / 2**20,  # of rank 0: its card, or its process
+        "classes_mib": sum(tensor.nbytes for tensor in state.head.state_dict().values()) / 2**20,  # of rank 0
     }
     if result:
         figures |= verification_figures(result)

@@ -6,11 +6,12 @@ Legend: B images of a rank's micro-batch, G = B × ranks, D embedding, S a rank'
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import AdamW, Config, Net
+from fr_core.config import DCQ, F2C, AdamW, AttFC, BigFace, Config, Net, VirtualFC, class_images
+from fr_core.heads.attfc import queue_slots
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.open import Backbone, build_net
 from fr_core.ranks import Ranks
@@ -24,35 +25,112 @@ LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     """Bytes on rank 0's card, by part; their ``total`` is the peak of a step.
 
-    ``activations`` and ``tile`` live in the backward pass, ``update`` (the optimisers' temporaries) after it: the
-    larger of the two counts.
+    ``activations`` with the larger of ``tile`` and ``encoder_features`` live in the backward pass, ``update`` (the
+    optimisers' temporaries) after it: the larger of the two counts.
     """
-    lo, hi = Ranks(0, gpus).split(identities)
-    rows, embedding = hi - lo, config.net.embedding
-    sampled = max(1, int(config.method.sample_rate * rows))
-    micro = config.train.global_batch // config.train.accumulate
+    images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
-    trained, activations = backbone_bytes(config.net, -(-micro // gpus), precision)
-    fused, sparse = config.method.update == "fused", config.method.sample_rate < 1
+    trained_images, encoded_images = step_images(config)
+    trained, activations = backbone_bytes(config.net, -(-trained_images // gpus), precision)
     moments = 2 if isinstance(config.optim, AdamW) else 1
-    matrix, gradient = FLOAT * rows * embedding, 0 if fused else FLOAT * sampled * embedding
-    tile = min(config.method.tile or tile_size(micro, embedding, GPU), sampled)
-    operands = 2 * tile * (micro + embedding) if config.method.precision == "bfloat16" else 0
-    gathered = FLOAT * tile * embedding * (1 + fused) if sparse else 0
+    method = config.method
+    if isinstance(method, BigFace):
+        head = matrix_bytes(config, method, identities, gpus)
+    else:
+        head = centre_bytes(config, method, identities, images // gpus)
     parts = {
         "backbone": trained * (2 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, buckets, average
         "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
+        **head,
+        "activations": activations,
+        "context": CONTEXT,
+    }
+    if encoded_images:
+        parts["encoder"] = trained
+        parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
+    parts["update"] = max(trained, head["update"])
+    working = max(activations + max(parts["tile"], parts.get("encoder_features", 0)), parts["update"])
+    passing = ("activations", "tile", "encoder_features", "update")
+    return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
+
+
+def step_images(config: Config) -> tuple[int, int]:
+    """Images of one micro-batch over all ranks that are trained on, and that a momentum encoder sees."""
+    images, count = config.train.global_batch // config.train.accumulate, class_images(config)
+    match config.method:
+        case AttFC() | DCQ():
+            return images, images * count
+        case F2C():
+            return images * 3 // 2, images * 3 // 2
+        case VirtualFC():
+            return images * (count + 1), 0
+        case _:
+            return images, 0
+
+
+def matrix_bytes(config: Config, method: BigFace, identities: int, gpus: int) -> dict[str, int]:
+    """Of rank 0's rows of the class matrix and what a step needs for them."""
+    embedding = config.net.embedding
+    lo, hi = Ranks(0, gpus).split(identities)
+    sampled = max(1, int(method.sample_rate * (hi - lo)))
+    micro = config.train.global_batch // config.train.accumulate
+    fused, sparse = method.update == "fused", method.sample_rate < 1
+    matrix, gradient = FLOAT * (hi - lo) * embedding, 0 if fused else FLOAT * sampled * embedding
+    tile = min(method.tile or tile_size(micro, embedding, GPU), sampled)
+    operands = 2 * tile * (micro + embedding) if method.precision == "bfloat16" else 0
+    gathered = FLOAT * tile * embedding * (1 + fused) if sparse else 0
+    return {
         "class_matrix": matrix,
         "class_momentum": matrix,
         "class_gradient": gradient,
-        "activations": activations,
         "tile": FLOAT * LOGIT_TEMPORARIES * micro * tile + operands + gathered,
-        "update": max(trained, gradient * (3 if sparse else 1)),
-        "context": CONTEXT,
+        "update": gradient * (3 if sparse else 1),
     }
-    working = max(parts["activations"] + parts["tile"], parts["update"])
-    kept = ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")
-    return parts | {"total": working + sum(parts[name] for name in kept)}
+
+
+def centre_bytes(config: Config, method: AttFC | DCQ | F2C | VirtualFC, identities: int, faces: int) -> dict[str, int]:
+    """Of the centres that stand for a class matrix; every rank holds all of them."""
+    embedding = config.net.embedding
+    precision = config.train.precision if method.precision == "auto" else method.precision
+    each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
+    match method:
+        case AttFC():
+            centres, copies = queue_slots(method.size_ratio * identities, config.train.global_batch), 1
+        case DCQ():
+            centres, copies = queue_slots(method.queue_size, config.train.global_batch), 1
+        case F2C():
+            centres, copies = method.pool_size, 4  # two layers, and a snapshot of them
+        case VirtualFC():
+            centres, copies = method.anchors, 1
+    tile = min(method.tile or tile_size(faces, embedding, GPU), centres)
+    operands = 0 if each == FLOAT * embedding else 2 * tile * faces
+    return {
+        "centres": centres * each * copies,
+        "tile": FLOAT * LOGIT_TEMPORARIES * faces * tile + operands,
+        "update": 0,
+    }
+
+
+@lru_cache
+def feature_bytes(net: Net, batch: int, precision: str) -> int:
+    """Bytes of a forward pass without gradient: a block's input, and the input and output of its layer at work.
+
+    Three of the largest feature maps: an estimate.
+    """
+    largest = 0
+
+    def look(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, out.nbytes)
+
+    with FakeTensorMode(), torch.no_grad():
+        module = build_net(net)
+        for layer in module.modules():
+            layer.register_forward_hook(look)
+        dtype = getattr(torch, precision)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            module(torch.empty(batch, 3, net.input_size, net.input_size))
+    return 3 * largest
 
 
 @lru_cache

@@ -14,8 +14,7 @@ from fr_core.data.stream import Batch
 from fr_core.heads.sharded_fc import INIT_STD
 from fr_core.nets.open import find_checkpoint, load_weights, normalised
 from fr_core.ranks import Ranks
-from fr_core.train.bigface import autocast
-from fr_core.train.state import TrainState
+from fr_core.train.state import TrainState, autocast
 
 
 def load_backbone(config: Config, state: TrainState) -> None:
@@ -30,8 +29,9 @@ def load_backbone(config: Config, state: TrainState) -> None:
     if path.is_dir():
         path = find_checkpoint(path) / "backbone.safetensors"
     load_weights(state.backbone, path)
-    if state.average is not None:
-        state.average.load_state_dict(state.backbone.state_dict())
+    for copied in (state.average, state.encoder):
+        if copied is not None:
+            copied.load_state_dict(state.backbone.state_dict())
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@ import csv
 import json
 
 import pytest
-import torch
 
-import fr_core.device
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from pipelines.compare import summary
+from pipelines.compare import markdown, named_settings, summary
 from pipelines.demo import write_pairs
 from tests.pipelines.test_cli import bigface
 
@@ -35,7 +33,7 @@ def compared(given, folder, *options):
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(fr_core.device, "use_processor", lambda threads: torch.set_num_threads(1))  # busy cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = compared(given, tmp_path, "--seeds", 1, "--minutes", 0)
     assert "0 minutes are over" in output or len(list(csv.DictReader((tmp_path / "r.csv").open()))) == 1
     compared(given, tmp_path, "--seeds", 1, "--json", tmp_path / "r.json")
@@ -49,8 +47,33 @@ def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch)
 
 
 def test_summary_by_hand():
-    rows = [{"setting": "a", "accuracy": str(value), "tar_at_far_1e-3": "0.5", "seconds": "10"} for value in (0.8, 0.9)]
-    assert summary(rows) == [("a", "2", "85.00 ± 7.07", "0.500 ± 0.000", "10 ± 0")]
+    rows = [{"setting": "a", "accuracy": str(value), "seconds": "10"} for value in (0.8, 0.9)]
+    rows.append({"setting": "b", "accuracy": "", "seconds": "7.6"})
+    table = summary(rows, ("accuracy", "seconds"))
+    assert table == [
+        ("setting", "runs", "accuracy %", "seconds"),
+        ("a", "2", "85.00 ± 7.07", "10 ± 0"),
+        ("b", "1", "", "8"),
+    ]
+    assert markdown(table).splitlines()[:3] == [
+        "| setting | runs | accuracy % | seconds |",
+        "| --- | --- | --- | --- |",
+        "| a | 2 | 85.00 ± 7.07 | 10 ± 0 |",
+    ]
+
+
+def test_named_settings():
+    given = ["sgd: optim.lr=0.1 train.epochs=2", "lars 2048: optim.kind=lars"]
+    expected = {"sgd": ["optim.lr=0.1", "train.epochs=2"], "lars 2048": ["optim.kind=lars"]}
+    assert named_settings(given) == expected
+    for wrong, message in (
+        ([], "nothing to compare"),
+        (["optim.lr=0.1"], "write NAME"),
+        ([": optim.lr=0.1"], "write NAME"),
+        (["a: seed=1", "a: seed=2"], "a is there twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            named_settings(wrong)
 
 
 def test_mistakes(given, tmp_path):

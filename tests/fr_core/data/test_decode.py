@@ -5,7 +5,7 @@ import pytest
 
 from fr_core.config import Augment
 from fr_core.data.crops import encode
-from fr_core.data.decode import decode, decode_batch, resized
+from fr_core.data.decode import augmented_batch, decode, draws, resized
 
 OFF = Augment(flip=0)
 
@@ -20,7 +20,7 @@ def faces():
 def batch(faces, augment, epoch=0, ids=None, size=64):
     ids = np.arange(len(faces)) if ids is None else ids
     with ThreadPoolExecutor(2) as pool:
-        return decode_batch(faces, ids, size, augment, 7, epoch, pool)
+        return augmented_batch(faces, draws(7, epoch, ids), size, augment, pool)
 
 
 def test_without_augmentation_a_batch_is_the_resized_images(faces):
@@ -76,3 +76,20 @@ def test_grey_has_no_colour_and_erase_stays_within_its_area(faces):
     covered = (plain != erased).any(3).mean((1, 2))
     assert 0.02 < covered.mean() < 0.15
     assert covered.max() <= 0.22
+
+
+def test_the_short_way_of_a_lone_flip_equals_the_warp(faces):
+    """A zoom too small to matter goes through the warp."""
+    warp = Augment(flip=0.5, scale=1e-12)
+    assert np.array_equal(batch(faces, Augment(flip=0.5), size=112), batch(faces, warp, size=112))
+
+
+def test_a_field_displaces_and_nothing_is_no_displacement(faces):
+    still, augment = np.zeros((40, 28, 28, 2), np.float32), Augment(rotate=20, shift=0.1, scale=0.2)
+    numbers = draws(7, 0, np.arange(40))
+    with ThreadPoolExecutor(2) as pool:
+        plain = augmented_batch(faces, numbers, 64, augment, pool)
+        assert np.abs(augmented_batch(faces, numbers, 64, augment, pool, still).astype(int) - plain).max() <= 1
+        right = still + np.float32([10 / 112, 0])  # the source lies ten pixels to the right
+        moved = augmented_batch(faces, numbers, 112, OFF, pool, right)
+    assert np.array_equal(moved[:, :, :100], np.stack([decode(face) for face in faces])[:, :, 10:110])

@@ -6,7 +6,7 @@ import pytest
 from fr_core.data import decode, schema
 from fr_core.data.plan import Plan, read_rows
 from fr_core.data.schema import open_dataset
-from fr_core.data.stream import tables_in_process
+from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
@@ -18,10 +18,14 @@ def plan(dataset):
 
 def ids_of_steps(plan, size, start, stop):
     """Sample ids of each step's global batch, ranks in order."""
-    parts = [
-        [table["sample_id"].to_pylist() for table in tables_in_process(plan, Ranks(rank, size), start, stop)]
-        for rank in range(size)
-    ]
+    each, parts = plan.global_batch // size, []
+    for rank in range(size):
+        ids = [
+            i
+            for table in blocks_in_process(plan, Ranks(rank, size), start, stop)
+            for i in table["sample_id"].to_pylist()
+        ]
+        parts.append([ids[step * each : (step + 1) * each] for step in range(stop - start)])
     return [list(itertools.chain(*step)) for step in zip(*parts, strict=True)]
 
 
@@ -67,7 +71,7 @@ def test_skipping_reads_no_pixels_and_only_the_last_block(plan, monkeypatch):
         schema.Dataset, "read_row_group", lambda self, s, g, c=None: read.append((s, g)) or original(self, s, g, c)
     )
     steps = plan.steps_per_epoch
-    next(tables_in_process(plan, Ranks(), 5 * steps - 1, 5 * steps))
+    next(blocks_in_process(plan, Ranks(), 5 * steps - 1, 5 * steps))
     needed = {tuple(plan.dataset.row_groups[g, :2]) for g in np.unique(plan.block_rows(4, steps // 4, 0, 1)[:, 0])}
     assert set(read) <= needed
     assert len(read) == len(set(read))

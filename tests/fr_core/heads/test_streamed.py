@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import fr_core.heads.streamed as streamed
 from fr_core.config import Margin
-from fr_core.heads.streamed import Softmax, TileSGD, fixed_centres_softmax, margin_softmax
+from fr_core.heads.streamed import Softmax, TileSGD, fixed_centres_softmax, margin_softmax, same_label
 from fr_core.ranks import Ranks
 
 ARC = Margin(scale=64, m2=0.5, m3=0)
@@ -193,7 +193,7 @@ def test_one_pass_over_fixed_centres(margin, drop_above):
     labels_S = torch.arange(23) // 2
     x = unit.clone().requires_grad_()
     loss = fixed_centres_softmax(
-        x, positives, labels, centres, labels_S, Softmax(margin, drop_above=drop_above, tile=5)
+        x, positives, centres, same_label(labels, labels_S), Softmax(margin, drop_above=drop_above, tile=5)
     )
     (3 * loss).backward()
 
@@ -223,10 +223,22 @@ def test_a_card_computes_what_the_cpu_does(precision):
 
 def test_a_queue_of_own_labels_only_has_no_gradient():
     unit, centres, _ = problem(3, 8, 4)
-    x, labels = unit.requires_grad_(), torch.zeros(3, dtype=torch.int64)
-    loss = fixed_centres_softmax(
-        x, unit.detach(), labels, F.normalize(centres), torch.zeros(4, dtype=torch.int64), Softmax(ARC)
+    x, excluded = (
+        unit.requires_grad_(),
+        same_label(torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)),
     )
+    loss = fixed_centres_softmax(x, unit.detach(), F.normalize(centres), excluded, Softmax(ARC))
     loss.backward()
     assert loss == 0
     assert (x.grad == 0).all()
+
+
+def test_same_label_finds_what_comparing_all_with_all_does():
+    random = torch.Generator().manual_seed(0)
+    labels, labels_S = torch.randint(0, 30, (17,), generator=random), torch.randint(-1, 30, (200,), generator=random)
+    faces, columns = same_label(labels, labels_S)
+    dense = (labels_S[:, None] == labels).nonzero()
+    assert torch.equal(torch.stack([columns, faces], 1), dense)
+    assert (columns.diff() >= 0).all()
+    none = same_label(torch.tensor([5]), torch.tensor([-1, 3]))
+    assert [len(part) for part in none] == [0, 0]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import fr_core.train.loop as loop
 from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
-from fr_core.data.stream import batches, make_plan, tables_in_process
+from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
@@ -33,7 +33,7 @@ def config_of(dataset, *overrides):
 
 def run(config, out, ranks=None):
     torch.set_num_threads(1)
-    return loop.train_loop(config, Path(out), ranks or Ranks(), tables_in_process, lambda metrics: None)
+    return loop.train_loop(config, Path(out), ranks or Ranks(), blocks_in_process, lambda metrics: None)
 
 
 def losses(out):
@@ -91,7 +91,7 @@ def state_and_batches(config, ranks=None):
     ranks = ranks or Ranks()
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, torch.device("cpu"))
-    return state, batches(config, plan, ranks, 0, state.total_steps, tables_in_process)
+    return state, batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
 
 
 @pytest.mark.parametrize("name", ["arcface", "cosface", "partial"])
@@ -389,18 +389,18 @@ def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
     save_file({name: value for name, value in weights.items() if name != "head"}, bare)
     for source in (tmp_path / "first", bare):
         config = config_of(dataset, f"init.backbone={source}", "seed=5")
-        state = loop.resume_or_init(config, tmp_path / "none", Ranks(), tables_in_process)
+        state = loop.resume_or_init(config, tmp_path / "none", Ranks(), blocks_in_process)
         assert torch.equal(state.backbone.fc.weight, weights["fc.weight"])
         assert not torch.equal(state.head.weight, weights["head"])
     with pytest.raises(UserError, match="weights do not fit the net"):
         loop.resume_or_init(
-            config_of(dataset, f"init.backbone={bare}", "net.width=16"), tmp_path / "none", Ranks(), tables_in_process
+            config_of(dataset, f"init.backbone={bare}", "net.width=16"), tmp_path / "none", Ranks(), blocks_in_process
         )
 
 
 def prototype_rows(ranks, config):
     state, _ = state_and_batches(config, ranks)
-    stream = batches(config, state.plan, ranks, 0, state.plan.steps_per_epoch, tables_in_process)
+    stream = batches(config, state.plan, ranks, 0, state.plan.steps_per_epoch, blocks_in_process)
     prototypes(config, state, stream, ranks)
     return state.head.weight.detach()
 
@@ -410,7 +410,7 @@ def test_prototypes_are_mean_embeddings_whatever_the_ranks(dataset):
     state, _ = state_and_batches(config)
     sums = torch.zeros(40, 32)
     state.backbone.eval()
-    for batch in batches(config, state.plan, Ranks(), 0, state.plan.steps_per_epoch, tables_in_process):
+    for batch in batches(config, state.plan, Ranks(), 0, state.plan.steps_per_epoch, blocks_in_process):
         x = (batch.images_BHWC.permute(0, 3, 1, 2).float() - 127.5) / 127.5
         with torch.no_grad():
             sums.index_add_(0, batch.labels_B, torch.nn.functional.normalize(state.backbone(x)))

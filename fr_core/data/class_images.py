@@ -1,0 +1,69 @@
+"""Class images: other faces of the same person, beside every sample of a batch (METHODS §3).
+
+In the grouped layout an identity's chunk travels whole. The chunks of a block are decoded once into a pool that
+samples and class images are both taken from. Which images accompany a sample is a function of (seed, epoch, sample
+id), so it does not depend on the ranks.
+
+Legend: P images of the pool, Q samples of the block in the order of its steps, B samples, K class images of each.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fr_core import rng
+from fr_core.data.decode import decode
+
+_LAST, _NEVER = 2.0, 3.0  # beyond every uniform number: the sample itself, and what is not in its chunk
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The decoded images of a block."""
+
+    images: Sequence[np.ndarray]  # P times uint8 [H, W, 3]
+    sample_ids_P: np.ndarray  # int64
+    labels_P: np.ndarray  # int64
+    chunk_start_P: np.ndarray  # int64, where each image's chunk begins
+    chunk_size_P: np.ndarray  # int64
+    order_Q: np.ndarray  # int64, positions in the pool
+
+    @classmethod
+    def of(cls, chunks: pa.Table, threads: ThreadPoolExecutor) -> "Pool":
+        """Decodes the chunks of a block, as ``read_chunks`` leaves them."""
+        columns = {name: chunks[name].combine_chunks() for name in ("sample_ids", "images", "turns")}
+        sizes = columns["sample_ids"].value_lengths().to_numpy().astype(np.int64)
+        turns_P = columns["turns"].flatten().to_numpy()
+        order_P = np.argsort(turns_P, kind="stable")
+        return cls(
+            list(threads.map(decode, columns["images"].flatten().to_pylist(), chunksize=1)),
+            columns["sample_ids"].flatten().to_numpy(),
+            np.repeat(chunks["label"].to_numpy().astype(np.int64), sizes),
+            np.repeat(np.cumsum(sizes) - sizes, sizes),
+            np.repeat(sizes, sizes),
+            order_P[np.count_nonzero(turns_P < 0) :],
+        )
+
+    def class_images(self, positions_B: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Draws class images: others of the sample's chunk without replacement, in turns where there are fewer.
+
+        A sample that is alone in its chunk is its own class image (under another augmentation).
+
+        Args:
+            positions_B: the samples, as positions in the pool.
+            count: K.
+
+        Returns:
+            int64 [B, K], positions in the pool.
+        """
+        start_B, size_B = self.chunk_start_P[positions_B], self.chunk_size_P[positions_B]
+        width = int(size_B.max())
+        keys = rng.uniforms(seed, "class images", epoch, self.sample_ids_P[positions_B], width)
+        keys[np.arange(width) >= size_B[:, None]] = _NEVER
+        keys[np.arange(len(positions_B)), positions_B - start_B] = _LAST
+        others_B = np.maximum(size_B - 1, 1)
+        drawn = np.take_along_axis(keys.argsort(1), np.arange(count) % others_B[:, None], 1)
+        return start_B[:, None] + drawn

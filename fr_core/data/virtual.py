@@ -1,0 +1,84 @@
+"""Virtual identities: new people made of real ones by changing their faces' proportions.
+
+All images of an identity are warped by one smooth, left-right symmetric displacement, another for each of its
+variants; a variant is a class of its own. A set of few people so becomes one of many, whose differences lie in the
+shape of the face, and a net trained on it generalises better to people it never saw (EXPERIMENTS.md has figures).
+Speaker recognition does the same with the speed of speech (Yamamoto et al., Interspeech 2019).
+
+Legend: B images, P control points, F side of the displacement field, V variants of an identity.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from fr_core import rng
+from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE
+
+MOST = 64  # variants of an identity
+FIELD = 28  # a displacement field's side; it is smooth
+SMOOTH = 18.0  # pixels of the template over which control points move together
+# Brows, bridge, forehead, temples, cheeks, jaw, chin, nostrils, lips: points beside the template's five that may move.
+OUTLINE = [(56, 30), (38, 40), (74, 40), (56, 51), (22, 60), (90, 60), (28, 85), (84, 85), (38, 105), (74, 105)]
+MIDDLE = [(48, 72), (64, 72), (56, 80), (56, 92), (56, 108)]
+EDGE = (-8.0, 37.0, 75.0, 120.0)  # fixed points run around the crop at these coordinates
+
+
+def variants(seed: int, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """The variant that each sample shows in an epoch: int64 [B]. In V epochs it shows each once; 0 is the face."""
+    first = rng.uniforms(seed, "first variant", 0, sample_ids, 1)[:, 0]
+    return (np.floor(first * count).astype(np.int64) + epoch) % count
+
+
+def displacements(seed: int, labels_B: np.ndarray, variant_B: np.ndarray, strength: float) -> np.ndarray:
+    """The displacement fields of identities' variants.
+
+    Args:
+        strength: standard deviation of a control point's displacement before smoothing, as a share of the side.
+
+    Returns:
+        float32 [B, F, F, 2]: (x, y) by which the source of each place is displaced, as a share of the side.
+    """
+    basis = _basis()
+    numbers = rng.uniforms(seed, "variant", 0, labels_B * MOST + variant_B, basis.shape[1]) - 0.5
+    numbers *= np.where(variant_B > 0, strength * np.sqrt(12), 0.0)[:, None]  # a uniform number deviates by 1/√12
+    return (numbers @ basis.T).reshape(-1, FIELD, FIELD, 2).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _basis() -> np.ndarray:
+    """What 2P independent numbers displace: float64 [F·F·2, 2P].
+
+    Numbers → displacements of the control points that are alike for neighbours, symmetric, and without the shift and
+    scale that aligning a crop by its five points would take out again → a thin-plate spline through them.
+    """
+    size = TEMPLATE_SIZE
+    symmetric = (TEMPLATE + ((size - TEMPLATE) * [1, -1] + [0, size])[[1, 0, 2, 4, 3]]) / 2
+    moving = np.concatenate([symmetric, OUTLINE, MIDDLE])
+    fixed = np.array([(x, y) for x in EDGE for y in EDGE if {x, y} & {EDGE[0], EDGE[-1]}])
+    points = np.concatenate([moving, fixed])
+    count = len(moving)
+    values, vectors = np.linalg.eigh(np.exp(-((moving[:, None] - moving) ** 2).sum(2) / (2 * SMOOTH**2)))
+    smooth = vectors * np.sqrt(values.clip(0))
+    mirror = ((moving * [-1, 1] + [size, 0])[:, None] - moving).__abs__().sum(2).argmin(1)
+    even, odd = (smooth + smooth[mirror]) / np.sqrt(2), (smooth - smooth[mirror]) / np.sqrt(2)
+    moves = np.zeros((len(points), 2, 2 * count))  # point, axis, number: y moves alike on both sides, x oppositely
+    moves[:count, 0, :count], moves[:count, 1, count:] = odd, even
+    centred = moving - symmetric.mean(0)
+    shift = moves[:5].mean(0)
+    scale = np.einsum("pa,pan->n", centred[:5], moves[:5]) / (centred[:5] ** 2).sum()
+    moves[:count] -= shift + centred[:, :, None] * scale
+    system = np.zeros((len(points) + 3, len(points) + 3))
+    system[: len(points), : len(points)] = _kernel(points, points)
+    system[: len(points), len(points) :] = np.column_stack([np.ones(len(points)), points])
+    system[len(points) :, : len(points)] = system[: len(points), len(points) :].T
+    axis = (np.arange(FIELD) + 0.5) * size / FIELD - 0.5
+    places = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
+    through = np.column_stack([_kernel(places, points), np.ones(len(places)), places])
+    spline = np.linalg.solve(system, through.T).T[:, : len(points)]
+    return np.einsum("fp,pan->fan", spline, moves).reshape(-1, 2 * count)
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    distance = np.linalg.norm(a[:, None] - b, axis=2)
+    return distance**2 * np.log(np.maximum(distance, 1e-9))

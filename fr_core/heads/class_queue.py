@@ -1,0 +1,53 @@
+"""The queue of class centres that stands for the class matrix in AttFC and DCQ (METHODS §3).
+
+Legend: B faces of a rank, G faces of all ranks, D embedding, S slots.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fr_core import rng
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, same_label
+
+NOBODY = -1  # the label of a slot that holds a random centre
+
+
+class ClassQueue(nn.Module):
+    """First in, first out: S centres of length 1 and their labels, the same on every rank.
+
+    S is a multiple of G, so a batch's slots follow from the number of the step and there is no cursor to save.
+    """
+
+    centres_SD: Tensor
+    labels_S: Tensor
+
+    def __init__(self, slots: int, embedding: int, softmax: Softmax, seed: int) -> None:
+        super().__init__()
+        self.softmax = softmax
+        generator = torch.Generator().manual_seed(rng.torch_seed(seed, "class queue"))
+        centres_SD = F.normalize(torch.randn(slots, embedding, generator=generator))
+        self.register_buffer("centres_SD", centres_SD.to(softmax.precision))
+        self.register_buffer("labels_S", torch.full((slots,), NOBODY))
+
+    @torch.no_grad()
+    def put(self, centres_GD: Tensor, labels_G: Tensor, step: int) -> None:
+        """Puts a step's centres over the oldest ones; a step with a centre that is not finite changes nothing."""
+        first = step * len(labels_G) % len(self.labels_S)
+        slots = slice(first, first + len(labels_G))
+        finite = centres_GD.isfinite().all()
+        new_GD = centres_GD.to(self.centres_SD.dtype)
+        self.centres_SD[slots] = torch.where(finite, new_GD, self.centres_SD[slots])
+        self.labels_S[slots] = torch.where(finite, labels_G, self.labels_S[slots])
+
+    def forward(self, x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor) -> Tensor:
+        """Mean cross-entropy of each face against its own centre and every slot of another label.
+
+        Args:
+            x_BD: embeddings, not normalised.
+            centres_BD: the fresh centre of each face's class, of length 1, without gradient.
+        """
+        with torch.autocast(x_BD.device.type, enabled=False):
+            unit_BD = F.normalize(x_BD.float())
+            excluded = same_label(labels_B, self.labels_S)
+            return fixed_centres_softmax(unit_BD, centres_BD.float(), self.centres_SD, excluded, self.softmax)

@@ -1,0 +1,69 @@
+"""One step of F2C, Faster Face Classification: probe against a pool that a gallery net writes, both ways round
+(METHODS §3).
+
+Legend: B images of a rank, of which the first half come with a class image, I = B/4; X = 3·I images of either side;
+D embedding.
+"""
+
+import torch
+from torch import Tensor
+
+from fr_core import rng
+from fr_core.config import F2C, Config
+from fr_core.data.stream import Batch
+from fr_core.errors import UserError
+from fr_core.heads.attfc import follow, generative_centres
+from fr_core.nets.open import normalised
+from fr_core.ranks import Ranks
+from fr_core.train.state import TrainState, autocast, begin_step, encoded, update
+
+
+def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """Trains on one global batch.
+
+    Half of the images with one class image each are the identity pairs (a, b), the rest are the instances, in two
+    halves: x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
+    takes x for the loss of y. The loss is the mean over all faces of both.
+
+    Departure from the paper: its identity loader draws identities uniformly, ours images.
+
+    Returns:
+        lr, and those of :func:`fr_core.train.state.update`.
+
+    Raises:
+        UserError: a rank's share of the batch is no multiple of 4.
+    """
+    if len(batch.labels_B) % 4:
+        raise UserError(
+            f"f2c cuts a worker's {len(batch.labels_B)} images into pairs and two halves: train.global_batch must be "
+            f"a multiple of {4 * ranks.size}"
+        )
+    x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
+    images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
+    torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, ranks.rank))
+    state.backbone.train()
+    rate = begin_step(config, state)
+    follow(state.encoder, state.backbone, method.encoder_momentum)
+    with autocast(config, state.device):
+        faces_BD = state.parallel(normalised(images_BHWC, state.backbone.input_std))
+    centres_BD = generative_centres(faces_BD, encoded(config, state, images_BHWC[:, None]), "single")
+    (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
+    all_x, all_y = (ranks.gather(labels.to(state.device)) for labels in (x_labels, y_labels))
+    before = state.head.snapshot()
+    state.head.put(ranks.gather(gallery_y), all_y)
+    loss = state.head(probe_x, x_labels)
+    state.head.restore(before)
+    state.head.put(ranks.gather(gallery_x), all_x)
+    loss = (loss + state.head(probe_y, y_labels)) / (2 * ranks.size)
+    (loss * state.loss_scale).backward()
+    return update(config, state, ranks.sum_(loss.detach().clone()), ranks) | {"lr": rate}
+
+
+def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and y with their labels: images uint8 [X, H, W, C] and int64 [X] of each."""
+    pairs = len(batch.labels_B) // 2
+    a, instances = batch.images_BHWC[:pairs], batch.images_BHWC[pairs:].chunk(2)
+    labels, others = batch.labels_B[:pairs], batch.labels_B[pairs:].chunk(2)
+    b = batch.class_images_BKHWC[:pairs, 0]
+    x, y = torch.cat([a, instances[0]]), torch.cat([b, instances[1]])
+    return x, torch.cat([labels, others[0]]), y, torch.cat([labels, others[1]])

@@ -1,0 +1,137 @@
+"""AttFC, DCQ, F2C and Virtual FC: whole steps, several ranks, resuming."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fr_core.train.loop as loop
+from fr_core.config import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import batches, blocks_in_process, make_plan
+from fr_core.errors import UserError
+from fr_core.nets.open import open_net
+from fr_core.ranks import Ranks
+from fr_core.train.checkpoint import checkpoints
+from fr_core.train.f2c import sides
+from fr_core.train.state import initial_state
+from tests.conftest import run_ranks
+from tests.fr_core.train.test_train import losses, run
+
+METHODS = ["attfc", "dcq", "f2c", "virtual_fc"]
+
+
+def config_of(grouped, method, *overrides):
+    base = [f"data.path={grouped}", "tracking.uri=off", "data.lanes=8", "data.shuffle_window=256"]
+    return load_config(f"debug_{method}", [*base, *overrides])
+
+
+def begun(config, ranks):
+    plan = make_plan(config, open_dataset(config.data.path))
+    state = initial_state(config, plan, ranks, torch.device("cpu"))
+    return state, batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
+
+
+def fixed_statistics_run(ranks, config, steps):
+    """Losses, and what the ranks hold in place of a class matrix, with batch norm as at inference."""
+    torch.set_num_threads(1)
+    state, stream = begun(config, ranks)
+    for net in (state.backbone, state.encoder):
+        if net is not None:
+            net.train = lambda mode=True, net=net: type(net).train(net, False)
+    found = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(steps)]
+    stream.close()
+    return found, dict(state.head.state_dict()), state.backbone.fc.weight.detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_ranks_is_one_rank(grouped, method):
+    """W = 1, 2, 4 at one global batch: the same losses, and one and the same queue, pool or anchors everywhere."""
+    config = config_of(grouped, method, "train.global_batch=16")
+    losses, head, fc = run_ranks(1, fixed_statistics_run, config, 4)[0]
+    for size in (2, 4):
+        for other_losses, other_head, other_fc in run_ranks(size, fixed_statistics_run, config, 4):
+            assert np.allclose(losses, other_losses, atol=1e-4)
+            assert torch.allclose(fc, other_fc, atol=1e-5)
+            for name, value in head.items():
+                assert torch.allclose(value, other_head[name], atol=1e-5)
+
+
+def test_three_ranks_hold_one_queue(grouped):
+    config = config_of(grouped, "attfc", "train.global_batch=24", "data.lanes=6")
+    alone = run_ranks(1, fixed_statistics_run, config, 4)[0]
+    results = run_ranks(3, fixed_statistics_run, config, 4)
+    for found, head, _ in results:
+        assert np.allclose(found, alone[0], atol=1e-4)
+        assert torch.equal(head["labels_S"], alone[1]["labels_S"])
+        assert torch.equal(head["centres_SD"], results[0][1]["centres_SD"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(grouped, tmp_path, method):
+    """Bit for bit, from the middle of the queue."""
+    config = config_of(grouped, method, "train.save_every=7", "train.keep=9")
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole2")
+    (tmp_path / "whole2" / "checkpoints" / "step_00000020").rename(tmp_path / "gone")
+    (tmp_path / "whole2" / "checkpoints" / "step_00000014").rename(tmp_path / "gone14")
+    run(config, tmp_path / "whole2")
+    one, other = (checkpoints(tmp_path / name)[-1] for name in ("whole", "whole2"))
+    assert one.name == other.name == "step_00000020"
+    for file in sorted(path.name for path in one.glob("*.safetensors")):
+        ours, theirs = load_file(one / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
+    assert losses(tmp_path / "whole") == losses(tmp_path / "whole2")
+
+
+def test_dcq_ships_its_key_encoder(grouped, tmp_path):
+    run(config_of(grouped, "dcq"), tmp_path)
+    folder = checkpoints(tmp_path)[-1]
+    shipped, state = load_file(folder / "backbone.safetensors"), load_file(folder / "backbone_state_00000.safetensors")
+    assert not torch.equal(shipped["fc.weight"], state["weights/fc.weight"])
+    assert torch.equal(open_net(tmp_path).net.fc.weight, shipped["fc.weight"])
+
+
+def test_reference_order_accumulates_as_one_batch_where_batch_norm_is_fixed(grouped):
+    results = []
+    for micro in (1, 2):
+        config = config_of(grouped, "attfc", "method.order=reference", f"train.accumulate={micro}")
+        results.append(fixed_statistics_run(Ranks(), config, 5))
+    (ours, head, fc), (theirs, other_head, other_fc) = results
+    assert np.allclose(ours, theirs, atol=1e-4)
+    assert torch.equal(head["labels_S"], other_head["labels_S"])
+    assert torch.allclose(head["centres_SD"], other_head["centres_SD"], atol=1e-5)
+    assert torch.allclose(fc, other_fc, atol=1e-5)
+
+
+def test_f2c_pairs_and_instances(grouped):
+    _, stream = begun(config_of(grouped, "f2c"), Ranks())
+    batch = next(stream)
+    stream.close()
+    x, x_labels, y, y_labels = sides(batch)
+    assert x.shape == y.shape == (24, *batch.images_BHWC.shape[1:])
+    assert torch.equal(x_labels[:16], y_labels[:16])
+    assert torch.equal(x_labels[:16], batch.labels_B[:16])
+    assert torch.equal(torch.cat([x_labels[16:], y_labels[16:]]), batch.labels_B[16:])
+    assert torch.equal(y[:16], batch.class_images_BKHWC[:16, 0])
+
+
+def test_mistakes(grouped):
+    with pytest.raises(UserError, match="cannot hold a batch of 32"):
+        begun(config_of(grouped, "attfc", "method.size_ratio=0.3"), Ranks())
+    with pytest.raises(UserError, match=r"method.class_images = 16, but no identity"):
+        begun(config_of(grouped, "attfc", "method.class_images=16"), Ranks())
+    with pytest.raises(UserError, match="the whole batch's centres in the queue first"):
+        config_of(grouped, "attfc", "train.accumulate=2")
+    with pytest.raises(UserError, match="writes its centres once per batch"):
+        config_of(grouped, "f2c", "train.accumulate=2")
+    with pytest.raises(UserError, match='"prototypes" is for a class matrix; dcq has none'):
+        config_of(grouped, "dcq", "init.head=prototypes", "init.backbone=x")
+
+
+def test_parts_of_a_margin_that_are_not_given_are_the_methods():
+    given = load_config("debug_attfc", ["method.margin={scale=10}"]).method.margin
+    assert (given.scale, given.m2, given.m3) == (10, 0.5, 0)
+    given = load_config("debug_dcq", ["method.margin={m3=0.1}"]).method.margin
+    assert (given.scale, given.m2, given.m3) == (50, 0, 0.1)
