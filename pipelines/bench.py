@@ -3,15 +3,15 @@
 Every formulation lives in a child process of its own, since peak memory is a high-water mark. The children take
 turns, step by step; a figure is the median of its turns.
 
-Legend: B batch, D embedding, N identities, T classes of one tile.
+Legend: B batch, D embedding, N identities, S slots of a queue, T classes of one tile.
 """
 
 import multiprocessing as mp
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import BigFace, Config, FastFace, FastFaceHaar, Margin
+from fr_core.config import BigFace, Config, FastFace, FastFaceHaar, Margin, load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
+from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
-from fr_core.heads.streamed import tile_size
+from fr_core.heads.streamed import Softmax, tile_size
 from fr_core.optim.fastface import HaarWindow, Recurrence
 from fr_core.optim.optimizers import RowSGD, head_optimizer
 from fr_core.ranks import Ranks
@@ -103,10 +106,111 @@ def bench_head(
         figures[f"mib_above_state_n{head.identities}"] = (peak - head.state_bytes) / 2**20
     if million:
         head = Head("fused", "float32", MILLION, MILLION_BATCH, embedding, threads)
-        with _child(head) as turn:
+        with _child((head, head.identities)) as turn:
             turn("step")
             figures["million_seconds"] = turn("step")[0]
             figures["million_rss_gib"] = turn("peak")[0] / 2**30
+    return figures
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One formulation of AttFC's loss and queue, and its problem."""
+
+    formulation: str  # plain or streamed
+    precision: str
+    slots: int
+    batch: int
+    embedding: int
+    threads: int
+
+    @property
+    def state_bytes(self) -> int:
+        """The queue's."""
+        return (2 if self.precision == "bfloat16" else 4) * self.slots * self.embedding
+
+
+def bench_attfc(
+    slots: int,
+    batch: int,
+    embedding: int,
+    identities: int,
+    repeats: int,
+    threads: int,
+    emulated: bool,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """A step of AttFC's head on given features (reference order): streamed against the usual formulation.
+
+    The usual one clones the queue, compares all labels with all, concatenates the logits and leaves the rest to
+    autograd.
+
+    Returns:
+        head_time_ratio_P for the precisions P that this processor has (bf16 also where it is ``emulated``),
+        head_memory_ratio (growth of peak memory, float32), seconds of everything, and seconds_n of the streamed form
+        for ten times as many identities.
+
+    Raises:
+        RuntimeError: the formulations' losses differ.
+    """
+    figures: dict[str, float] = {"slots": slots, "batch": batch, "embedding": embedding, "threads": threads}
+    precisions = ["float32"]
+    if emulated or multiplies_bfloat16(CPU):
+        precisions.append("bfloat16")
+    else:
+        say("bfloat16 is not native to this processor, plain PyTorch takes minutes a step: left out, see --emulated")
+    for precision in precisions:
+        queues = [Queue(name, precision, slots, batch, embedding, threads) for name in ("plain", "streamed")]
+        with _children([(queue, identities) for queue in queues]) as turns:
+            losses = [turn("step")[1] for turn in turns]
+            seconds: list[list[float]] = [[] for _ in queues]
+            for repeat in range(repeats):
+                for queue, turn, times in zip(queues, turns, seconds, strict=True):
+                    times.append(turn("step")[0])
+                    say(f"{queue.formulation} {precision} S={slots:,} {repeat + 1}: {times[-1]:.3f} s")
+            growth = [peak - base for peak, base in (turn("peak") for turn in turns)]
+        if abs(losses[0] - losses[1]) > (1e-3 if precision == "float32" else 0.02) * losses[0]:
+            raise RuntimeError(f"losses differ in {precision}: plain {losses[0]}, streamed {losses[1]}")
+        short = "bf16" if precision == "bfloat16" else precision
+        figures |= {
+            f"seconds_{q.formulation}_{short}": statistics.median(s) for q, s in zip(queues, seconds, strict=True)
+        }
+        figures[f"head_time_ratio_{short}"] = _ratio(seconds[1], seconds[0])
+        if precision == "float32":
+            figures |= {f"gib_{q.formulation}": g / 2**30 for q, g in zip(queues, growth, strict=True)}
+            figures["head_memory_ratio"] = growth[1] / growth[0]
+    for count in (identities, 10 * identities):
+        with _child((Queue("streamed", "float32", slots, batch, embedding, threads), count)) as turn:
+            turn("step")
+            figures[f"seconds_n{count}"] = statistics.median(turn("step")[0] for _ in range(repeats))
+    return figures
+
+
+def bench_grouped(flat: str, grouped: str, steps: int) -> dict[str, float]:
+    """The data path alone, in process, 112×112 with the flip: samples with two class images each against images.
+
+    Args:
+        flat, grouped: the same images in both layouts.
+
+    Returns:
+        flat_per_second, grouped_per_second, grouped_over_flat.
+    """
+    figures: dict[str, float] = {"steps": steps}
+    configs = {
+        "flat": load_config("bigface_r50", [f"data.path={flat}"]),
+        "grouped": load_config("attfc_r50", [f"data.path={grouped}", "train.global_batch=128"]),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in configs}
+    for _ in range(3):
+        for name, config in configs.items():
+            plan = make_plan(config, open_dataset(config.data.path))
+            with closing(batches(config, plan, Ranks(), 0, steps, blocks_in_process)) as stream:
+                started = time.perf_counter()
+                images = sum(len(batch.labels_B) for batch in stream)
+                rates[name].append(images / (time.perf_counter() - started))
+    for name, found in rates.items():
+        figures[f"{name}_per_second"] = statistics.median(found)
+    figures["grouped_over_flat"] = _ratio(rates["grouped"], rates["flat"])
     return figures
 
 
@@ -152,7 +256,7 @@ def _measured(
     heads: list[Head], repeats: int, say: Callable[[str], None]
 ) -> tuple[list[list[float]], list[float], list[float]]:
     """Seconds of every turn, first losses and growth of peak memory; the heads take turns."""
-    with _children(heads) as turns:
+    with _children([(head, head.identities) for head in heads]) as turns:
         first = [turn("step")[1] for turn in turns]  # not timed: pages of weights and momentum are touched
         seconds: list[list[float]] = [[] for _ in heads]
         for repeat in range(repeats):
@@ -164,20 +268,20 @@ def _measured(
 
 
 @contextmanager
-def _children(heads: list[Head]) -> Iterator[list[Callable[[str], Any]]]:
-    if not heads:
+def _children(problems: list[Any]) -> Iterator[list[Callable[[str], Any]]]:
+    if not problems:
         yield []
         return
-    with _child(heads[0]) as turn, _children(heads[1:]) as rest:
+    with _child(problems[0]) as turn, _children(problems[1:]) as rest:
         yield [turn, *rest]
 
 
 @contextmanager
-def _child(head: Head) -> Iterator[Callable[[str], Any]]:
+def _child(problem: tuple[Head | Queue, int]) -> Iterator[Callable[[str], Any]]:
     """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, head), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, *problem), daemon=True)
     process.start()
     theirs.close()
 
@@ -193,14 +297,16 @@ def _child(head: Head) -> Iterator[Callable[[str], Any]]:
         process.kill()
 
 
-def _serve(questions: Connection, head: Head) -> None:
-    if head.formulation == "plain":  # stock PyTorch, stock allocator
-        torch.set_num_threads(head.threads)
+def _serve(questions: Connection, problem: Head | Queue, identities: int) -> None:
+    if problem.formulation == "plain":  # stock PyTorch, stock allocator
+        torch.set_num_threads(problem.threads)
     else:
-        use_processor(head.threads)
-    _stepper(head, WARM_ROWS)()
+        use_processor(problem.threads)
+    stepper = _head_stepper if isinstance(problem, Head) else _queue_stepper
+    small = replace(problem, slots=WARM_ROWS) if isinstance(problem, Queue) else problem
+    stepper(small, WARM_ROWS)()
     base = peak_memory(CPU)
-    step = _stepper(head, head.identities)
+    step = stepper(problem, identities)
     while True:
         try:
             question = questions.recv()
@@ -214,7 +320,7 @@ def _serve(questions: Connection, head: Head) -> None:
             questions.send((peak_memory(CPU), base))
 
 
-def _stepper(head: Head, identities: int) -> Callable[[], float]:
+def _head_stepper(head: Any, identities: int) -> Callable[[], float]:
     random = torch.Generator().manual_seed(0)
     x_BD = torch.randn(head.batch, head.embedding, generator=random)
     labels_B = torch.randint(0, identities, (head.batch,), generator=random)
@@ -274,5 +380,46 @@ def _products(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -
             total_BD.addmm_(cos_BT, weight_TD)
             torch.mm(cos_BT.T, x_BD)
         return 0.0
+
+    return step
+
+
+def _queue_stepper(problem: Any, identities: int) -> Callable[[], float]:
+    random = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(problem.batch, problem.embedding, generator=random)
+    centres_BD = F.normalize(x_BD + torch.randn(x_BD.shape, generator=random))
+    labels_B = torch.randint(0, identities, (problem.batch,), generator=random)
+    softmax = Softmax(ARCFACE, precision=getattr(torch, problem.precision))
+    queue = ClassQueue(problem.slots, problem.embedding, softmax, seed=0)
+    queue.labels_S.copy_(torch.randint(0, identities, queue.labels_S.shape, generator=random))
+    if problem.formulation == "plain":
+        return _plain_queue(x_BD, centres_BD, labels_B, queue)
+
+    def step() -> float:
+        loss = queue(x_BD.clone().requires_grad_(), centres_BD, labels_B)
+        loss.backward()
+        queue.put(centres_BD, labels_B, 0)
+        return float(loss.detach())
+
+    return step
+
+
+def _plain_queue(x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor, queue: ClassQueue) -> Callable[[], float]:
+    """The reference: the usual formulation."""
+    centres_SD, labels_S = queue.centres_SD, queue.labels_S
+    zeros = torch.zeros(len(x_BD), dtype=torch.int64)
+
+    def step() -> float:
+        unit = F.normalize(x_BD.clone().requires_grad_()).to(centres_SD.dtype)
+        own = (unit * centres_BD.to(unit.dtype)).sum(1, keepdim=True)
+        others = unit @ centres_SD.clone().detach().T
+        others = others.masked_fill(labels_B[:, None] == labels_S[None], -torch.inf)
+        own = torch.cos(torch.acos(own.float().clamp(-1, 1)) + ARCFACE.m2)
+        logits = ARCFACE.scale * torch.cat([own, others.float().clamp(max=1)], 1)
+        loss = F.cross_entropy(logits, zeros)
+        loss.backward()
+        centres_SD[: len(x_BD)] = centres_BD
+        labels_S[: len(x_BD)] = labels_B
+        return float(loss.detach())
 
     return step

@@ -229,9 +229,38 @@ def compare_schedules(
     """The recipe in full, against FastFace and cosine in fewer epochs: accuracy and time over seeds."""
     from pipelines.compare import schedules
 
-    settings = schedules(epochs, fast_epochs, set_ or [])
+    settings = schedules(load_config(recipe, overrides or []), epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
     compared("schedules", recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+
+
+@comparisons.command("heads")
+def compare_heads(
+    recipe: Annotated[str, typer.Option(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
+    flat: Annotated[Path, typer.Option(help="Flat shards, for FC and Partial FC.")],
+    grouped: Annotated[Path, typer.Option(help="The same faces as grouped shards, for the others.")],
+    results: Results,
+    centres: Annotated[int, typer.Option(min=2, help="Of every method in table 5.")] = 512,
+    scale: Annotated[float, typer.Option(min=1, help="Of every margin.")] = 64,
+    tables: Annotated[str, typer.Option(help="Of the paper: any of 1, 3, 4, 5.")] = "1345",
+    seeds: Seeds = 1,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
+    minutes: Minutes = 40,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """FC, Partial FC, Virtual FC, DCQ, F2C and AttFC as in AttFC's tables, with the paper's figures beside."""
+    from fr_core.data.schema import open_dataset
+    from pipelines.compare import PUBLISHED, heads
+
+    manifest = open_dataset(grouped).manifest
+    config = load_config(recipe, overrides or [])
+    by_table = heads(config, manifest.images, manifest.identities, str(flat), str(grouped), centres, scale)
+    settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
+    columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
+    given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+    compared("heads", *given, published=PUBLISHED)
 
 
 @comparisons.command("settings")
@@ -266,8 +295,12 @@ def compared(
     minutes: float,
     columns: tuple[str, ...],
     json: Path | None,
+    published: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs a comparison and shows its table, also as the Markdown that README holds."""
+    """Runs a comparison and shows its table, also as the Markdown that README holds.
+
+    ``published`` adds the papers' figures, by setting or by its name without the number of centres.
+    """
     from pipelines.compare import compare, markdown, summary
 
     with writable(results):
@@ -275,6 +308,9 @@ def compared(
             recipe, settings, overrides or [], list(range(seeds)), results, workers, in_process, minutes, console.print
         )
     cells = summary(rows, columns)
+    if published:
+        named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]
+        cells = [(*row, last) for row, last in zip(cells, ["published", *named], strict=True)]
     table = Table(*cells[0], title=str(results))
     for row in cells[1:]:
         table.add_row(*row)
@@ -303,6 +339,29 @@ def bench_head(
     from pipelines.bench import bench_head as run
 
     show("bench head", run(identities, batch, embedding, repeats, threads, million, emulated, console.log), json)
+
+
+@bench.command("attfc")
+def bench_attfc(
+    slots: Annotated[int, typer.Option(min=1000)] = 300_000,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    embedding: Annotated[int, typer.Option(min=2)] = 512,
+    identities: Annotated[int, typer.Option(min=1)] = 1_000_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 7,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    emulated: Annotated[bool, typer.Option("--emulated", help="bfloat16 also where it is not native.")] = False,
+    flat: Annotated[Path | None, typer.Option(help="Flat shards, to measure the data path too.")] = None,
+    grouped: Annotated[Path | None, typer.Option(help="The same images as grouped shards.")] = None,
+    json: Json = None,
+) -> None:
+    """AttFC's loss and queue: streamed, against the usual formulation; and class images from grouped shards."""
+    from pipelines.bench import bench_attfc as run
+    from pipelines.bench import bench_grouped
+
+    figures = run(slots, batch, embedding, identities, repeats, threads, emulated, console.log)
+    if flat and grouped:
+        figures |= bench_grouped(str(flat), str(grouped), 60)
+    show("bench attfc", figures, json)
 
 
 @bench.command("schedule")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fr_core.config import Config, load_config
 from fr_core.errors import UserError
+from fr_core.train.tracking import Comparison
 from pipelines.train import train
 
 COLUMNS = (
@@ -25,14 +26,79 @@ COLUMNS = (
 FACTS = ("images", "identities", "overrides", "commit")
 
 
-def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
-    """Overrides of the settings that FastFace is judged by: the recipe in full, and two ways to spend a quarter."""
-    watching = ["schedule={kind='fastface'}", *(f"schedule.{setting}" for setting in fastface)]
+def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
+    """Overrides of the settings that FastFace is judged by: the recipe in full, and two ways to spend a quarter.
+
+    All warm up as long as the recipe does.
+    """
+    kind = f"schedule={{kind='{{}}', warmup_epochs={config.schedule.warmup_epochs}}}"
     return {
         "full": [f"train.epochs={epochs}"],
-        "cosine": [f"train.epochs={fast_epochs}", "schedule={kind='cosine'}"],
-        "fastface": [f"train.epochs={fast_epochs}", *watching],
+        "cosine": [f"train.epochs={fast_epochs}", kind.format("cosine")],
+        "fastface": [
+            f"train.epochs={fast_epochs}",
+            kind.format("fastface"),
+            *(f"schedule.{setting}" for setting in fastface),
+        ],
     }
+
+
+def heads(
+    config: Config, images: int, identities: int, flat: str, grouped: str, centres: int, scale: float
+) -> dict[str, dict[str, list[str]]]:
+    """Overrides of AttFC's comparisons, by the paper's tables.
+
+    Every method has its published margin, and all one scale. Virtual FC trains on its class images too: it gets half
+    the batch and as many steps.
+
+    Args:
+        config: the recipe's; its batch and epochs are everyone's.
+        images, identities: of the dataset.
+        flat, grouped: the same faces in both layouts.
+        centres: of every method in table 5.
+    """
+    batch = config.train.global_batch
+    arc = f"margin={{scale={scale}, m2=0.5, m3=0}}"
+
+    def matrix(more: str = "") -> list[str]:
+        return [f"data.path={flat}", f"method={{kind='bigface', {arc}{more}}}"]
+
+    def attfc(ratio: float = 0.3, count: int = 2, more: str = "") -> list[str]:
+        given = f"kind='attfc', {arc}, size_ratio={ratio:.6g}, class_images={count}{more}"
+        return [f"data.path={grouped}", f"method={{{given}}}"]
+
+    def other(kind: str, margin: str, size: str) -> list[str]:
+        given = f"kind='{kind}', margin={{scale={scale}, {margin}}}, {size}={centres}"
+        return [f"data.path={grouped}", f"method={{{given}}}"]
+
+    share = centres / identities
+    virtual = [f"train.global_batch={batch // 2}", f"train.max_steps={images // batch * config.train.epochs}"]
+    return {
+        "1, 2: size of the queue": {
+            "FC": matrix(),
+            **{f"AttFC r={ratio}": attfc(ratio) for ratio in (0.1, 0.2, 0.3)},
+        },
+        "3: class images": {f"AttFC K={count}": attfc(count=count) for count in (2, 3, 4, 5)},
+        "4: strategies": {
+            f"AttFC {strategy}": attfc(more=f", strategy='{strategy}'")
+            for strategy in ("single", "constant", "attention")
+        },
+        "5: equal centres": {
+            f"PFC {centres}": matrix(f", sample_rate={share:.6g}"),
+            f"VFC {centres}": [*other("virtual_fc", "m2=0.5, m3=0", "anchors"), *virtual],
+            f"DCQ {centres}": other("dcq", "m2=0, m3=0.3", "queue_size"),
+            f"F2C {centres}": other("f2c", "m2=0, m3=0.4", "pool_size"),
+            f"AttFC {centres}": attfc(share),
+        },
+    }
+
+
+PUBLISHED = {  # the paper's figure of the same row: IJB-C TAR@FAR 1e-4, in table 5 the mean of four benchmarks
+    **{"FC": "96.18", "AttFC r=0.1": "95.20", "AttFC r=0.2": "95.43", "AttFC r=0.3": "95.78"},
+    **{"AttFC K=2": "95.43", "AttFC K=3": "95.49", "AttFC K=4": "95.56", "AttFC K=5": "95.50"},
+    **{"AttFC single": "94.93", "AttFC constant": "95.31", "AttFC attention": "95.78"},
+    **{"PFC": "95.32", "VFC": "84.21", "DCQ": "93.86", "F2C": "93.80", "AttFC": "95.22"},
+}
 
 
 def named_settings(given: list[str]) -> dict[str, list[str]]:
@@ -78,6 +144,12 @@ def compare(
     if any(config.verify.pairs is None for config in configs.values()):
         raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
     started, rows = time.monotonic(), read_results(results)
+    tracking = next(iter(configs.values())).tracking
+    comparison = Comparison(tracking, results) if tracking.uri != "off" else None
+    if comparison:
+        parent = {"parent": comparison.run_id, "uri": tracking.uri or f"sqlite:///{results.resolve().parent}/mlflow.db"}
+        tracked = tracking.model_copy(update=parent)
+        configs = {key: config.model_copy(update={"tracking": tracked}) for key, config in configs.items()}
     done = {(row["setting"], int(row["seed"])): row for row in rows}
     for (name, seed), config in configs.items():
         given = shlex.join([recipe, *overrides, *settings[name]])
@@ -94,7 +166,10 @@ def compare(
         append(results, row)
         done[name, seed] = row
         say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.0f} s")
-    return [done[key] for key in configs if key in done]
+    finished = [done[key] for key in configs if key in done]
+    if comparison:
+        comparison.close(markdown(summary(finished, tuple(SHOWN))))
+    return finished
 
 
 def one_run(config: Config, folder: Path, workers: int, in_process: bool) -> dict[str, str]:

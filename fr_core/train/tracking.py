@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fr_core.config import Config, flat
+from fr_core.config import Config, Tracking, flat
 from fr_core.data.schema import write_text_atomically
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
@@ -25,6 +25,7 @@ COLUMNS = (
     *("images_per_second", "data_wait"),
 )
 PANELS = {"loss": "loss", "detector": "fall of the loss", "lr": "learning rate", "images_per_second": "images/s"}
+PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
 SAMPLE_IMAGES = 32
 
@@ -109,24 +110,53 @@ class Tracker:
             self.client.set_terminated(self.run_id, status)
 
     def _open_mlflow(self, run_id: str | None) -> None:
-        from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        tracking, folder = self.config.tracking, self.out.resolve().parent
-        self.client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
-        experiment = self.client.get_experiment_by_name(tracking.experiment)
-        if experiment is None:
-            place = None if tracking.uri else f"file://{folder}/mlartifacts"
-            identity = self.client.create_experiment(tracking.experiment, artifact_location=place)
-        else:
-            identity = experiment.experiment_id
+        tracking = self.config.tracking
+        self.client, experiment = open_mlflow(tracking, self.out.resolve().parent)
         if run_id is None:
-            self.run_id = self.client.create_run(identity, run_name=self.out.name).info.run_id
+            tags = {PARENT_TAG: tracking.parent} if tracking.parent else {}
+            self.run_id = self.client.create_run(experiment, run_name=self.out.name, tags=tags).info.run_id
             params = [Param(name, str(value)) for name, value in flat(self.config.model_dump(mode="json")).items()]
             self.client.log_batch(self.run_id, params=params)
         else:
             self.run_id = run_id
             self.client.update_run(run_id, status="RUNNING")
+
+
+def open_mlflow(tracking: Tracking, folder: Path) -> tuple[Any, str]:
+    """A client, and the id of the experiment, which is made where it does not exist.
+
+    Args:
+        folder: of the runs; the database lies in it unless ``tracking.uri`` names another.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is not None:
+        return client, experiment.experiment_id
+    place = None if tracking.uri else f"file://{folder}/mlartifacts"
+    return client, client.create_experiment(tracking.experiment, artifact_location=place)
+
+
+class Comparison:
+    """The MLflow run that a comparison's runs are shown under; the same results file goes on with the same one."""
+
+    def __init__(self, tracking: Tracking, results: Path) -> None:
+        self.client, experiment = open_mlflow(tracking, results.resolve().parent)
+        key = str(results.resolve())
+        found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
+        run = (
+            found[0] if found else self.client.create_run(experiment, run_name=results.stem, tags={COMPARISON_TAG: key})
+        )
+        self.run_id: str = run.info.run_id
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def close(self, table: str) -> None:
+        """Records the table as it stands, in Markdown."""
+        self.client.log_text(self.run_id, table, "comparison.md")
+        self.client.set_terminated(self.run_id, "FINISHED")
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
