@@ -124,6 +124,23 @@ def test_state_goes_on_in_the_middle_of_a_stretch(schedule, at):
     assert second.state_dict() == whole.state_dict()
 
 
+def test_a_run_that_goes_on_with_another_length_keeps_its_stretch_under_the_new_patience():
+    """5 stationary steps so far: the one after the sixth cuts with T = 60, after the twentieth with T = 200."""
+    first = Recurrence(FastFace(patience=0.1), 100, 128)
+    changes(first, [1.0] * 6)
+    assert (first.count, first.factor) == (5, 1.0)
+    for total, cut in ((60, 9), (100, 13), (200, 23)):
+        longer = Recurrence(FastFace(patience=0.1), total, 128)
+        longer.load_state_dict(first.state_dict())
+        assert [step + 6 for step, _ in changes(longer, [1.0] * 18)][:1] == [cut]
+    window = HaarWindow(FastFaceHaar(window=0.1), 100)
+    changes(window, [1.0] * 30)
+    other = HaarWindow(FastFaceHaar(window=0.1), 500)
+    other.load_state_dict(window.state_dict())
+    assert other.m == 10  # the window keeps its length
+    assert changes(other, [1.0] * 300) == changes(window, [1.0] * 300)
+
+
 def test_batch_size_rule():
     """Twice the batch halves the steps: a step falls twice as much, the averages span half as many."""
     scaled = Recurrence(FastFace(reference_batch=128), 1000, 256)

@@ -79,7 +79,7 @@ def test_accumulation_equals_the_big_batch_where_batch_norm_is_fixed(dataset, sa
         config = config_of(dataset, f"train.accumulate={micro}", f"method.sample_rate={sample_rate}")
         state, stream = state_and_batches(config)
         state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
-        trail = [bigface_step(config, state, next(stream), Ranks())["loss"] for _ in range(5)]
+        trail = [bigface_step(config, config.method, state, next(stream), Ranks())["loss"] for _ in range(5)]
         results.append((trail, state.head.weight.detach(), state.backbone.fc.weight.detach()))
     (trail, head, fc), (other_trail, other_head, other_fc) = results
     assert np.allclose(trail, other_trail, atol=1e-4)
@@ -134,10 +134,10 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
 def interrupted(config, out, at, monkeypatch, ranks=None):
     """Runs until just after step ``at``, then dies without saving."""
 
-    def dying(config, state, batch, ranks):
+    def dying(config, method, state, batch, ranks):
         if state.step == at:
             raise KeyboardInterrupt
-        return bigface_step(config, state, batch, ranks)
+        return bigface_step(config, method, state, batch, ranks)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "bigface_step", dying)
@@ -288,11 +288,11 @@ def poison(monkeypatch, steps):
     original = bigface_step
     import fr_core.train.bigface as method
 
-    def step(config, state, batch, ranks):
+    def step(config, chosen, state, batch, ranks):
         with pytest.MonkeyPatch.context() as patch:
             if state.step in steps:
                 patch.setattr(method, "normalised", lambda images, std: torch.full((len(images), 3, 32, 32), torch.nan))
-            return original(config, state, batch, ranks)
+            return original(config, chosen, state, batch, ranks)
 
     monkeypatch.setattr(loop, "bigface_step", step)
 
@@ -300,14 +300,14 @@ def poison(monkeypatch, steps):
 def test_a_single_bad_step_leaves_no_trace(dataset, tmp_path, monkeypatch):
     config = config_of(dataset)
     state, stream = state_and_batches(config)
-    bigface_step(config, state, next(stream), Ranks())
+    bigface_step(config, config.method, state, next(stream), Ranks())
     before = {name: value.clone() for name, value in state.backbone.state_dict().items()}
     head = state.head.weight.detach().clone()
     batch = next(stream)
     with torch.no_grad():
         original = state.backbone.conv1.weight.clone()
         state.backbone.conv1.weight.fill_(torch.inf)
-    metrics = bigface_step(config, state, batch, Ranks())
+    metrics = bigface_step(config, config.method, state, batch, Ranks())
     with torch.no_grad():
         state.backbone.conv1.weight.copy_(original)
     assert not np.isfinite(metrics["loss"])
@@ -315,7 +315,7 @@ def test_a_single_bad_step_leaves_no_trace(dataset, tmp_path, monkeypatch):
     after = state.backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(state.head.weight, head)
-    bigface_step(config, state, next(stream), Ranks())
+    bigface_step(config, config.method, state, next(stream), Ranks())
     assert state.bad_steps == 0
 
 
@@ -341,14 +341,14 @@ def test_float16_scales_its_loss_and_recovers_from_overflow(dataset):
     state, stream = state_and_batches(config)
     state.loss_scale = 2.0**40
     for _ in range(12):
-        bigface_step(config, state, next(stream), Ranks())
+        bigface_step(config, config.method, state, next(stream), Ranks())
     assert state.loss_scale < 2.0**40
     plain = config_of(dataset)
     other, stream = state_and_batches(plain)
     state, again = state_and_batches(config)
     state.loss_scale = 2.0**6
     pairs = [
-        (bigface_step(config, state, a, Ranks()), bigface_step(plain, other, b, Ranks()))
+        (bigface_step(config, config.method, state, a, Ranks()), bigface_step(plain, plain.method, other, b, Ranks()))
         for a, b, _ in zip(again, stream, range(3), strict=False)
     ]
     assert np.allclose([a["loss"] for a, _ in pairs], [b["loss"] for _, b in pairs], rtol=0.02)
@@ -361,7 +361,7 @@ def test_clipping_bounds_the_update(dataset):
         state, stream = state_and_batches(config)
         part = state.backbone if "optim.clip" in knob else state.head
         before = [p.detach().clone() for p in part.parameters()]
-        bigface_step(config, state, next(stream), Ranks())
+        bigface_step(config, config.method, state, next(stream), Ranks())
         moved = torch.cat([(p.detach() - b).ravel() for p, b in zip(part.parameters(), before, strict=True)])
         assert float(moved.norm()) == pytest.approx(0.001, rel=1e-2)
 
@@ -374,7 +374,7 @@ def test_the_moving_average_is_what_is_saved(dataset, tmp_path):
     state, stream = state_and_batches(config)
     expected = {name: p.detach().clone() for name, p in state.backbone.named_parameters()}
     for step, batch in enumerate(stream):
-        bigface_step(config, state, batch, Ranks())
+        bigface_step(config, config.method, state, batch, Ranks())
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in state.backbone.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
