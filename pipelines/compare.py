@@ -102,7 +102,7 @@ PUBLISHED = {  # the paper's figure of the same row: IJB-C TAR@FAR 1e-4, in tabl
 
 
 def named_settings(given: list[str]) -> dict[str, list[str]]:
-    """Settings written as ``NAME: key.path=value …``.
+    """Settings written as ``NAME: key.path=value …``, with no spaces inside a value.
 
     Raises:
         UserError: no name, or a name twice.
@@ -114,7 +114,7 @@ def named_settings(given: list[str]) -> dict[str, list[str]]:
             raise UserError(f"--setting {text!r}: write NAME: key.path=value …")
         if name.strip() in settings:
             raise UserError(f"--setting {name.strip()} is there twice")
-        settings[name.strip()] = shlex.split(overrides)
+        settings[name.strip()] = overrides.split()
     if not settings:
         raise UserError("nothing to compare: give --setting 'NAME: key.path=value …', twice or more")
     return settings

@@ -1,8 +1,7 @@
 """One step of F2C, Faster Face Classification: probe against a pool that a gallery net writes, both ways round
 (METHODS §3).
 
-Legend: B images of a rank, of which the first half come with a class image, I = B/4; X = 3·I images of either side;
-D embedding.
+Legend: B images of a rank, X = 3·B/4 images of either side, D embedding.
 """
 
 import torch
@@ -21,8 +20,8 @@ from fr_core.train.state import TrainState, autocast, begin_step, encoded, updat
 def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
     """Trains on one global batch.
 
-    Half of the images with one class image each are the identity pairs (a, b), the rest are the instances, in two
-    halves: x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
+    Half of the images are identity pairs (a, b) with their class images, the rest are instances, shared out:
+    x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
     takes x for the loss of y. The loss is the mean over all faces of both.
 
     Departure from the paper: its identity loader draws identities uniformly, ours images.
@@ -60,10 +59,13 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
 
 
 def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y with their labels: images uint8 [X, H, W, C] and int64 [X] of each."""
-    pairs = len(batch.labels_B) // 2
-    a, instances = batch.images_BHWC[:pairs], batch.images_BHWC[pairs:].chunk(2)
-    labels, others = batch.labels_B[:pairs], batch.labels_B[pairs:].chunk(2)
-    b = batch.class_images_BKHWC[:pairs, 0]
-    x, y = torch.cat([a, instances[0]]), torch.cat([b, instances[1]])
-    return x, torch.cat([labels, others[0]]), y, torch.cat([labels, others[1]])
+    """x and y with their labels: images uint8 [X, H, W, C] and int64 [X] of each.
+
+    Of four neighbours in the batch two are pairs, one an instance of x, one of y: the same for every number of ranks.
+    """
+    own, others, labels = batch.images_BHWC, batch.class_images_BKHWC[:, 0], batch.labels_B
+    x_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, :3].flatten()
+    y_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, [0, 1, 3]].flatten()
+    is_pair = y_of % 4 < 2
+    y = torch.where(is_pair[:, None, None, None], others[y_of], own[y_of])
+    return own[x_of], labels[x_of], y, labels[y_of]
