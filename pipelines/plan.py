@@ -1,5 +1,6 @@
 """``bigface plan``: whether a run fits a card, part by part, and which knob to turn first where it does not."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,8 +40,9 @@ def plan(
     }
     columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
-    for part in here:
-        table.append((part.replace("_", " "), *(f"{column[part] / GIB:.2f}" for column in columns.values())))
+    for part in [name for name in dict.fromkeys(itertools.chain(*columns.values())) if name != "total"] + ["total"]:
+        sizes = (f"{column[part] / GIB:.2f}" if part in column else "" for column in columns.values())
+        table.append((part.replace("_", " "), *sizes))
     table.append(("fits", *("yes" if fits(column, gpu_gib) else "no" for column in columns.values())))
     spare = gpu_gib - here["total"] / GIB
     if spare >= 0:

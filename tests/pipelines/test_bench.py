@@ -1,4 +1,4 @@
-from pipelines.bench import bench_head
+from pipelines.bench import bench_attfc, bench_grouped, bench_head
 
 
 def test_bench_head_on_a_small_problem():
@@ -14,3 +14,14 @@ def test_bench_head_on_a_small_problem():
         "mib_above_state_n2000",
     } <= figures.keys()
     assert all(value > 0 for name, value in figures.items() if name.startswith(("seconds", "time")))
+
+
+def test_bench_attfc_on_a_small_problem():
+    figures = bench_attfc(100_000, 16, 64, 5000, 1, 1, True, lambda line: None)
+    wanted = ("head_time_ratio_float32", "head_time_ratio_bf16", "head_memory_ratio", "seconds_n5000", "seconds_n50000")
+    assert all(figures[name] > 0 for name in wanted)
+
+
+def test_bench_grouped_on_small_shards(dataset, grouped):
+    figures = bench_grouped(str(dataset), str(grouped), 2)
+    assert figures["grouped_over_flat"] > 0

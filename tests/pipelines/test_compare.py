@@ -3,9 +3,10 @@ import json
 
 import pytest
 
+from fr_core.config import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from pipelines.compare import markdown, named_settings, summary
+from pipelines.compare import PUBLISHED, heads, markdown, named_settings, summary
 from pipelines.demo import write_pairs
 from tests.pipelines.test_cli import bigface
 
@@ -60,6 +61,24 @@ def test_summary_by_hand():
         "| --- | --- | --- | --- |",
         "| a | 2 | 85.00 ± 7.07 | 10 ± 0 |",
     ]
+
+
+def test_every_head_of_the_papers_tables_is_a_valid_run():
+    config = load_config("demo", ["train.epochs=3"])
+    tables = heads(config, 80_000, 10_000, "flat", "grouped", centres=500, scale=32)
+    assert [len(group) for group in tables.values()] == [4, 4, 3, 5]
+    for group in tables.values():
+        for name, overrides in group.items():
+            run = load_config("demo", ["train.epochs=3", *overrides])
+            assert run.method.margin.scale == 32
+            assert run.data.path == ("flat" if run.method.kind == "bigface" else "grouped")
+            assert PUBLISHED.get(name) or PUBLISHED[name.split()[0]]
+    equal = tables["5: equal centres"]
+    methods = [load_config("demo", overrides).method for overrides in equal.values()]
+    assert methods[0].sample_rate == methods[4].size_ratio == 0.05
+    assert (methods[1].anchors, methods[2].queue_size, methods[3].pool_size) == (500, 500, 500)
+    virtual = load_config("demo", equal["VFC 500"])
+    assert (virtual.train.global_batch, virtual.train.max_steps) == (64, 80_000 // 128 * 3)
 
 
 def test_named_settings():

@@ -28,6 +28,16 @@ def test_the_advice_holds():
     assert plan(config, 2_000_000, 1, 24)[2]["fits"] == 1
 
 
+def test_attfc_fits_where_the_class_matrix_does_not():
+    """A million people on one 24 GiB card at batch 384; the knobs are the method's own."""
+    table, _, figures = plan(load_config("attfc_r50"), 1_029_950, 1, 24)
+    assert figures["fits"] == 1
+    assert figures["centres_gib"] < 0.4
+    assert table[-1][:2] == ("fits", "yes")
+    _, advice, _ = plan(load_config("attfc_r50", ["method.class_images=5"]), 1_029_950, 1, 17)
+    assert "method.order=reference" in advice or "method.class_images" in advice
+
+
 def test_a_batch_that_the_cards_cannot_share():
     with pytest.raises(UserError, match="not a multiple"):
         plan(load_config("bigface_r50", R50), 1000, 7, 24)

@@ -41,6 +41,31 @@ def test_parts_by_hand():
     assert plain["total"] == kept + max(plain["activations"] + plain["tile"], plain["update"])
 
 
+def test_parts_of_fixed_centres_by_hand():
+    """Of 10,000 people r = 0.3 are 3,000 centres, 7 whole batches of 384 of them; no class matrix is left."""
+    parts = memory(load_config("attfc_r50"), 10_000, 1)
+    assert parts["centres"] == 7 * 384 * 512 * 2
+    assert parts["encoder"] == parts["backbone_optimizer"]
+    assert not {"class_matrix", "class_momentum"} & parts.keys()
+    kept = sum(parts[n] for n in ("backbone", "backbone_optimizer", "encoder", "centres", "context"))
+    working = parts["activations"] + max(parts["tile"], parts["encoder_features"])
+    assert parts["total"] == kept + max(working, parts["update"])
+    assert memory(load_config("attfc_r50"), 10**7, 1)["activations"] == parts["activations"]
+    for recipe, copies, size in (("debug_dcq", 1, 96), ("debug_f2c", 4, 80), ("debug_virtual_fc", 1, 80)):
+        assert memory(load_config(recipe), 1000, 1)["centres"] == copies * size * 32 * 4
+
+
+@pytest.mark.parametrize("method", ["attfc", "f2c", "virtual_fc"])
+def test_centres_are_what_a_run_holds(grouped, method):
+    config = load_config(f"debug_{method}", [f"data.path={grouped}"])
+    state = initial_state(config, make_plan(config, open_dataset(grouped)), Ranks(), torch.device("cpu"))
+    held = sum(t.nbytes for t in state.head.buffers() if t.is_floating_point())
+    parts = memory(config, 60, 1)
+    assert parts["centres"] == held * (2 if method == "f2c" else 1)  # the snapshot comes with a step
+    if state.encoder is not None:
+        assert parts["encoder"] == sum(t.nbytes for t in (*state.encoder.parameters(), *state.encoder.buffers()))
+
+
 def test_state_is_what_a_run_holds(dataset):
     config = load_config("debug_bigface", [f"data.path={dataset}"])
     state = initial_state(config, make_plan(config, open_dataset(dataset)), Ranks(), torch.device("cpu"))
