@@ -68,7 +68,8 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
     figures |= verification_figures(results["trained"].verification)
     figures |= {k: v for k, v in trained.items() if k not in figures} | seconds
     figures["unseen_identities"] = UNSEEN_IDENTITIES
-    content = report("demo", figures, run=str(out), config=config.model_dump(mode="json"))
+    shown = sorted(f"pictures/{path.name}" for path in pictures.glob("*.png"))
+    content = report("demo", figures, run=str(out), config=config.model_dump(mode="json"), pictures=shown)
     write_report(out / "report.json", content)
     return figures
 

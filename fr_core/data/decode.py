@@ -135,8 +135,7 @@ def _displaced(image: np.ndarray, matrix: np.ndarray, size: int, field: np.ndarr
     shrunk = matrix @ np.diag([side / len(field), side / len(field), 1.0])  # from the field's pixels to the net's
     shrunk[:, 2] += matrix[:, :2] @ np.full(2, (side / len(field) - 1) / 2)
     moved = cv2.warpAffine(field, shrunk, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    moved *= side
-    moved += cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
+    moved = side * moved + cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
     both: Any = None  # no second map: x and y are in the first
     return cv2.remap(image, moved, both, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 

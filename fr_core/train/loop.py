@@ -73,6 +73,7 @@ def train_loop(
     except BaseException:
         if tracker:
             with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
+                tracker.log_curves()
                 tracker.close("FAILED")
         raise
     finally:
@@ -184,7 +185,9 @@ def finish(
         figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
         finite = [row["loss"] for row in tracker.rows if np.isfinite(row["loss"])]
         figures["loss"] = finite[-1] if finite else 0.0
-        content = report("train", figures, run=str(out), checkpoint=str(last), config=config.model_dump(mode="json"))
+        tracker.log_curves()
+        facts = {"config": config.model_dump(mode="json"), "pictures": tracker.pictures()}
+        content = report("train", figures, run=str(out), checkpoint=str(last), **facts)
         write_report(out / "report.json", content)
         tracker.log_file(out / "report.json")
         tracker.close("FINISHED")

@@ -101,10 +101,17 @@ class Tracker:
             self.client.log_batch(self.run_id, metrics=self.pending[start : start + 1000])
         self.pending = []
 
-    def close(self, status: str) -> None:
-        """Delivers what is pending and the curves; ``status`` is FINISHED or FAILED."""
+    def log_curves(self) -> None:
+        """Loss, FastFace's detector and the rate over the steps, as far as the run has come."""
         if self.rows:
             self.log_picture("curves", curves(self.rows))
+
+    def pictures(self) -> list[str]:
+        """Those of the run so far, relative to its folder."""
+        return sorted(f"pictures/{path.name}" for path in (self.out / "pictures").glob("*.png"))
+
+    def close(self, status: str) -> None:
+        """Delivers what is pending; ``status`` is FINISHED or FAILED."""
         if self.client is not None:
             self.flush()
             self.client.set_terminated(self.run_id, status)

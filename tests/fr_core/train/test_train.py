@@ -126,6 +126,7 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
     assert [row["stationary"] for row in rows[:8]] == [0, 1, 2, 3, 4, 5, 0, 1]
     assert all(row["detector"] < 1 for row in rows)
     assert (tmp_path / "pictures" / "curves.png").exists()
+    assert "pictures/curves.png" in json.loads((tmp_path / "report.json").read_text())["pictures"]
 
 
 # Resuming
