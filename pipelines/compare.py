@@ -4,6 +4,7 @@ A line that is there is not run again, so a comparison goes on where it was stop
 """
 
 import csv
+import re
 import shlex
 import shutil
 import statistics
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,13 +33,14 @@ def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]
 
     All warm up as long as the recipe does.
     """
-    kind = f"schedule={{kind='{{}}', warmup_epochs={config.schedule.warmup_epochs}}}"
+    warmup = f"warmup_epochs={config.schedule.warmup_epochs}"
+    fewer = f"train.epochs={fast_epochs}"
     return {
         "full": [f"train.epochs={epochs}"],
-        "cosine": [f"train.epochs={fast_epochs}", kind.format("cosine")],
+        "cosine": [fewer, f"schedule={{kind='cosine', {warmup}}}"],
         "fastface": [
-            f"train.epochs={fast_epochs}",
-            kind.format("fastface"),
+            fewer,
+            f"schedule={{kind='fastface', {warmup}}}",
             *(f"schedule.{setting}" for setting in fastface),
         ],
     }
@@ -147,8 +150,7 @@ def compare(
     tracking = next(iter(configs.values())).tracking
     comparison = Comparison(tracking, results) if tracking.uri != "off" else None
     if comparison:
-        parent = {"parent": comparison.run_id, "uri": tracking.uri or f"sqlite:///{results.resolve().parent}/mlflow.db"}
-        tracked = tracking.model_copy(update=parent)
+        tracked = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
         configs = {key: config.model_copy(update={"tracking": tracked}) for key, config in configs.items()}
     done = {(row["setting"], int(row["seed"])): row for row in rows}
     for (name, seed), config in configs.items():
@@ -161,7 +163,8 @@ def compare(
             say(f"{minutes:g} minutes are over; the same command goes on with {name}, seed {seed}")
             break
         say(f"{name}, seed {seed} …")
-        row = {"setting": name, "seed": str(seed)} | one_run(config, results.with_suffix(""), workers, in_process)
+        out = results.with_suffix("") / run_name(name, seed)
+        row = {"setting": name, "seed": str(seed)} | one_run(config, out, workers, in_process)
         row |= {"overrides": given, "commit": commit()}
         append(results, row)
         done[name, seed] = row
@@ -172,14 +175,21 @@ def compare(
     return finished
 
 
-def one_run(config: Config, folder: Path, workers: int, in_process: bool) -> dict[str, str]:
+def run_name(setting: str, seed: int) -> str:
+    """Of a run's folder, and so of its MLflow run."""
+    return re.sub(r"[^\w.=-]+", "-", f"{setting}-seed{seed}")
+
+
+def one_run(config: Config, out: Path, workers: int, in_process: bool) -> dict[str, str]:
     """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one.
 
     In a process of its own, since peak memory is a high-water mark.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        figures = pool.submit(train, config, folder / "run", workers, in_process, overwrite=True).result()
-    shutil.rmtree(folder)
+        figures = pool.submit(train, config, out, workers, in_process, overwrite=True).result()
+    shutil.rmtree(out)
+    with suppress(OSError):  # other runs' folders are in it
+        out.parent.rmdir()
     wanted = (*COLUMNS[2:], "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
 

@@ -151,6 +151,7 @@ class Comparison:
     """The MLflow run that a comparison's runs are shown under; the same results file goes on with the same one."""
 
     def __init__(self, tracking: Tracking, results: Path) -> None:
+        self.uri = tracking.uri or f"sqlite:///{results.resolve().parent}/mlflow.db"
         self.client, experiment = open_mlflow(tracking, results.resolve().parent)
         key = str(results.resolve())
         found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
