@@ -83,7 +83,7 @@ def fused_steps(ranks, identities=N):
     """Three fused steps: losses, the moved rows, and the bytes that a step handed to collectives."""
     method = ARC.model_copy(update={"update": "fused", "tile": 2})
     head = ShardedFC(identities, D, method, ranks, seed=1)
-    optimizer = head_optimizer(Config(method=method), head)
+    optimizer = head_optimizer(Config(method=method), method, head)
     own = slice(ranks.rank * G // ranks.size, (ranks.rank + 1) * G // ranks.size)
     losses = []
     for step in range(3):
@@ -148,7 +148,7 @@ PARTIAL = BigFace(margin=Margin(scale=16, m3=0.4), sample_rate=0.4)
 def partial_step(ranks):
     """Three steps of Partial FC: which rows moved, which were sampled, and the last loss against its own subset."""
     head = ShardedFC(50, D, PARTIAL, ranks, seed=1)
-    optimizer = head_optimizer(Config(method=PARTIAL), head)
+    optimizer = head_optimizer(Config(method=PARTIAL), PARTIAL, head)
     history = []
     for step in range(3):
         labels_G = torch.tensor([0, 10, 44, 44, 7, 25]) + step
