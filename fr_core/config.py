@@ -100,7 +100,6 @@ class BigFace(Section):
 class FixedCentres(Section):
     """What the methods have in common whose class centres carry no gradient."""
 
-    class_images: Annotated[int, Field(ge=1, le=16)] = 1  # K: other images of the same person, beside each image
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the centres; auto: as the backbone trains
     tile: Annotated[int, Field(ge=1)] | None = None  # centres computed at once; None: what fits cache or card
 
@@ -118,7 +117,7 @@ class AttFC(FixedCentres):
 
     kind: Literal["attfc"] = "attfc"
     margin: Margin = Margin(m2=0.5, m3=0)
-    class_images: Annotated[int, Field(ge=1, le=16)] = 2
+    class_images: Annotated[int, Field(ge=1, le=16)] = 2  # K: other images of the same person, beside each image
     strategy: Literal["attention", "constant", "single"] = "attention"  # how class images make a centre
     temperature: Positive = 1.0  # of the attention
     size_ratio: Ratio = 0.3  # slots of the queue by identities
@@ -150,6 +149,7 @@ class VirtualFC(FixedCentres):
     kind: Literal["virtual_fc"] = "virtual_fc"
     margin: Margin = Margin(scale=32, m2=0.5, m3=0)
     anchors: Annotated[int, Field(ge=2)] = 8192
+    class_images: Annotated[int, Field(ge=1, le=16)] = 1  # K: other images of the same person, trained on too
 
 
 Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC, Field(discriminator="kind")]
@@ -323,6 +323,8 @@ class Config(Section):
                 'method.order = "paper" puts the whole batch\'s centres in the queue first: train.accumulate = 1, '
                 'or method.order = "reference"'
             )
+        if isinstance(self.method, DCQ) and self.train.ema:
+            raise ValueError("dcq ships its key encoder: leave train.ema out")
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:
             raise ValueError(f"{self.method.kind} writes its centres once per batch: train.accumulate = 1")
         if isinstance(self.method, BigFace) and self.method.update == "fused":
@@ -352,7 +354,13 @@ def classes(config: Config, identities: int) -> int:
 
 def class_images(config: Config) -> int:
     """Class images that come with each image of a batch; 0 where the method needs none."""
-    return config.method.class_images if isinstance(config.method, FixedCentres) else 0
+    match config.method:
+        case BigFace():
+            return 0
+        case DCQ() | F2C() | AttFC(strategy="single"):
+            return 1
+        case method:
+            return method.class_images
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

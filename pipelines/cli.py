@@ -251,12 +251,22 @@ def compare_heads(
     json: Json = None,
 ) -> None:
     """FC, Partial FC, Virtual FC, DCQ, F2C and AttFC as in AttFC's tables, with the paper's figures beside."""
+    from fr_core.config import classes, total_steps
     from fr_core.data.schema import open_dataset
+    from fr_core.data.stream import make_plan
     from pipelines.compare import PUBLISHED, heads
 
-    manifest = open_dataset(grouped).manifest
-    config = load_config(recipe, overrides or [])
-    by_table = heads(config, manifest.images, manifest.identities, str(flat), str(grouped), centres, scale)
+    config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method={kind='bigface'}"])
+    one, other = open_dataset(flat).manifest, open_dataset(grouped).manifest
+    if (one.images, one.identities) != (other.images, other.identities):
+        raise UserError(
+            f"{flat} holds {one.images} images of {one.identities} identities, {grouped} {other.images} of "
+            f"{other.identities}: ingest the same faces in both layouts"
+        )
+    if not tables or set(tables) - set("1345"):
+        raise UserError(f"--tables {tables}: any of 1, 3, 4, 5, such as 15")
+    steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
+    by_table = heads(config, steps, classes(config, one.identities), str(flat), str(grouped), centres, scale)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
     given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
@@ -359,6 +369,8 @@ def bench_attfc(
     from pipelines.bench import bench_grouped
 
     figures = run(slots, batch, embedding, identities, repeats, threads, emulated, console.log)
+    if (flat is None) != (grouped is None):
+        raise UserError("the data path needs both --flat and --grouped")
     if flat and grouped:
         figures |= bench_grouped(str(flat), str(grouped), 60)
     show("bench attfc", figures, json)

@@ -61,10 +61,10 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
     """The mildest change that makes the run fit."""
     for words, changes, cards in knobs(config, gpus):
         try:
-            candidate = changed(config, changes)
-        except ValueError:  # a knob that this recipe excludes
+            parts = memory(changed(config, changes), identities, cards)
+        except (ValueError, UserError):  # a knob that this recipe excludes
             continue
-        if fits(memory(candidate, identities, cards), gpu_gib):
+        if fits(parts, gpu_gib):
             return f"First knob: {words}."
     return "No single knob mends it: use more cards and a smaller batch together."
 

@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import Config, total_steps
+from fr_core.config import F2C, Config, classes, total_steps
+from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
+from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
 
 POLL = 2.0  # seconds
@@ -41,25 +43,10 @@ def train(
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
-    if not config.data.path:
-        raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
     config = with_absolute_paths(config)
-    dataset = open_dataset(config.data.path)
-    plan = make_plan(config, dataset)
-    plan.lanes_of(0, workers)
-    if workers > dataset.manifest.identities:
-        raise UserError(f"{workers} workers for {dataset.manifest.identities} identities; use fewer workers")
-    if config.train.global_batch % (workers * config.train.accumulate):
-        raise UserError(
-            f"train.global_batch = {config.train.global_batch} is not a multiple of "
-            f"{workers} workers × train.accumulate = {config.train.accumulate}"
-        )
-    if config.verify.pairs and config.verify.images:
-        read_pairs(config.verify.pairs)
-        if not Path(config.verify.images).is_dir():
-            raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    plan = checked_plan(config, workers)
     if config.data.check_sha256:
-        dataset.check_sha256()
+        plan.dataset.check_sha256()
     if resume and not checkpoints(out):
         raise UserError(f"--resume: {out} holds no whole checkpoint; name the run with --out")
     if (out / "run.json").is_file() and not (resume or overwrite):
@@ -80,6 +67,37 @@ def train(
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)
+
+
+def checked_plan(config: Config, workers: int) -> Plan:
+    """The plan of a run that can be launched.
+
+    Raises:
+        UserError: bad data, pairs that cannot be read, or a number of workers, batch and centres that do not fit.
+    """
+    if not config.data.path:
+        raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
+    plan = make_plan(config, open_dataset(config.data.path))
+    plan.lanes_of(0, workers)
+    batch, identities = config.train.global_batch, plan.dataset.manifest.identities
+    if workers > identities:
+        raise UserError(f"{workers} workers for {identities} identities; use fewer workers")
+    if batch % (workers * config.train.accumulate):
+        raise UserError(
+            f"train.global_batch = {batch} is not a multiple of "
+            f"{workers} workers × train.accumulate = {config.train.accumulate}"
+        )
+    if isinstance(config.method, F2C) and batch % (4 * workers):
+        raise UserError(
+            f"f2c cuts a worker's batch into pairs and two halves: train.global_batch must be a multiple of "
+            f"{4 * workers}"
+        )
+    centres_of(config, classes(config, identities))
+    if config.verify.pairs and config.verify.images:
+        read_pairs(config.verify.pairs)
+        if not Path(config.verify.images).is_dir():
+            raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    return plan
 
 
 def with_absolute_paths(config: Config) -> Config:

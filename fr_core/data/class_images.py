@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from fr_core import rng
-from fr_core.data.decode import decode
+from fr_core.data.decode import decoded
 
 _LAST, _NEVER = 2.0, 3.0  # beyond every uniform number: the sample itself, and what is not in its chunk
 
@@ -39,7 +39,7 @@ class Pool:
         turns_P = columns["turns"].flatten().to_numpy()
         order_P = np.argsort(turns_P, kind="stable")
         return cls(
-            list(threads.map(decode, columns["images"].flatten().to_pylist(), chunksize=1)),
+            decoded(columns["images"].flatten().to_pylist(), threads),
             columns["sample_ids"].flatten().to_numpy(),
             np.repeat(chunks["label"].to_numpy().astype(np.int64), sizes),
             np.repeat(np.cumsum(sizes) - sizes, sizes),

@@ -63,6 +63,14 @@ def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_image
     return numbers.reshape(-1, class_images, _DRAWS)
 
 
+def decoded(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray]:
+    """Many images, in the pool's threads."""
+    parts = pool.map(
+        lambda start: [decode(jpeg) for jpeg in jpegs[start : start + _CHUNK]], range(0, len(jpegs), _CHUNK)
+    )
+    return [image for part in parts for image in part]
+
+
 def decode(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3], RGB. JPEG by libjpeg-turbo, anything else by OpenCV."""
     if data[:2] == b"\xff\xd8":

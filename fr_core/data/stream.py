@@ -59,8 +59,8 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
         )
     if wanted == "grouped" and (most := int(dataset.identity_counts().max())) <= class_images(config):
         raise UserError(
-            f"method.class_images = {class_images(config)}, but no identity of {dataset.root} has more than {most} "
-            "images: lower it"
+            f"{config.method.kind} takes {class_images(config)} other images of a person, but no identity of "
+            f"{dataset.root} has more than {most}: lower method.class_images"
         )
     data, train = config.data, config.train
     return Plan(dataset, config.seed, train.global_batch, lanes(config), data.shuffle_window)
@@ -83,35 +83,42 @@ def batches(
         UserError: a damaged shard, or a label that the manifest does not have (from ``next``).
     """
     plan.lanes_of(ranks.rank, ranks.size)  # refuse a wrong number of ranks before the first read
-    read = _flat_batches if plan.dataset.manifest.layout == "flat" else _grouped_batches
-    with ThreadPoolExecutor(DECODERS) as pool:
+    each = plan.global_batch // ranks.size
+    with ThreadPoolExecutor(DECODERS) as threads:
 
         def decoded() -> Iterator[Batch]:
-            for (epoch, _, _), table in zip(_blocks(plan, step, stop), blocks(plan, ranks, step, stop), strict=False):
-                _check_labels(plan, table)
-                yield from read(config, epoch, table, plan.global_batch // ranks.size, pool)
+            tables = zip(_blocks(plan, step, stop), blocks(plan, ranks, step, stop), strict=False)
+            known = ((epoch, _with_known_labels(plan, table)) for (epoch, _, _), table in tables)
+            if plan.dataset.manifest.layout == "flat":
+                for epoch, rows in known:
+                    yield from _flat_batches(config, epoch, rows, each, threads)
+                return
+            with closing(ahead(((epoch, Pool.of(chunks, threads)) for epoch, chunks in known), 1)) as pools:
+                for epoch, pool in pools:
+                    yield from _grouped_batches(config, epoch, pool, each, threads)
 
         with closing(ahead(decoded(), DECODED_AHEAD)) as stream:
             yield from itertools.islice(stream, stop - step)
 
 
-def _flat_batches(config: Config, epoch: int, rows: pa.Table, batch: int, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+def _flat_batches(
+    config: Config, epoch: int, rows: pa.Table, batch: int, threads: ThreadPoolExecutor
+) -> Iterator[Batch]:
     size, augment = config.net.input_size, config.data.augment
     for start in range(0, rows.num_rows, batch):
         step = rows.slice(start, batch)
         ids = step["sample_id"].to_numpy()
         labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
         numbers = draws(config.seed, epoch, ids)
-        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, pool, fields)
+        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields)
         none = torch.empty((len(ids), 0, size, size, 3), dtype=torch.uint8)
         yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
 
 
 def _grouped_batches(
-    config: Config, epoch: int, chunks: pa.Table, batch: int, threads: ThreadPoolExecutor
+    config: Config, epoch: int, pool: Pool, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
     size, augment, count = config.net.input_size, config.data.augment, class_images(config)
-    pool = Pool.of(chunks, threads)
     for start in range(0, len(pool.order_Q), batch):
         own_B = pool.order_Q[start : start + batch]
         other_BK = pool.class_images(own_B, count, config.seed, epoch)
@@ -136,7 +143,7 @@ def _classes(config: Config, epoch: int, ids_B: np.ndarray, labels_B: np.ndarray
     return labels_B * count + variant_B, fields
 
 
-def _check_labels(plan: Plan, table: pa.Table) -> None:
+def _with_known_labels(plan: Plan, table: pa.Table) -> pa.Table:
     labels, classes = table["label"].to_numpy(), plan.dataset.manifest.identities
     if labels.min() < 0 or labels.max() >= classes:
         wrong = int(np.argmax((labels < 0) | (labels >= classes)))
@@ -145,6 +152,7 @@ def _check_labels(plan: Plan, table: pa.Table) -> None:
             f"{plan.dataset.root}: sample {sample} has label {labels[wrong]}, "
             f"outside the manifest's {classes} identities; ingest again"
         )
+    return table
 
 
 def blocks_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:

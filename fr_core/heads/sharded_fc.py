@@ -49,7 +49,7 @@ class ShardedFC(nn.Module):
         generator = torch.Generator().manual_seed(rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank))
         priority = torch.rand(rows, generator=generator).to(labels_G.device)
         priority[own] = 2.0
-        count = max(int(self.sample_rate * rows), len(own), 1)
+        count = max(int(self.sample_rate * rows + 1e-9), len(own), 1)
         return priority.topk(count).indices.sort().values
 
     def forward(

@@ -42,9 +42,8 @@ class Anchors(nn.Module):
             unit_BD = F.normalize(x_BD.float())
             labels_I, identity_G = labels_G.unique(return_inverse=True)
             taken_I, borrowed_I = self.take(labels_I)
-            sums_ID = torch.zeros(len(labels_I), x_GD.shape[1], device=x_GD.device)
-            sums_ID.index_add_(0, identity_G, F.normalize(x_GD.detach().float()))
-            centres_ID = F.normalize(sums_ID)
+            member_IG = (torch.arange(len(labels_I), device=x_GD.device)[:, None] == identity_G).float()
+            centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))  # in one order on all ranks
             before_ID = self.anchors_MD[taken_I]
             self.anchors_MD[taken_I] = centres_ID.to(self.anchors_MD.dtype)
             own_B = torch.searchsorted(labels_I, labels_B)

@@ -186,6 +186,8 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
         "train.ema on": (config.train.ema > 0, then["train"]["ema"] > 0),
         "data.lanes": (lanes(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, then["data"]["shuffle_window"]),
+        "data.variants": (config.data.variants, then["data"].get("variants", 1)),
+        "data.variant_strength": (config.data.variant_strength, then["data"].get("variant_strength")),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
     }

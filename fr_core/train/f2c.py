@@ -10,7 +10,6 @@ from torch import Tensor
 from fr_core import rng
 from fr_core.config import F2C, Config
 from fr_core.data.stream import Batch
-from fr_core.errors import UserError
 from fr_core.heads.attfc import follow, generative_centres
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
@@ -24,19 +23,12 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
     takes x for the loss of y. The loss is the mean over all faces of both.
 
-    Departure from the paper: its identity loader draws identities uniformly, ours images.
+    Departures from the paper: its identity loader draws identities uniformly, ours images; either net sees x and y
+    as one batch.
 
     Returns:
         lr, and those of :func:`fr_core.train.state.update`.
-
-    Raises:
-        UserError: a rank's share of the batch is no multiple of 4.
     """
-    if len(batch.labels_B) % 4:
-        raise UserError(
-            f"f2c cuts a worker's {len(batch.labels_B)} images into pairs and two halves: train.global_batch must be "
-            f"a multiple of {4 * ranks.size}"
-        )
     x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
     images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
     torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, ranks.rank))
@@ -55,7 +47,10 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     state.head.put(ranks.gather(gallery_x), all_x)
     loss = (loss + state.head(probe_y, y_labels)) / (2 * ranks.size)
     (loss * state.loss_scale).backward()
-    return update(config, state, ranks.sum_(loss.detach().clone()), ranks) | {"lr": rate}
+    total = ranks.sum_(loss.detach().clone())
+    if not total.isfinite():  # the step will be dropped
+        state.head.restore(before)
+    return update(config, state, total, ranks) | {"lr": rate}
 
 
 def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -166,6 +166,7 @@ def finish(
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
         save_checkpoint(config, state, out, ranks)
+    peak = peak_memory(state.device)
     result = verify(config, state, ranks, tracker)
     manifest = state.plan.dataset.manifest
     figures = {
@@ -175,7 +176,7 @@ def finish(
         "images": manifest.images,
         "workers": ranks.size,
         "seconds": seconds,
-        "peak_memory_mib": peak_memory(state.device) / 2**20,  # of rank 0: its card, or its process
+        "peak_memory_mib": peak / 2**20,  # of rank 0 in training: its card, or its process
         "classes_mib": sum(tensor.nbytes for tensor in state.head.state_dict().values()) / 2**20,  # of rank 0
     }
     if result:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import DCQ, F2C, AdamW, AttFC, BigFace, Config, Net, VirtualFC, class_images
-from fr_core.heads.attfc import queue_slots
+from fr_core.config import DCQ, F2C, AdamW, AttFC, BigFace, Config, Net, VirtualFC, class_images, classes
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.open import Backbone, build_net
 from fr_core.ranks import Ranks
+from fr_core.train.state import centres_of
 
 FLOAT = 4  # bytes
 GPU = torch.device("cuda")
@@ -28,6 +28,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     ``activations`` with the larger of ``tile`` and ``encoder_features`` live in the backward pass, ``update`` (the
     optimisers' temporaries) after it: the larger of the two counts.
     """
+    rows = classes(config, identities)
     images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained_images, encoded_images = step_images(config)
@@ -35,9 +36,9 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     moments = 2 if isinstance(config.optim, AdamW) else 1
     method = config.method
     if isinstance(method, BigFace):
-        head = matrix_bytes(config, method, identities, gpus)
+        head = matrix_bytes(config, method, rows, gpus)
     else:
-        head = centre_bytes(config, method, identities, images // gpus)
+        head = centre_bytes(config, method, rows, images // gpus)
     parts = {
         "backbone": trained * (2 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, buckets, average
         "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
@@ -68,10 +69,10 @@ def step_images(config: Config) -> tuple[int, int]:
             return images, 0
 
 
-def matrix_bytes(config: Config, method: BigFace, identities: int, gpus: int) -> dict[str, int]:
+def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
     """Of rank 0's rows of the class matrix and what a step needs for them."""
     embedding = config.net.embedding
-    lo, hi = Ranks(0, gpus).split(identities)
+    lo, hi = Ranks(0, gpus).split(classes)
     sampled = max(1, int(method.sample_rate * (hi - lo)))
     micro = config.train.global_batch // config.train.accumulate
     fused, sparse = method.update == "fused", method.sample_rate < 1
@@ -88,20 +89,12 @@ def matrix_bytes(config: Config, method: BigFace, identities: int, gpus: int) ->
     }
 
 
-def centre_bytes(config: Config, method: AttFC | DCQ | F2C | VirtualFC, identities: int, faces: int) -> dict[str, int]:
+def centre_bytes(config: Config, method: AttFC | DCQ | F2C | VirtualFC, classes: int, faces: int) -> dict[str, int]:
     """Of the centres that stand for a class matrix; every rank holds all of them."""
     embedding = config.net.embedding
     precision = config.train.precision if method.precision == "auto" else method.precision
     each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
-    match method:
-        case AttFC():
-            centres, copies = queue_slots(method.size_ratio * identities, config.train.global_batch), 1
-        case DCQ():
-            centres, copies = queue_slots(method.queue_size, config.train.global_batch), 1
-        case F2C():
-            centres, copies = method.pool_size, 4  # two layers, and a snapshot of them
-        case VirtualFC():
-            centres, copies = method.anchors, 1
+    centres, copies = centres_of(config, classes), 4 if isinstance(method, F2C) else 1  # two layers and a snapshot
     tile = min(method.tile or tile_size(faces, embedding, GPU), centres)
     operands = 0 if each == FLOAT * embedding else 2 * tile * faces
     return {

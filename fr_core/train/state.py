@@ -16,6 +16,7 @@ from fr_core import rng
 from fr_core.config import DCQ, F2C, AttFC, BigFace, Config, VirtualFC, classes, total_steps
 from fr_core.data.plan import Plan
 from fr_core.device import multiplies_bfloat16
+from fr_core.errors import UserError
 from fr_core.heads.attfc import queue_slots
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.f2c import ClassPool
@@ -76,7 +77,10 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
     if isinstance(config.method, AttFC | DCQ | F2C):
-        state.encoder = copy.deepcopy(backbone).requires_grad_(False).train()
+        state.encoder = copy.deepcopy(backbone).requires_grad_(False)
+        for module in state.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # training mode is for its batch norm
         state.ships_encoder = isinstance(config.method, DCQ)
     if config.train.precision == "float16":
         state.loss_scale = FIRST_LOSS_SCALE
@@ -87,7 +91,7 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     """What stands for the classes: this rank's rows of the class matrix, or all ranks' common centres.
 
     Raises:
-        UserError: a queue of fewer slots than the batch.
+        UserError: fewer centres than a batch needs.
     """
     method, embedding, seed = config.method, config.net.embedding, config.seed
     if isinstance(method, BigFace):
@@ -95,16 +99,41 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     precision = autocast_precision(config, device) if method.precision == "auto" else getattr(torch, method.precision)
     precision = torch.float32 if precision == torch.float16 else precision
     softmax = Softmax(method.margin, precision=precision, tile=method.tile)
-    batch = config.train.global_batch
+    centres = centres_of(config, classes)
     match method:
-        case AttFC():
-            return ClassQueue(queue_slots(method.size_ratio * classes, batch), embedding, softmax, seed)
-        case DCQ():
-            return ClassQueue(queue_slots(method.queue_size, batch), embedding, softmax, seed)
+        case AttFC() | DCQ():
+            return ClassQueue(centres, embedding, softmax, seed)
         case F2C():
-            return ClassPool(method.pool_size, embedding, softmax, seed)
+            return ClassPool(centres, embedding, softmax, seed)
         case VirtualFC():
-            return Anchors(method.anchors, embedding, softmax, seed)
+            return Anchors(centres, embedding, softmax, seed)
+
+
+def centres_of(config: Config, classes: int) -> int:
+    """How many centres stand for the classes; 0 where a class matrix does.
+
+    Raises:
+        UserError: fewer than a batch needs.
+    """
+    batch = config.train.global_batch
+    match config.method:
+        case AttFC() as method:
+            return queue_slots(method.size_ratio * classes, batch)
+        case DCQ() as method:
+            return queue_slots(method.queue_size, batch)
+        case F2C() as method:
+            if method.pool_size < 3 * batch // 4:
+                raise UserError(
+                    f"method.pool_size = {method.pool_size} cannot hold the {3 * batch // 4} faces that a batch of "
+                    f"{batch} writes: raise it"
+                )
+            return method.pool_size
+        case VirtualFC() as method:
+            if method.anchors < batch:
+                raise UserError(f"method.anchors = {method.anchors} is less than a batch of {batch}: raise it")
+            return method.anchors
+        case _:
+            return 0
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -148,8 +177,14 @@ def begin_step(config: Config, state: TrainState) -> float:
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
-    state.buffers = [buffer.clone() for buffer in state.backbone.buffers()]
+    state.buffers = [buffer.clone() for buffer in statistics(state)]
     return state.optimizers["backbone"].param_groups[0]["lr"]
+
+
+def statistics(state: TrainState) -> list[Tensor]:
+    """What batch norm has gathered, of the backbone and of a momentum encoder."""
+    nets = [state.backbone, *([state.encoder] if state.encoder is not None else [])]
+    return [buffer for net in nets for buffer in net.buffers()]
 
 
 def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dict[str, float]:
@@ -184,7 +219,7 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
         state.bad_steps += 1
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
-        for buffer, before in zip(state.backbone.buffers(), state.buffers, strict=True):
+        for buffer, before in zip(statistics(state), state.buffers, strict=True):
             buffer.copy_(before)
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)

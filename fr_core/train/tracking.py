@@ -5,6 +5,7 @@ MLflow run, whose id its checkpoints and ``run.json`` carry.
 """
 
 import csv
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -151,15 +152,20 @@ class Comparison:
     """The MLflow run that a comparison's runs are shown under; the same results file goes on with the same one."""
 
     def __init__(self, tracking: Tracking, results: Path) -> None:
-        self.uri = tracking.uri or f"sqlite:///{results.resolve().parent}/mlflow.db"
-        self.client, experiment = open_mlflow(tracking, results.resolve().parent)
-        key = str(results.resolve())
-        found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
-        run = (
-            found[0] if found else self.client.create_run(experiment, run_name=results.stem, tags={COMPARISON_TAG: key})
-        )
-        self.run_id: str = run.info.run_id
-        self.client.update_run(self.run_id, status="RUNNING")
+        from mlflow.exceptions import MlflowException
+
+        folder = results.resolve().parent
+        self.uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
+        key = hashlib.sha256(str(results.resolve()).encode()).hexdigest()
+        try:
+            self.client, experiment = open_mlflow(tracking, folder)
+            found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
+            tags = {COMPARISON_TAG: key}
+            run = found[0] if found else self.client.create_run(experiment, run_name=results.stem, tags=tags)
+            self.run_id: str = run.info.run_id
+            self.client.update_run(self.run_id, status="RUNNING")
+        except MlflowException as error:
+            raise UserError(f"tracking.uri = {self.uri}: {str(error).splitlines()[0]}") from None
 
     def close(self, table: str) -> None:
         """Records the table as it stands, in Markdown."""

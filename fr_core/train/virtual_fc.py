@@ -15,7 +15,10 @@ from fr_core.train.state import TrainState, autocast, begin_step, update
 
 
 def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch. Its class images are trained on too: that balances the identities.
+    """Trains on one global batch, and on its class images.
+
+    Departure from the paper: its batches hold equally many images of identities drawn uniformly; here images are
+    drawn uniformly, and each brings its class images.
 
     Returns:
         lr, and those of :func:`fr_core.train.state.update`.

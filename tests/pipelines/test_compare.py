@@ -6,6 +6,7 @@ import pytest
 from fr_core.config import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
+from fr_core.train.state import centres_of
 from pipelines.compare import PUBLISHED, heads, markdown, named_settings, summary
 from pipelines.demo import write_pairs
 from tests.pipelines.test_cli import bigface
@@ -65,7 +66,7 @@ def test_summary_by_hand():
 
 def test_every_head_of_the_papers_tables_is_a_valid_run():
     config = load_config("demo", ["train.epochs=3"])
-    tables = heads(config, 80_000, 10_000, "flat", "grouped", centres=500, scale=32)
+    tables = heads(config, 1800, 10_177, "flat", "grouped", centres=512, scale=32)
     assert [len(group) for group in tables.values()] == [4, 4, 3, 5]
     for group in tables.values():
         for name, overrides in group.items():
@@ -75,10 +76,12 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
             assert PUBLISHED.get(name) or PUBLISHED[name.split()[0]]
     equal = tables["5: equal centres"]
     methods = [load_config("demo", overrides).method for overrides in equal.values()]
-    assert methods[0].sample_rate == methods[4].size_ratio == 0.05
-    assert (methods[1].anchors, methods[2].queue_size, methods[3].pool_size) == (500, 500, 500)
-    virtual = load_config("demo", equal["VFC 500"])
-    assert (virtual.train.global_batch, virtual.train.max_steps) == (64, 80_000 // 128 * 3)
+    assert methods[0].sample_rate == methods[4].size_ratio == 512 / 10_177
+    assert [centres_of(load_config("demo", overrides), 10_177) for overrides in equal.values()] == [0, *[512] * 4]
+    virtual = load_config("demo", equal["VFC 512"])
+    assert (virtual.train.global_batch, virtual.train.max_steps, virtual.schedule.warmup_epochs) == (64, 1800, 0.25)
+    with pytest.raises(UserError, match="centres 500 must be a multiple"):
+        heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32)
 
 
 def test_named_settings():

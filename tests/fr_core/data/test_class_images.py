@@ -80,7 +80,9 @@ def test_a_sample_alone_is_its_own_class_image_under_another_flip(tmp_path):
     root = write_dataset(tmp_path / "shards", 60, 60, layout="grouped")
     dataset = open_dataset(root)
     assert dataset.identity_counts().max() == 1
-    with pytest.raises(UserError, match=r"method.class_images = 2, but no identity of .* has more than 1 images"):
+    with pytest.raises(
+        UserError, match=r"takes 2 other images of a person, but no identity of .* has more than 1: lower"
+    ):
         make_plan(config_of(root, "train.global_batch=8"), dataset)
     config = config_of(root, "train.global_batch=8", "data.augment.flip=0.5")
     plan = make_plan(config.model_copy(update={"method": load_config("debug_bigface").method}), relaid(dataset))
@@ -100,12 +102,13 @@ def relaid(dataset):
     return type(dataset)(dataset.root, dataset.manifest.model_copy(update={"layout": "flat"}))
 
 
-def test_batches_are_well_mixed(tmp_path):
-    """128 samples of 2,000 identities, in chunks of up to 32 images of one."""
-    root = write_dataset(tmp_path / "shards", 12_000, 2000, size=8, per_shard=3000, layout="grouped")
-    config = load_config("debug_attfc", [f"data.path={root}", "train.global_batch=128", "data.shuffle_window=8192"])
-    found = [len(batch.labels_B.unique()) for batch in batches_of(config, Ranks(), 60, 66)]
-    assert min(found) >= 100
+@pytest.mark.parametrize(("images", "people", "batch"), [(12_000, 2000, 128), (30_000, 1500, 384)])
+def test_batches_are_well_mixed(tmp_path, images, people, batch):
+    """At least 100 of 128 samples are of different people; those of 20 images each make whole chunks."""
+    root = write_dataset(tmp_path / "shards", images, people, size=8, per_shard=3000, layout="grouped")
+    config = load_config("debug_attfc", [f"data.path={root}", f"train.global_batch={batch}"])
+    found = [len(batch.labels_B.unique()) for batch in batches_of(config, Ranks(), 30, 34)]
+    assert min(found) >= batch * 100 // 128
 
 
 def test_mistakes_name_the_mend(grouped, dataset, tmp_path):

@@ -14,7 +14,7 @@ from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import checkpoints
 from fr_core.train.f2c import sides
-from fr_core.train.state import initial_state
+from fr_core.train.state import initial_state, statistics
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import losses, run
 
@@ -119,15 +119,46 @@ def test_f2c_pairs_and_instances(grouped):
     assert torch.equal(y[~pairs], batch.images_BHWC[3::4])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_step_leaves_no_trace(grouped, method):
+    """Infinite weights in the last layer: loss, centres and statistics are not finite."""
+    state, stream = begun(config_of(grouped, method), Ranks())
+    config = config_of(grouped, method)
+    loop.step(config, state, next(stream), Ranks())
+    kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    kept = {name: value.clone() for name, value in kept.items()}
+    nets = [net for net in (state.backbone, state.encoder) if net is not None]
+    with torch.no_grad():
+        for net in nets:
+            net.conv1.weight.fill_(torch.inf)
+    loop.step(config, state, next(stream), Ranks())
+    stream.close()
+    assert state.bad_steps == 1
+    found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    assert all(torch.equal(value, found[name]) for name, value in kept.items())
+
+
+def test_another_number_of_variants_is_another_run(grouped, tmp_path):
+    run(config_of(grouped, "attfc", "data.variants=2", "train.max_steps=2", "train.save_every=1"), tmp_path)
+    with pytest.raises(UserError, match=r"data.variants differs: 2 there, 3 now"):
+        run(config_of(grouped, "attfc", "data.variants=3", "train.max_steps=4"), tmp_path)
+
+
 def test_mistakes(grouped):
     with pytest.raises(UserError, match="cannot hold a batch of 32"):
         begun(config_of(grouped, "attfc", "method.size_ratio=0.3"), Ranks())
-    with pytest.raises(UserError, match=r"method.class_images = 16, but no identity"):
+    with pytest.raises(UserError, match=r"takes 16 other images of a person, but no identity"):
         begun(config_of(grouped, "attfc", "method.class_images=16"), Ranks())
     with pytest.raises(UserError, match="the whole batch's centres in the queue first"):
         config_of(grouped, "attfc", "train.accumulate=2")
     with pytest.raises(UserError, match="writes its centres once per batch"):
         config_of(grouped, "f2c", "train.accumulate=2")
+    with pytest.raises(UserError, match="cannot hold the 24 faces that a batch of 32 writes"):
+        begun(config_of(grouped, "f2c", "method.pool_size=20"), Ranks())
+    with pytest.raises(UserError, match=r"method.anchors = 20 is less than a batch of 32"):
+        begun(config_of(grouped, "virtual_fc", "method.anchors=20"), Ranks())
+    with pytest.raises(UserError, match="dcq ships its key encoder"):
+        config_of(grouped, "dcq", "train.ema=0.9")
     with pytest.raises(UserError, match='"prototypes" is for a class matrix; dcq has none'):
         config_of(grouped, "dcq", "init.head=prototypes", "init.backbone=x")
 
