@@ -303,7 +303,7 @@ def _serve(questions: Connection, problem: Head | Queue, identities: int) -> Non
     else:
         use_processor(problem.threads)
     stepper = _head_stepper if isinstance(problem, Head) else _queue_stepper
-    small = replace(problem, slots=WARM_ROWS) if isinstance(problem, Queue) else problem
+    small = replace(problem, slots=max(WARM_ROWS, problem.batch)) if isinstance(problem, Queue) else problem
     stepper(small, WARM_ROWS)()
     base = peak_memory(CPU)
     step = stepper(problem, identities)

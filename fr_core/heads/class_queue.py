@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core import rng
-from fr_core.heads.streamed import Softmax, fixed_centres_softmax, same_label
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres, same_label
 
 NOBODY = -1  # the label of a slot that holds a random centre
 
@@ -25,9 +25,8 @@ class ClassQueue(nn.Module):
     def __init__(self, slots: int, embedding: int, softmax: Softmax, seed: int) -> None:
         super().__init__()
         self.softmax = softmax
-        generator = torch.Generator().manual_seed(rng.torch_seed(seed, "class queue"))
-        centres_SD = F.normalize(torch.randn(slots, embedding, generator=generator))
-        self.register_buffer("centres_SD", centres_SD.to(softmax.precision))
+        first = rng.torch_seed(seed, "class queue")
+        self.register_buffer("centres_SD", random_centres(slots, embedding, softmax.precision, first))
         self.register_buffer("labels_S", torch.full((slots,), NOBODY))
 
     @torch.no_grad()

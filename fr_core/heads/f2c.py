@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core import rng
-from fr_core.heads.streamed import Softmax, fixed_centres_softmax
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 HARD_SHARE, HARD_FEWEST, HARD_MOST = 2e-4, 3, 10  # centres that a face without a class is pushed away from
 
@@ -35,8 +35,7 @@ class ClassPool(nn.Module):
     def __init__(self, slots: int, embedding: int, softmax: Softmax, seed: int) -> None:
         super().__init__()
         self.softmax = softmax
-        generator = torch.Generator().manual_seed(rng.torch_seed(seed, "class pool"))
-        centres_QD = F.normalize(torch.randn(slots, embedding, generator=generator)).to(softmax.precision)
+        centres_QD = random_centres(slots, embedding, softmax.precision, rng.torch_seed(seed, "class pool"))
         self.register_buffer("first_QD", centres_QD)
         self.register_buffer("latest_QD", centres_QD.clone())
         self.slots: OrderedDict[int, Slot] = OrderedDict()  # by label, the least recently used first

@@ -98,6 +98,13 @@ def fixed_centres_softmax(
     return _FixedCentresSoftmax.apply(unit_GD, positive_GD, centres_SD, excluded, softmax)
 
 
+def random_centres(count: int, embedding: int, precision: torch.dtype, seed: int) -> Tensor:
+    """Centres of length 1 in random directions [count, D]; drawn in place, as there may be millions."""
+    centres_SD = torch.randn(count, embedding, generator=torch.Generator().manual_seed(seed))
+    centres_SD /= torch.linalg.vector_norm(centres_SD, dim=1, keepdim=True)
+    return centres_SD.to(precision)
+
+
 def same_label(labels_G: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
     """Where a face and a centre have one label: int64 faces [P] and columns [P], sorted by column.
 

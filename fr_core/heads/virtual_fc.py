@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.errors import UserError
-from fr_core.heads.streamed import Softmax, fixed_centres_softmax
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 
 class Anchors(nn.Module):
@@ -24,9 +24,8 @@ class Anchors(nn.Module):
     def __init__(self, anchors: int, embedding: int, softmax: Softmax, seed: int) -> None:
         super().__init__()
         self.softmax = softmax
-        generator = torch.Generator().manual_seed(rng.torch_seed(seed, "anchors"))
-        anchors_MD = F.normalize(torch.randn(anchors, embedding, generator=generator))
-        self.register_buffer("anchors_MD", anchors_MD.to(softmax.precision))
+        first = rng.torch_seed(seed, "anchors")
+        self.register_buffer("anchors_MD", random_centres(anchors, embedding, softmax.precision, first))
 
     def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> Tensor:
         """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs.
