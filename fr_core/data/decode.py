@@ -4,7 +4,8 @@ Every random choice is drawn from (seed, epoch, sample id), so an image looks th
 decodes it. Legend: B batch, H W pixels.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -40,13 +41,17 @@ def augmented_batch(
         uint8 [B, size, size, 3], RGB.
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
+    warped = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(images))):
-            image = images[i]
-            image = decode(image) if isinstance(image, bytes) else image
-            field = None if fields_BFF2 is None else fields_BFF2[i]
-            out[i] = augmented(image, draws_BU[i], size, augment, field)
+        part = slice(start, start + _CHUNK)
+        rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
+        shapes = [row.shape[:2] for row in rows]
+        matrices: Iterable[Any] = itertools.repeat(None)
+        if warped or set(shapes) != {(size, size)}:
+            matrices = _random_warps(np.array(shapes), draws_BU[part], size, augment)
+        for i, image, matrix, u in zip(itertools.count(start), rows, matrices, draws_BU[part].tolist(), strict=False):
+            _augment(out[i], image, matrix, u, augment, None if fields_BFF2 is None else fields_BFF2[i])
 
     list(pool.map(fill, range(0, len(images), _CHUNK)))
     return out
@@ -82,70 +87,86 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     """The image at the net's input size: training's warp without its random part. uint8 [size, size, 3]."""
     if image.shape[:2] == (size, size):
         return image
-    return cv2.warpAffine(image, _warp(image.shape, size), (size, size), flags=cv2.INTER_LINEAR)
+    (matrix,) = _warps(np.array([image.shape[:2]]), size)
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
 
 
 _DRAWS = 19
 
 
-def augmented(
-    image: np.ndarray, u: np.ndarray, size: int, augment: Augment, field: np.ndarray | None = None
-) -> np.ndarray:
-    """One image changed as ``augment`` allows and the uniform draws ``u`` [19] decide; resized to [size, size, 3]."""
-    signed = 2 * u - 1
-    flip = bool(u[0] < augment.flip)
+def _augment(
+    out: np.ndarray,
+    image: np.ndarray,
+    matrix: np.ndarray | None,
+    u: list[float],
+    augment: Augment,
+    field: np.ndarray | None,
+) -> None:
+    """Writes one image into ``out`` [size, size, 3], changed as ``augment`` allows and the draws ``u`` [19] decide.
+
+    Args:
+        matrix: its warp, or None where nothing but a flip may happen to an image of the right size.
+    """
+    size = len(out)
     if u[14] < augment.blur:
         image = _blurred(image, 1 + 2 * u[15])
-    matrix = _warp(
-        image.shape,
-        size,
-        flip=flip,
-        shift=(augment.shift * signed[1], augment.shift * signed[2]),
-        zoom=(1 + augment.scale) ** signed[3],
-        degrees=augment.rotate * signed[4],
-    )
-    if field is not None:
-        image = _displaced(image, matrix, size, field)
-    elif image.shape[:2] == (size, size) and not (augment.shift or augment.scale or augment.rotate):
-        image = np.array(image[:, ::-1] if flip else image)  # what the warp would give, sooner
+    if matrix is None:
+        if u[0] < augment.flip:
+            cv2.flip(image, 1, out)
+        else:
+            out[:] = image
+    elif field is not None:
+        _displace(out, image, matrix, field)
     else:
-        image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        cv2.warpAffine(image, matrix, (size, size), out, cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
     if u[5] < augment.grey:
-        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, out)
     if augment.light or augment.colour:
-        image = _lit(image, augment.light * signed[6], augment.light * signed[7], augment.colour * signed[8:11])
+        _light(out, augment, 2 * np.array(u[6:11]) - 1)
     if u[11] < augment.erase:
-        image = _erased(image, augment.erase_area * u[12], 2.0 ** signed[13], u[16], u[17], u[18])
-    return image
+        _erase(out, augment.erase_area * u[12], 2.0 ** (2 * u[13] - 1), u[16], u[17], u[18])
 
 
-def _warp(
-    shape: tuple[int, ...],
-    size: int,
-    flip: bool = False,
-    shift: tuple[float, float] = (0.0, 0.0),
-    zoom: float = 1.0,
-    degrees: float = 0.0,
+def _random_warps(shapes_B2: np.ndarray, draws_BU: np.ndarray, size: int, augment: Augment) -> np.ndarray:
+    """The warps that the draws decide: float64 [B, 2, 3]."""
+    signed = 2 * draws_BU - 1
+    return _warps(
+        shapes_B2,
+        size,
+        flip=draws_BU[:, 0] < augment.flip,
+        shift=augment.shift * signed[:, 1:3],
+        zoom=(1 + augment.scale) ** signed[:, 3],
+        degrees=augment.rotate * signed[:, 4],
+    )
+
+
+def _warps(
+    shapes_B2: np.ndarray, size: int, flip: Any = False, shift: Any = 0.0, zoom: Any = 1.0, degrees: Any = 0.0
 ) -> np.ndarray:
-    """The affine map from source to net pixels, about the centres of both: float64 [2, 3]."""
-    scale = zoom * size / max(shape[:2])
-    angle = np.deg2rad(degrees)
-    a, b = scale * np.cos(angle), scale * np.sin(angle)
-    linear = np.array([[-a, b], [b, a]]) if flip else np.array([[a, -b], [b, a]])
-    centre = (np.array(shape[1::-1]) - 1) / 2
-    target = (size - 1) / 2 + size * np.array(shift)
-    return np.column_stack([linear, target - linear @ centre])
+    """The affine maps from source to net pixels, about the centres of both: float64 [B, 2, 3].
+
+    Args:
+        shapes_B2: heights and widths of the sources.
+        flip, zoom, degrees: one for all, or [B].
+        shift: one for all, or [B, 2], as a share of the side.
+    """
+    scale = zoom * size / shapes_B2.max(1)
+    a, b, sign = scale * np.cos(np.deg2rad(degrees)), scale * np.sin(np.deg2rad(degrees)), np.where(flip, -1, 1)
+    linear = np.stack([sign * a, -sign * b, b, a], 1).reshape(-1, 2, 2)
+    centre = (shapes_B2[:, ::-1, None] - 1) / 2
+    target = np.broadcast_to((size - 1) / 2 + size * np.asarray(shift), shapes_B2.shape)
+    return np.concatenate([linear, target[:, :, None] - linear @ centre], 2)
 
 
-def _displaced(image: np.ndarray, matrix: np.ndarray, size: int, field: np.ndarray) -> np.ndarray:
+def _displace(out: np.ndarray, image: np.ndarray, matrix: np.ndarray, field: np.ndarray) -> None:
     """The warp by ``matrix``, its sources displaced by a field [F, F, 2] that lies over the image."""
-    side = max(image.shape[:2])
+    side, size = max(image.shape[:2]), len(out)
     shrunk = matrix @ np.diag([side / len(field), side / len(field), 1.0])  # from the field's pixels to the net's
     shrunk[:, 2] += matrix[:, :2] @ np.full(2, (side / len(field) - 1) / 2)
     moved = cv2.warpAffine(field, shrunk, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     moved = side * moved + cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
     both: Any = None  # no second map: x and y are in the first
-    return cv2.remap(image, moved, both, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    cv2.remap(image, moved, both, cv2.INTER_LINEAR, out, cv2.BORDER_REFLECT_101)
 
 
 @lru_cache(maxsize=4)
@@ -155,12 +176,12 @@ def _pixels(size: int) -> np.ndarray:
     return np.stack(np.meshgrid(axis, axis), 2)
 
 
-def _lit(image: np.ndarray, brightness: float, contrast: float, gains: np.ndarray) -> np.ndarray:
+def _light(image: np.ndarray, augment: Augment, signed: np.ndarray) -> None:
     """Contrast about the mean, brightness and a gain per channel, as one table look-up of 256 × 3 entries."""
     mean = image.mean()
-    levels = (np.arange(256.0)[:, None] - mean) * (1 + contrast) + mean
-    table = np.clip(levels * (1 + brightness) * (1 + gains), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table[None])
+    levels = (np.arange(256.0)[:, None] - mean) * (1 + augment.light * signed[1]) + mean
+    gains = (1 + augment.light * signed[0]) * (1 + augment.colour * signed[2:])
+    cv2.LUT(image, np.clip(levels * gains, 0, 255).astype(np.uint8)[None], image)
 
 
 def _blurred(image: np.ndarray, factor: float) -> np.ndarray:
@@ -169,11 +190,10 @@ def _blurred(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _erased(image: np.ndarray, area: float, aspect: float, x: float, y: float, grey: float) -> np.ndarray:
+def _erase(image: np.ndarray, area: float, aspect: float, x: float, y: float, grey: float) -> None:
     """Overwrites one rectangle of ``area`` (share of the image) and ``aspect`` with a grey level."""
     size = image.shape[0]
     width = min(size, max(1, round(size * np.sqrt(area * aspect))))
     height = min(size, max(1, round(size * np.sqrt(area / aspect))))
     left, top = round(x * (size - width)), round(y * (size - height))
     image[top : top + height, left : left + width] = round(255 * grey)
-    return image
