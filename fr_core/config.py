@@ -46,7 +46,7 @@ class Augment(Section):
 
 class Data(Section):
     path: str = ""  # folder of shards, as `bigface ingest` leaves it
-    lanes: Annotated[int, Field(ge=1)] | None = None  # None: the largest divisor of the global batch up to 64
+    lanes: Annotated[int, Field(ge=1)] | None = None  # None: the batch's largest divisor to 64; with class images, 16
     shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
     check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
     augment: Augment = Augment()
@@ -342,9 +342,12 @@ class Config(Section):
 
 
 def lanes(config: Config) -> int:
-    """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64."""
-    batch = config.train.global_batch
-    return config.data.lanes or max(n for n in range(1, min(MAX_LANES, batch) + 1) if batch % n == 0)
+    """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64.
+
+    With class images to 16: at the ends of a lane's window, chunks are decoded of which a part is not needed yet.
+    """
+    batch, most = config.train.global_batch, MAX_LANES if class_images(config) == 0 else MAX_LANES // 4
+    return config.data.lanes or max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
 
 
 def classes(config: Config, identities: int) -> int:

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 def default_device() -> torch.device:
@@ -24,14 +24,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def use_processor(threads: int) -> None:
     """PyTorch's threads in this process (Ray's workers start with one), and memory that is kept between steps.
 
-    glibc returns large blocks to the kernel and faults every page in again: on CPUs a third of a step's time.
+    glibc returns large blocks to the kernel, at once or from the small heaps that it gives to threads, and faults every
+    page in again: on CPUs a third of a step's time.
     """
     torch.set_num_threads(max(1, threads))
     if sys.platform == "linux" and not torch.cuda.is_available():
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-                libc.mallopt(option, 2**31 - 1)
+            for option, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+                libc.mallopt(option, value)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -372,7 +372,7 @@ def bench_attfc(
     if (flat is None) != (grouped is None):
         raise UserError("the data path needs both --flat and --grouped")
     if flat and grouped:
-        figures |= bench_grouped(str(flat), str(grouped), 2)
+        figures |= bench_grouped(str(flat), str(grouped), 4)
     show("bench attfc", figures, json)
 
 
