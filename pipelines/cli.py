@@ -242,6 +242,9 @@ def compare_heads(
     results: Results,
     centres: Annotated[int, typer.Option(min=2, help="Of every method in table 5.")] = 512,
     scale: Annotated[float, typer.Option(min=1, help="Of every margin.")] = 64,
+    momentum: Annotated[
+        float, typer.Option(min=0, max=0.9999, help="Of every momentum encoder; less in a short run.")
+    ] = 0.999,
     tables: Annotated[str, typer.Option(help="Of the paper: any of 1, 3, 4, 5.")] = "1345",
     seeds: Seeds = 1,
     workers: Annotated[int, typer.Option(min=1)] = 1,
@@ -266,7 +269,7 @@ def compare_heads(
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
-    by_table = heads(config, steps, classes(config, one.identities), str(flat), str(grouped), centres, scale)
+    by_table = heads(config, steps, classes(config, one.identities), str(flat), str(grouped), centres, scale, momentum)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
     given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)

@@ -47,7 +47,7 @@ def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]
 
 
 def heads(
-    config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float
+    config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float, momentum: float
 ) -> dict[str, dict[str, list[str]]]:
     """Overrides of AttFC's comparisons, by the paper's tables.
 
@@ -60,6 +60,8 @@ def heads(
         classes: of the dataset.
         flat, grouped: the same faces in both layouts.
         centres: of every method in table 5.
+        scale: of every margin.
+        momentum: of every momentum encoder.
 
     Raises:
         UserError: an odd batch, or centres that are no multiple of it or more than the classes.
@@ -70,13 +72,13 @@ def heads(
             f"--centres {centres} must be a multiple of train.global_batch = {batch}, an even number, and at most the "
             f"{classes} classes"
         )
-    arc = f"margin={{scale={scale}, m2=0.5, m3=0}}"
+    arc, encoder = f"margin={{scale={scale}, m2=0.5, m3=0}}", f"encoder_momentum={momentum!r}"
 
     def matrix(more: str = "") -> list[str]:
         return [f"data.path={flat}", f"method={{kind='bigface', {arc}{more}}}"]
 
     def attfc(ratio: float = 0.3, count: int = 2, more: str = "") -> list[str]:
-        given = f"kind='attfc', {arc}, size_ratio={ratio!r}, class_images={count}{more}"
+        given = f"kind='attfc', {arc}, size_ratio={ratio!r}, class_images={count}, {encoder}{more}"
         return [f"data.path={grouped}", f"method={{{given}}}"]
 
     def other(kind: str, margin: str, size: str) -> list[str]:
@@ -102,8 +104,8 @@ def heads(
         "5: equal centres": {
             f"PFC {centres}": matrix(f", sample_rate={centres / classes!r}"),
             f"VFC {centres}": [*other("virtual_fc", "m2=0.5, m3=0", "anchors"), *virtual],
-            f"DCQ {centres}": other("dcq", "m2=0, m3=0.3", "queue_size"),
-            f"F2C {centres}": other("f2c", "m2=0, m3=0.4", "pool_size"),
+            f"DCQ {centres}": other("dcq", "m2=0, m3=0.3", f"{encoder}, queue_size"),
+            f"F2C {centres}": other("f2c", "m2=0, m3=0.4", f"{encoder}, pool_size"),
             f"AttFC {centres}": attfc(centres / classes),
         },
     }

@@ -66,7 +66,7 @@ def test_summary_by_hand():
 
 def test_every_head_of_the_papers_tables_is_a_valid_run():
     config = load_config("demo", ["train.epochs=3"])
-    tables = heads(config, 1800, 10_177, "flat", "grouped", centres=512, scale=32)
+    tables = heads(config, 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
     assert [len(group) for group in tables.values()] == [4, 4, 3, 5]
     for group in tables.values():
         for name, overrides in group.items():
@@ -81,7 +81,7 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
     virtual = load_config("demo", equal["VFC 512"])
     assert (virtual.train.global_batch, virtual.train.max_steps, virtual.schedule.warmup_epochs) == (64, 1800, 0.25)
     with pytest.raises(UserError, match="centres 500 must be a multiple"):
-        heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32)
+        heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32, momentum=0.99)
 
 
 def test_named_settings():
