@@ -65,10 +65,13 @@ def synth(
 
 @app.command()
 def ingest(
-    src: Annotated[Path, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png.")],
+    src: Annotated[
+        Path, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
     landmarks: Annotated[Path | None, typer.Option(help="CSV of five points per image, to align by.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
     size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
     overwrite: Overwrite = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
@@ -86,7 +89,7 @@ def ingest(
             advance(images - done, total)
             done = images
 
-        manifest = run(src, out, layout, size, landmarks, overwrite, not in_process, progress=progress)
+        manifest = run(src, out, layout, size, landmarks, labels, overwrite, not in_process, progress=progress)
     rejected = sum(manifest.rejects.values())
     for reason, count in manifest.rejects.items():
         console.print(f"[yellow]left out: {count} images, {reason}; listed in {escape(str(out / 'rejects.csv'))}[/]")

@@ -77,11 +77,12 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
 def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
     """``pairs.csv`` beside the ``images`` of a folder of synthetic faces."""
     listing = list_folder(folder / "images")
+    paths = listing.paths
     with (folder / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image_a", "image_b", "same", "fold"))
         for a, b, same, fold in zip(*make_pairs(listing.labels, per_fold, seed), strict=True):
-            writer.writerow((listing.paths[a], listing.paths[b], int(same), fold))
+            writer.writerow((paths[a], paths[b], int(same), fold))
 
 
 def faces_figure(images: Path, identities: int = 8, shots: int = 12) -> Figure:

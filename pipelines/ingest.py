@@ -1,6 +1,10 @@
-"""Photos in, Parquet shards out: one task a shard, so that memory stays flat however many images there are."""
+"""Faces in, Parquet shards out: one task a shard, so that memory stays flat however many images there are.
+
+A finished shard leaves its result beside it; an ingest that was stopped goes on with the shards that are missing.
+"""
 
 import csv
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, make_crop
@@ -23,31 +28,54 @@ from fr_core.data.schema import (
     grouped_table,
     write_manifest,
     write_shard,
+    write_text_atomically,
 )
-from fr_core.data.sources import Listing, list_folder, match_landmarks, read_landmarks
+from fr_core.data.sources import (
+    Listing,
+    UnreadableImage,
+    list_source,
+    match_landmarks,
+    read_image,
+    read_landmarks,
+)
 from fr_core.errors import UserError
 
 IMAGES_PER_SHARD = 8192
 FEWEST_SHARDS = 8  # small sets are cut finer, so that all cores have work
 CHUNK = 32  # images of one identity in a row of the grouped layout
 MOST_REJECTS = 0.5
-OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "rejects.csv*")
+STARTED = "ingest.json"  # says what an unfinished folder is to become
+OWN_FILES = (STARTED, "shard-*.parquet", "shard-*.part", "shard-*.json*", "manifest.json*", "identities.parquet")
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """The images of one shard, in the order of its rows."""
+class Job:
+    """What every task of an ingest knows. Legend: I images in the order of the shards' rows."""
 
-    number: int
-    root: str
-    out: str
+    listing: Listing
+    points: np.ndarray | None  # float32 [images, 5, 2] in the listing's order, NaN where unknown
+    out: Path
     layout: Layout
     image_size: int
-    sample_ids: list[int]
-    chunks: list[int]  # which images share a row of the grouped layout
-    labels: list[int]
-    paths: list[str]
-    landmarks: list[Any]  # float32 [5, 2] or None
+    sample_ids_I: np.ndarray  # int64, positions in the listing
+    chunks_I: np.ndarray  # int64, which images share a row of the grouped layout
+    starts: np.ndarray  # int64 [shards + 1], where each shard begins
+
+    @property
+    def shards(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def stamp(self) -> str:
+        """Tells this job from any other."""
+        digest = hashlib.sha256(repr((self.layout, self.image_size, self.listing.kind, self.listing.names)).encode())
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.listing.images.schema) as stream:
+            stream.write_table(self.listing.images)
+        digest.update(sink.getvalue())
+        for array in (self.points, self.sample_ids_I, self.starts):
+            digest.update(b"" if array is None else array.tobytes())
+        return digest.hexdigest()
 
 
 def ingest(
@@ -56,43 +84,49 @@ def ingest(
     layout: Layout = "flat",
     image_size: int = 112,
     landmarks: Path | None = None,
+    labels: Path | None = None,
     overwrite: bool = False,
     on_ray: bool = True,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Makes a dataset of an identity folder.
+    """Makes a dataset of a source, or goes on with one that was begun.
 
     Args:
+        source: what :func:`fr_core.data.sources.list_source` reads.
         layout: ``flat`` for training on single images, ``grouped`` for methods that need class images.
         landmarks: CSV of five points per image; images are aligned by it, and those without points are left out.
+        labels: list of the images and their identities, for a folder without identity folders.
         on_ray: work in Ray tasks; otherwise in this process.
         progress: called with images done and in all.
 
     Raises:
         UserError: no images, an unwritable or used ``out``, or more than half of the images rejected.
     """
-    listing = list_folder(source)
+    listing = list_source(source, labels)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
-    prepare(source, out, overwrite)
-    tasks = list(shard_tasks(listing, points, out, layout, image_size, seed))
+    job = plan_job(listing, points, out.resolve(), layout, image_size, seed)
+    prepare(source, out, overwrite, job.stamp)
+    finished = [number for number in range(job.shards) if _result_file(out, number).exists()]
+    rest = [number for number in range(job.shards) if number not in set(finished)]
+    run = _by_ray(job, rest) if on_ray else (write_one(job, number) for number in rest)
     shards: list[Shard] = []
     rejects: list[tuple[str, str]] = []
     counts = np.zeros(len(listing.names), np.int64)
     not_square = done = 0
-    for result in _by_ray(tasks) if on_ray else map(write_one, tasks):
+    for result in itertools.chain((json.loads(_result_file(out, n).read_text()) for n in finished), run):
         if result["shard"]:
             shards.append(Shard.model_validate(result["shard"]))
         rejects += [tuple(row) for row in result["rejects"]]
-        labels, images = np.array(result["labels"], np.int64).reshape(2, -1)
-        counts[labels] += images
+        numbers, images = np.array(result["labels"], np.int64).reshape(2, -1)
+        counts[numbers] += images
         not_square += result["not_square"]
         done += result["images"]
-        progress(done, len(listing.paths))
+        progress(done, listing.images.num_rows)
     _write_rejects(out, sorted(rejects))
-    if len(rejects) > MOST_REJECTS * len(listing.paths):
+    if len(rejects) > MOST_REJECTS * listing.images.num_rows:
         raise UserError(
-            f"{source}: {len(rejects)} of {len(listing.paths)} images rejected, first {min(rejects)[0]} "
+            f"{source}: {len(rejects)} of {listing.images.num_rows} images rejected, first {min(rejects)[0]} "
             f"({min(rejects)[1]}); see {out / 'rejects.csv'}"
         )
     empty = int((counts == 0).sum())
@@ -108,11 +142,16 @@ def ingest(
         warnings={k: n for k, n in {"not_square": not_square, "identities_without_images": empty}.items() if n},
     )
     write_manifest(out, manifest, listing.names, counts)
+    for number in range(job.shards):
+        _result_file(out, number).unlink()
+    (out / STARTED).unlink()
     return manifest
 
 
-def prepare(source: Path, out: Path, overwrite: bool) -> None:
+def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
     """Makes the output folder, or clears it of an earlier dataset's files and nothing else.
+
+    A folder in which the same job (``stamp``) was begun is left as it is.
 
     Raises:
         UserError: it is not empty, lies in the source or around it, or cannot be written.
@@ -120,49 +159,46 @@ def prepare(source: Path, out: Path, overwrite: bool) -> None:
     if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
     try:
+        started = out / STARTED
+        if started.is_file() and not overwrite and started.read_text() == stamp:
+            return
         if out.exists() and any(out.iterdir()) and not overwrite:
             raise UserError(f"{out} is not empty; --overwrite replaces the shards in it")
         out.mkdir(parents=True, exist_ok=True)
-        for old in (file for pattern in OWN_FILES for file in out.glob(pattern)):
+        for old in (file for pattern in (*OWN_FILES, "rejects.csv*") for file in out.glob(pattern)):
             old.unlink()
-        probe = out / "rejects.csv.part"
-        probe.touch()
-        probe.unlink()
+        write_text_atomically(started, stamp)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
-def shard_tasks(
-    listing: Listing, points: list[np.ndarray | None] | None, out: Path, layout: Layout, image_size: int, seed: int
-) -> Iterator[ShardTask]:
+def plan_job(listing: Listing, points: np.ndarray | None, out: Path, layout: Layout, image_size: int, seed: int) -> Job:
     """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
 
     Which of an identity's images share a chunk is drawn too: neighbours in a folder are often frames of one film.
     """
-    total = len(listing.paths)
+    labels, total = listing.labels, listing.images.num_rows
     images = np.arange(total)
     if layout == "grouped":
-        images = np.lexsort((rng.generator(seed, "chunks").random(total), listing.labels))
-    identity_starts = np.flatnonzero(np.diff(listing.labels, prepend=-1))
+        images = np.lexsort((rng.generator(seed, "chunks").random(total), labels))
+    identity_starts = np.flatnonzero(np.diff(labels, prepend=-1))
     starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total)
     order = rng.generator(seed, "ingest").permutation(len(starts))
     lengths = np.diff(starts, append=total)[order]
+    begun = np.cumsum(lengths) - lengths
+    within = np.arange(total) - np.repeat(begun, lengths)
     per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // FEWEST_SHARDS)))
-    shard_of = (np.cumsum(lengths) - 1) // per_shard
-    for number, chunks in enumerate(np.split(np.arange(len(order)), np.flatnonzero(np.diff(shard_of)) + 1)):
-        ids = np.concatenate([images[starts[order[c]] : starts[order[c]] + lengths[c]] for c in chunks])
-        yield ShardTask(
-            number,
-            str(listing.root.resolve()),
-            str(out.resolve()),
-            layout,
-            image_size,
-            ids.tolist(),
-            np.repeat(chunks, lengths[chunks]).tolist(),
-            listing.labels[ids].tolist(),
-            [listing.paths[i] for i in ids],
-            [points[i] for i in ids] if points else [],
-        )
+    first_chunks = np.flatnonzero(np.diff((begun + lengths - 1) // per_shard, prepend=-1))
+    return Job(
+        listing,
+        points,
+        out,
+        layout,
+        image_size,
+        images[np.repeat(starts[order], lengths) + within],
+        np.repeat(np.arange(len(order)), lengths),
+        np.append(begun[first_chunks], total),
+    )
 
 
 def chunk_starts(identity_starts: np.ndarray, total: int) -> np.ndarray:
@@ -172,56 +208,66 @@ def chunk_starts(identity_starts: np.ndarray, total: int) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def write_one(task: ShardTask) -> dict[str, Any]:
-    """Reads, checks and crops the images of a shard and writes it.
+def write_one(job: Job, number: int) -> dict[str, Any]:
+    """Reads, checks and crops the images of a shard, writes it, and then its result beside it.
 
     Returns:
         shard (None if nothing could be used), rejects [[path, reason]], labels [[label], [images]], not_square, images.
     """
+    part = slice(job.starts[number], job.starts[number + 1])
+    sample_ids, chunks = job.sample_ids_I[part], job.chunks_I[part]
+    points = job.points[sample_ids] if job.points is not None else itertools.repeat(None)
+    places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
     rows: list[FlatRow] = []
-    chunks: list[int] = []
+    kept: list[int] = []
     rejects, not_square = [], 0
-    for i, path in enumerate(task.paths):
+    for sample_id, chunk, place, own in zip(sample_ids.tolist(), chunks.tolist(), places, points, strict=False):
         try:
-            points = task.landmarks[i] if task.landmarks else None
-            if task.landmarks and points is None:
+            if own is not None and np.isnan(own).any():
                 raise RejectedImage("no landmarks")
-            jpeg, points, odd = make_crop((Path(task.root) / path).read_bytes(), task.image_size, points)
+            file = job.listing.files[place["file"]]
+            data = read_image(job.listing.kind, file, place["path"], place["start"], place["length"])
+            jpeg, moved, odd = make_crop(data, job.image_size, own)
             not_square += odd
-            rows.append((task.sample_ids[i], task.labels[i], jpeg, points))
-            chunks.append(task.chunks[i])
-        except RejectedImage as error:
-            rejects.append([path, str(error)])
-        except OSError as error:
-            rejects.append([path, error.strerror or "unreadable"])
+            rows.append((sample_id, place["label"], jpeg, moved))
+            kept.append(chunk)
+        except (RejectedImage, UnreadableImage) as error:
+            rejects.append([place["path"], str(error)])
     shard = None
     if rows:
-        whole = ([row for _, row in group] for _, group in itertools.groupby(zip(chunks, rows, strict=True), _first))
-        table = flat_table(rows) if task.layout == "flat" else grouped_table(whole)
-        shard = write_shard(Path(task.out) / f"shard-{task.number:05d}.parquet", table, task.layout).model_dump()
+        whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
+        table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
+        shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
     labels, images = np.unique([label for _, label, _, _ in rows], return_counts=True)
-    return {
+    result = {
         "shard": shard,
         "rejects": rejects,
         "labels": [labels.astype(int).tolist(), images.tolist()],
         "not_square": not_square,
-        "images": len(task.paths),
+        "images": len(sample_ids),
     }
+    write_text_atomically(_result_file(job.out, number), json.dumps(result))
+    return result
+
+
+def _result_file(out: Path, number: int) -> Path:
+    return out / f"shard-{number:05d}.json"
 
 
 def _first(pair: tuple[int, FlatRow]) -> int:
     return pair[0]
 
 
-def _by_ray(tasks: list[ShardTask]) -> Iterator[dict[str, Any]]:
+def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     import ray
 
     from pipelines.on_ray import start_ray
 
     start_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    stream = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    results = stream.map(lambda row: {"result": json.dumps(write_one(row["task"]))}, num_cpus=1)
+    shared = ray.put(job)  # read by every task where it lies
+    stream = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=max(1, len(numbers)))
+    results = stream.map(lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1)
     for row in results.iter_rows():
         yield json.loads(row["result"])
 

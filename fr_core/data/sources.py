@@ -1,17 +1,48 @@
-"""Readers of what people already have: identity folders and landmark tables."""
+"""What people already have: identity folders, archives of them, RecordIO, lists of files; and landmark tables.
+
+Listing a source reads names and positions, no pixels. An image's bytes are then read from where they lie
+(:func:`read_image`), by any process and in any order.
+"""
 
 import csv
+import itertools
+import mmap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from fr_core.data.archives import Member, read_zip_member, tar_members, zip_members
+from fr_core.data.recordio import image_of, list_records, read_record
 from fr_core.errors import UserError
 
+Kind = Literal["files", "tar", "zip", "rec"]
 SUFFIXES = {".jpg", ".jpeg", ".png"}
+LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
+IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
+LONGEST = 64 * 2**20  # bytes of one encoded image
 LANDMARK_COLUMNS = tuple(
     f"{point}_{axis}" for point in ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right") for axis in ("x", "y")
 )
+COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),  # what the image is called in its source
+        ("label", pa.int32()),
+        ("file", pa.int32()),  # which of the listing's files it lies in
+        ("start", pa.int64()),  # bytes into that
+        ("length", pa.int64()),
+    ]
+)
+
+
+class UnreadableImage(Exception):
+    """An image's bytes cannot be had; the message is one of a few constant reasons, to be counted."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +50,60 @@ class Listing:
     """The images of a source in a fixed order; the position in it is an image's sample id."""
 
     root: Path
+    kind: Kind
     names: list[str]  # of the identities, by label
-    paths: list[str]  # relative to root
-    labels: np.ndarray  # int32 [images]
+    files: list[str]  # that hold the images; of loose files, the folder they lie in
+    images: pa.Table  # of COLUMNS
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [images]."""
+        return self.images["label"].to_numpy()
+
+    @property
+    def paths(self) -> list[str]:
+        return self.images["path"].to_pylist()
+
+
+def list_source(source: str | Path, labels: Path | None = None) -> Listing:
+    """The images of whatever ``source`` is.
+
+    Args:
+        source: a folder of identity folders; a ``.zip`` or ``.tar`` of them, or a folder of such archives; a ``.rec``
+            or the folder around it; a list of files with their identities (``path identity`` a line, or CSV with these
+            columns).
+        labels: such a list for a folder whose images lie loose.
+
+    Raises:
+        UserError: nothing there that can be read; no images; one identity, or one image per identity, only.
+    """
+    source = Path(source)
+    if labels is not None:
+        return list_files(labels, source)
+    if source.is_dir():
+        inside = sorted(entry for entry in source.iterdir() if entry.is_file())
+        records = [entry for entry in inside if entry.suffix == ".rec"]
+        archives = [entry for entry in inside if entry.suffix in (".zip", ".tar")]
+        if len(records) > 1:
+            raise UserError(f"{source}: several .rec files; name one of them")
+        if records:
+            return list_rec(records[0])
+        if archives:
+            return list_archives(source, archives)
+        return list_folder(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    if source.suffix == ".rec":
+        return list_rec(source)
+    if source.suffix == ".zip" or ".tar" in source.suffixes or source.suffix == ".tgz":
+        return list_archives(source, [source])
+    if source.suffix in LISTS:
+        return list_files(source, source.parent)
+    if source.suffix == ".bin":
+        raise UserError(f"{source}: a set of pairs for verification: bigface verify NET --pairs {source}")
+    raise UserError(
+        f"{source}: no kind of source known: a folder, .zip, .tar, .rec, or a list ({', '.join(sorted(LISTS))})"
+    )
 
 
 def list_folder(root: str | Path) -> Listing:
@@ -35,22 +117,108 @@ def list_folder(root: str | Path) -> Listing:
         raise UserError(f"{root}: no such folder")
     names: list[str] = []
     paths: list[str] = []
-    labels: list[int] = []
+    owners: list[str] = []
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir()):
-        files = sorted(str(p.relative_to(root)) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if files:
-            labels += [len(names)] * len(files)
-            names.append(folder.name)
-            paths += files
+        files = sorted(str(p.relative_to(root)) for p in folder.rglob("*") if is_image(p.name))
+        names += [folder.name] * bool(files)
+        owners += [folder.name] * len(files)
+        paths += files
     if not paths:
-        loose = any(p.suffix.lower() in SUFFIXES for p in root.iterdir())
+        loose = any(is_image(p.name) for p in root.iterdir())
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
-    if len(names) == 1:
-        raise UserError(f"{root}: one identity only, {names[0]!r}; name the folder that holds one folder per person")
-    if len(names) == len(paths):
-        raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
-    return Listing(root, names, paths, np.array(labels, np.int32))
+    return _listing(root, "files", [str(root.resolve())], paths, owners)
+
+
+def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
+    """Images in zip or tar archives, all of one kind, each a tree of identity folders.
+
+    The identity is the first folder below those that all images of an archive share, and in an archive without folders
+    the archive itself. Archives may share identities, by name.
+    """
+    kinds = {path.suffix == ".zip" for path in archives}
+    if len(kinds) > 1:
+        raise UserError(f"{root}: zip and tar archives beside each other; name one of them")
+    paths: list[str] = []
+    owners: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    for number, path in enumerate(archives):
+        members = [m for m in (zip_members if kinds == {True} else tar_members)(path) if is_image(m.name)]
+        members.sort(key=lambda member: member.name)
+        paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
+        owners += _owners(members, path.stem)
+        places += [(number, member.start, member.length) for member in members]
+    if not paths:
+        raise UserError(f"{root}: no JPEG or PNG files in it")
+    return _listing(
+        root, "zip" if kinds == {True} else "tar", [str(p.resolve()) for p in archives], paths, owners, places
+    )
+
+
+def list_rec(path: Path) -> Listing:
+    """Images of an MXNet RecordIO file; an identity is called by its label."""
+    records = list_records(path)
+    places = np.zeros((len(records.keys_I), 3), np.int64)
+    places[:, 1] = records.starts_I
+    return _listing(path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places)
+
+
+def list_files(table: Path, root: Path) -> Listing:
+    """Images that a list names with their identities: ``path identity`` a line, or CSV with a header.
+
+    Args:
+        root: what the paths are relative to; none may lead out of it.
+
+    Raises:
+        UserError: unreadable, a line without identity, a path out of ``root`` or twice.
+    """
+    rows: list[tuple[str, str]] = []
+    try:
+        with table.open(newline="") as file:
+            for number, row in _list_rows(table, file):
+                if len(row) != 2 or not all(row):
+                    raise UserError(f"{table}: line {number}: expected a path and an identity")
+                rows.append((row[0], row[1]))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table}: {error}") from None
+    for path, _ in rows:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"{table}: {path} leads out of {root}")
+    paths, owners = [path for path, _ in rows], [owner for _, owner in rows]
+    if not paths:
+        raise UserError(f"{table}: no images")
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is there twice")
+    return _listing(root, "files", [str(root.resolve())], paths, owners)
+
+
+def is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> bytes:
+    """The bytes of one image of a listing.
+
+    Raises:
+        UnreadableImage: missing, truncated, damaged, encrypted or too large.
+    """
+    try:
+        if kind == "files":
+            return (Path(file) / path).read_bytes()
+        data = _mapped(file)
+        if kind == "zip":
+            return read_zip_member(data, start, length, LONGEST)
+        if kind == "rec":
+            return image_of(read_record(data, start, LONGEST))
+        if length > LONGEST:
+            raise UnreadableImage("too large")
+        if start + length > len(data):
+            raise UnreadableImage("truncated archive")
+        return bytes(data[start : start + length])
+    except OSError as error:
+        raise UnreadableImage(error.strerror or "unreadable") from None
+    except ValueError as error:
+        raise UnreadableImage(str(error)) from None
 
 
 def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
@@ -79,14 +247,76 @@ def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
     return table
 
 
-def match_landmarks(listing: Listing, table: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+def match_landmarks(listing: Listing, table: dict[str, np.ndarray]) -> np.ndarray:
     """The points of each listed image; paths in the table may or may not start with the source folder's name.
+
+    Returns:
+        float32 [images, 5, 2], NaN where the table has none.
 
     Raises:
         UserError: the table names none of the images.
     """
-    prefix = listing.root.name
-    points = [table.get(path, table.get(f"{prefix}/{path}")) for path in listing.paths]
-    if all(p is None for p in points):
-        raise UserError(f"the landmark table names none of the images, such as {listing.paths[0]}")
+    prefix, none = listing.root.name, np.full((5, 2), np.nan, np.float32)
+    paths = listing.paths
+    points = np.stack([table.get(path, table.get(f"{prefix}/{path}", none)) for path in paths])
+    if np.isnan(points).all():
+        raise UserError(f"the landmark table names none of the images, such as {paths[0]}")
     return points
+
+
+def _listing(
+    root: Path,
+    kind: Kind,
+    files: list[str],
+    paths: list[str],
+    owners: Sequence[str] | np.ndarray,
+    places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+) -> Listing:
+    """Numbers the identities by name and sorts the images by them; within one, they keep their order.
+
+    Raises:
+        UserError: one identity, or one image per identity, only.
+    """
+    coded = pa.array(owners).dictionary_encode()
+    order = pc.sort_indices(coded.dictionary).to_numpy()
+    names = [str(name) for name in coded.dictionary.take(pa.array(order)).to_pylist()]
+    labels = np.argsort(order)[coded.indices.to_numpy()]
+    if len(names) == 1:
+        raise UserError(f"{root}: one identity only, {names[0]!r}; name what holds one folder per person")
+    if len(names) == len(paths):
+        raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
+    order = np.argsort(labels, kind="stable")
+    where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
+    columns = [pa.array(paths, pa.string()).take(pa.array(order)), labels[order], *where[order].T]
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
+    return Listing(root, kind, names, files, table)
+
+
+def _owners(members: list[Member], archive: str) -> list[str]:
+    """The identity of each member: its first folder below those that the folders around all identities share."""
+    folders = [PurePosixPath(member.name).parts[:-1] for member in members]
+    around = sorted({folder[:-1] for folder in folders})
+    first, last = (around[0], around[-1]) if around else ((), ())
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return [folder[shared] if len(folder) > shared else archive for folder in folders]
+
+
+def _list_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """(line number, [path, identity]) of CSV with a header, or of lines cut at their last tab or else space."""
+    if table.suffix == ".csv":
+        reader = csv.DictReader(lines)
+        identity = next((name for name in IDENTITY_COLUMNS if name in (reader.fieldnames or ())), None)
+        if identity is None or "path" not in (reader.fieldnames or ()):
+            raise UserError(f"{table}: expected the columns path and {' or '.join(IDENTITY_COLUMNS)}")
+        for row in reader:
+            yield reader.line_num, [row["path"] or "", row[identity] or ""]
+        return
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, [part.strip() for part in (line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1))]
+
+
+@lru_cache(maxsize=16)
+def _mapped(file: str) -> memoryview:
+    with open(file, "rb") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))

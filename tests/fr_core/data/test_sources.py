@@ -1,7 +1,20 @@
+import io
+import tarfile
+import zipfile
+
 import numpy as np
 import pytest
 
-from fr_core.data.sources import LANDMARK_COLUMNS, list_folder, match_landmarks, read_landmarks
+from fr_core.data.sources import (
+    LANDMARK_COLUMNS,
+    LONGEST,
+    UnreadableImage,
+    list_folder,
+    list_source,
+    match_landmarks,
+    read_image,
+    read_landmarks,
+)
 from fr_core.errors import UserError
 
 HEADER = ",".join(("path", *LANDMARK_COLUMNS))
@@ -36,7 +49,7 @@ def test_landmarks_match_with_and_without_the_folder_name(photos, tmp_path):
     points = match_landmarks(list_folder(photos), read_landmarks(table))
     assert np.array_equal(points[0], np.arange(10).reshape(5, 2))
     assert np.array_equal(points[1], points[0])
-    assert points[2] is None
+    assert np.isnan(points[2]).all()
 
 
 @pytest.mark.parametrize(
@@ -57,3 +70,129 @@ def test_bad_landmark_tables_name_the_line(tmp_path, text, message):
 def test_a_table_of_other_images_is_refused(photos):
     with pytest.raises(UserError, match=r"names none of the images, such as person0/0\.jpg"):
         match_landmarks(list_folder(photos), {"x.jpg": np.zeros((5, 2))})
+
+
+def content(listing):
+    """identity -> its images' bytes, in order."""
+    found = {}
+    for row in listing.images.to_pylist():
+        data = read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"])
+        found.setdefault(listing.names[row["label"]], []).append(data)
+    return found
+
+
+def make_zip(path, files, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def make_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def files_of(photos, prefix):
+    return {f"{prefix}{p.relative_to(photos)}": p.read_bytes() for p in sorted(photos.rglob("*.jpg"))}
+
+
+def test_archives_hold_what_the_folder_holds(photos, tmp_path):
+    whole = content(list_source(photos))
+    files = files_of(photos, "data/faces/") | {"data/readme.txt": b"no image", "data/faces/person0/": b""}
+    archives = [
+        make_zip(tmp_path / "deflated.zip", files),
+        make_zip(tmp_path / "stored.zip", files, zipfile.ZIP_STORED),
+        make_tar(tmp_path / "faces.tar", {k: v for k, v in files.items() if not k.endswith("/")}),
+    ]
+    for archive in archives:
+        assert content(list_source(archive)) == whole
+
+
+def test_a_folder_of_archives_each_with_its_own_root(photos, tmp_path):
+    files = files_of(photos, "")
+    for number in range(3):
+        own = {f"0_{number}/{k}": v for k, v in files.items() if int(k[6]) % 3 == number}
+        make_zip(tmp_path / f"0_{number}.zip", own)
+    listing = list_source(tmp_path)
+    assert content(listing) == content(list_source(photos))
+    assert listing.paths[0] == "0_0.zip/0_0/person0/0.jpg"
+
+
+def test_an_archive_of_one_person_and_one_without_folders(tmp_path):
+    make_tar(tmp_path / "anna.tar", {"1.jpg": b"a", "2.jpg": b"b"})
+    make_tar(tmp_path / "x.tar", {"photos/ben/1.jpg": b"c", "photos/ben/2.jpg": b"d"})
+    assert content(list_source(tmp_path)) == {"anna": [b"a", b"b"], "ben": [b"c", b"d"]}
+
+
+def test_lists_of_files(photos, tmp_path):
+    expected = content(list_source(photos))
+    rows = [(f"{name}/{i}.jpg", name) for name in expected for i in range(5)]
+    for name, text in (
+        ("list.txt", "".join(f"{path} {who}\n" for path, who in rows)),
+        ("list.tsv", "".join(f"{path}\t{who}\n" for path, who in rows)),
+        ("list.csv", "path,score,identity\n" + "".join(f"{path},1,{who}\n" for path, who in rows)),
+    ):
+        (tmp_path / name).write_text(text)
+        assert content(list_source(photos, tmp_path / name)) == expected
+        (photos / name).write_text(text)
+        assert content(list_source(photos / name)) == expected
+        (photos / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg\n", "line 1: expected a path and an identity"),
+        ("a.jpg x\n../../etc/passwd x\n", r"\.\./\.\./etc/passwd leads out of"),
+        ("a.jpg x\n/etc/passwd x\n", "/etc/passwd leads out of"),
+        ("a.jpg x\na.jpg y\n", "a.jpg is there twice"),
+        ("", "no images"),
+    ],
+)
+def test_bad_lists_are_refused(tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        list_source(tmp_path / "list.txt")
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    for name, data, message in (
+        ("a.zip", b"no zip", "not a zip archive"),
+        ("a.tar", b"no tar" * 200, "not a tar archive"),
+        ("a.tar.gz", b"\x1f\x8b", "decompress it first"),
+        ("a.bin", b"", "a set of pairs for verification"),
+        ("a.mat", b"", "no kind of source known"),
+        ("b.csv", b"x,y\n", "expected the columns path and identity or label or name"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            list_source(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        list_source(tmp_path / "absent.rec")
+
+
+def test_members_that_cannot_be_read_say_why(tmp_path):
+    bomb = make_zip(tmp_path / "bomb.zip", {"a/1.jpg": bytes(LONGEST + 1), "b/1.jpg": b"x", "b/2.jpg": b"y"})
+    listing = list_source(bomb)
+    first = listing.images.to_pylist()[0]
+    with pytest.raises(UnreadableImage, match="too large"):
+        read_image("zip", str(bomb), first["path"], first["start"], first["length"])
+    files = {"a/1.jpg": b"x" * 900, "b/1.jpg": b"x", "b/2.jpg": b"y" * 900}
+    damaged = make_zip(tmp_path / "damaged.zip", files, zipfile.ZIP_STORED)
+    data = bytearray(damaged.read_bytes())
+    data[0] ^= 1
+    damaged.write_bytes(bytes(data))
+    with pytest.raises(UnreadableImage, match="damaged archive"):
+        content(list_source(damaged))
+    tar = make_tar(tmp_path / "cut.tar", files)
+    places = list_source(tar).images.to_pylist()
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(UnreadableImage, match="truncated archive"):
+        read_image("tar", str(tar), "", places[2]["start"], 2000)
+    with pytest.raises(UnreadableImage, match="No such file"):
+        read_image("files", str(tmp_path), "absent.jpg", 0, 0)

@@ -1,0 +1,91 @@
+"""Zip and tar archives of photos, read where they lie: nothing is unpacked, so no path in them can lead outside."""
+
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fr_core.errors import UserError
+
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # a zip member's own, in front of its bytes
+LOCAL_MAGIC = b"PK\3\4"
+ENCRYPTED = 0x1
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive: a tar's bytes lie at ``start``, a zip's behind the local header that is there."""
+
+    name: str
+    start: int
+    length: int  # bytes in the archive
+
+
+def zip_members(path: Path) -> Iterator[Member]:
+    """The files of a zip archive, by its directory.
+
+    Raises:
+        UserError: unreadable, or no zip archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    yield Member(info.filename, info.header_offset, info.compress_size)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
+        raise UserError(f"{path}: not a zip archive that can be read: {error}") from None
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """The plain files of an uncompressed tar archive.
+
+    Raises:
+        UserError: unreadable, compressed, truncated, or no tar archive.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                if info.isreg() and not info.issparse():
+                    yield Member(info.name, info.offset_data, info.size)
+                archive.members.clear()  # type: ignore[attr-defined]  # every header would be kept
+    except (OSError, ValueError, tarfile.TarError, OverflowError) as error:
+        hint = "; decompress it first (images gain nothing by it)" if path.suffix != ".tar" else ""
+        raise UserError(f"{path}: not a tar archive that can be read: {error}{hint}") from None
+
+
+def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> bytes:
+    """One file of a zip archive, inflated.
+
+    Args:
+        longest: bytes; larger files are refused, whatever their headers say.
+
+    Raises:
+        ValueError: damaged, encrypted, too large, or compressed otherwise than by deflate.
+    """
+    header = bytes(data[start : start + LOCAL_HEADER.size])
+    if len(header) < LOCAL_HEADER.size:
+        raise ValueError("truncated archive")
+    magic, _, flags, method, _, _, _, _, _, name, extra = LOCAL_HEADER.unpack(header)
+    begin = start + LOCAL_HEADER.size + name + extra
+    packed = data[begin : begin + length]
+    if magic != LOCAL_MAGIC or len(packed) < length:
+        raise ValueError("damaged archive")
+    if flags & ENCRYPTED:
+        raise ValueError("encrypted")
+    if method == zipfile.ZIP_STORED:
+        if length > longest:
+            raise ValueError("too large")
+        return bytes(packed)
+    if method != zipfile.ZIP_DEFLATED:
+        raise ValueError("compressed by another method than deflate")
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflate.decompress(packed, longest)
+    except zlib.error:
+        raise ValueError("damaged archive") from None
+    if not inflate.eof:
+        raise ValueError("too large" if len(content) == longest else "damaged archive")
+    return content

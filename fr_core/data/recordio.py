@@ -1,0 +1,144 @@
+"""MXNet's RecordIO, the format of insightface's training sets: ``train.rec``, ``train.idx``, ``property``.
+
+A record is a magic number, a word of 3 bits (part of a longer record) and 29 bits (length), and its payload, padded to
+four bytes. A payload that contains the magic number is cut there into parts, and readers put it back. The payload of
+an image is a header (flag, label, two ids; after it, ``flag`` further labels) and then the JPEG or PNG. Records of two
+labels and no image say where the identities' own records are (record 0) and which images an identity has.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fr_core.errors import UserError
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = MAGIC.to_bytes(4, "little")
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # the 3 bits
+HEADER = np.dtype([("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8")])
+FRAME = 8  # bytes of magic number and length word
+
+
+@dataclass(frozen=True)
+class Records:
+    """The images of a ``.rec``. Legend: I images."""
+
+    keys_I: np.ndarray  # int64, their numbers in the index
+    starts_I: np.ndarray  # int64, bytes into the file
+    labels_I: np.ndarray  # int64, as the file has them
+
+
+def list_records(path: Path) -> Records:
+    """Finds the images of a ``.rec`` and their labels, by its ``.idx`` or, without one, by walking through the file.
+
+    Raises:
+        UserError: unreadable, no RecordIO, no images, an index of another file, or a label that is no whole number.
+    """
+    try:
+        data = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    index = path.with_suffix(".idx")
+    keys, starts = _read_index(index) if index.is_file() else _walk(path, data)
+    if not len(starts):
+        raise UserError(f"{path}: no records")
+    if starts.min() < 0 or starts.max() + FRAME + HEADER.itemsize > len(data):
+        raise UserError(f"{index}: records outside {path}; truncated, or an index of another file?")
+    fixed = _gather(data, starts, FRAME + HEADER.itemsize)
+    if (np.ascontiguousarray(fixed[:, :4]).view("<u4")[:, 0] != MAGIC).any():
+        raise UserError(f"{path}: no record where {index.name} has one; not RecordIO, or an index of another file")
+    header = np.ascontiguousarray(fixed[:, FRAME:]).view(HEADER)[:, 0]
+    words = np.ascontiguousarray(fixed[:, 4:FRAME]).view("<u4")[:, 0]
+    images = (header["flag"] != 2) | (words != HEADER.itemsize + 8)  # a whole record with two labels and nothing else
+    labels = header["label"].astype(np.float64)
+    several = images & (header["flag"] > 0)
+    labels[several] = _labels(data, starts[several])
+    keys, starts, labels = keys[images], starts[images], labels[images]
+    if not len(keys):
+        raise UserError(f"{path}: no images in its {len(images)} records")
+    if (wrong := ~(np.isfinite(labels) & (labels == np.round(labels)) & (np.abs(labels) < 2**53))).any():
+        raise UserError(f"{path}: record {keys[wrong][0]} has label {labels[wrong][0]:g}, which numbers no identity")
+    return Records(keys, starts, labels.astype(np.int64))
+
+
+def read_record(data: memoryview, start: int, longest: int) -> bytes:
+    """The payload of the record that begins at ``start``, its parts joined.
+
+    Args:
+        longest: bytes; longer payloads are refused.
+
+    Raises:
+        ValueError: no whole record there.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        frame = bytes(data[start : start + FRAME])
+        if frame[:4] != MAGIC_BYTES or len(frame) < FRAME:
+            raise ValueError("no record")
+        word = int.from_bytes(frame[4:], "little")
+        part, length = word >> 29, word & (2**29 - 1)
+        size += length
+        payload = bytes(data[start + FRAME : start + FRAME + length]) if size <= longest else b""
+        if len(payload) < length or part not in ((FIRST, WHOLE) if not parts else (MIDDLE, LAST)):
+            raise ValueError("broken record")
+        parts.append(payload)
+        if part in (WHOLE, LAST):
+            return MAGIC_BYTES.join(parts)
+        start += FRAME + -(-length // 4) * 4
+
+
+def image_of(payload: bytes) -> bytes:
+    """The image in a payload.
+
+    Raises:
+        ValueError: it is shorter than its header says.
+    """
+    if len(payload) < HEADER.itemsize:
+        raise ValueError("short record")
+    flag = int.from_bytes(payload[:4], "little")
+    begin = HEADER.itemsize + 4 * flag
+    if begin > len(payload):
+        raise ValueError("short record")
+    return payload[begin:]
+
+
+def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and starts, in the order of the keys."""
+    try:
+        table = np.loadtxt(path, np.int64, ndmin=2)
+        if table.size and table.shape[1] != 2:
+            raise ValueError("two numbers a line were expected")
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    table = table.reshape(-1, 2)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return table[:, 0], table[:, 1]
+
+
+def _walk(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the records of a file in order; keys and starts."""
+    view, starts, start = memoryview(data), [], 0  # type: ignore[arg-type]
+    while start + FRAME <= len(view):
+        magic, word = np.frombuffer(view[start : start + FRAME], "<u4").tolist()
+        if magic != MAGIC:
+            raise UserError(f"{path}: no record at byte {start}; not RecordIO, or damaged")
+        if word >> 29 in (WHOLE, FIRST):
+            starts.append(start)
+        start += FRAME + -(-(word & (2**29 - 1)) // 4) * 4
+    return np.arange(len(starts)), np.array(starts, np.int64)
+
+
+def _gather(data: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """``length`` bytes from each start: uint8 [starts, length]."""
+    return np.lib.stride_tricks.sliding_window_view(data, length)[starts]
+
+
+def _labels(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The first of the labels that follow the header: float64; NaN where the file ends before."""
+    inside = starts + FRAME + HEADER.itemsize + 4 <= len(data)
+    labels = np.full(len(starts), np.nan)
+    found = _gather(data, starts[inside] + FRAME + HEADER.itemsize, 4)
+    labels[inside] = np.ascontiguousarray(found).view("<f4")[:, 0]
+    return labels

@@ -1,0 +1,131 @@
+import struct
+
+import numpy as np
+import pytest
+
+from fr_core.data.recordio import image_of, list_records, read_record
+from fr_core.errors import UserError
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+
+
+def frame(part, data):
+    return MAGIC + struct.pack("<I", part << 29 | len(data)) + data + bytes(-len(data) % 4)
+
+
+def record(payload):
+    """As dmlc-core's writer: cut at every magic number that begins at a multiple of four bytes."""
+    cuts = [i for i in range(0, len(payload) - 3, 4) if payload[i : i + 4] == MAGIC]
+    parts, begin = [], 0
+    for cut in cuts:
+        parts.append(payload[begin:cut])
+        begin = cut + 4
+    parts.append(payload[begin:])
+    if len(parts) == 1:
+        return frame(0, payload)
+    kinds = [1, *[2] * (len(parts) - 2), 3]
+    return b"".join(frame(kind, part) for kind, part in zip(kinds, parts, strict=True))
+
+
+def payload(image, label, number, more=()):
+    labels = struct.pack(f"<{len(more)}f", *more)
+    return struct.pack("<IfQQ", len(more), label, number, 0) + labels + image
+
+
+def write_rec(path, payloads, index=True):
+    starts = np.cumsum([0, *(len(record(p)) for p in payloads)])
+    path.write_bytes(b"".join(record(p) for p in payloads))
+    if index:
+        path.with_suffix(".idx").write_text("".join(f"{i}\t{s}\n" for i, s in enumerate(starts[:-1])))
+    return path
+
+
+IMAGES = [b"jpeg" * n + b"x" * (n % 3) for n in range(1, 7)]
+
+
+@pytest.fixture
+def insightface(tmp_path):
+    """Record 0 points behind the images; three identities' own records follow, as in the published sets."""
+    images = [payload(image, float(i // 2), i + 1) for i, image in enumerate(IMAGES)]
+    identities = [payload(b"", 0, 7 + i, (1 + 2 * i, 3 + 2 * i)) for i in range(3)]
+    return write_rec(tmp_path / "train.rec", [payload(b"", 0, 0, (7, 10)), *images, *identities])
+
+
+def read_all(path):
+    records = list_records(path)
+    data = memoryview(path.read_bytes())
+    return records, [image_of(read_record(data, start, 1000)) for start in records.starts_I.tolist()]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_the_images_of_a_published_set_with_and_without_its_index(insightface, index):
+    if not index:
+        insightface.with_suffix(".idx").unlink()
+    records, images = read_all(insightface)
+    assert images == IMAGES
+    assert records.labels_I.tolist() == [0, 0, 1, 1, 2, 2]
+    assert records.keys_I.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_images_that_contain_the_magic_number_are_whole_and_long_labels_count_by_their_first(tmp_path):
+    tricky = [b"abcd" + MAGIC + b"efgh" + MAGIC, MAGIC * 2 + b"z", b"a" + MAGIC, b"plain"]
+    path = write_rec(tmp_path / "a.rec", [payload(image, 99, i, (5 + i, 0.5)) for i, image in enumerate(tricky)])
+    records, images = read_all(path)
+    assert images == tricky
+    assert records.labels_I.tolist() == [5, 6, 7, 8]
+
+
+def test_without_a_header_record_all_are_images_even_empty_ones(tmp_path):
+    faces = [b"", *IMAGES]
+    path = write_rec(tmp_path / "a.rec", [payload(image, float(i // 2), i) for i, image in enumerate(faces)])
+    records, images = read_all(path)
+    assert images == faces
+    assert records.keys_I.tolist() == list(range(7))
+
+
+def test_broken_files_are_named(insightface, tmp_path):
+    whole = insightface.read_bytes()
+    insightface.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="truncated, or an index of another file"):
+        list_records(insightface)
+    insightface.write_bytes(b"not a record" * 100)
+    with pytest.raises(UserError, match=r"no record where train\.idx has one"):
+        list_records(insightface)
+    insightface.with_suffix(".idx").write_text("0\tx\n")
+    with pytest.raises(UserError, match=r"train\.idx"):
+        list_records(insightface)
+    insightface.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match="no record at byte 0"):
+        list_records(insightface)
+    insightface.write_bytes(b"")
+    with pytest.raises(UserError, match=r"train\.rec"):
+        list_records(insightface)
+    with pytest.raises(UserError, match=r"label 0\.5, which numbers no identity"):
+        list_records(write_rec(tmp_path / "b.rec", [payload(b"x", 0.5, 0)]))
+    with pytest.raises(UserError, match="label nan"):
+        list_records(write_rec(tmp_path / "c.rec", [payload(b"x", float("nan"), 0)]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        MAGIC,
+        frame(0, b"x" * 100)[:50],  # truncated
+        frame(1, b"x" * 8),  # a first part without a last
+        frame(1, b"x" * 8) + frame(0, b"y" * 8),
+        frame(3, b"x" * 8),
+        frame(0, b"x" * 2000),  # longer than allowed
+        MAGIC + struct.pack("<I", 2**29 - 1),
+    ],
+)
+def test_broken_records_are_refused(data):
+    with pytest.raises(ValueError, match="record"):
+        read_record(memoryview(data), 0, 1000)
+
+
+def test_a_header_that_promises_more_labels_than_there_are():
+    with pytest.raises(ValueError, match="short record"):
+        image_of(struct.pack("<IfQQ", 2**31, 0, 0, 0) + b"jpeg")
+    with pytest.raises(ValueError, match="short record"):
+        image_of(b"short")
