@@ -279,8 +279,8 @@ class Train(Section):
 
 
 class Verify(Section):
-    images: str | None = None  # folder that the pairs' paths are relative to
-    pairs: str | None = None  # our CSV or LFW's pairs.txt; None: training ends without verification
+    images: str | None = None  # folder that the pairs' paths are relative to; a .bin brings its own
+    pairs: str | None = None  # our CSV, LFW's pairs.txt or a .bin; None: training ends without verification
 
 
 class Tracking(Section):
@@ -316,7 +316,7 @@ class Config(Section):
             raise ValueError(f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}")
         if self.data.lanes and batch % self.data.lanes:
             raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
-        if self.verify.pairs and not self.verify.images:
+        if self.verify.pairs and not self.verify.images and not self.verify.pairs.endswith(".bin"):
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
         if isinstance(self.method, AttFC) and self.method.order == "paper" and accumulate > 1:
             raise ValueError(

@@ -135,8 +135,8 @@ def train(
 @app.command()
 def verify(
     ckpt: Annotated[Path, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    images: Annotated[Path, typer.Option(help="Folder that the pairs' paths are relative to.")],
-    pairs: Annotated[Path, typer.Option(help="CSV image_a,image_b,same[,fold], or LFW's pairs.txt.")],
+    pairs: Annotated[Path, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; a .bin brings its own.")] = None,
     net: NetName = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the ROC and score pictures.")] = None,
     json: Json = None,

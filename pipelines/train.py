@@ -93,9 +93,9 @@ def checked_plan(config: Config, workers: int) -> Plan:
             f"{4 * workers}"
         )
     centres_of(config, classes(config, identities))
-    if config.verify.pairs and config.verify.images:
+    if config.verify.pairs:
         read_pairs(config.verify.pairs)
-        if not Path(config.verify.images).is_dir():
+        if config.verify.images and not Path(config.verify.images).is_dir():
             raise UserError(f"verify.images: {config.verify.images}: no such folder")
     return plan
 

@@ -23,7 +23,7 @@ class Result:
 
 def verify(
     embed: Callable[[np.ndarray], np.ndarray],
-    images: Path,
+    images: Path | None,
     pairs_file: Path,
     out: Path | None = None,
     name: str = "this net",
@@ -32,15 +32,14 @@ def verify(
 
     Args:
         embed: uint8 [N, H, W, 3] -> L2-normalised [N, D].
+        images: folder that the pairs' paths are relative to; a ``.bin`` needs none.
         out: folder for ROC and score pictures.
 
     Raises:
         UserError: unreadable pairs, no such folder, or no pair with both images.
     """
-    if not images.is_dir():
-        raise UserError(f"{images}: no such folder")
     pairs = read_pairs(pairs_file)
-    pixels, failed = read_images(images, pairs.paths, TEMPLATE_SIZE)
+    pixels, failed = read_images(images, pairs, TEMPLATE_SIZE)
     verification, scores, usable = verify_embeddings(embed(pixels), failed, pairs)
     if out:
         out.mkdir(parents=True, exist_ok=True)

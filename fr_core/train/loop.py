@@ -141,12 +141,12 @@ def stop_if_diverged(config: Config, state: TrainState, out: Path) -> None:
 
 def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> Verification | None:
     """Verifies the usable backbone on the recipe's pairs; every rank embeds its share of the images."""
-    if config.verify.pairs is None or config.verify.images is None:
+    if config.verify.pairs is None:
         return None
     average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
-    images, failed = read_images(config.verify.images, pairs.paths[lo:hi], TEMPLATE_SIZE)
+    images, failed = read_images(config.verify.images, pairs, TEMPLATE_SIZE, slice(lo, hi))
     share = Recogniser(state.usable.eval(), state.device).embed(images)
     shares = ranks.gather_objects((share, failed))
     embeddings = np.concatenate([s for s, _ in shares])

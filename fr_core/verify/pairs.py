@@ -4,7 +4,7 @@ Legend: P pairs, N images, D embedding.
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, read_rgb, square
 from fr_core.errors import UserError
+from fr_core.verify.bins import read_bin
 
 FOLDS = 10
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -26,11 +27,13 @@ class Pairs:
     right: np.ndarray  # int64 [P]
     same: np.ndarray  # bool [P]
     fold: np.ndarray  # int64 [P]
+    images: list[bytes] | None = None  # encoded, where the list brings them with it
 
     def keep(self, usable: np.ndarray) -> "Pairs":
         """The pairs whose two images are usable (bool [N])."""
         kept = usable[self.left] & usable[self.right]
-        return Pairs(self.paths, self.left[kept], self.right[kept], self.same[kept], self.fold[kept])
+        own = {name: getattr(self, name)[kept] for name in ("left", "right", "same", "fold")}
+        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,22 @@ class Verification:
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """Reads our CSV (``image_a,image_b,same[,fold]``) or LFW's ``pairs.txt``.
+    """Reads our CSV (``image_a,image_b,same[,fold]``), LFW's ``pairs.txt``, or a ``.bin`` with its images.
 
     In LFW's format (``FOLDS N`` then, fold after fold, N lines ``name i j`` and N lines ``name i name j``) image i of
-    a person is ``name/name_000i.jpg``. Without folds, same and different pairs are dealt to ten in turn.
+    a person is ``name/name_000i.jpg``. Without folds, same and different pairs are dealt to ten in turn; those of a
+    ``.bin`` are ten neighbouring parts of it.
 
     Raises:
         UserError: unreadable, neither format, or a bad line (named).
     """
     path = Path(path)
+    if path.suffix == ".bin":
+        contents, flags = read_bin(path)
+        left = np.arange(len(flags)) * 2
+        fold = np.arange(len(flags)) * FOLDS // len(flags)
+        names = [f"{path.name}[{i}]" for i in range(len(contents))]
+        return Pairs(names, left, left + 1, np.array(flags), fold, contents)
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -78,17 +88,30 @@ def read_pairs(path: str | Path) -> Pairs:
     return Pairs(list(index), left, right, same, fold)
 
 
-def read_images(root: str | Path, paths: list[str], size: int) -> tuple[np.ndarray, dict[str, str]]:
+def read_images(
+    root: str | Path | None, pairs: Pairs, size: int, part: slice = slice(None)
+) -> tuple[np.ndarray, dict[str, str]]:
     """Reads the images of a pairs list, each resized to ``size``.
+
+    Args:
+        root: the folder that the paths are relative to; None where the list brings its images.
+        part: of ``pairs.paths``.
 
     Returns:
         uint8 [N, size, size, 3] (zeros where unreadable), and path -> reason for those that are missing or unreadable.
+
+    Raises:
+        UserError: the images' folder is not given, or not there.
     """
+    if pairs.images is None and (root is None or not Path(root).is_dir()):
+        raise UserError(f"{root}: no such folder" if root else "the pairs need their images' folder")
+    paths, contents = pairs.paths[part], pairs.images and pairs.images[part]
     images = np.zeros((len(paths), size, size, 3), np.uint8)
     failed: dict[str, str] = {}
     for i, path in enumerate(paths):
         try:
-            images[i] = square(read_rgb((Path(root) / path).read_bytes()), size)
+            data = contents[i] if contents else (Path(root or "") / path).read_bytes()
+            images[i] = square(read_rgb(data), size)
         except OSError:
             failed[path] = "missing"
         except RejectedImage as error:

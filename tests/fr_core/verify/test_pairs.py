@@ -139,11 +139,11 @@ def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tm
         "person1/0.jpg",
         "person1/1.jpg",
     ]
-    images, failed = read_images(photos, paths, 64)
-    assert images.shape == (6, 64, 64, 3)
-    assert failed == {"absent.jpg": "missing", paths[3]: "corrupt or truncated"}
     left, right = np.array([0, 0, 2, 4, 1, 3]), np.array([1, 4, 0, 5, 5, 4])
     pairs = Pairs(paths, left, right, np.array([1, 0, 1, 1, 0, 0], bool), np.array([0, 0, 0, 1, 1, 1]))
+    images, failed = read_images(photos, pairs, 64)
+    assert images.shape == (6, 64, 64, 3)
+    assert failed == {"absent.jpg": "missing", paths[3]: "corrupt or truncated"}
     result, scores, usable = verify_embeddings(raw_pixels(images), failed, pairs)
     assert (result.pairs, len(scores)) == (4, 4)
     assert usable.same.tolist() == [True, False, True, False]

@@ -1,0 +1,112 @@
+"""The ``.bin`` verification sets of the field (lfw.bin, agedb_30.bin …): a pickle of encoded images and flags.
+
+A pickle is a program. This reader runs none: it walks over the opcodes with the standard library's ``pickletools`` and
+knows only those that build lists, tuples, bytes, numbers and flags; any other one is refused.
+"""
+
+import pickletools
+from pathlib import Path
+from typing import Any
+
+from fr_core.errors import UserError
+
+MARK = object()
+ENCODE = object()  # _codecs.encode, by which Python 2's protocol writes bytes
+VALUES = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
+NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"}
+BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8", "SHORT_BINSTRING", "BINSTRING", "STRING"}
+TEXTS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
+STORE, LOAD = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+
+
+def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
+    """The images of a ``.bin`` set, two for each pair in turn, and whether each pair shows one person.
+
+    Raises:
+        UserError: unreadable, damaged, something else than lists of images and flags, or a program.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    try:
+        content = read_plain_pickle(data)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: not a verification set: {error}") from None
+    if not isinstance(content, (tuple, list)) or len(content) != 2:
+        raise UserError(f"{path}: not a verification set: expected images and flags")
+    images, flags = content
+    if not isinstance(images, list) or not all(isinstance(image, bytes) for image in images):
+        raise UserError(f"{path}: not a verification set: expected a list of encoded images")
+    if not isinstance(flags, list) or not all(flag in (0, 1) for flag in flags):
+        raise UserError(f"{path}: not a verification set: expected a list of flags")
+    if len(images) != 2 * len(flags) or not flags:
+        raise UserError(f"{path}: {len(images)} images for {len(flags)} pairs; two for each were expected")
+    return images, [bool(flag) for flag in flags]
+
+
+def read_plain_pickle(data: bytes) -> Any:
+    """What a pickle of plain values holds; strings of bytes stay bytes.
+
+    Raises:
+        ValueError: it is damaged, or would build or call anything else.
+        IndexError, KeyError, TypeError, AttributeError: it is damaged.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("PROTO", "FRAME"):
+            continue
+        if name == "STOP":
+            return stack.pop()
+        if name == "MARK":
+            stack.append(MARK)
+        elif name in VALUES:
+            stack.append(VALUES[name]())
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in NUMBERS:
+            stack.append(argument)
+        elif name in BYTES:
+            stack.append(argument.encode("latin-1") if isinstance(argument, str) else bytes(argument))
+        elif name in TEXTS:
+            stack.append(str(argument))
+        elif name in STORE:
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+        elif name in LOAD:
+            stack.append(memo[int(argument)])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            if len(stack) < count:
+                raise ValueError("damaged")
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name in ("TUPLE", "LIST", "APPENDS"):
+            mark = len(stack) - 1 - stack[::-1].index(MARK)
+            values = stack[mark + 1 :]
+            del stack[mark:]
+            if name == "APPENDS":
+                _list(stack[-1]).extend(values)
+            else:
+                stack.append(tuple(values) if name == "TUPLE" else values)
+        elif name == "APPEND":
+            value = stack.pop()
+            _list(stack[-1]).append(value)
+        elif name == "GLOBAL" and argument == "_codecs encode":
+            stack.append(ENCODE)
+        elif name == "REDUCE" and stack[-2] is ENCODE:
+            text, encoding = stack.pop()
+            if encoding != "latin1":
+                raise ValueError(f"bytes encoded as {encoding!r}")
+            stack[-1] = text.encode("latin-1")
+        else:
+            raise ValueError(f"it would run {name} {argument if isinstance(argument, str) else ''}".strip())
+    raise ValueError("truncated")
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("damaged")
+    return value
