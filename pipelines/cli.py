@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -135,27 +136,50 @@ def train(
 @app.command()
 def verify(
     ckpt: Annotated[Path, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    pairs: Annotated[Path, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; a .bin brings its own.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
+    ] = None,
     net: NetName = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the ROC and score pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for ROC, DET and score pictures, and results.md.")] = None,
     json: Json = None,
 ) -> None:
-    """Score a net on pairs of faces: 10-fold accuracy, TAR@FAR, ROC."""
+    """Score a net on pairs of faces: 10-fold accuracy, TAR@FAR, ROC, DET, with 95 % intervals."""
     from fr_core.nets.open import open_net
-    from fr_core.verify.report import verification_figures
+    from fr_core.verify.report import markdown, verification_figures
+    from pipelines.verify import suite_table, verify_suite
     from pipelines.verify import verify as run
 
+    given = pairs or suite
+    if given is None or (pairs and suite):
+        raise UserError("give either --pairs, with --images unless it is a .bin, or --suite")
     recogniser = open_net(ckpt, net)
     with bar("embed", None) as advance, writable(out or Path()):
-        result = run(lambda pixels: recogniser.embed(pixels, progress=advance), images, pairs, out, str(ckpt))
-    figures = verification_figures(result.verification)
-    figures |= {"missing_images": len(result.failed), "skipped_pairs": result.skipped}
-    for path, reason in sorted(result.failed.items()):
-        console.print(f"[yellow]{escape(path)}: {reason}[/]")
-    if result.failed:
-        console.print(f"[bold red]{len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
-    show("verify", figures, json, missing=result.failed)
+
+        def embed(pixels: np.ndarray) -> np.ndarray:
+            return recogniser.embed(pixels, progress=advance)
+
+        results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
+    figures: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name, result in results.items():
+        prefix = f"{name}_" if name else ""
+        figures |= verification_figures(result.verification, prefix)
+        figures |= {f"{prefix}missing_images": len(result.failed), f"{prefix}skipped_pairs": result.skipped}
+        missing |= result.failed
+        for path, reason in sorted(result.failed.items()):
+            console.print(f"[yellow]{escape(path)}: {reason}[/]")
+        if result.failed:
+            console.print(f"[bold red]{name} {len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
+    if suite:
+        table = suite_table(results)
+        if out:
+            (out / "results.md").write_text(markdown(table) + "\n")
+        show_table(table)
+    show("verify", figures, json, missing=missing)
 
 
 @app.command()
@@ -174,10 +198,7 @@ def plan(
         f"{recipe}, {identities:,} identities, {gpus} × {gpu_gib:g} GiB. Computed, not yet checked on a card."
     )
     rows, advice, figures = run(load_config(recipe, overrides or []), identities, gpus, gpu_gib)
-    table = Table(*rows[0], title="GiB per card")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+    show_table(rows, "GiB per card")
     console.print(advice)
     show("plan", figures, json)
 
@@ -317,7 +338,8 @@ def compared(
 
     ``published`` adds the papers' figures, by setting or by its name without the number of centres.
     """
-    from pipelines.compare import compare, markdown, summary
+    from fr_core.verify.report import markdown
+    from pipelines.compare import compare, summary
 
     with writable(results):
         rows = compare(
@@ -327,10 +349,7 @@ def compared(
     if published:
         named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]
         cells = [(*row, last) for row, last in zip(cells, ["published", *named], strict=True)]
-    table = Table(*cells[0], title=str(results))
-    for row in cells[1:]:
-        table.add_row(*row)
-    console.print(table)
+    show_table(cells, str(results))
     console.print(markdown(cells), highlight=False, soft_wrap=True)
     figures = {"runs": len(rows), "wanted": seeds * len(settings)}
     show(f"compare {name}", figures, json, rows=rows)
@@ -428,6 +447,14 @@ def show(command: str, figures: Mapping[str, float], json: Path | None, **more: 
 
         with writable(json):
             write_report(json, report(command, figures, **more))
+
+
+def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:
+    """Prints a table, header first."""
+    table = Table(*rows[0], title=title)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from fr_core.config import Config, load_config
 from fr_core.errors import UserError
 from fr_core.train.tracking import Comparison
+from fr_core.verify.report import markdown
 from pipelines.train import checked_plan, train
 
 COLUMNS = (
@@ -243,12 +244,6 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         table.append((name, str(len(own)), *cells))
     return table
-
-
-def markdown(table: list[tuple[str, ...]]) -> str:
-    """The table as README shows it."""
-    lines = [table[0], tuple("---" for _ in table[0]), *table[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def read_results(path: Path) -> list[dict[str, str]]:

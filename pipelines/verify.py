@@ -1,6 +1,6 @@
 """Verification of a net on pairs, and the comparison of two photos."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,10 @@ import numpy as np
 from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_rgb, square
 from fr_core.errors import UserError
 from fr_core.verify.pairs import Pairs, Verification, read_images, read_pairs, verify_embeddings
-from fr_core.verify.report import roc_figure, score_figure
+from fr_core.verify.report import det_figure, roc_figure, score_figure
+
+TABLE_FAR = 1e-3
+PAIRS_FILES = ("pairs.csv", "pairs.txt")
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,63 @@ def verify(
     if out:
         out.mkdir(parents=True, exist_ok=True)
         roc_figure({name: (scores, usable.same)}).savefig(out / "roc.png")
+        det_figure({name: (scores, usable.same)}).savefig(out / "det.png")
         score_figure(scores, usable.same, verification.threshold).savefig(out / "scores.png")
     return Result(verification, scores, usable, failed, len(pairs.same) - len(usable.same))
+
+
+def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
+    """The sets of pairs in a folder: name -> images' folder and pairs file.
+
+    A set is a ``.bin``, or a folder with ``pairs.csv`` or ``pairs.txt`` and the images, in ``images/`` or beside it.
+
+    Raises:
+        UserError: no such folder, or no sets in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found: dict[str, tuple[Path | None, Path]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.suffix == ".bin":
+            found[entry.stem] = (None, entry)
+        for pairs in (entry / name for name in PAIRS_FILES if (entry / name).is_file()):
+            found[entry.name] = (entry / "images" if (entry / "images").is_dir() else entry, pairs)
+    if not found:
+        raise UserError(f"{folder}: no sets of pairs: expected NAME.bin or NAME/{' or NAME/'.join(PAIRS_FILES)}")
+    return found
+
+
+def verify_suite(embed: Callable[[np.ndarray], np.ndarray], folder: Path, out: Path | None = None) -> dict[str, Result]:
+    """Scores a net on every set of pairs in a folder, as :func:`find_sets` finds them.
+
+    Args:
+        out: folder for the sets' pictures, and those of all sets together.
+    """
+    sets = find_sets(folder)
+    results = {
+        name: verify(embed, images, pairs, out / name if out else None, name) for name, (images, pairs) in sets.items()
+    }
+    if out:
+        curves = {name: (result.scores, result.pairs.same) for name, result in results.items()}
+        roc_figure(curves).savefig(out / "roc.png")
+        det_figure(curves).savefig(out / "det.png")
+    return results
+
+
+def suite_table(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
+    """One row a set, header first: figures in percent, with 95 % intervals."""
+    rows: list[tuple[str, ...]] = [("set", "pairs", "accuracy %", "95 %", "TAR@FAR 1e-3 %", "95 %", "left out")]
+    for name, result in results.items():
+        own = result.verification
+        cells = [f"{100 * own.accuracy:.2f} ± {100 * own.accuracy_std:.2f}", _interval(own.accuracy_interval)]
+        tar = own.tar_at_far.get(TABLE_FAR)
+        cells += ["", ""] if tar is None else [f"{100 * tar:.2f}", _interval(own.tar_intervals[TABLE_FAR])]
+        rows.append((name, str(own.pairs), *cells, str(result.skipped)))
+    return rows
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{100 * ends[0]:.2f} – {100 * ends[1]:.2f}"
 
 
 def similarity(embed: Callable[[np.ndarray], np.ndarray], a: Path, b: Path) -> tuple[float, list[Path]]:

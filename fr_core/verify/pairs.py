@@ -5,7 +5,7 @@ Legend: P pairs, N images, D embedding.
 
 import csv
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fr_core import rng
 from fr_core.data.crops import RejectedImage, read_rgb, square
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
+from fr_core.verify.bootstrap import accuracy_interval, tar_intervals
 
 FOLDS = 10
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -45,6 +46,8 @@ class Verification:
     threshold: float  # cosine; mean of the folds' thresholds
     tar_at_far: dict[float, float]  # FAR -> TAR, for the FARs that the impostor pairs can resolve
     pairs: int
+    accuracy_interval: tuple[float, float]  # 95 %, from a bootstrap over identities; as the next
+    tar_intervals: dict[float, tuple[float, float]]
 
 
 def read_pairs(path: str | Path) -> Pairs:
@@ -141,14 +144,30 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
     if len(folds) < 2:
         raise UserError("verification needs two folds or more")
     thresholds = [best_threshold(scores[pairs.fold != f], pairs.same[pairs.fold != f]) for f in folds]
-    accuracies = [
-        float(((scores[pairs.fold == f] >= t) == pairs.same[pairs.fold == f]).mean())
-        for f, t in zip(folds, thresholds, strict=True)
-    ]
+    right = (scores >= np.array(thresholds)[np.searchsorted(folds, pairs.fold)]) == pairs.same
+    accuracies = [float(right[pairs.fold == f].mean()) for f in folds]
     tars = {far: tar_at_far(scores, pairs.same, far) for far in FARS if far * (~pairs.same).sum() >= 1}
     return Verification(
-        float(np.mean(accuracies)), float(np.std(accuracies)), float(np.mean(thresholds)), tars, len(scores)
+        float(np.mean(accuracies)),
+        float(np.std(accuracies)),
+        float(np.mean(thresholds)),
+        tars,
+        len(scores),
+        accuracy_interval(right, people(pairs)),
+        tar_intervals(scores, pairs.same, people(pairs), list(tars)),
     )
+
+
+def people(pairs: Pairs) -> np.ndarray:
+    """The identities of each pair, numbered from 0: int64 [P, 2].
+
+    A person is the folder of a photo where that agrees with all pairs; else every pair stands for itself.
+    """
+    folders = np.unique([str(PurePath(path).parent) for path in pairs.paths], return_inverse=True)[1]
+    both = np.column_stack([folders[pairs.left], folders[pairs.right]])
+    if np.array_equal(both[:, 0] == both[:, 1], pairs.same):
+        return both
+    return np.repeat(np.arange(len(pairs.same))[:, None], 2, 1)
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:

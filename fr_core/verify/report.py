@@ -48,20 +48,30 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def verification_figures(result: Verification, prefix: str = "") -> dict[str, float]:
-    """Flat figures of a verification: accuracy, accuracy_std, threshold, pairs, tar_at_far_1e-2 …"""
+    """Flat figures of a verification: accuracy, accuracy_std, threshold, pairs, tar_at_far_1e-2 …; _low and _high."""
     figures = {
         "accuracy": result.accuracy,
         "accuracy_std": result.accuracy_std,
         "threshold": result.threshold,
         "pairs": result.pairs,
     }
-    figures |= {f"tar_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far.items()}
+    figures["accuracy_low"], figures["accuracy_high"] = result.accuracy_interval
+    for far, tar in result.tar_at_far.items():
+        name = f"tar_at_far_{far_name(far)}"
+        figures[name] = tar
+        figures[f"{name}_low"], figures[f"{name}_high"] = result.tar_intervals[far]
     return {prefix + name: float(value) for name, value in figures.items()}
 
 
 def far_name(far: float) -> str:
     """1e-2 for 0.01."""
     return f"1e-{round(-np.log10(far))}"
+
+
+def markdown(table: list[tuple[str, ...]]) -> str:
+    """A table, header first, as README shows it."""
+    lines = [table[0], tuple("---" for _ in table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
@@ -81,6 +91,27 @@ def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     axes.set_title("ROC")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    return figure
+
+
+def det_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """DET: false non-match rate over false match rate, both on log axes.
+
+    Args:
+        curves: as for :func:`roc_figure`.
+    """
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    least_match = least_miss = 1.0
+    for name, (scores, same) in curves.items():
+        far, tar, _ = roc(scores, same)
+        match, miss = 1 / max(1, int((~same).sum())), 1 / max(1, int(same.sum()))
+        axes.step(np.maximum(far, match), np.maximum(1 - tar, miss), where="post", label=name)
+        least_match, least_miss = min(least_match, match), min(least_miss, miss)
+    axes.set(xscale="log", yscale="log", xlim=(least_match, 1), ylim=(least_miss, 1))
+    axes.set(xlabel="false match rate", ylabel="false non-match rate", title="DET")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="lower left")
     return figure
 
 

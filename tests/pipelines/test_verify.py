@@ -1,0 +1,73 @@
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from fr_core.errors import UserError
+from fr_core.nets.iresnet import IResNet
+from fr_core.verify.baselines import raw_pixels
+from pipelines.verify import find_sets, suite_table, verify_suite
+from tests.pipelines.test_cli import bigface, figures
+
+
+@pytest.fixture
+def sets(photos, tmp_path):
+    """One set as a .bin, one as a folder with images/, one with the images beside the list."""
+    faces = sorted(photos.rglob("*.jpg"))
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(faces))[:24].reshape(12, 2)
+    same = [bool(faces[a].parent == faces[b].parent) for a, b in chosen]
+    same[0] = True  # so that both kinds are there
+    (tmp_path / "suite").mkdir()
+    contents = [faces[i].read_bytes() for i in chosen.ravel()]
+    (tmp_path / "suite" / "lfw.bin").write_bytes(pickle.dumps((contents, same), 2))
+    lines = ["image_a,image_b,same,fold"]
+    lines += [
+        f"{faces[a].relative_to(photos)},{faces[b].relative_to(photos)},{int(s)},{i % 3}"
+        for i, ((a, b), s) in enumerate(zip(chosen, same, strict=True))
+    ]
+    shutil.copytree(photos, tmp_path / "suite" / "cfp" / "images")
+    shutil.copytree(photos, tmp_path / "suite" / "agedb")
+    for name in ("cfp", "agedb"):
+        (tmp_path / "suite" / name / "pairs.csv").write_text("\n".join(lines))
+    (tmp_path / "suite" / "notes.txt").write_text("no set")
+    return tmp_path / "suite"
+
+
+def test_a_suite_scores_every_set_and_draws_them_together(sets, tmp_path):
+    (sets / "cfp" / "images" / "person0" / "0.jpg").write_bytes(b"broken")
+    results = verify_suite(raw_pixels, sets, tmp_path / "out")
+    assert list(results) == ["agedb", "cfp", "lfw"]
+    assert np.allclose(results["lfw"].scores, results["agedb"].scores)
+    assert list(results["cfp"].failed) == ["person0/0.jpg"]
+    pictures = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
+    own = {f"{name}/{picture}.png" for name in results for picture in ("roc", "det", "scores")}
+    assert pictures == own | {"roc.png", "det.png"}
+    table = suite_table(results)
+    assert [row[0] for row in table[1:]] == ["agedb", "cfp", "lfw"]
+    assert table[1][1] == "12"
+    assert table[2][-1] == str(results["cfp"].skipped) != "0"
+
+
+def test_folders_without_sets_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        find_sets(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"expected NAME\.bin or NAME/pairs\.csv or NAME/pairs\.txt"):
+        find_sets(tmp_path)
+
+
+def test_the_command(sets, tmp_path):
+    save_file(IResNet(10, 8, 1, 32, 16).state_dict(), tmp_path / "net.safetensors")
+    given = ("verify", tmp_path / "net.safetensors", "--net", "iresnet10")
+    output = bigface(*given, "--suite", sets, "--out", tmp_path / "out", "--json", tmp_path / "v.json")
+    assert "agedb" in output
+    found = figures(tmp_path / "v.json")
+    assert found["lfw_accuracy_low"] <= found["lfw_accuracy"] <= found["lfw_accuracy_high"]
+    assert (tmp_path / "out" / "results.md").read_text().count("\n") == 5
+    for mistake in ((), ("--suite", sets, "--pairs", sets / "lfw.bin")):
+        with pytest.raises(UserError, match="either --pairs"):
+            bigface(*given, *mistake)
+    with pytest.raises(UserError, match="need their images' folder"):
+        bigface(*given, "--pairs", sets / "cfp" / "pairs.csv")
