@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fr_core.verify.bootstrap import accuracy_interval, pair_weights, tar_intervals
-from fr_core.verify.pairs import Pairs, people, score_pairs, tar_at_far
+from fr_core.verify.pairs import Pairs, people, score_pairs, tars
 
 
 def alone(count):
@@ -48,7 +48,7 @@ def test_tar_against_resampling_by_hand():
     ((low, high),) = tar_intervals(scores, same, alone(300), [0.1]).values()
     repeated = []
     for weights in np.concatenate(list(pair_weights(alone(300)))).astype(int):
-        repeated.append(tar_at_far(np.repeat(scores, weights), np.repeat(same, weights), 0.1))
+        repeated.append(tars(np.repeat(scores, weights), np.repeat(same, weights), [0.1])[0])
     assert (low, high) == pytest.approx(tuple(np.percentile(repeated, (2.5, 97.5))))
 
 

@@ -15,7 +15,7 @@ from fr_core.verify.pairs import (
     read_pairs,
     roc,
     score_pairs,
-    tar_at_far,
+    tars,
     verify_embeddings,
 )
 
@@ -39,9 +39,27 @@ def test_best_threshold_and_roc_equal_brute_force_with_ties(data):
     for f, t, cut in zip(far, tar, thresholds, strict=True):
         assert f == pytest.approx((scores[~same] >= cut).mean() if (~same).any() else 0)
         assert t == pytest.approx((scores[same] >= cut).mean() if same.any() else 0)
-    for limit in (0.0, 0.1, 0.5):
-        allowed = [t for f, t in zip(far, tar, strict=True) if f <= limit]
-        assert tar_at_far(scores, same, limit) == pytest.approx(max(allowed, default=0))
+    limits = (0.0, 0.1, 0.5, 1.0)
+    if same.all() or not same.any():
+        assert np.isnan(tars(scores, same, limits)).all()
+        return
+    for limit, found in zip(limits, tars(scores, same, limits), strict=True):
+        assert found == pytest.approx(max((t for f, t in zip(far, tar, strict=True) if f <= limit), default=0))
+
+
+def test_rates_equal_scikit_learns():
+    from sklearn.metrics import roc_curve
+
+    random = np.random.default_rng(4)
+    same = random.random(5000) < 0.3
+    scores = np.round(random.normal(size=5000) + same, 2)
+    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
+    limits = np.array([1e-3, 1e-2, 0.05, 0.29, 0.9])
+    expected = [tar[far <= limit].max() for limit in limits]
+    assert tars(scores, same, limits) == pytest.approx(expected)
+    ours = roc(scores, same)
+    assert np.allclose(ours[0], far[1:])
+    assert np.allclose(ours[1], tar[1:])
 
 
 def test_each_fold_is_judged_at_the_threshold_of_the_others():
