@@ -143,20 +143,27 @@ def verify(
     suite: Annotated[
         Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
     ] = None,
+    ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
     net: NetName = None,
     out: Annotated[Path | None, typer.Option(help="Folder for ROC, DET and score pictures, and results.md.")] = None,
     json: Json = None,
 ) -> None:
-    """Score a net on pairs of faces: 10-fold accuracy, TAR@FAR, ROC, DET, with 95 % intervals."""
+    """Score a net on pairs of faces, with 95 % intervals, or on templates: accuracy, TAR@FAR, ROC, DET, 1:N."""
     from fr_core.nets.open import open_net
     from fr_core.verify.report import markdown, verification_figures
     from pipelines.verify import suite_table, verify_suite
     from pipelines.verify import verify as run
+    from pipelines.verify_templates import template_figures, verify_templates
 
-    given = pairs or suite
-    if given is None or (pairs and suite):
-        raise UserError("give either --pairs, with --images unless it is a .bin, or --suite")
+    given = pairs or suite or ijb
+    if given is None or sum(map(bool, (pairs, suite, ijb))) > 1:
+        raise UserError("give one of --pairs (with --images unless it is a .bin), --suite and --ijb")
     recogniser = open_net(ckpt, net)
+    if ijb:
+        with bar("embed", None) as advance, writable(out or Path()):
+            found = verify_templates(recogniser, ijb, out, advance)
+        show("verify", template_figures(found), json, missing=found.failed)
+        return
     with bar("embed", None) as advance, writable(out or Path()):
 
         def embed(pixels: np.ndarray) -> np.ndarray:

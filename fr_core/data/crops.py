@@ -45,7 +45,7 @@ def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tu
         is_crop = height == width == size and _distance(landmarks, size) <= ALIGNED_WITHIN * size
         if not is_crop:
             matrix = similarity(landmarks, size)
-            return encode(_warped(image, matrix, size)), landmarks @ matrix[:, :2].T + matrix[:, 2], False
+            return encode(warped(image, matrix, size)), landmarks @ matrix[:, :2].T + matrix[:, 2], False
     if height == width == size and data[:2] == b"\xff\xd8" and orientation(data) == UPRIGHT:
         return data, landmarks, False
     return encode(square(image, size)), landmarks, height != width
@@ -115,7 +115,7 @@ def encode(image: np.ndarray, quality: int = QUALITY) -> bytes:
     )
 
 
-def _warped(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
+def warped(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
     """A similarity warp that averages over the source's pixels where it shrinks (warpAffine alone would alias)."""
     shrink = int(1 / np.hypot(matrix[0, 0], matrix[1, 0]))
     if shrink >= 2:

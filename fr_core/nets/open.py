@@ -64,6 +64,7 @@ class Recogniser:
         flip: bool = True,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
+        normalise: bool = True,
     ) -> np.ndarray:
         """Embeddings of aligned face crops.
 
@@ -71,9 +72,10 @@ class Recogniser:
             images_NHWC: uint8 [N, H, W, 3], RGB, any size (resized to the net's).
             flip: add the embedding of the mirrored image, as the verification protocols do.
             progress: called with the number of images after each batch.
+            normalise: to length 1; template protocols want the lengths kept.
 
         Returns:
-            float32 [N, D], L2-normalised.
+            float32 [N, D].
 
         Raises:
             ValueError: another shape or dtype.
@@ -88,7 +90,8 @@ class Recogniser:
             out_BD = self.net(x_BCHW)
             if flip:
                 out_BD = out_BD + self.net(x_BCHW.flip(3))
-            embeddings[start : start + batch] = nn.functional.normalize(out_BD).cpu().numpy()
+            out_BD = nn.functional.normalize(out_BD) if normalise else out_BD
+            embeddings[start : start + batch] = out_BD.cpu().numpy()
             if progress:
                 progress(len(chunk))
         return embeddings

@@ -12,7 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fr_core.data.schema import write_text_atomically
-from fr_core.verify.pairs import Verification, roc
+from fr_core.verify.pairs import Verification, tars
+
+CURVE_POINTS = 400
 
 
 def machine() -> dict[str, Any]:
@@ -84,9 +86,9 @@ def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     axes = figure.subplots()
     smallest = 1.0
     for name, (scores, same) in curves.items():
-        far, tar, _ = roc(scores, same)
-        smallest = min(smallest, 1 / max(1, int((~same).sum())))
-        axes.step(np.maximum(far, smallest), tar, where="post", label=name)
+        far, tar = _curve(scores, same)
+        smallest = min(smallest, far[0])
+        axes.step(far, tar, where="post", label=name)
     axes.set(xscale="log", xlim=(smallest, 1), ylim=(0, 1), xlabel="false accept rate", ylabel="true accept rate")
     axes.set_title("ROC")
     axes.grid(alpha=0.3)
@@ -104,10 +106,10 @@ def det_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     axes = figure.subplots()
     least_match = least_miss = 1.0
     for name, (scores, same) in curves.items():
-        far, tar, _ = roc(scores, same)
-        match, miss = 1 / max(1, int((~same).sum())), 1 / max(1, int(same.sum()))
-        axes.step(np.maximum(far, match), np.maximum(1 - tar, miss), where="post", label=name)
-        least_match, least_miss = min(least_match, match), min(least_miss, miss)
+        far, tar = _curve(scores, same)
+        miss = 1 / max(1, int(same.sum()))
+        axes.step(far, np.maximum(1 - tar, miss), where="post", label=name)
+        least_match, least_miss = min(least_match, far[0]), min(least_miss, miss)
     axes.set(xscale="log", yscale="log", xlim=(least_match, 1), ylim=(least_miss, 1))
     axes.set(xlabel="false match rate", ylabel="false non-match rate", title="DET")
     axes.grid(alpha=0.3, which="both")
@@ -142,6 +144,12 @@ def contact_sheet(images_NHWC: np.ndarray, columns: int, title: str) -> Figure:
     axes.set_title(title)
     axes.axis("off")
     return figure
+
+
+def _curve(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FAR, evenly on a log axis from the smallest that the impostors resolve, and TAR there."""
+    far = np.geomspace(1 / max(1, int((~same).sum())), 1, CURVE_POINTS)
+    return far, tars(scores, same, far)
 
 
 def _cpu_name() -> str:

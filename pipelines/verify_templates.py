@@ -1,0 +1,122 @@
+"""Verification and identification of a net on templates: IJB-B and IJB-C."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_rgb, similarity, warped
+from fr_core.errors import UserError
+from fr_core.nets.open import Recogniser
+from fr_core.verify.ijb import IMAGES, read_faces, read_search, read_template_pairs
+from fr_core.verify.pairs import tars
+from fr_core.verify.report import det_figure, far_name, roc_figure
+from fr_core.verify.templates import Identification, identify, pair_cosines, pooled
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+PART = 256  # images in memory at once
+
+
+@dataclass(frozen=True)
+class TemplateResult:
+    """Scores of a net on IJB-B or IJB-C."""
+
+    tar_at_far: dict[float, float]  # templates pooled by media, weighted by the detector's scores
+    tar_at_far_of_means: dict[float, float]  # the plain mean of a template's images
+    search: dict[str, Identification]  # gallery -> 1:N scores, if the lists are there
+    images: int
+    pairs: int
+    failed: dict[str, str]  # image -> why it could not be read
+    skipped: int  # pairs with a template of which nothing could be read
+
+
+def verify_templates(
+    recogniser: Recogniser, root: Path, out: Path | None = None, progress: Callable[[int], None] | None = None
+) -> TemplateResult:
+    """The protocols of IJB-B and IJB-C on a folder as :mod:`fr_core.verify.ijb` describes it.
+
+    Raises:
+        UserError: a list is missing or wrong, or nothing could be read.
+    """
+    faces, (left, right, same) = read_faces(root), read_template_pairs(root)
+    names, first_N, image_N = np.unique(faces.names_N, return_index=True, return_inverse=True)
+    features_UD, failed = embed_loose(recogniser, root / IMAGES, names.tolist(), faces.points_N52[first_N], progress)
+    usable_N = ~np.isin(names, list(failed))[image_N]
+    if not usable_N.any():
+        raise UserError(f"{root / IMAGES}: none of the {len(names)} images can be read")
+    features_ND, template_N = features_UD[image_N[usable_N]], faces.templates_N[usable_N]
+    numbers, pooled_TD = pooled(features_ND, template_N, faces.media_N[usable_N], faces.scores_N[usable_N])
+    _, means_TD = pooled(features_ND, template_N)
+    kept = np.isin(left, numbers) & np.isin(right, numbers)
+    rows = np.searchsorted(numbers, left[kept]), np.searchsorted(numbers, right[kept])
+    scores, of_means, genuine = pair_cosines(pooled_TD, *rows), pair_cosines(means_TD, *rows), same[kept]
+    fars = [far for far in FARS if far * (~genuine).sum() >= 1]
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        curves = {"by media, weighted": (scores, genuine), "plain mean": (of_means, genuine)}
+        roc_figure(curves).savefig(out / "roc.png")
+        det_figure(curves).savefig(out / "det.png")
+    searches: dict[str, Identification] = {}
+    if lists := read_search(root):
+        probes, of_whom = _present(numbers, *lists.probes)
+        for name, gallery in lists.galleries.items():
+            templates, people = _present(numbers, *gallery)
+            searches[name] = identify(pooled_TD[templates], people, pooled_TD[probes], of_whom)
+    return TemplateResult(
+        dict(zip(fars, tars(scores, genuine, fars).tolist(), strict=True)),
+        dict(zip(fars, tars(of_means, genuine, fars).tolist(), strict=True)),
+        searches,
+        len(names),
+        len(scores),
+        failed,
+        len(left) - len(scores),
+    )
+
+
+def embed_loose(
+    recogniser: Recogniser,
+    folder: Path,
+    names: list[str],
+    points_N52: np.ndarray,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Aligns loose crops by their five points and embeds them, their lengths kept, a part at a time.
+
+    Returns:
+        float32 [N, D] (zeros where unreadable), and image -> reason for those.
+    """
+    features_ND = np.zeros((len(names), recogniser.net.embedding), np.float32)
+    failed: dict[str, str] = {}
+    for start in range(0, len(names), PART):
+        crops, rows = [], []
+        for i in range(start, min(start + PART, len(names))):
+            try:
+                image = read_rgb((folder / names[i]).read_bytes())
+                crops.append(warped(image, similarity(points_N52[i], TEMPLATE_SIZE), TEMPLATE_SIZE))
+                rows.append(i)
+            except OSError:
+                failed[names[i]] = "missing"
+            except RejectedImage as error:
+                failed[names[i]] = str(error)
+        if crops:
+            features_ND[rows] = recogniser.embed(np.stack(crops), progress=progress, normalise=False)
+    return features_ND, failed
+
+
+def template_figures(result: TemplateResult) -> dict[str, float]:
+    """Flat figures: tar_at_far_1e-4 …, tar_of_means_at_far_1e-4 …, gallery_g1_rank_1, gallery_g1_tpir_at_fpir_1e-2 …"""
+    figures: dict[str, float] = {f"tar_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far.items()}
+    figures |= {f"tar_of_means_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far_of_means.items()}
+    for name, search in result.search.items():
+        figures |= {f"{name}_rank_{rank}": share for rank, share in search.at_rank.items()}
+        figures |= {f"{name}_tpir_at_fpir_{far_name(fpir)}": share for fpir, share in search.tpir_at_fpir.items()}
+        figures |= {f"{name}_mated": search.mated, f"{name}_unmated": search.unmated}
+    counts = {"images": result.images, "pairs": result.pairs, "missing_images": len(result.failed)}
+    return figures | counts | {"skipped_pairs": result.skipped}
+
+
+def _present(numbers: np.ndarray, templates: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of those templates that could be pooled, and their people."""
+    there = np.isin(templates, numbers)
+    return np.searchsorted(numbers, templates[there]), people[there]
