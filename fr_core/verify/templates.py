@@ -3,13 +3,14 @@
 Legend: N images, T templates, P pairs, G gallery templates, Q probes, D embedding.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from fr_core.errors import UserError
 
-PART = 32_768  # pairs, or gallery comparisons, in memory at once
+BLOCK = 512  # templates, or probes, that are compared with all others at once
 RANKS = (1, 5, 10)
 FPIRS = (1e-1, 1e-2)
 
@@ -43,16 +44,24 @@ def pooled(
 
 
 def pair_cosines(features_TD: np.ndarray, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
-    """Cosines of pairs of templates, a part at a time: float32 [P].
+    """Cosines of pairs of templates: float32 [P].
+
+    A block of templates is multiplied with all others and the pairs are picked from that: the protocols have so many
+    pairs (IJB-C 15.7 million of 23,124 templates) that gathering both features of each takes 2.5 times as long.
 
     Args:
         features_TD: normalised.
         left_P, right_P: rows of it.
     """
     scores = np.empty(len(left_P), np.float32)
-    for start in range(0, len(left_P), PART):
-        part = slice(start, start + PART)
-        scores[part] = np.einsum("pd,pd->p", features_TD[left_P[part]], features_TD[right_P[part]])
+    order = np.argsort(left_P, kind="stable")
+    begins = np.arange(0, len(features_TD), BLOCK)
+    ends = np.searchsorted(left_P, np.append(begins, len(features_TD)), sorter=order)
+    for begin, (first, last) in zip(begins, itertools.pairwise(ends), strict=True):
+        if last > first:
+            chosen = order[first:last]
+            block = features_TD[begin : begin + BLOCK] @ features_TD.T
+            scores[chosen] = block[left_P[chosen] - begin, right_P[chosen]]
     return scores
 
 
@@ -90,9 +99,8 @@ def identify(
     begins = np.searchsorted(column_G[order], np.arange(len(known)))
     rank_Q, own_score_Q = np.zeros(len(people_Q), np.int64), np.full(len(people_Q), -np.inf, np.float32)
     best_Q = np.empty(len(people_Q), np.float32)
-    part = max(1, PART * 32 // len(people_G))
-    for start in range(0, len(people_Q), part):
-        rows = np.arange(start, min(start + part, len(people_Q)))
+    for start in range(0, len(people_Q), BLOCK):
+        rows = np.arange(start, min(start + BLOCK, len(people_Q)))
         scores = np.maximum.reduceat((probes_QD[rows] @ gallery_GD.T)[:, order], begins, axis=1)
         best_Q[rows] = scores.max(1)
         mated = rows[mated_Q[rows]]

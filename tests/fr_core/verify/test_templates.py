@@ -42,7 +42,7 @@ def test_a_template_of_zeros_is_no_error():
 
 
 def test_cosines_of_pairs_in_parts(monkeypatch):
-    monkeypatch.setattr(templates, "PART", 7)
+    monkeypatch.setattr(templates, "BLOCK", 7)
     random = np.random.default_rng(2)
     features, left, right = people(random, 20), random.integers(0, 20, 50), random.integers(0, 20, 50)
     expected = (features @ features.T)[left, right]
@@ -59,9 +59,9 @@ def test_a_search_worked_by_hand():
     assert result.tpir_at_fpir == {}  # one unmated probe resolves no rate of a tenth
 
 
-@pytest.mark.parametrize("part", [1, 4096])
-def test_searches_against_a_plain_loop(monkeypatch, part):
-    monkeypatch.setattr(templates, "PART", part)
+@pytest.mark.parametrize("block", [7, 512])
+def test_searches_against_a_plain_loop(monkeypatch, block):
+    monkeypatch.setattr(templates, "BLOCK", block)
     random = np.random.default_rng(3)
     centres = people(random, 60)
     who_g = np.concatenate([np.arange(40), random.integers(0, 40, 15)])
