@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check fuzz format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
 
 test: check
 	$(BIN)/pytest
+
+fuzz: $(VENV)/.installed  # minutes; make test runs the same with 100 cases a test
+	$(BIN)/pytest -m fuzz --hypothesis-profile=fuzz
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

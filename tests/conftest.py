@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import settings
 
 from fr_core.data.crops import encode
 from fr_core.data.schema import (
@@ -23,6 +24,10 @@ from fr_core.data.schema import (
     write_shard,
 )
 from fr_core.ranks import Ranks
+
+settings.register_profile("default", deadline=None)  # machines here are noisy
+settings.register_profile("fuzz", deadline=None, max_examples=10_000)
+settings.load_profile("default")
 
 REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(

@@ -107,6 +107,8 @@ def image_of(payload: bytes) -> bytes:
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys and starts, in the order of the keys."""
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("empty")
         table = np.loadtxt(path, np.int64, ndmin=2)
         if table.size and table.shape[1] != 2:
             raise ValueError("two numbers a line were expected")

@@ -116,6 +116,7 @@ def test_pairs_of_a_set_come_in_ten_neighbouring_folds_with_their_images(tmp_pat
     assert np.array_equal(part, images[10:20])
 
 
+@pytest.mark.fuzz
 @given(st.data())
 def test_any_change_of_a_set_is_read_or_refused(tmp_path_factory, data):
     path = write(tmp_path_factory.mktemp("fuzz") / "a.bin", (IMAGES[:4], FLAGS[:2]), data.draw(st.integers(0, 5)))

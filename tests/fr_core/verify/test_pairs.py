@@ -139,6 +139,7 @@ def test_bad_pairs_files_name_the_line(tmp_path, text, message):
         read_pairs(path)
 
 
+@pytest.mark.fuzz
 @given(st.text(alphabet="image_ab,same0123 \t\n\r\"'é", max_size=200))
 def test_any_text_is_read_or_refused(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("fuzz") / "pairs"

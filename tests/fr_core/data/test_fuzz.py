@@ -1,0 +1,117 @@
+"""Files that nobody wrote: whatever is changed in them, they are read or refused, and nothing else happens.
+
+``make fuzz`` runs the same with 10,000 cases each.
+"""
+
+import contextlib
+import json
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fr_core.data.archives import tar_members, zip_members
+from fr_core.data.schema import open_dataset
+from fr_core.data.sources import UnreadableImage, list_source, read_image
+from fr_core.errors import UserError
+from tests.fr_core.data.test_recordio import payload, write_rec
+from tests.fr_core.data.test_sources import make_tar, make_zip
+
+pytestmark = pytest.mark.fuzz
+FILES = {f"{person}/{shot}.jpg": bytes([shot]) * (300 * shot + 5) for person in "abc" for shot in range(3)}
+
+
+@st.composite
+def changes(draw):
+    """A function that changes some bytes of a file, cuts a piece out of it, or ends it early."""
+    edits = draw(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6))
+    cut = draw(st.none() | st.tuples(st.floats(0, 1), st.integers(1, 600)))
+    end = draw(st.none() | st.floats(0, 1))
+
+    def apply(data):
+        data = bytearray(data)
+        for place, value in edits:
+            data[int(place * len(data))] = value
+        if cut:
+            begin = int(cut[0] * len(data))
+            del data[begin : begin + cut[1]]
+        return bytes(data if end is None else data[: int(end * len(data))])
+
+    return apply
+
+
+def read_all(path):
+    """Lists a source and reads every image of it; what is found is bytes of no more than the file can hold."""
+    with contextlib.suppress(UserError):
+        listing = list_source(path)
+        for row in listing.images.to_pylist():
+            with contextlib.suppress(UnreadableImage):
+                file = listing.files[row["file"]]
+                data = read_image(listing.kind, file, row["path"], row["start"], row["length"])
+                assert len(data) <= 4 * sum(map(len, FILES.values())) + 10_000
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
+    make_zip(root / "deflated.zip", FILES)
+    make_zip(root / "stored.zip", FILES, 0)
+    make_tar(root / "a.tar", FILES)
+    write_rec(root / "a.rec", [payload(data, float(ord(name[0])), i) for i, (name, data) in enumerate(FILES.items())])
+    return root
+
+
+@given(change=changes(), name=st.sampled_from(["deflated.zip", "stored.zip", "a.tar"]))
+def test_archives(originals, tmp_path_factory, change, name):
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(change((originals / name).read_bytes()))
+    read_all(path)
+
+
+@given(change=changes(), of_index=st.booleans(), index=st.booleans())
+def test_recordio(originals, tmp_path_factory, change, of_index, index):
+    root = tmp_path_factory.mktemp("fuzz")
+    for name in ("a.rec", "a.idx") if index else ("a.rec",):
+        data = (originals / name).read_bytes()
+        (root / name).write_bytes(change(data) if of_index == (name == "a.idx") else data)
+    read_all(root / "a.rec")
+
+
+@given(data=st.binary(max_size=400), suffix=st.sampled_from(["zip", "tar", "rec", "csv", "txt", "tsv"]))
+def test_any_bytes(tmp_path_factory, data, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
+    path.write_bytes(data)
+    read_all(path)
+
+
+@given(change=changes())
+def test_manifests(dataset, tmp_path_factory, change):
+    root = tmp_path_factory.mktemp("fuzz")
+    for file in dataset.iterdir():
+        (root / file.name).symlink_to(file)
+    manifest = root / "manifest.json"
+    manifest.unlink()
+    manifest.write_bytes(change((dataset / "manifest.json").read_bytes()))
+    with contextlib.suppress(UserError):
+        opened = open_dataset(root)
+        assert all("/" not in shard.file for shard in opened.manifest.shards)
+        assert json.loads(manifest.read_text())
+
+
+def test_names_that_lead_outside_are_only_names(tmp_path):
+    files = {"../../evil/1.jpg": b"a", "../../evil/2.jpg": b"b", "/etc/x/1.jpg": b"c", "ok/1.jpg": b"d"}
+    for path in (make_zip(tmp_path / "a.zip", files), make_tar(tmp_path / "b.tar", files)):
+        read_all(path)
+        members = zip_members(path) if path.suffix == ".zip" else tar_members(path)
+        assert {member.name for member in members} == set(files)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "b.tar"]
+
+
+def test_links_and_devices_in_a_tar_are_no_images(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "a/1.jpg"), (tarfile.LNKTYPE, "a/2.jpg"), (tarfile.CHRTYPE, "b/1.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    assert not list(tar_members(tmp_path / "a.tar"))
