@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,7 @@ from rich.table import Table
 from fr_core.config import load_config, recipes
 from fr_core.data.schema import Layout
 from fr_core.errors import UserError
+from pipelines.unpack import Form
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -83,14 +84,7 @@ def ingest(
 
     started = time.monotonic()
     with bar("ingest", None) as advance:
-        done = 0
-
-        def progress(images: int, total: int) -> None:
-            nonlocal done
-            advance(images - done, total)
-            done = images
-
-        manifest = run(src, out, layout, size, landmarks, labels, overwrite, not in_process, progress=progress)
+        manifest = run(src, out, layout, size, landmarks, labels, overwrite, not in_process, progress=growing(advance))
     rejected = sum(manifest.rejects.values())
     for reason, count in manifest.rejects.items():
         console.print(f"[yellow]left out: {count} images, {reason}; listed in {escape(str(out / 'rejects.csv'))}[/]")
@@ -111,6 +105,21 @@ def ingest(
         "images_per_second": manifest.images / (time.monotonic() - started),
     }
     show("ingest", figures, json)
+
+
+@app.command()
+def unpack(
+    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    out: Annotated[Path, typer.Option(help="An empty or new folder.")],
+    form: Annotated[Form, typer.Option("--as", help="folders, one a person, or webdataset tars.")] = "folders",
+    json: Json = None,
+) -> None:
+    """Turn shards back into images, JPEG bytes untouched."""
+    from pipelines.unpack import unpack as run
+
+    with bar("unpack", None) as advance, writable(out):
+        images = run(shards, out, form, growing(advance))
+    show("unpack", {"images": images}, json)
 
 
 @app.command()
@@ -462,6 +471,18 @@ def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+
+
+def growing(advance: Callable[..., None]) -> Callable[[int, int], None]:
+    """For a bar that is told how many there are so far, and in all."""
+    done = 0
+
+    def progress(images: int, total: int) -> None:
+        nonlocal done
+        advance(images - done, total)
+        done = images
+
+    return progress
 
 
 @contextmanager

@@ -26,7 +26,7 @@ Kind = Literal["files", "tar", "zip", "rec"]
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
 IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
-LONGEST = 64 * 2**20  # bytes of one encoded image
+LONGEST, LONGEST_CLASS = 64 * 2**20, 1000  # bytes of one encoded image, of an identity's name
 LANDMARK_COLUMNS = tuple(
     f"{point}_{axis}" for point in ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right") for axis in ("x", "y")
 )
@@ -134,7 +134,11 @@ def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
     """Images in zip or tar archives, all of one kind, each a tree of identity folders.
 
     The identity is the first folder below those that all images of an archive share, and in an archive without folders
-    the archive itself. Archives may share identities, by name.
+    the archive itself. In WebDataset's tars it is what ``KEY.cls`` beside ``KEY.jpg`` says. Archives may share
+    identities, by name.
+
+    Raises:
+        UserError: zip and tar mixed, an image without ``.cls`` beside others with one, or as :func:`list_folder`.
     """
     kinds = {path.suffix == ".zip" for path in archives}
     if len(kinds) > 1:
@@ -143,10 +147,11 @@ def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
     owners: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, path in enumerate(archives):
-        members = [m for m in (zip_members if kinds == {True} else tar_members)(path) if is_image(m.name)]
-        members.sort(key=lambda member: member.name)
+        found = sorted((zip_members if kinds == {True} else tar_members)(path), key=lambda member: member.name)
+        members = [member for member in found if is_image(member.name)]
+        classes = [member for member in found if member.name.endswith(".cls")] if kinds == {False} else []
         paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
-        owners += _owners(members, path.stem)
+        owners += _classes(path, members, classes) if classes else _owners(members, path.stem)
         places += [(number, member.start, member.length) for member in members]
     if not paths:
         raise UserError(f"{root}: no JPEG or PNG files in it")
@@ -299,6 +304,18 @@ def _owners(members: list[Member], archive: str) -> list[str]:
     first, last = (around[0], around[-1]) if around else ((), ())
     shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     return [folder[shared] if len(folder) > shared else archive for folder in folders]
+
+
+def _classes(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
+    """What the ``.cls`` file beside each member of a WebDataset tar says."""
+    data = _mapped(str(path.resolve()))
+    said = {m.name[:-4]: bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
+    try:
+        return [said[str(PurePosixPath(member.name).with_suffix(""))].decode().strip() for member in members]
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} has no .cls file beside its image") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a .cls file is no text") from None
 
 
 def _list_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:

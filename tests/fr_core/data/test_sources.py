@@ -196,3 +196,12 @@ def test_members_that_cannot_be_read_say_why(tmp_path):
         read_image("tar", str(tar), "", places[2]["start"], 2000)
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image("files", str(tmp_path), "absent.jpg", 0, 0)
+
+
+def test_webdataset_tars_by_their_classes(tmp_path):
+    make_tar(tmp_path / "0.tar", {"1.jpg": b"a", "1.cls": b"7", "2.png": b"b", "2.cls": b"8\n", "2.json": b"{}"})
+    make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7"})
+    assert content(list_source(tmp_path)) == {"7": [b"a", b"c"], "8": [b"b"]}
+    make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7", "x/4.jpg": b"d"})
+    with pytest.raises(UserError, match=r"x/4 has no \.cls file"):
+        list_source(tmp_path)

@@ -1,0 +1,109 @@
+"""Shards back into what every other program reads: a folder a person, or WebDataset tars. No lock-in."""
+
+import csv
+import io
+import itertools
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.sources import LANDMARK_COLUMNS
+from fr_core.errors import UserError
+
+Form = Literal["folders", "webdataset"]
+FLAT = ("sample_id", "label", "image", "landmarks")  # columns of the layouts
+CHUNKED = ("sample_ids", "images", "landmarks")
+
+
+def unpack(
+    shards: Path,
+    out: Path,
+    form: Form = "folders",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes the images of a dataset, JPEG bytes untouched, a row group in memory at a time.
+
+    folders: ``NAME/SAMPLE.jpg``, and ``landmarks.csv`` of those whose points are known. webdataset: ``00000.tar`` …, one
+    a shard, for each image ``SAMPLE.jpg`` and ``SAMPLE.cls`` with its label, and ``identities.csv``.
+
+    Returns:
+        Images written.
+
+    Raises:
+        UserError: no dataset, a damaged shard, or ``out`` is not empty.
+    """
+    dataset = open_dataset(shards)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    total = dataset.manifest.images
+    write = _folders if form == "folders" else _tars
+    done = 0
+    for done in write(dataset, out):
+        progress(done, total)
+    return done
+
+
+def read(dataset: Dataset, shard: int, group: int) -> list[tuple[int, int, bytes, list[float] | None]]:
+    """Sample id, label, JPEG and landmarks of the images of one row group."""
+    table = dataset.read_row_group(shard, group)
+    if dataset.manifest.layout == "flat":
+        return list(zip(*(table[name].to_pylist() for name in FLAT), strict=True))
+    sizes = [len(ids) for ids in table["sample_ids"]]
+    labels = np.repeat(table["label"].to_numpy(), sizes).tolist()
+    ids, jpegs, points = (table[name].combine_chunks().flatten().to_pylist() for name in CHUNKED)
+    return list(zip(ids, labels, jpegs, points, strict=True))
+
+
+def folder_names(names: list[str]) -> list[str]:
+    """Names of the identities that are safe and distinct as folders; others become ``identityLABEL``."""
+    safe = [name if _is_plain(name) else f"identity{label}" for label, name in enumerate(names)]
+    seen: set[str] = set()
+    for label, name in enumerate(safe):
+        if name.lower() in seen:  # file systems may not tell upper from lower case
+            safe[label] = f"{name}-{label}"
+        seen.add(safe[label].lower())
+    return safe
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name.strip(". ")) and not set(name) & set('/\\:*?"<>|\0') and name.isprintable() and len(name) < 200
+
+
+def _folders(dataset: Dataset, out: Path) -> Iterator[int]:
+    names, done = folder_names(dataset.identity_names()), 0
+    for name in names:
+        (out / name).mkdir()
+    with (out / "landmarks.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", *LANDMARK_COLUMNS))
+        for shard, number, _ in dataset.row_groups.tolist():
+            group = read(dataset, shard, number)
+            for sample, label, jpeg, points in group:
+                path = f"{names[label]}/{sample:08d}.jpg"
+                (out / path).write_bytes(jpeg)
+                if points:
+                    writer.writerow((path, *points))
+            done += len(group)
+            yield done
+
+
+def _tars(dataset: Dataset, out: Path) -> Iterator[int]:
+    with (out / "identities.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("label", "name"), *enumerate(dataset.identity_names())])
+    done = 0
+    for shard, groups in itertools.groupby(dataset.row_groups.tolist(), lambda group: group[0]):
+        with tarfile.open(out / f"{shard:05d}.tar", "w") as archive:
+            for _, number, _ in groups:
+                group = read(dataset, shard, number)
+                for sample, label, jpeg, _ in group:
+                    for suffix, content in (("jpg", jpeg), ("cls", str(label).encode())):
+                        info = tarfile.TarInfo(f"{sample:08d}.{suffix}")
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+                done += len(group)
+                yield done
