@@ -27,7 +27,7 @@ def unpack(
 ) -> int:
     """Writes the images of a dataset, JPEG bytes untouched, a row group in memory at a time.
 
-    folders: ``NAME/SAMPLE.jpg``, and ``landmarks.csv`` of those whose points are known. webdataset: ``00000.tar`` …, one
+    folders: ``NAME/SAMPLE.jpg``, and ``landmarks.csv`` of those with known points. webdataset: ``00000.tar`` …, one
     a shard, for each image ``SAMPLE.jpg`` and ``SAMPLE.cls`` with its label, and ``identities.csv``.
 
     Returns:
