@@ -108,6 +108,20 @@ def ingest(
 
 
 @app.command()
+def inspect(
+    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for a histogram, a contact sheet and findings.csv.")] = None,
+    json: Json = None,
+) -> None:
+    """Say what is in a dataset: sizes of identities, faces, damaged images, images that are there twice."""
+    from pipelines.inspect import inspect as run
+
+    with bar("inspect", None) as advance, writable(out or Path()):
+        figures = run(shards, out, growing(advance))
+    show("inspect", figures, json)
+
+
+@app.command()
 def unpack(
     shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
     out: Annotated[Path, typer.Option(help="An empty or new folder.")],
