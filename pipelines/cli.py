@@ -199,7 +199,7 @@ def verify(
         prefix = f"{name}_" if name else ""
         figures |= verification_figures(result.verification, prefix)
         figures |= {f"{prefix}missing_images": len(result.failed), f"{prefix}skipped_pairs": result.skipped}
-        missing |= result.failed
+        missing |= {f"{name}/{path}" if name else path: reason for path, reason in result.failed.items()}
         for path, reason in sorted(result.failed.items()):
             console.print(f"[yellow]{escape(path)}: {reason}[/]")
         if result.failed:

@@ -32,7 +32,6 @@ from fr_core.data.schema import (
 )
 from fr_core.data.sources import (
     Listing,
-    UnreadableImage,
     list_source,
     match_landmarks,
     read_image,
@@ -67,8 +66,11 @@ class Job:
 
     @property
     def stamp(self) -> str:
-        """Tells this job from any other."""
-        digest = hashlib.sha256(repr((self.layout, self.image_size, self.listing.kind, self.listing.names)).encode())
+        """Tells this job from any other; single photos that were changed since are not noticed."""
+        listing = self.listing
+        changed = [Path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
+        facts = (SCHEMA_VERSION, self.layout, self.image_size, listing.kind, listing.files, changed, listing.names)
+        digest = hashlib.sha256(repr(facts).encode())
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.listing.images.schema) as stream:
             stream.write_table(self.listing.images)
@@ -124,6 +126,8 @@ def ingest(
         done += result["images"]
         progress(done, listing.images.num_rows)
     _write_rejects(out, sorted(rejects))
+    for number in range(job.shards):
+        _result_file(out, number).unlink()
     if len(rejects) > MOST_REJECTS * listing.images.num_rows:
         raise UserError(
             f"{source}: {len(rejects)} of {listing.images.num_rows} images rejected, first {min(rejects)[0]} "
@@ -142,8 +146,6 @@ def ingest(
         warnings={k: n for k, n in {"not_square": not_square, "identities_without_images": empty}.items() if n},
     )
     write_manifest(out, manifest, listing.names, counts)
-    for number in range(job.shards):
-        _result_file(out, number).unlink()
     (out / STARTED).unlink()
     return manifest
 
@@ -231,7 +233,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
             not_square += odd
             rows.append((sample_id, place["label"], jpeg, moved))
             kept.append(chunk)
-        except (RejectedImage, UnreadableImage) as error:
+        except RejectedImage as error:
             rejects.append([place["path"], str(error)])
     shard = None
     if rows:

@@ -63,15 +63,16 @@ def folder_names(names: list[str]) -> list[str]:
     """Names of the identities that are safe and distinct as folders; others become ``identityLABEL``."""
     safe = [name if _is_plain(name) else f"identity{label}" for label, name in enumerate(names)]
     seen: set[str] = set()
-    for label, name in enumerate(safe):
-        if name.lower() in seen:  # file systems may not tell upper from lower case
-            safe[label] = f"{name}-{label}"
+    for label in range(len(safe)):
+        while safe[label].lower() in seen:  # file systems may not tell upper from lower case
+            safe[label] += f"-{label}"
         seen.add(safe[label].lower())
     return safe
 
 
 def _is_plain(name: str) -> bool:
-    return bool(name.strip(". ")) and not set(name) & set('/\\:*?"<>|\0') and name.isprintable() and len(name) < 200
+    short = len(name.encode(errors="replace")) < 200
+    return short and bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/\\:*?"<>|')
 
 
 def _folders(dataset: Dataset, out: Path) -> Iterator[int]:

@@ -65,8 +65,12 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
     found: dict[str, tuple[Path | None, Path]] = {}
     for entry in sorted(folder.iterdir()):
         if entry.suffix == ".bin":
+            if entry.stem in found:
+                raise UserError(f"{folder}: two sets are called {entry.stem}")
             found[entry.stem] = (None, entry)
         for pairs in (entry / name for name in PAIRS_FILES if (entry / name).is_file()):
+            if entry.name in found:
+                raise UserError(f"{folder}: two sets are called {entry.name}")
             found[entry.name] = (entry / "images" if (entry / "images").is_dir() else entry, pairs)
     if not found:
         raise UserError(f"{folder}: no sets of pairs: expected NAME.bin or NAME/{' or NAME/'.join(PAIRS_FILES)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_rgb, similarity, warped
+from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_file, read_rgb, similarity, warped
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.verify.ijb import IMAGES, read_faces, read_search, read_template_pairs
@@ -39,7 +39,7 @@ def verify_templates(
     Raises:
         UserError: a list is missing or wrong, or nothing could be read.
     """
-    faces, (left, right, same) = read_faces(root), read_template_pairs(root)
+    faces, (left, right, same), lists = read_faces(root), read_template_pairs(root), read_search(root)
     names, first_N, image_N = np.unique(faces.names_N, return_index=True, return_inverse=True)
     features_UD, failed = embed_loose(recogniser, root / IMAGES, names.tolist(), faces.points_N52[first_N], progress)
     usable_N = ~np.isin(names, list(failed))[image_N]
@@ -50,7 +50,12 @@ def verify_templates(
     _, means_TD = pooled(features_ND, template_N)
     kept = np.isin(left, numbers) & np.isin(right, numbers)
     rows = np.searchsorted(numbers, left[kept]), np.searchsorted(numbers, right[kept])
-    scores, of_means, genuine = pair_cosines(pooled_TD, *rows), pair_cosines(means_TD, *rows), same[kept]
+    genuine = same[kept]
+    if genuine.all() or not genuine.any():
+        raise UserError(f"{root}: verification needs both same and different pairs of templates that can be read")
+    if not np.isfinite(features_ND).all():
+        raise UserError("the net's embeddings are not finite")
+    scores, of_means = pair_cosines(pooled_TD, *rows), pair_cosines(means_TD, *rows)
     fars = [far for far in FARS if far * (~genuine).sum() >= 1]
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -58,11 +63,11 @@ def verify_templates(
         roc_figure(curves).savefig(out / "roc.png")
         det_figure(curves).savefig(out / "det.png")
     searches: dict[str, Identification] = {}
-    if lists := read_search(root):
-        probes, of_whom = _present(numbers, *lists.probes)
-        for name, gallery in lists.galleries.items():
-            templates, people = _present(numbers, *gallery)
-            searches[name] = identify(pooled_TD[templates], people, pooled_TD[probes], of_whom)
+    if lists:
+        probes, people = lists.probes
+        for name, (templates, owners) in lists.galleries.items():
+            gallery_GD, probes_QD = (_rows(numbers, pooled_TD, of) for of in (templates, probes))
+            searches[name] = identify(gallery_GD, owners, probes_QD, people)
     return TemplateResult(
         dict(zip(fars, tars(scores, genuine, fars).tolist(), strict=True)),
         dict(zip(fars, tars(of_means, genuine, fars).tolist(), strict=True)),
@@ -92,7 +97,7 @@ def embed_loose(
         crops, rows = [], []
         for i in range(start, min(start + PART, len(names))):
             try:
-                image = read_rgb((folder / names[i]).read_bytes())
+                image = read_rgb(read_file(folder / names[i]))
                 crops.append(warped(image, similarity(points_N52[i], TEMPLATE_SIZE), TEMPLATE_SIZE))
                 rows.append(i)
             except OSError:
@@ -116,7 +121,9 @@ def template_figures(result: TemplateResult) -> dict[str, float]:
     return figures | counts | {"skipped_pairs": result.skipped}
 
 
-def _present(numbers: np.ndarray, templates: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of those templates that could be pooled, and their people."""
-    there = np.isin(templates, numbers)
-    return np.searchsorted(numbers, templates[there]), people[there]
+def _rows(numbers_T: np.ndarray, features_TD: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Features of templates; zeros for those of which no image could be read."""
+    found = np.zeros((len(wanted), features_TD.shape[1]), np.float32)
+    there = np.isin(wanted, numbers_T)
+    found[there] = features_TD[np.searchsorted(numbers_T, wanted[there])]
+    return found

@@ -12,7 +12,7 @@ from fr_core.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # a zip member's own, in front of its bytes
 LOCAL_MAGIC = b"PK\3\4"
-ENCRYPTED = 0x1
+ENCRYPTED, CHECKSUM_BEHIND = 0x1, 0x8  # flags
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,41 @@ def zip_members(path: Path) -> Iterator[Member]:
         UserError: unreadable, or no zip archive.
     """
     try:
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
+                if not 0 <= info.header_offset <= size or not 0 <= info.compress_size <= size:
+                    raise ValueError(f"{info.filename!r} lies outside of it")
                 if not info.is_dir():
                     yield Member(info.filename, info.header_offset, info.compress_size)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path}: not a zip archive that can be read: {error}") from None
+        raise UserError(f"{path}: not a zip archive that can be read: {_line(error)}") from None
 
 
 def tar_members(path: Path) -> Iterator[Member]:
     """The plain files of an uncompressed tar archive.
 
     Raises:
-        UserError: unreadable, compressed, truncated, or no tar archive.
+        UserError: unreadable, compressed, truncated, damaged, or no tar archive.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
+        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+            end = 0
+            while (info := archive.next()) is not None:
+                if info.size < 0 or archive.offset <= end:  # some versions of tarfile walk in a circle
+                    raise ValueError(f"damaged at byte {info.offset}")
+                end = archive.offset
                 if info.isreg() and not info.issparse():
                     yield Member(info.name, info.offset_data, info.size)
                 archive.members.clear()  # type: ignore[attr-defined]  # every header would be kept
-    except (OSError, ValueError, tarfile.TarError, OverflowError) as error:
+            # tarfile ends in silence at a damaged header: behind the last member there must be nothing but zeros
+            file.seek(end)
+            while block := file.read(2**20):
+                if block.strip(b"\0"):
+                    raise ValueError(f"damaged behind byte {end}, or several archives in one")
+    except (OSError, ValueError, tarfile.TarError, OverflowError, RecursionError, MemoryError) as error:
         hint = "; decompress it first (images gain nothing by it)" if path.suffix != ".tar" else ""
-        raise UserError(f"{path}: not a tar archive that can be read: {error}{hint}") from None
+        raise UserError(f"{path}: not a tar archive that can be read: {_line(error)}{hint}") from None
 
 
 def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> bytes:
@@ -68,7 +80,7 @@ def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> 
     header = bytes(data[start : start + LOCAL_HEADER.size])
     if len(header) < LOCAL_HEADER.size:
         raise ValueError("truncated archive")
-    magic, _, flags, method, _, _, _, _, _, name, extra = LOCAL_HEADER.unpack(header)
+    magic, _, flags, method, _, _, checksum, _, _, name, extra = LOCAL_HEADER.unpack(header)
     begin = start + LOCAL_HEADER.size + name + extra
     packed = data[begin : begin + length]
     if magic != LOCAL_MAGIC or len(packed) < length:
@@ -78,9 +90,17 @@ def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> 
     if method == zipfile.ZIP_STORED:
         if length > longest:
             raise ValueError("too large")
-        return bytes(packed)
-    if method != zipfile.ZIP_DEFLATED:
+        content = bytes(packed)
+    elif method == zipfile.ZIP_DEFLATED:
+        content = _inflated(packed, longest)
+    else:
         raise ValueError("compressed by another method than deflate")
+    if not flags & CHECKSUM_BEHIND and zlib.crc32(content) != checksum:
+        raise ValueError("damaged archive")
+    return content
+
+
+def _inflated(packed: memoryview, longest: int) -> bytes:
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = inflate.decompress(packed, longest)
@@ -89,3 +109,7 @@ def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> 
     if not inflate.eof:
         raise ValueError("too large" if len(content) == longest else "damaged archive")
     return content
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -5,7 +5,9 @@ is one already keeps its bytes; everything else is decoded, aligned or resized, 
 """
 
 import io
+import stat
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,12 +18,31 @@ TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.
 TEMPLATE_SIZE = 112  # pixels that TEMPLATE is given for
 ALIGNED_WITHIN = 1 / 6  # of the side: points on average nearer to the template belong to a crop that is aligned
 MAX_PIXELS = 64_000_000  # larger headers are refused before any pixel is decoded
+LONGEST = 64 * 2**20  # bytes of an encoded image
 QUALITY = 95  # of JPEGs written here, 4:4:4
 UPRIGHT, ORIENTATION = 1, 0x0112  # Exif's value and tag
 
 
 class RejectedImage(Exception):
     """An image that cannot be used; the message is one of a few constant reasons, to be counted."""
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        OSError: missing or unreadable.
+        RejectedImage: a device, a pipe or the like, a path that cannot be, or more than 64 MiB.
+    """
+    try:
+        status = path.stat()
+    except ValueError:  # a NUL byte
+        raise RejectedImage("no path") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectedImage("no regular file")
+    if status.st_size > LONGEST:
+        raise RejectedImage("too large")
+    return path.read_bytes()
 
 
 def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tuple[bytes, np.ndarray | None, bool]:

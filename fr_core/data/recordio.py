@@ -43,7 +43,7 @@ def list_records(path: Path) -> Records:
     keys, starts = _read_index(index) if index.is_file() else _walk(path, data)
     if not len(starts):
         raise UserError(f"{path}: no records")
-    if starts.min() < 0 or starts.max() + FRAME + HEADER.itemsize > len(data):
+    if starts.min() < 0 or starts.max() > len(data) - FRAME - HEADER.itemsize:
         raise UserError(f"{index}: records outside {path}; truncated, or an index of another file?")
     fixed = _gather(data, starts, FRAME + HEADER.itemsize)
     if (np.ascontiguousarray(fixed[:, :4]).view("<u4")[:, 0] != MAGIC).any():
@@ -79,7 +79,7 @@ def read_record(data: memoryview, start: int, longest: int) -> bytes:
             raise ValueError("no record")
         word = int.from_bytes(frame[4:], "little")
         part, length = word >> 29, word & (2**29 - 1)
-        size += length
+        size += length + len(MAGIC_BYTES)
         payload = bytes(data[start + FRAME : start + FRAME + length]) if size <= longest else b""
         if len(payload) < length or part not in ((FIRST, WHOLE) if not parts else (MIDDLE, LAST)):
             raise ValueError("broken record")

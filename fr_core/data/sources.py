@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fr_core.data.archives import Member, read_zip_member, tar_members, zip_members
+from fr_core.data.crops import LONGEST, RejectedImage, read_file
 from fr_core.data.recordio import image_of, list_records, read_record
 from fr_core.errors import UserError
 
@@ -26,7 +27,7 @@ Kind = Literal["files", "tar", "zip", "rec"]
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
 IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
-LONGEST, LONGEST_CLASS = 64 * 2**20, 1000  # bytes of one encoded image, of an identity's name
+LONGEST_CLASS = 1000  # bytes of an identity's name
 LANDMARK_COLUMNS = tuple(
     f"{point}_{axis}" for point in ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right") for axis in ("x", "y")
 )
@@ -39,10 +40,6 @@ COLUMNS = pa.schema(
         ("length", pa.int64()),
     ]
 )
-
-
-class UnreadableImage(Exception):
-    """An image's bytes cannot be had; the message is one of a few constant reasons, to be counted."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,14 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
         inside = sorted(entry for entry in source.iterdir() if entry.is_file())
         records = [entry for entry in inside if entry.suffix == ".rec"]
         archives = [entry for entry in inside if entry.suffix in (".zip", ".tar")]
-        if len(records) > 1:
-            raise UserError(f"{source}: several .rec files; name one of them")
+        compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
+        folders = [entry for entry in source.iterdir() if entry.is_dir()]
+        kinds = [kind[0] for kind in (records, archives, compressed) if kind]
+        if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
+            beside = [path.name for path in (*records, *kinds, *folders)][:3]
+            raise UserError(f"{source}: {', '.join(dict.fromkeys(beside))} beside each other; name one of them")
+        if compressed:
+            raise UserError(f"{compressed[0]}: decompress it first (images gain nothing by it)")
         if records:
             return list_rec(records[0])
         if archives:
@@ -198,32 +201,34 @@ def list_files(table: Path, root: Path) -> Listing:
 
 
 def is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES
+    """By its suffix; what macOS leaves beside images (``__MACOSX/``, ``._1.jpg``) is none."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
 
 
 def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> bytes:
     """The bytes of one image of a listing.
 
     Raises:
-        UnreadableImage: missing, truncated, damaged, encrypted or too large.
+        RejectedImage: missing, truncated, damaged, encrypted or too large.
     """
     try:
         if kind == "files":
-            return (Path(file) / path).read_bytes()
+            return read_file(Path(file) / path)
         data = _mapped(file)
         if kind == "zip":
             return read_zip_member(data, start, length, LONGEST)
         if kind == "rec":
             return image_of(read_record(data, start, LONGEST))
         if length > LONGEST:
-            raise UnreadableImage("too large")
+            raise RejectedImage("too large")
         if start + length > len(data):
-            raise UnreadableImage("truncated archive")
+            raise RejectedImage("truncated archive")
         return bytes(data[start : start + length])
     except OSError as error:
-        raise UnreadableImage(error.strerror or "unreadable") from None
+        raise RejectedImage(error.strerror or "unreadable") from None
     except ValueError as error:
-        raise UnreadableImage(str(error)) from None
+        raise RejectedImage(str(error)) from None
 
 
 def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
@@ -280,9 +285,12 @@ def _listing(
     """Numbers the identities by name and sorts the images by them; within one, they keep their order.
 
     Raises:
-        UserError: one identity, or one image per identity, only.
+        UserError: one identity, or one image per identity, only; a name that is no UTF-8.
     """
-    coded = pa.array(owners).dictionary_encode()
+    try:
+        coded, named = pa.array(owners).dictionary_encode(), pa.array(paths, pa.string())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{root}: {error.object!r} is not called in UTF-8; rename it") from None
     order = pc.sort_indices(coded.dictionary).to_numpy()
     names = [str(name) for name in coded.dictionary.take(pa.array(order)).to_pylist()]
     labels = np.argsort(order)[coded.indices.to_numpy()]
@@ -292,7 +300,7 @@ def _listing(
         raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
     order = np.argsort(labels, kind="stable")
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
-    columns = [pa.array(paths, pa.string()).take(pa.array(order)), labels[order], *where[order].T]
+    columns = [named.take(pa.array(order)), labels[order], *where[order].T]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
     return Listing(root, kind, names, files, table)
 
@@ -309,13 +317,18 @@ def _owners(members: list[Member], archive: str) -> list[str]:
 def _classes(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
     """What the ``.cls`` file beside each member of a WebDataset tar says."""
     data = _mapped(str(path.resolve()))
-    said = {m.name[:-4]: bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
+    said = {_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
     try:
-        return [said[str(PurePosixPath(member.name).with_suffix(""))].decode().strip() for member in members]
+        return [said[_key(member.name)].decode().strip() for member in members]
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} has no .cls file beside its image") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: a .cls file is no text") from None
+
+
+def _key(name: str) -> str:
+    """WebDataset's: the name without its suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _list_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from fr_core.errors import UserError
 
-MARK = object()
 ENCODE = object()  # _codecs.encode, by which Python 2's protocol writes bytes
 VALUES = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
@@ -32,8 +31,8 @@ def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
         raise UserError(f"{path}: {error.strerror}") from None
     try:
         content = read_plain_pickle(data)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}: not a verification set: {error}") from None
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: not a verification set: {str(error)[:200]}") from None
     if not isinstance(content, (tuple, list)) or len(content) != 2:
         raise UserError(f"{path}: not a verification set: expected images and flags")
     images, flags = content
@@ -54,6 +53,7 @@ def read_plain_pickle(data: bytes) -> Any:
         IndexError, KeyError, TypeError, AttributeError: it is damaged.
     """
     stack: list[Any] = []
+    marks: list[int] = []  # where the stack's open parts begin
     memo: dict[int, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(data):
@@ -63,7 +63,7 @@ def read_plain_pickle(data: bytes) -> Any:
         if name == "STOP":
             return stack.pop()
         if name == "MARK":
-            stack.append(MARK)
+            marks.append(len(stack))
         elif name in VALUES:
             stack.append(VALUES[name]())
         elif name in CONSTANTS:
@@ -84,8 +84,8 @@ def read_plain_pickle(data: bytes) -> Any:
                 raise ValueError("damaged")
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ("TUPLE", "LIST", "APPENDS"):
-            mark = len(stack) - 1 - stack[::-1].index(MARK)
-            values = stack[mark + 1 :]
+            mark = marks.pop()
+            values = stack[mark:]
             del stack[mark:]
             if name == "APPENDS":
                 _list(stack[-1]).extend(values)
@@ -99,7 +99,7 @@ def read_plain_pickle(data: bytes) -> Any:
         elif name == "REDUCE" and stack[-2] is ENCODE:
             text, encoding = stack.pop()
             if encoding != "latin1":
-                raise ValueError(f"bytes encoded as {encoding!r}")
+                raise ValueError("bytes in another encoding than latin1")
             stack[-1] = text.encode("latin-1")
         else:
             raise ValueError(f"it would run {name} {argument if isinstance(argument, str) else ''}".strip())

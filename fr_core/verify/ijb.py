@@ -93,7 +93,7 @@ def _table(root: Path, pattern: str, columns: list[str]) -> pa.Table:
         raise UserError(f"{_meta(root)}: expected one file {pattern}, found {len(files)}")
     numbers = {name: pa.float64() for name in columns if name != "name"} | {"name": pa.string()}
     try:
-        return csv.read_csv(
+        table = csv.read_csv(
             files[0],
             csv.ReadOptions(column_names=columns),
             csv.ParseOptions(delimiter=" "),
@@ -101,12 +101,18 @@ def _table(root: Path, pattern: str, columns: list[str]) -> pa.Table:
         )
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{files[0]}: {str(error).splitlines()[0]}") from None
+    for name in columns:
+        if table[name].null_count or (name != "name" and not np.isfinite(table[name].to_numpy()).all()):
+            raise UserError(f"{files[0]}: a line without a {name}, or with one that is no number")
+    return table
 
 
 def _people(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """The templates of a 1:N list, each once, and their people."""
     try:
         table = csv.read_csv(file, convert_options=csv.ConvertOptions(include_columns=["TEMPLATE_ID", "SUBJECT_ID"]))
+        if any(column.null_count for column in table.columns):
+            raise ValueError("a line without a template or a subject")
         rows = np.unique(np.column_stack([table[c].to_numpy().astype(np.int64) for c in table.column_names]), axis=0)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from None

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from fr_core import rng
-from fr_core.data.crops import RejectedImage, read_rgb, square
+from fr_core.data.crops import RejectedImage, read_file, read_rgb, square
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
 from fr_core.verify.bootstrap import accuracy_interval, tar_intervals
@@ -47,7 +47,7 @@ class Verification:
     threshold: float  # cosine; mean of the folds' thresholds
     tar_at_far: dict[float, float]  # FAR -> TAR, for the FARs that the impostor pairs can resolve
     pairs: int
-    accuracy_interval: tuple[float, float]  # 95 %, from a bootstrap over identities; as the next
+    accuracy_interval: tuple[float, float]  # 95 %, from a bootstrap over people, else pairs; as the next
     tar_intervals: dict[float, tuple[float, float]]
 
 
@@ -114,7 +114,7 @@ def read_images(
     failed: dict[str, str] = {}
     for i, path in enumerate(paths):
         try:
-            data = contents[i] if contents else (Path(root or "") / path).read_bytes()
+            data = contents[i] if contents else read_file(Path(root or "") / path)
             images[i] = square(read_rgb(data), size)
         except OSError:
             failed[path] = "missing"

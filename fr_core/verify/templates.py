@@ -84,12 +84,14 @@ def identify(
     most FPIR of the unmated probes reach with anybody, TPIR of the mated ones find their person first and reach it.
 
     Args:
-        gallery_GD, probes_QD: normalised features.
+        gallery_GD, probes_QD: normalised features; one of zeros, of a template that could not be read, matches nobody.
         people_G, people_Q: int, who they are.
 
     Raises:
-        UserError: an empty gallery, or no probe whose person is in it.
+        UserError: an empty gallery, no probe whose person is in it, or features that are not finite.
     """
+    if not (np.isfinite(gallery_GD).all() and np.isfinite(probes_QD).all()):
+        raise UserError("the templates' features are not finite")
     known, column_G = np.unique(people_G, return_inverse=True)
     mated_Q = np.isin(people_Q, known)
     if not mated_Q.any():
@@ -97,11 +99,14 @@ def identify(
     own_Q = np.searchsorted(known, people_Q)  # meaningless for the unmated
     order = np.argsort(column_G, kind="stable")
     begins = np.searchsorted(column_G[order], np.arange(len(known)))
+    unread_G, unread_Q = ~gallery_GD.any(1), ~probes_QD.any(1)
     rank_Q, own_score_Q = np.zeros(len(people_Q), np.int64), np.full(len(people_Q), -np.inf, np.float32)
     best_Q = np.empty(len(people_Q), np.float32)
     for start in range(0, len(people_Q), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(people_Q)))
-        scores = np.maximum.reduceat((probes_QD[rows] @ gallery_GD.T)[:, order], begins, axis=1)
+        cosines = probes_QD[rows] @ gallery_GD.T
+        cosines[:, unread_G] = cosines[unread_Q[rows]] = -1
+        scores = np.maximum.reduceat(cosines[:, order], begins, axis=1)
         best_Q[rows] = scores.max(1)
         mated = rows[mated_Q[rows]]
         theirs = scores[mated - start]

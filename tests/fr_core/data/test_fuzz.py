@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fr_core.data.archives import tar_members, zip_members
+from fr_core.data.crops import RejectedImage
 from fr_core.data.schema import open_dataset
-from fr_core.data.sources import UnreadableImage, list_source, read_image
+from fr_core.data.sources import list_source, read_image
 from fr_core.errors import UserError
 from tests.fr_core.data.test_recordio import payload, write_rec
 from tests.fr_core.data.test_sources import make_tar, make_zip
@@ -46,7 +47,7 @@ def read_all(path):
     with contextlib.suppress(UserError):
         listing = list_source(path)
         for row in listing.images.to_pylist():
-            with contextlib.suppress(UnreadableImage):
+            with contextlib.suppress(RejectedImage):
                 file = listing.files[row["file"]]
                 data = read_image(listing.kind, file, row["path"], row["start"], row["length"])
                 assert len(data) <= 4 * sum(map(len, FILES.values())) + 10_000

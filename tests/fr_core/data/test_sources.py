@@ -1,14 +1,14 @@
 import io
+import os
 import tarfile
 import zipfile
 
 import numpy as np
 import pytest
 
+from fr_core.data.crops import LONGEST, RejectedImage
 from fr_core.data.sources import (
     LANDMARK_COLUMNS,
-    LONGEST,
-    UnreadableImage,
     list_folder,
     list_source,
     match_landmarks,
@@ -180,28 +180,106 @@ def test_members_that_cannot_be_read_say_why(tmp_path):
     bomb = make_zip(tmp_path / "bomb.zip", {"a/1.jpg": bytes(LONGEST + 1), "b/1.jpg": b"x", "b/2.jpg": b"y"})
     listing = list_source(bomb)
     first = listing.images.to_pylist()[0]
-    with pytest.raises(UnreadableImage, match="too large"):
+    with pytest.raises(RejectedImage, match="too large"):
         read_image("zip", str(bomb), first["path"], first["start"], first["length"])
     files = {"a/1.jpg": b"x" * 900, "b/1.jpg": b"x", "b/2.jpg": b"y" * 900}
     damaged = make_zip(tmp_path / "damaged.zip", files, zipfile.ZIP_STORED)
     data = bytearray(damaged.read_bytes())
     data[0] ^= 1
     damaged.write_bytes(bytes(data))
-    with pytest.raises(UnreadableImage, match="damaged archive"):
+    with pytest.raises(RejectedImage, match="damaged archive"):
         content(list_source(damaged))
     tar = make_tar(tmp_path / "cut.tar", files)
     places = list_source(tar).images.to_pylist()
     tar.write_bytes(tar.read_bytes()[:2000])
-    with pytest.raises(UnreadableImage, match="truncated archive"):
+    with pytest.raises(RejectedImage, match="truncated archive"):
         read_image("tar", str(tar), "", places[2]["start"], 2000)
-    with pytest.raises(UnreadableImage, match="No such file"):
+    with pytest.raises(RejectedImage, match="No such file"):
         read_image("files", str(tmp_path), "absent.jpg", 0, 0)
 
 
 def test_webdataset_tars_by_their_classes(tmp_path):
     make_tar(tmp_path / "0.tar", {"1.jpg": b"a", "1.cls": b"7", "2.png": b"b", "2.cls": b"8\n", "2.json": b"{}"})
-    make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7"})
+    make_tar(tmp_path / "1.tar", {"./x/3.jpg": b"c", "./x/3.cls": b"7"})
     assert content(list_source(tmp_path)) == {"7": [b"a", b"c"], "8": [b"b"]}
     make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7", "x/4.jpg": b"d"})
     with pytest.raises(UserError, match=r"x/4 has no \.cls file"):
         list_source(tmp_path)
+
+
+def test_damaged_tars_are_refused_whole(tmp_path):
+    files = {f"{who}/{i}.jpg": bytes(700) for who in "abcd" for i in range(3)}
+    whole = make_tar(tmp_path / "a.tar", files).read_bytes()
+    header = whole.index(b"c/0.jpg")
+    (tmp_path / "a.tar").write_bytes(whole[: header + 150] + b"x" + whole[header + 151 :])  # its checksum
+    (tmp_path / "b.tar").write_bytes(whole + whole)
+    for name in ("a.tar", "b.tar"):
+        with pytest.raises(UserError, match="damaged behind byte"):
+            list_source(tmp_path / name)
+
+
+def test_tars_that_walk_in_circles_or_nest_without_end(tmp_path):
+    def header(name, size, kind):
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+        block[124:136] = size
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+        return bytes(block)
+
+    first = header("a/1.jpg", b"00000000000\0", tarfile.REGTYPE)
+    circle = first + header("a/2.jpg", b"\xff" * 10 + (-512).to_bytes(2, "big", signed=True), tarfile.REGTYPE)
+    nested = header("x", b"00000000001\0", tarfile.GNUTYPE_LONGNAME) + b"y".ljust(512, b"\0")
+    huge = header("x", b"\x80" + (2**60).to_bytes(11, "big"), tarfile.GNUTYPE_LONGNAME)
+    for data in (circle * 3, nested * 3000, first + huge):
+        (tmp_path / "a.tar").write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.tar"):
+            list_source(tmp_path / "a.tar")
+
+
+def test_what_macos_leaves_beside_images_is_none(photos, tmp_path):
+    files = files_of(photos, "faces/")
+    files |= {f"__MACOSX/{name.replace('/0', '/._0')}": b"x" for name in files} | {"faces/person1/._2.jpg": b"x"}
+    assert content(list_source(make_zip(tmp_path / "a.zip", files))) == content(list_source(photos))
+
+
+def test_kinds_beside_each_other_are_refused(photos, tmp_path):
+    files = files_of(photos, "")
+    make_zip(tmp_path / "a.zip", files)
+    (tmp_path / "person9").mkdir()
+    with pytest.raises(UserError, match=r"a\.zip, person9 beside each other"):
+        list_source(tmp_path)
+    (tmp_path / "person9").rmdir()
+    (tmp_path / "b.tar.gz").touch()
+    with pytest.raises(UserError, match="beside each other"):
+        list_source(tmp_path)
+    (tmp_path / "a.zip").unlink()
+    with pytest.raises(UserError, match="decompress it first"):
+        list_source(tmp_path)
+
+
+def test_names_that_are_no_text(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("M\xfcller/1.jpg", "M\xfcller/2.jpg", "b/1.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match="is not called in UTF-8"):
+        list_source(tmp_path / "a.tar")
+
+
+def test_loose_files_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(LONGEST + 1)
+    for path, reason in (("pipe.jpg", "no regular file"), ("large.jpg", "too large"), ("a\0.jpg", "no path")):
+        with pytest.raises(RejectedImage, match=reason):
+            read_image("files", str(tmp_path), path, 0, 0)
+
+
+def test_a_flipped_bit_in_a_zip_is_found(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"a/1.jpg": b"x" * 500, "b/1.jpg": b"y", "b/2.jpg": b"z"}, zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(RejectedImage, match="damaged archive"):
+        content(list_source(path))

@@ -93,6 +93,8 @@ def test_other_content_is_refused(tmp_path, content, message):
         b"]]a]a]q\x00h\x00a.",  # a list in itself
         b"\x86.",
         b"h\x05.",
+        b"c_codecs\nencode\n" + b"X\x01\x00\x00\x00a" + b")" + b"\x85" * 100_000 + b"\x86R.",  # a deep encoding
+        b"]q\x00" + b"(" * 100_000 + b"e",
     ],
 )
 def test_damaged_and_hostile_files_end_in_one_line(tmp_path, data):
