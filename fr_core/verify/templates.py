@@ -99,7 +99,7 @@ def identify(
     own_Q = np.searchsorted(known, people_Q)  # meaningless for the unmated
     order = np.argsort(column_G, kind="stable")
     begins = np.searchsorted(column_G[order], np.arange(len(known)))
-    unread_G, unread_Q = ~gallery_GD.any(1), ~probes_QD.any(1)
+    unread_G, unread_Q = (gallery_GD == 0).all(1), (probes_QD == 0).all(1)
     rank_Q, own_score_Q = np.zeros(len(people_Q), np.int64), np.full(len(people_Q), -np.inf, np.float32)
     best_Q = np.empty(len(people_Q), np.float32)
     for start in range(0, len(people_Q), BLOCK):
