@@ -4,16 +4,18 @@ A line that is there is not run again, so a comparison goes on where it was stop
 """
 
 import csv
+import os
 import re
 import shlex
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fr_core.config import Config, load_config
@@ -211,13 +213,25 @@ def one_run(config: Config, out: Path, workers: int, in_process: bool) -> dict[s
 
     In a process of its own, since peak memory is a high-water mark.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
         figures = pool.submit(train, config, out, workers, in_process, overwrite=True).result()
     shutil.rmtree(out)
     with suppress(OSError):  # other runs' folders are in it
         out.parent.rmdir()
     wanted = (*COLUMNS[2:], "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
+
+
+def _end_with_parent() -> None:
+    """A run does not outlive its comparison, however that ends."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 SHOWN = {  # column -> heading, factor, digits
