@@ -1,4 +1,4 @@
-"""Faces in, Parquet shards out: one task a shard, so that memory stays flat however many images there are.
+"""Faces in, Parquet shards out: one task a shard, so that no more than a shard's images are in memory at once.
 
 A finished shard leaves its result beside it; an ingest that was stopped goes on with the shards that are missing.
 """

@@ -63,18 +63,19 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found: dict[str, tuple[Path | None, Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.suffix == ".bin":
-            if entry.stem in found:
-                raise UserError(f"{folder}: two sets are called {entry.stem}")
-            found[entry.stem] = (None, entry)
-        for pairs in (entry / name for name in PAIRS_FILES if (entry / name).is_file()):
-            if entry.name in found:
-                raise UserError(f"{folder}: two sets are called {entry.name}")
-            found[entry.name] = (entry / "images" if (entry / "images").is_dir() else entry, pairs)
+    bins = [(entry.stem, None, entry) for entry in sorted(folder.glob("*.bin"))]
+    lists = [entry for name in PAIRS_FILES for entry in sorted(folder.glob(f"*/{name}"))]
+    for name, images, pairs in [*bins, *((file.parent.name, _images_of(file.parent), file) for file in lists)]:
+        if name in found:
+            raise UserError(f"{folder}: two sets are called {name}")
+        found[name] = (images, pairs)
     if not found:
         raise UserError(f"{folder}: no sets of pairs: expected NAME.bin or NAME/{' or NAME/'.join(PAIRS_FILES)}")
-    return found
+    return dict(sorted(found.items()))
+
+
+def _images_of(folder: Path) -> Path:
+    return folder / "images" if (folder / "images").is_dir() else folder
 
 
 def verify_suite(embed: Callable[[np.ndarray], np.ndarray], folder: Path, out: Path | None = None) -> dict[str, Result]:

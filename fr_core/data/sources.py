@@ -80,10 +80,10 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
     if source.is_dir():
         inside = sorted(entry for entry in source.iterdir() if entry.is_file())
         records = [entry for entry in inside if entry.suffix == ".rec"]
-        archives = [entry for entry in inside if entry.suffix in (".zip", ".tar")]
+        zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
         compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
         folders = [entry for entry in source.iterdir() if entry.is_dir()]
-        kinds = [kind[0] for kind in (records, archives, compressed) if kind]
+        kinds = [kind[0] for kind in (records, zips, tars, compressed) if kind]
         if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
             beside = [path.name for path in (*records, *kinds, *folders)][:3]
             raise UserError(f"{source}: {', '.join(dict.fromkeys(beside))} beside each other; name one of them")
@@ -91,8 +91,8 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
             raise UserError(f"{compressed[0]}: decompress it first (images gain nothing by it)")
         if records:
             return list_rec(records[0])
-        if archives:
-            return list_archives(source, archives)
+        if zips or tars:
+            return list_archives(source, zips or tars)
         return list_folder(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -118,12 +118,10 @@ def list_folder(root: str | Path) -> Listing:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    names: list[str] = []
     paths: list[str] = []
     owners: list[str] = []
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir()):
         files = sorted(str(p.relative_to(root)) for p in folder.rglob("*") if is_image(p.name))
-        names += [folder.name] * bool(files)
         owners += [folder.name] * len(files)
         paths += files
     if not paths:
@@ -134,33 +132,29 @@ def list_folder(root: str | Path) -> Listing:
 
 
 def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
-    """Images in zip or tar archives, all of one kind, each a tree of identity folders.
+    """Images in archives, all zip or all tar, each a tree of identity folders.
 
     The identity is the first folder below those that all images of an archive share, and in an archive without folders
     the archive itself. In WebDataset's tars it is what ``KEY.cls`` beside ``KEY.jpg`` says. Archives may share
     identities, by name.
 
     Raises:
-        UserError: zip and tar mixed, an image without ``.cls`` beside others with one, or as :func:`list_folder`.
+        UserError: an image without ``.cls`` beside others with one, or as :func:`list_folder`.
     """
-    kinds = {path.suffix == ".zip" for path in archives}
-    if len(kinds) > 1:
-        raise UserError(f"{root}: zip and tar archives beside each other; name one of them")
+    kind: Kind = "zip" if archives[0].suffix == ".zip" else "tar"
     paths: list[str] = []
     owners: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, path in enumerate(archives):
-        found = sorted((zip_members if kinds == {True} else tar_members)(path), key=lambda member: member.name)
+        found = sorted((zip_members if kind == "zip" else tar_members)(path), key=lambda member: member.name)
         members = [member for member in found if is_image(member.name)]
-        classes = [member for member in found if member.name.endswith(".cls")] if kinds == {False} else []
+        classes = [member for member in found if member.name.endswith(".cls")] if kind == "tar" else []
         paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
         owners += _classes(path, members, classes) if classes else _owners(members, path.stem)
         places += [(number, member.start, member.length) for member in members]
     if not paths:
         raise UserError(f"{root}: no JPEG or PNG files in it")
-    return _listing(
-        root, "zip" if kinds == {True} else "tar", [str(p.resolve()) for p in archives], paths, owners, places
-    )
+    return _listing(root, kind, [str(path.resolve()) for path in archives], paths, owners, places)
 
 
 def list_rec(path: Path) -> Listing:

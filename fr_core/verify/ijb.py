@@ -47,13 +47,13 @@ def read_faces(root: Path) -> Faces:
     """
     rows = _table(root, "*_face_tid_mid.txt", ["name", "template", "medium"])
     points = _table(root, "*_name_5pts_score.txt", ["name", *(f"p{i}" for i in range(10)), "score"])
-    place = pc.index_in(rows["name"].cast(pa.string()), value_set=points["name"].cast(pa.string()).combine_chunks())
+    place = pc.index_in(rows["name"], value_set=points["name"].combine_chunks())
     if place.null_count:
         absent = rows["name"].filter(place.is_null())[0]
         raise UserError(f"{root}: {absent} has no line in the list of points and scores")
     own = points.take(place)
     return Faces(
-        rows["name"].cast(pa.string()).to_pylist(),
+        rows["name"].to_pylist(),
         np.column_stack([own[f"p{i}"].to_numpy() for i in range(10)]).astype(np.float32).reshape(-1, 5, 2),
         own["score"].to_numpy().astype(np.float32),
         rows["template"].to_numpy().astype(np.int64),

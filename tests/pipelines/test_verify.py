@@ -58,6 +58,12 @@ def test_folders_without_sets_are_refused(tmp_path):
         find_sets(tmp_path)
 
 
+def test_two_sets_of_one_name_are_refused(sets):
+    (sets / "cfp" / "pairs.txt").write_text("")
+    with pytest.raises(UserError, match="two sets are called cfp"):
+        find_sets(sets)
+
+
 def test_the_command(sets, tmp_path):
     save_file(IResNet(10, 8, 1, 32, 16).state_dict(), tmp_path / "net.safetensors")
     given = ("verify", tmp_path / "net.safetensors", "--net", "iresnet10")

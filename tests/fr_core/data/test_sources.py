@@ -254,6 +254,10 @@ def test_kinds_beside_each_other_are_refused(photos, tmp_path):
     (tmp_path / "b.tar.gz").touch()
     with pytest.raises(UserError, match="beside each other"):
         list_source(tmp_path)
+    (tmp_path / "b.tar.gz").rename(tmp_path / "b.tar")
+    with pytest.raises(UserError, match=r"a\.zip, b\.tar beside each other"):
+        list_source(tmp_path)
+    (tmp_path / "b.tar").rename(tmp_path / "b.tar.gz")
     (tmp_path / "a.zip").unlink()
     with pytest.raises(UserError, match="decompress it first"):
         list_source(tmp_path)
