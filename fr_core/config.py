@@ -44,12 +44,23 @@ class Augment(Section):
     erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25  # largest share of the image that a rectangle covers
 
 
+class Progressive(Section):
+    """Progressive resizing: a run's first epochs train on smaller images, which cost less (EfficientNetV2, 2021, §4).
+
+    The net must end in a feature map of the same side for both sizes, since its last linear layer is fixed to it.
+    """
+
+    size: Annotated[int, Field(ge=16)]  # pixels
+    share: Annotated[float, Field(gt=0, lt=1)]  # of the run's epochs
+
+
 class Data(Section):
     path: str = ""  # folder of shards, as `bigface ingest` leaves it
     lanes: Annotated[int, Field(ge=1)] | None = None  # None: the batch's largest divisor to 64; with class images, 16
     shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
     check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
     augment: Augment = Augment()
+    progressive: Progressive | None = None
     variants: Annotated[int, Field(ge=1, le=64)] = 1  # identities made of each real one (fr_core/data/virtual.py)
     variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side
 
@@ -316,6 +327,13 @@ class Config(Section):
             raise ValueError(f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}")
         if self.data.lanes and batch % self.data.lanes:
             raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
+        if self.data.progressive:
+            size, full, stride = self.data.progressive.size, self.net.input_size, net_stride(self.net)
+            if not full - (full - 1) % stride <= size < full:
+                raise ValueError(
+                    f"data.progressive.size = {size}: this net's feature map allows "
+                    f"{full - (full - 1) % stride} to {full - 1}"
+                )
         if self.verify.pairs and not self.verify.images and not self.verify.pairs.endswith(".bin"):
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
         if isinstance(self.method, AttFC) and self.method.order == "paper" and accumulate > 1:
@@ -348,6 +366,17 @@ def lanes(config: Config) -> int:
     """
     batch, most = config.train.global_batch, MAX_LANES if class_images(config) == 0 else MAX_LANES // 4
     return config.data.lanes or max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
+
+
+def net_stride(net: Net) -> int:
+    """Pixels of the input to a pixel of the last feature map; every halving rounds up."""
+    return 16 * net.stem_stride if isinstance(net, IResNetNet) else 16
+
+
+def input_size(config: Config, epoch: int) -> int:
+    """Side of the images that the net trains on in an epoch, pixels."""
+    small = config.data.progressive
+    return small.size if small and epoch < small.share * config.train.epochs else config.net.input_size
 
 
 def classes(config: Config, identities: int) -> int:

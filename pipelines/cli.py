@@ -24,6 +24,8 @@ console = Console()
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")]
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
+Model = Annotated[str, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
 
@@ -76,7 +78,7 @@ def ingest(
     labels: Annotated[Path | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
     size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
     overwrite: Overwrite = False,
-    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray.")] = False,
+    in_process: InProcess = False,
     json: Json = None,
 ) -> None:
     """Turn a folder of faces into Parquet shards with a manifest; what cannot be used is listed in rejects.csv."""
@@ -134,6 +136,90 @@ def unpack(
     with bar("unpack", None) as advance, writable(out):
         images = run(shards, out, form, growing(advance))
     show("unpack", {"images": images}, json)
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    data: Annotated[Path, typer.Option(help="Shards, as bigface ingest leaves them.")],
+    out: Annotated[Path, typer.Option(help="Folder for Parquet files of sample_id, label, embedding.")],
+    net: NetName = None,
+    flip: Annotated[bool, typer.Option(help="Add the mirrored image's embedding, as the protocols do.")] = True,
+    overwrite: Overwrite = False,
+    in_process: InProcess = False,
+    json: Json = None,
+) -> None:
+    """Embed every image of a dataset; begun again, it goes on where it was stopped."""
+    from pipelines.embed import embed as run
+
+    started = time.monotonic()
+    with bar("embed", None) as advance, writable(out):
+        facts = run(model, data, out, net, flip, not in_process, overwrite, growing(advance)).facts
+    seconds = time.monotonic() - started
+    show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
+
+
+@app.command()
+def clean(
+    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for findings.csv, a picture, and the embeddings.")],
+    net: NetName = None,
+    outlier: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to the rest of its identity.")] = 0.2,
+    flip: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to another identity's centre.")] = 0.4,
+    copy: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to an earlier image of its own.")] = 0.98,
+    in_process: InProcess = False,
+    json: Json = None,
+) -> None:
+    """List flipped labels, outliers and copies, by the embeddings of a good net; nothing is deleted."""
+    from pipelines.clean import Limits
+    from pipelines.clean import clean as run
+
+    with bar("embed", None) as advance, writable(out):
+        limits = Limits(outlier, flip, copy)
+        figures = run(shards, model, out, net, limits, not in_process, growing(advance))
+    show("clean", figures, json)
+    findings = escape(str(out / "findings.csv"))
+    console.print(f"list: {findings}   leave them out: bigface merge {shards} --without {findings} --out NEW")
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
+    model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
+    net: NetName = None,
+    overlap: Annotated[float, typer.Option(min=-1, max=1, help="Cosine of centres that makes them one.")] = 0.6,
+    without: Annotated[Path | None, typer.Option(help="Of one dataset: list of sample_id to leave out.")] = None,
+    in_process: InProcess = False,
+    json: Json = None,
+) -> None:
+    """Make one dataset of several, or of one without the images of a list; identity_map.csv tells who became whom."""
+    from pipelines.merge import merge as run
+
+    with bar("merge", None) as advance, writable(out):
+        figures = run(
+            datasets, out, same_names, model, net, overlap, without, not in_process, progress=growing(advance)
+        )
+    show("merge", figures, json)
+
+
+@app.command()
+def split(
+    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    out: Annotated[Path, typer.Option(help="Folder for train/ (shards) and verify/ (images, pairs.csv).")],
+    share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the identities, held out.")] = 0.1,
+    pairs: Annotated[int, typer.Option(min=1, help="Of each kind per fold.")] = 300,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Json = None,
+) -> None:
+    """Hold identities out of a dataset to verify on."""
+    from pipelines.merge import split as run
+
+    with bar("split", None) as advance, writable(out):
+        figures = run(shards, out, share, pairs, seed, growing(advance))
+    show("split", figures, json)
 
 
 @app.command()

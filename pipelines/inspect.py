@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from fr_core.data.crops import RejectedImage, read_rgb, square
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.verify.report import contact_sheet
-from pipelines.unpack import read
 
 SHOWN = (8, 10)  # identities and images of each on the contact sheet
 
@@ -43,7 +42,7 @@ def inspect(
     done = 0
     with ThreadPoolExecutor() as threads:
         for shard, number, _ in dataset.row_groups.tolist():
-            group = read(dataset, shard, number)
+            group = dataset.read_images(shard, number)
             part = slice(done, done + len(group))
             jpegs = [jpeg for _, _, jpeg, _ in group]
             samples[part], labels[part] = [row[0] for row in group], [row[1] for row in group]
@@ -109,7 +108,7 @@ def _faces_figure(dataset: Dataset, names: list[str]) -> Figure:
     rows, columns = SHOWN
     faces: dict[int, list[np.ndarray]] = {}
     for shard, number, _ in dataset.row_groups[:rows].tolist():
-        for _, label, jpeg, _ in read(dataset, shard, number):
+        for _, label, jpeg, _ in dataset.read_images(shard, number):
             if not _damage(jpeg):
                 faces.setdefault(label, []).append(square(read_rgb(jpeg), dataset.manifest.image_size))
     chosen = sorted(faces, key=lambda label: -len(faces[label]))[:rows]

@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.sources import LANDMARK_COLUMNS
 from fr_core.errors import UserError
 
 Form = Literal["folders", "webdataset"]
-FLAT = ("sample_id", "label", "image", "landmarks")  # columns of the layouts
-CHUNKED = ("sample_ids", "images", "landmarks")
 
 
 def unpack(
@@ -48,17 +44,6 @@ def unpack(
     return done
 
 
-def read(dataset: Dataset, shard: int, group: int) -> list[tuple[int, int, bytes, list[float] | None]]:
-    """Sample id, label, JPEG and landmarks of the images of one row group."""
-    table = dataset.read_row_group(shard, group)
-    if dataset.manifest.layout == "flat":
-        return list(zip(*(table[name].to_pylist() for name in FLAT), strict=True))
-    sizes = [len(ids) for ids in table["sample_ids"]]
-    labels = np.repeat(table["label"].to_numpy(), sizes).tolist()
-    ids, jpegs, points = (table[name].combine_chunks().flatten().to_pylist() for name in CHUNKED)
-    return list(zip(ids, labels, jpegs, points, strict=True))
-
-
 def folder_names(names: list[str]) -> list[str]:
     """Names of the identities that are safe and distinct as folders; others become ``identityLABEL``."""
     safe = [name if _is_plain(name) else f"identity{label}" for label, name in enumerate(names)]
@@ -83,12 +68,12 @@ def _folders(dataset: Dataset, out: Path) -> Iterator[int]:
         writer = csv.writer(file)
         writer.writerow(("path", *LANDMARK_COLUMNS))
         for shard, number, _ in dataset.row_groups.tolist():
-            group = read(dataset, shard, number)
+            group = dataset.read_images(shard, number)
             for sample, label, jpeg, points in group:
                 path = f"{names[label]}/{sample:08d}.jpg"
                 (out / path).write_bytes(jpeg)
-                if points:
-                    writer.writerow((path, *points))
+                if points is not None:
+                    writer.writerow((path, *points.ravel()))
             done += len(group)
             yield done
 
@@ -100,7 +85,7 @@ def _tars(dataset: Dataset, out: Path) -> Iterator[int]:
     for shard, groups in itertools.groupby(dataset.row_groups.tolist(), lambda group: group[0]):
         with tarfile.open(out / f"{shard:05d}.tar", "w") as archive:
             for _, number, _ in groups:
-                group = read(dataset, shard, number)
+                group = dataset.read_images(shard, number)
                 for sample, label, jpeg, _ in group:
                     for suffix, content in (("jpg", jpeg), ("cls", str(label).encode())):
                         info = tarfile.TarInfo(f"{sample:08d}.{suffix}")

@@ -28,6 +28,7 @@ def augmented_batch(
     augment: Augment,
     pool: ThreadPoolExecutor,
     fields_BFF2: np.ndarray | None = None,
+    small: int | None = None,
 ) -> np.ndarray:
     """Decodes what is not decoded yet, changes it at random and resizes it, in the pool's threads.
 
@@ -36,11 +37,13 @@ def augmented_batch(
         draws_BU: from :func:`draws`.
         size: side of the net's input, pixels.
         fields_BFF2: displacements that make virtual identities (``fr_core/data/virtual.py``).
+        small: side to which the images are shrunk last of all, for progressive resizing.
 
     Returns:
-        uint8 [B, size, size, 3], RGB.
+        uint8 [B, size, size, 3], or of the side ``small``; RGB.
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
+    shrunk = out if small in (None, size) else np.empty((len(images), small, small, 3), np.uint8)
     warped = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
 
     def fill(start: int) -> None:
@@ -52,9 +55,11 @@ def augmented_batch(
             matrices = _random_warps(np.array(shapes), draws_BU[part], size, augment)
         for i, image, matrix, u in zip(itertools.count(start), rows, matrices, draws_BU[part].tolist(), strict=False):
             _augment(out[i], image, matrix, u, augment, None if fields_BFF2 is None else fields_BFF2[i])
+            if shrunk is not out:
+                cv2.resize(out[i], shrunk.shape[1:3], shrunk[i], interpolation=cv2.INTER_AREA)
 
     list(pool.map(fill, range(0, len(images), _CHUNK)))
-    return out
+    return shrunk
 
 
 def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:

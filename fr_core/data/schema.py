@@ -102,6 +102,11 @@ class Dataset:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest it again") from None
 
+    def read_images(self, shard: int, group: int) -> list[FlatRow]:
+        """The images of one row group, one after the other whatever the layout."""
+        chunks = chunks_of(self.read_row_group(shard, group), self.manifest.layout)
+        return list(itertools.chain.from_iterable(chunks))
+
     def check_sha256(self) -> None:
         """Compares every shard with its checksum.
 
@@ -218,6 +223,22 @@ def grouped_table(chunks: Iterable[list[FlatRow]]) -> pa.Table:
         columns[3].append([None if p is None else p.ravel() for p in points])
     fields = SCHEMAS["grouped"]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)], schema=fields)
+
+
+def chunks_of(table: pa.Table, layout: Layout) -> list[list[FlatRow]]:
+    """What :func:`flat_table` (chunks of one image) or :func:`grouped_table` made a table of."""
+    if layout == "flat":
+        ids, labels, images, points = (table[name].to_pylist() for name in SCHEMAS["flat"].names)
+        return [[(i, label, jpeg, _points(p))] for i, label, jpeg, p in zip(ids, labels, images, points, strict=True)]
+    labels, ids, images, points = (table[name].to_pylist() for name in SCHEMAS["grouped"].names)
+    return [
+        [(i, label, jpeg, _points(p)) for i, jpeg, p in zip(*chunk, strict=True)]
+        for label, *chunk in zip(labels, ids, images, points, strict=True)
+    ]
+
+
+def _points(numbers: list[float] | None) -> np.ndarray | None:
+    return None if numbers is None else np.array(numbers, np.float32).reshape(5, 2)
 
 
 def sha256(path: Path) -> str:

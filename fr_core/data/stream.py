@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fr_core.config import Config, class_images, lanes
+from fr_core.config import Config, class_images, input_size, lanes
 from fr_core.data.class_images import Pool
 from fr_core.data.decode import augmented_batch, class_image_draws, draws
 from fr_core.data.plan import Plan, read_block, read_task
@@ -104,21 +104,22 @@ def batches(
 def _flat_batches(
     config: Config, epoch: int, rows: pa.Table, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
-    size, augment = config.net.input_size, config.data.augment
+    size, small, augment = config.net.input_size, input_size(config, epoch), config.data.augment
     for start in range(0, rows.num_rows, batch):
         step = rows.slice(start, batch)
         ids = step["sample_id"].to_numpy()
         labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
         numbers = draws(config.seed, epoch, ids)
-        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields)
-        none = torch.empty((len(ids), 0, size, size, 3), dtype=torch.uint8)
+        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields, small)
+        none = torch.empty((len(ids), 0, *images.shape[1:]), dtype=torch.uint8)
         yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
 
 
 def _grouped_batches(
     config: Config, epoch: int, pool: Pool, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
-    size, augment, count = config.net.input_size, config.data.augment, class_images(config)
+    size, small, augment = config.net.input_size, input_size(config, epoch), config.data.augment
+    count = class_images(config)
     for start in range(0, len(pool.order_Q), batch):
         own_B = pool.order_Q[start : start + batch]
         other_BK = pool.class_images(own_B, count, config.seed, epoch)
@@ -128,7 +129,7 @@ def _grouped_batches(
         numbers = np.concatenate([draws(config.seed, epoch, ids), *others.swapaxes(0, 1)])
         sources = [pool.images[i] for i in np.concatenate([own_B, *other_BK.T])]
         fields = None if fields is None else np.concatenate([fields] * (count + 1))
-        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields))
+        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields, small))
         class_images_BK = images[len(own_B) :].unflatten(0, (count, len(own_B))).transpose(0, 1)
         yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
 

@@ -105,3 +105,23 @@ def test_no_dead_knobs():
 def test_config_survives_json():
     config = load_config("debug_bigface", ["schedule.kind=multistep", "schedule.milestones=[1, 2.5]"])
     assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("net", "least"),
+    [("net.stem_stride=2", 33), ("net.stem_stride=1", 49), ("net={kind='mobilefacenet',input_size=64}", 49)],
+)
+def test_progressive_sizes_end_in_the_same_feature_map(net, least):
+    import torch
+
+    from fr_core.nets.open import build_net
+
+    given = ["net.input_size=64", net] if "kind" not in net else [net]
+    for size, fits in ((least - 1, False), (least, True), (63, True), (64, False)):
+        override = f"data.progressive={{size={size},share=0.5}}"
+        if not fits:
+            with pytest.raises(UserError, match=f"feature map allows {least} to 63"):
+                load_config("debug_bigface", [*given, override])
+            continue
+        module = build_net(load_config("debug_bigface", [*given, override]).net).eval()
+        assert module(torch.zeros(1, 3, size, size)).shape == module(torch.zeros(1, 3, 64, 64)).shape

@@ -6,15 +6,16 @@ import pytest
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from pipelines.ingest import ingest
-from pipelines.unpack import folder_names, read, unpack
+from pipelines.unpack import folder_names, unpack
 
 
 def content(shards):
     """(identity, JPEG) of all images, and landmarks by JPEG."""
     dataset = open_dataset(shards)
     names = dataset.identity_names()
-    rows = [row for shard, group, _ in dataset.row_groups.tolist() for row in read(dataset, shard, group)]
-    return sorted((names[label], jpeg) for _, label, jpeg, _ in rows), {jpeg: points for _, _, jpeg, points in rows}
+    rows = [row for shard, group, _ in dataset.row_groups.tolist() for row in dataset.read_images(shard, group)]
+    points = {jpeg: None if p is None else p.tolist() for _, _, jpeg, p in rows}
+    return sorted((names[label], jpeg) for _, label, jpeg, _ in rows), points
 
 
 @pytest.mark.parametrize("layout", ["flat", "grouped"])

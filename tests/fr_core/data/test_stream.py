@@ -1,6 +1,7 @@
 import itertools
 import threading
 
+import cv2
 import numpy as np
 import pytest
 
@@ -74,3 +75,23 @@ def test_ray_reads_the_same_rows_as_this_process(dataset):
         assert len(here) == len(there) > 4
         for one, other in zip(here, there, strict=True):
             assert one.equals(other.cast(one.schema))
+
+
+@pytest.mark.parametrize("layout", ["flat", "grouped"])
+def test_progressive_resizing_shrinks_the_first_epochs_only(dataset, grouped, layout):
+    flat = layout == "flat"
+    recipe, data = ("debug_bigface", dataset) if flat else ("debug_attfc", grouped)
+    given = [f"data.path={data}", "net.input_size=32", "net.stem_stride=2", "train.epochs=5", "data.augment.erase=1"]
+    small = load_config(recipe, [*given, "data.progressive={size=20,share=0.6}"])
+    plain = load_config(recipe, given)
+    plan = make_plan(small, open_dataset(data))
+    for epoch, side in ((0, 20), (2, 20), (3, 32), (4, 32)):
+        step = epoch * plan.steps_per_epoch
+        (batch,) = batches(small, plan, Ranks(), step, step + 1, blocks_in_process)
+        (whole,) = batches(plain, plan, Ranks(), step, step + 1, blocks_in_process)
+        assert batch.images_BHWC.shape[1:] == (side, side, 3)
+        assert batch.class_images_BKHWC.shape[2:] == (side, side, 3)
+        assert np.array_equal(batch.sample_ids, whole.sample_ids)
+        expected = whole.images_BHWC.numpy().astype(float)
+        shrunk = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in expected]
+        assert np.abs(np.stack(shrunk) - batch.images_BHWC.numpy()).max() <= 1
