@@ -4,7 +4,7 @@ Legend: I images, N identities, D embedding.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def clean(
     limits: Limits | None = None,
     on_ray: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
+) -> Mapping[str, float]:
     """Looks for flipped labels, outliers and near-duplicates by the embeddings of a good net.
 
     An image is a *flip* if the centre of another identity is nearer to it than that of the rest of its own, and near
