@@ -190,7 +190,7 @@ def merge(
     same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
     model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
     net: NetName = None,
-    overlap: Annotated[float, typer.Option(min=-1, max=1, help="Cosine of centres that makes them one.")] = 0.6,
+    overlap: Annotated[float, typer.Option(min=-1, max=1, help="Cosine of centres that makes them one.")] = 0.7,
     without: Annotated[Path | None, typer.Option(help="Of one dataset: list of sample_id to leave out.")] = None,
     in_process: InProcess = False,
     json: Json = None,
@@ -253,6 +253,7 @@ def verify(
         Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
     ] = None,
     ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
+    mfr: Annotated[Path | None, typer.Option(help="Masked faces instead: masked/NAME/* and standard/NAME/*.")] = None,
     net: NetName = None,
     out: Annotated[Path | None, typer.Option(help="Folder for ROC, DET and score pictures, and results.md.")] = None,
     json: Json = None,
@@ -262,12 +263,18 @@ def verify(
     from fr_core.verify.report import markdown, verification_figures
     from pipelines.verify import suite_table, verify_suite
     from pipelines.verify import verify as run
+    from pipelines.verify_mfr import mfr_figures, verify_mfr
     from pipelines.verify_templates import template_figures, verify_templates
 
-    given = pairs or suite or ijb
-    if given is None or sum(map(bool, (pairs, suite, ijb))) > 1:
-        raise UserError("give one of --pairs (with --images unless it is a .bin), --suite and --ijb")
+    given = pairs or suite or ijb or mfr
+    if given is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
+        raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
     recogniser = open_net(ckpt, net)
+    if mfr:
+        with bar("embed", None) as advance:
+            masked = verify_mfr(recogniser, mfr, advance)
+        show("verify", mfr_figures(masked), json, missing=masked.failed)
+        return
     if ijb:
         with bar("embed", None) as advance, writable(out or Path()):
             found = verify_templates(recogniser, ijb, out, advance)

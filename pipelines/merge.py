@@ -54,7 +54,7 @@ def merge(
     same_names: bool = False,
     model: str | None = None,
     net: str | None = None,
-    overlap: float = 0.6,
+    overlap: float = 0.7,
     without: Path | None = None,
     on_ray: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -28,7 +28,10 @@ class NonMatches:
 
 
 def nonmatches(
-    probes_ND: np.ndarray, people_N: np.ndarray, gallery_MD: np.ndarray | None = None, people_M: np.ndarray | None = None
+    probes_ND: np.ndarray,
+    people_N: np.ndarray,
+    gallery_MD: np.ndarray | None = None,
+    people_M: np.ndarray | None = None,
 ) -> NonMatches:
     """FNMR at FMR over all pairs of a probe and a gallery image, or without a gallery over all pairs of the probes.
 

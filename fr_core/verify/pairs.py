@@ -109,13 +109,22 @@ def read_images(
     """
     if pairs.images is None and (root is None or not Path(root).is_dir()):
         raise UserError(f"{root}: no such folder" if root else "the pairs need their images' folder")
-    paths, contents = pairs.paths[part], pairs.images and pairs.images[part]
+    return read_crops(Path(root or ""), pairs.paths[part], size, pairs.images and pairs.images[part])
+
+
+def read_crops(
+    root: Path, paths: Sequence[str], size: int, contents: Sequence[bytes] | None = None
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Reads face crops, each resized to ``size``, from below ``root`` or out of ``contents``.
+
+    Returns:
+        uint8 [N, size, size, 3] (zeros where unreadable), and path -> reason for those that are missing or unreadable.
+    """
     images = np.zeros((len(paths), size, size, 3), np.uint8)
     failed: dict[str, str] = {}
     for i, path in enumerate(paths):
         try:
-            data = contents[i] if contents else read_file(Path(root or "") / path)
-            images[i] = square(read_rgb(data), size)
+            images[i] = square(read_rgb(contents[i] if contents else read_file(root / path)), size)
         except OSError:
             failed[path] = "missing"
         except RejectedImage as error:
