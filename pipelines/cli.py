@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -18,6 +18,9 @@ from fr_core.config import load_config, recipes
 from fr_core.data.schema import Layout
 from fr_core.errors import UserError
 from pipelines.unpack import Form
+
+if TYPE_CHECKING:
+    from pipelines.verify import Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -260,9 +263,9 @@ def verify(
 ) -> None:
     """Score a net on pairs of faces, with 95 % intervals, or on templates: accuracy, TAR@FAR, ROC, DET, 1:N."""
     from fr_core.nets.open import open_net
-    from fr_core.verify.report import markdown, verification_figures
-    from pipelines.verify import suite_table, verify_suite
+    from fr_core.train.tracking import log_verification
     from pipelines.verify import verify as run
+    from pipelines.verify import verify_suite
     from pipelines.verify_mfr import mfr_figures, verify_mfr
     from pipelines.verify_templates import template_figures, verify_templates
 
@@ -270,22 +273,35 @@ def verify(
     if given is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
         raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
     recogniser = open_net(ckpt, net)
-    if mfr:
-        with bar("embed", None) as advance:
-            masked = verify_mfr(recogniser, mfr, advance)
-        show("verify", mfr_figures(masked), json, missing=masked.failed)
-        return
-    if ijb:
-        with bar("embed", None) as advance, writable(out or Path()):
-            found = verify_templates(recogniser, ijb, out, advance)
-        show("verify", template_figures(found), json, missing=found.failed)
-        return
     with bar("embed", None) as advance, writable(out or Path()):
+        if mfr:
+            masked = verify_mfr(recogniser, mfr, advance)
+            figures, missing = mfr_figures(masked), masked.failed
+        elif ijb:
+            templates = verify_templates(recogniser, ijb, out, advance)
+            figures, missing = template_figures(templates), templates.failed
+        else:
 
-        def embed(pixels: np.ndarray) -> np.ndarray:
-            return recogniser.embed(pixels, progress=advance)
+            def embed(pixels: np.ndarray) -> np.ndarray:
+                return recogniser.embed(pixels, progress=advance)
 
-        results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
+            results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
+            figures, missing = pair_figures(results, out if suite else None)
+    show("verify", figures, json, missing=missing)
+    run_id = log_verification(ckpt, figures, out)
+    if run_id:
+        console.print(f"added to the MLflow run {run_id} that trained this net")
+
+
+def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dict[str, float], dict[str, str]]:
+    """Prints a table of several sets, and what was left out; the figures of all, and image -> why it was left out.
+
+    Args:
+        out: folder for the table as ``results.md``.
+    """
+    from fr_core.verify.report import markdown, verification_figures
+    from pipelines.verify import suite_table
+
     figures: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, result in results.items():
@@ -297,12 +313,12 @@ def verify(
             console.print(f"[yellow]{escape(path)}: {reason}[/]")
         if result.failed:
             console.print(f"[bold red]{name} {len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
-    if suite:
+    if "" not in results:
         table = suite_table(results)
         if out:
             (out / "results.md").write_text(markdown(table) + "\n")
         show_table(table)
-    show("verify", figures, json, missing=missing)
+    return figures, missing
 
 
 @app.command()

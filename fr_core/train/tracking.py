@@ -148,6 +148,39 @@ def open_mlflow(tracking: Tracking, folder: Path) -> tuple[Any, str]:
     return client, client.create_experiment(tracking.experiment, artifact_location=place)
 
 
+def log_verification(ref: Path, figures: Mapping[str, float], folder: Path | None = None) -> str | None:
+    """Adds figures of a later verification to the MLflow run that trained the net, as ``verify_NAME``.
+
+    Args:
+        ref: where the net was opened from; only a run's folder or a checkpoint in one leads to an MLflow run.
+        folder: whose pictures and ``results.md`` are added, under ``verify``.
+
+    Returns:
+        Its id, or None where there is none.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    run = next((place for place in (ref, ref.parent.parent) if (place / "run.json").is_file()), None)
+    run_id = _saved_run_id(run) if run else None
+    if run is None or run_id is None:
+        return None
+    try:
+        tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
+        client, _ = open_mlflow(tracking, run.resolve().parent)
+        now = int(time.time() * 1000)
+        metrics = [Metric(f"verify_{name}", float(value), now, 0) for name, value in figures.items()]
+        client.log_batch(run_id, metrics=metrics)
+        for path in [*folder.glob("*.png"), *folder.glob("results.md")] if folder else []:
+            client.log_artifact(run_id, str(path), "verify")
+    except MlflowException as error:
+        raise UserError(f"{run}: MLflow: {str(error).splitlines()[0]}") from None
+    return run_id
+
+
 class Comparison:
     """The MLflow run that a comparison's runs are shown under; the same results file goes on with the same one."""
 
