@@ -7,6 +7,7 @@ import csv
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def ingest(
     Raises:
         UserError: no images, an unwritable or used ``out``, or more than half of the images rejected.
     """
-    listing = list_source(source, labels)
+    scratch = out.with_name(out.name + ".scratch")  # of Parquet alone
+    listing = list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, out.resolve(), layout, image_size, seed)
     prepare(source, out, overwrite, job.stamp)
@@ -147,6 +149,7 @@ def ingest(
     )
     write_manifest(out, manifest, listing.names, counts)
     (out / STARTED).unlink()
+    shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 

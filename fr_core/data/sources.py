@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from fr_core.data.archives import Member, read_zip_member, tar_members, zip_members
 from fr_core.data.crops import LONGEST, RejectedImage, read_file
+from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import image_of, list_records, read_record
 from fr_core.errors import UserError
 
@@ -62,14 +63,15 @@ class Listing:
         return self.images["path"].to_pylist()
 
 
-def list_source(source: str | Path, labels: Path | None = None) -> Listing:
+def list_source(source: str | Path, labels: Path | None = None, scratch: Path | None = None) -> Listing:
     """The images of whatever ``source`` is.
 
     Args:
         source: a folder of identity folders; a ``.zip`` or ``.tar`` of them, or a folder of such archives; a ``.rec``
-            or the folder around it; a list of files with their identities (``path identity`` a line, or CSV with these
-            columns).
+            or the folder around it; Parquet files or a folder of them; a list of files with their identities (``path
+            identity`` a line, or CSV with these columns).
         labels: such a list for a folder whose images lie loose.
+        scratch: folder that Parquet's images are unpacked to; what is there already is used.
 
     Raises:
         UserError: nothing there that can be read; no images; one identity, or one image per identity, only.
@@ -82,8 +84,11 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
         records = [entry for entry in inside if entry.suffix == ".rec"]
         zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
         compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
+        parquets = [entry for entry in inside if entry.suffix == ".parquet"]
+        if parquets and (source / "manifest.json").exists():
+            raise UserError(f"{source}: a dataset already; bigface merge copies it, bigface unpack turns it to images")
         folders = [entry for entry in source.iterdir() if entry.is_dir()]
-        kinds = [kind[0] for kind in (records, zips, tars, compressed) if kind]
+        kinds = [kind[0] for kind in (records, zips, tars, compressed, parquets) if kind]
         if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
             beside = [path.name for path in (*records, *kinds, *folders)][:3]
             raise UserError(f"{source}: {', '.join(dict.fromkeys(beside))} beside each other; name one of them")
@@ -93,6 +98,8 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
             return list_rec(records[0])
         if zips or tars:
             return list_archives(source, zips or tars)
+        if parquets:
+            return list_parquet(source, parquets, scratch)
         return list_folder(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -100,12 +107,14 @@ def list_source(source: str | Path, labels: Path | None = None) -> Listing:
         return list_rec(source)
     if source.suffix == ".zip" or ".tar" in source.suffixes or source.suffix == ".tgz":
         return list_archives(source, [source])
+    if source.suffix == ".parquet":
+        return list_parquet(source, [source], scratch)
     if source.suffix in LISTS:
         return list_files(source, source.parent)
     if source.suffix == ".bin":
         raise UserError(f"{source}: a set of pairs for verification: bigface verify NET --pairs {source}")
     raise UserError(
-        f"{source}: no kind of source known: a folder, .zip, .tar, .rec, or a list ({', '.join(sorted(LISTS))})"
+        f"{source}: no known kind of source: a folder, .zip, .tar, .rec, .parquet, or a list ({', '.join(sorted(LISTS))})"
     )
 
 
@@ -163,6 +172,25 @@ def list_rec(path: Path) -> Listing:
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
     return _listing(path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places)
+
+
+def list_parquet(root: Path, files: Sequence[Path], scratch: Path | None) -> Listing:
+    """Images in Parquet files, unpacked to ``scratch`` (:mod:`fr_core.data.parquet`)."""
+    if scratch is None:
+        raise UserError(f"{root}: Parquet needs a scratch folder")
+    scratch.mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    owners: list[str] = []
+    places: list[np.ndarray] = []
+    unpacked = [scratch / f"{number:05d}.images" for number in range(len(files))]
+    for number, (file, to) in enumerate(zip(files, unpacked, strict=True)):
+        called, names, extents = unpack_parquet(file, to)
+        paths += called
+        owners += names
+        places.append(np.column_stack([np.full(len(called), number), extents]))
+    if not paths:
+        raise UserError(f"{root}: no images in it")
+    return _listing(root, "tar", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places))
 
 
 def list_files(table: Path, root: Path) -> Listing:

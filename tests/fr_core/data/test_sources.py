@@ -166,7 +166,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         ("a.tar", b"no tar" * 200, "not a tar archive"),
         ("a.tar.gz", b"\x1f\x8b", "decompress it first"),
         ("a.bin", b"", "a set of pairs for verification"),
-        ("a.mat", b"", "no kind of source known"),
+        ("a.mat", b"", "no known kind of source"),
         ("b.csv", b"x,y\n", "expected the columns path and identity or label or name"),
     ):
         (tmp_path / name).write_bytes(data)

@@ -1,0 +1,102 @@
+"""Parquet that others wrote, such as exports of the Hugging Face hub: unpacked once, then read in any order.
+
+A row of Parquet cannot be read without its whole row group, and an ingest reads in random order. So each file is read
+once from begin to end, and its image bytes go to a scratch file, beside an index of where they lie.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fr_core.data.crops import LONGEST
+from fr_core.errors import UserError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes")
+IDENTITY_COLUMNS = ("identity", "label", "name", "class", "cls", "person", "subject")
+ROWS = 256  # in memory at once
+
+
+def unpack_parquet(path: Path, out: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Puts the images of a file one after the other into ``out``, unless that was done before.
+
+    The image is a column of bytes or of structs with ``bytes`` (and maybe ``path``), one of :data:`IMAGE_COLUMNS`; the
+    identity one of :data:`IDENTITY_COLUMNS`, by its class name where the file's Hugging Face metadata tells it.
+
+    Returns:
+        What each image is called, the identities' names, and int64 [images, 2]: start and length in ``out``.
+
+    Raises:
+        UserError: unreadable, no such columns, or a row without identity.
+    """
+    index = out.with_suffix(".index")
+    try:
+        facts = path.stat()
+        source = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
+        if not index.is_file() or pq.read_schema(index).metadata[b"source"] != source:
+            _unpack(path, out, index, source)
+        table = pq.read_table(index)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+    places = np.column_stack([table["start"].to_numpy(), table["length"].to_numpy()])
+    return table["path"].to_pylist(), table["identity"].to_pylist(), places
+
+
+def _unpack(path: Path, out: Path, index: Path, source: bytes) -> None:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        image, identity = _column(path, schema, IMAGE_COLUMNS), _column(path, schema, IDENTITY_COLUMNS)
+        names = _class_names(schema, identity)
+        paths: list[str] = []
+        owners: list[str] = []
+        lengths: list[int] = []
+        with out.open("wb") as scratch:
+            for batch in file.iter_batches(ROWS, columns=[image, identity]):
+                for row in batch.to_pylist():
+                    called, data = _image(row[image])
+                    data = data if data is not None and len(data) <= LONGEST else b""  # rejected when it is read
+                    scratch.write(data)
+                    paths.append(called or f"{path.name}:{len(paths)}")
+                    owners.append(_name(path, len(owners), row[identity], names))
+                    lengths.append(len(data))
+    ends = np.cumsum(lengths, dtype=np.int64)
+    columns = {"path": paths, "identity": owners, "start": ends - lengths, "length": np.array(lengths, np.int64)}
+    part = index.with_suffix(".part")
+    pq.write_table(pa.table(columns).replace_schema_metadata({b"source": source}), part)
+    part.replace(index)
+
+
+def _column(path: Path, schema: pa.Schema, known: Sequence[str]) -> str:
+    lower = {name.lower(): name for name in schema.names}
+    found = next((lower[name] for name in known if name in lower), None)
+    if found is None:
+        raise UserError(f"{path}: none of the columns {', '.join(known)}; it has {', '.join(schema.names)}")
+    return found
+
+
+def _class_names(schema: pa.Schema, identity: str) -> list[str] | None:
+    """The names of numbered classes that the Hugging Face library writes into the file."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][identity]["names"]
+        return [str(name) for name in told]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _image(value: Any) -> tuple[str | None, bytes | None]:
+    if isinstance(value, dict):
+        called, value = value.get("path"), value.get("bytes")
+        return (called if isinstance(called, str) else None), (value if isinstance(value, bytes) else None)
+    return None, value if isinstance(value, bytes) else None
+
+
+def _name(path: Path, row: int, value: Any, names: list[str] | None) -> str:
+    if value is None or value == "":
+        raise UserError(f"{path}: row {row} has no identity")
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return str(value)
