@@ -113,9 +113,8 @@ def list_source(source: str | Path, labels: Path | None = None, scratch: Path | 
         return list_files(source, source.parent)
     if source.suffix == ".bin":
         raise UserError(f"{source}: a set of pairs for verification: bigface verify NET --pairs {source}")
-    raise UserError(
-        f"{source}: no known kind of source: a folder, .zip, .tar, .rec, .parquet, or a list ({', '.join(sorted(LISTS))})"
-    )
+    lists = ", ".join(sorted(LISTS))
+    raise UserError(f"{source}: no known kind of source: a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
 
 
 def list_folder(root: str | Path) -> Listing:
