@@ -6,24 +6,36 @@ turns, step by step; a figure is the median of its turns.
 Legend: B batch, D embedding, N identities, S slots of a queue, T classes of one tile.
 """
 
+import io
 import multiprocessing as mp
+import shutil
 import statistics
+import struct
+import subprocess
+import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core.config import BigFace, Config, FastFace, FastFaceHaar, Margin, load_config
+from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
+from fr_core.errors import UserError
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.heads.streamed import Softmax, tile_size
@@ -35,6 +47,7 @@ CPU = torch.device("cpu")
 ARCFACE = Margin(scale=64, m2=0.5, m3=0)
 MILLION = 1_029_950  # identities of WebFace21M in AttFC's table 2
 MILLION_BATCH = 64
+IMAGES_EACH = 50  # of an identity in bench ingest
 WARM_ROWS = 64  # a step on these loads libraries and starts threads before memory is counted
 
 
@@ -215,6 +228,97 @@ def bench_grouped(flat: str, grouped: str, epochs: int) -> dict[str, float]:
         figures[f"{name}_per_second"] = statistics.median(found)
     figures["grouped_over_flat"] = _ratio(rates["grouped"], rates["flat"])
     return figures
+
+
+def bench_ingest(images: int, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """Ingest of crops whose bytes pass through, from a tar and a RecordIO file, on Ray as the command runs it.
+
+    Args:
+        images: of the larger set; the smaller one, for the growth of memory, is a tenth.
+        folder: for archives and shards, some 15 kB an image.
+
+    Returns:
+        For each kind images per second (of what the larger set has more, by how much longer it takes: without Ray's
+        start), and memory_mib of all processes together at both sizes; plain_per_second of a loop of tarfile, OpenCV
+        and PyArrow on the smaller set, and the ratios to it.
+    """
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 255, (500, 8, 8, 3)).astype(np.uint8)
+    jpegs = [encode(cv2.resize(face, (112, 112), interpolation=cv2.INTER_CUBIC)) for face in coarse]
+    figures: dict[str, float] = {"images": images, "image_bytes": statistics.mean(map(len, jpegs))}
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, write in (("tar", _write_tar), ("rec", _write_rec)):
+        taken: list[float] = []
+        for count in (images // 10, images):
+            source, out = folder / f"{count}.{kind}", folder / f"{kind}_{count}"
+            write(source, jpegs, count)
+            seconds, memory = _ingest_watched(source, out)
+            taken.append(seconds)
+            say(f"{kind}, {count:,} images: {seconds:,.1f} s, {memory / 2**20:,.0f} MiB")
+            figures[f"{kind}_memory_mib_{count}"] = memory / 2**20
+            shutil.rmtree(out)
+            if (kind, count) == ("tar", images // 10):
+                figures["plain_per_second"] = count / _ingest_plainly(source, folder / "plain.parquet")
+            source.unlink()
+        figures[f"{kind}_per_second"] = (images - images // 10) / (taken[1] - taken[0])
+        figures[f"{kind}_over_plain"] = figures[f"{kind}_per_second"] / figures["plain_per_second"]
+    return figures
+
+
+def _write_tar(path: Path, jpegs: list[bytes], count: int) -> None:
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            info = tarfile.TarInfo(f"{i // IMAGES_EACH:06d}/{i:08d}.jpg")
+            info.size = len(jpegs[i % len(jpegs)])
+            archive.addfile(info, io.BytesIO(jpegs[i % len(jpegs)]))
+
+
+def _write_rec(path: Path, jpegs: list[bytes], count: int) -> None:
+    """MXNet's RecordIO: magic, length, then flag, label, two numbers and the image, filled up to four bytes."""
+    with path.open("wb") as file:
+        for i in range(count):
+            record = struct.pack("<IfQQ", 0, i // IMAGES_EACH, i, 0) + jpegs[i % len(jpegs)]
+            file.write(struct.pack("<II", 0xCED7230A, len(record)) + record + bytes(-len(record) % 4))
+
+
+def _ingest_watched(source: Path, out: Path) -> tuple[float, int]:
+    """Seconds of the command, and the most bytes that all its processes held together."""
+    started, most = time.perf_counter(), 0
+    command = [sys.executable, "-m", "pipelines.cli", "ingest", str(source), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            most = max(most, _held_by(process.pid))
+            time.sleep(0.5)
+    if process.returncode:
+        raise UserError(f"bigface ingest {source} failed")
+    return time.perf_counter() - started, most
+
+
+def _held_by(root: int) -> int:
+    """Bytes of a process and all that it started; a page that several share counts once."""
+    parents, bytes_of = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, StopIteration):  # it may end while it is looked at
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            rows = (folder / "smaps_rollup").read_text().splitlines()
+            bytes_of[int(folder.name)] = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss:"))
+    own = {root}
+    while more := {child for child, parent in parents.items() if parent in own} - own:
+        own |= more
+    return sum(bytes_of.get(process, 0) for process in own)
+
+
+def _ingest_plainly(source: Path, out: Path) -> float:
+    started, rows = time.perf_counter(), []
+    with tarfile.open(source) as archive:
+        for member in archive:
+            opened = archive.extractfile(member)
+            data = opened.read() if opened else b""
+            if cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is not None:
+                rows.append({"image": data, "label": int(member.name.split("/")[0])})
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    out.unlink()
+    return time.perf_counter() - started
 
 
 def bench_schedule(steps: int) -> dict[str, float]:

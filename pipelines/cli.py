@@ -540,6 +540,19 @@ def bench_attfc(
     show("bench attfc", figures, json)
 
 
+@bench.command("ingest")
+def bench_ingest(
+    images: Annotated[int, typer.Option(min=1000)] = 200_000,
+    folder: Annotated[Path, typer.Option(help="Scratch for archives and shards.")] = Path("bench_ingest"),
+    json: Json = None,
+) -> None:
+    """Tar and RecordIO to shards: images a second, and memory on a tenth of the images and on all."""
+    from pipelines.bench import bench_ingest as run
+
+    with writable(folder):
+        show("bench ingest", run(images, folder, console.log), json)
+
+
 @bench.command("schedule")
 def bench_schedule(
     steps: Annotated[int, typer.Option(min=1000)] = 200_000,
