@@ -77,7 +77,13 @@ def ingest(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
-    landmarks: Annotated[Path | None, typer.Option(help="CSV of five points per image, to align by.")] = None,
+    landmarks: Annotated[
+        Path | None,
+        typer.Option(help="CSV of 5 points per image, or 68, to align by: path,left_eye_x … or path,x_0 …."),
+    ] = None,
+    align: Annotated[
+        bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
+    ] = False,
     labels: Annotated[Path | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
     size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
     overwrite: Overwrite = False,
@@ -89,14 +95,16 @@ def ingest(
 
     started = time.monotonic()
     with bar("ingest", None) as advance:
-        manifest = run(src, out, layout, size, landmarks, labels, overwrite, not in_process, progress=growing(advance))
+        manifest = run(
+            src, out, layout, size, landmarks, labels, overwrite, not in_process, align=align, progress=growing(advance)
+        )
     rejected = sum(manifest.rejects.values())
     for reason, count in manifest.rejects.items():
         console.print(f"[yellow]left out: {count} images, {reason}; listed in {escape(str(out / 'rejects.csv'))}[/]")
     if "not_square" in manifest.warnings:
         console.print(
             f"[bold red]warning: {manifest.warnings['not_square']} images are no square crops; their centres were "
-            "taken for faces. Aligned crops, or --landmarks, recognise far better.[/]"
+            "taken for faces. Aligned crops, --landmarks or --align recognise far better.[/]"
         )
     if "identities_without_images" in manifest.warnings:
         count = manifest.warnings["identities_without_images"]

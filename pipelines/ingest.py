@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, make_crop
+from fr_core.data.detect import detector, find_face
 from fr_core.data.schema import (
     GROUP_IMAGES,
     SCHEMA_VERSION,
@@ -54,6 +55,7 @@ class Job:
 
     listing: Listing
     points: np.ndarray | None  # float32 [images, 5, 2] in the listing's order, NaN where unknown
+    align: bool  # find them
     out: Path
     layout: Layout
     image_size: int
@@ -70,7 +72,8 @@ class Job:
         """Tells this job from any other; single photos that were changed since are not noticed."""
         listing = self.listing
         changed = [Path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
-        facts = (SCHEMA_VERSION, self.layout, self.image_size, listing.kind, listing.files, changed, listing.names)
+        made = (SCHEMA_VERSION, self.layout, self.image_size, self.align)
+        facts = (*made, listing.kind, listing.files, changed, listing.names)
         digest = hashlib.sha256(repr(facts).encode())
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.listing.images.schema) as stream:
@@ -91,6 +94,7 @@ def ingest(
     overwrite: bool = False,
     on_ray: bool = True,
     seed: int = 0,
+    align: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Makes a dataset of a source, or goes on with one that was begun.
@@ -98,18 +102,24 @@ def ingest(
     Args:
         source: what :func:`fr_core.data.sources.list_source` reads.
         layout: ``flat`` for training on single images, ``grouped`` for methods that need class images.
-        landmarks: CSV of five points per image; images are aligned by it, and those without points are left out.
+        landmarks: CSV of 5 or 68 points per image; images are aligned by it, and those without points are left out.
         labels: list of the images and their identities, for a folder without identity folders.
         on_ray: work in Ray tasks; otherwise in this process.
+        align: find the points of the face in each image, align by these, and leave out images without a face.
         progress: called with images done and in all.
 
     Raises:
-        UserError: no images, an unwritable or used ``out``, or more than half of the images rejected.
+        UserError: no images, an unwritable or used ``out``, more than half of the images rejected, or ``align`` with
+            ``landmarks`` or without its detector.
     """
+    if align and landmarks:
+        raise UserError(f"--align finds the points that {landmarks} holds; give one of them")
+    if align:
+        detector()  # not installed? say so now
     scratch = out.with_name(out.name + ".scratch")  # of Parquet alone
     listing = list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
-    job = plan_job(listing, points, out.resolve(), layout, image_size, seed)
+    job = plan_job(listing, points, align, out.resolve(), layout, image_size, seed)
     prepare(source, out, overwrite, job.stamp)
     finished = [number for number in range(job.shards) if _result_file(out, number).exists()]
     rest = [number for number in range(job.shards) if number not in set(finished)]
@@ -177,7 +187,15 @@ def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
-def plan_job(listing: Listing, points: np.ndarray | None, out: Path, layout: Layout, image_size: int, seed: int) -> Job:
+def plan_job(
+    listing: Listing,
+    points: np.ndarray | None,
+    align: bool,
+    out: Path,
+    layout: Layout,
+    image_size: int,
+    seed: int,
+) -> Job:
     """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
 
     Which of an identity's images share a chunk is drawn too: neighbours in a folder are often frames of one film.
@@ -197,6 +215,7 @@ def plan_job(listing: Listing, points: np.ndarray | None, out: Path, layout: Lay
     return Job(
         listing,
         points,
+        align,
         out,
         layout,
         image_size,
@@ -222,6 +241,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     part = slice(job.starts[number], job.starts[number + 1])
     sample_ids, chunks = job.sample_ids_I[part], job.chunks_I[part]
     points = job.points[sample_ids] if job.points is not None else itertools.repeat(None)
+    find = find_face if job.align else None
     places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
     rows: list[FlatRow] = []
     kept: list[int] = []
@@ -232,7 +252,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
                 raise RejectedImage("no landmarks")
             file = job.listing.files[place["file"]]
             data = read_image(job.listing.kind, file, place["path"], place["start"], place["length"])
-            jpeg, moved, odd = make_crop(data, job.image_size, own)
+            jpeg, moved, odd = make_crop(data, job.image_size, own, find)
             not_square += odd
             rows.append((sample_id, place["label"], jpeg, moved))
             kept.append(chunk)

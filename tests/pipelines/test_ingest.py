@@ -1,12 +1,19 @@
+import tarfile
 import zipfile
 
+import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_sample_images
 
-from fr_core.data.crops import encode
+from fr_core.data.crops import TEMPLATE, encode, read_rgb, similarity
+from fr_core.data.detect import find_face
 from fr_core.data.schema import open_dataset
+from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from pipelines.ingest import ingest
+from tests.conftest import REAL_DATA, needs_detector, needs_real_data
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,128 @@ def test_a_zip_of_the_folder_makes_the_same_shards(faces, tmp_path):
     ingest(faces, tmp_path / "a", "flat", 16, on_ray=False)
     ingest(tmp_path / "faces.zip", tmp_path / "b", "flat", 16, on_ray=False)
     assert made(tmp_path / "a") == made(tmp_path / "b")
+
+
+def page(faces, random):
+    """A photo of 1000 × 750 with a large face, turned by up to 25 degrees, and small ones at its sides.
+
+    Args:
+        faces: crops on the template, the large one first.
+
+    Returns:
+        JPEG, and float32 [2, 3] that carries the large crop's pixels to the photo's.
+    """
+    image = cv2.resize(load_sample_images().images[random.integers(2)], (1000, 750))
+    for number, face in reversed(list(enumerate(faces))):
+        small = number > 0
+        scale, degrees = (random.uniform(0.4, 0.8), 0) if small else (random.uniform(1.2, 4), random.uniform(-25, 25))
+        matrix = cv2.getRotationMatrix2D((56, 56), degrees, scale)
+        place = (90, 910)[number % 2] if small else random.uniform(380, 620), random.uniform(250, 500)
+        matrix[:, 2] += np.array(place) - 56
+        cv2.warpAffine(face, matrix, (1000, 750), dst=image, borderMode=cv2.BORDER_TRANSPARENT)
+    return encode(image), matrix.astype(np.float32)
+
+
+def pages(root, faces, random):
+    """Photos of the people (name, crops) in folders, the matrix of each by its path."""
+    matrices = {}
+    crops = [crop for _, own in faces for crop in own]
+    for name, own in faces:
+        (root / name).mkdir(parents=True)
+        for number, crop in enumerate(own):
+            others = [crops[i] for i in random.integers(len(crops), size=2)]
+            data, matrices[f"{name}/{number}.jpg"] = page([crop, *others], random)
+            (root / name / f"{number}.jpg").write_bytes(data)
+    return matrices
+
+
+def rows(out):
+    dataset = open_dataset(out)
+    return [row for shard in dataset.manifest.shards for row in pq.read_table(out / shard.file).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Photos of 3 drawn people × 4, and one without a face."""
+    root = tmp_path_factory.mktemp("drawn") / "people"
+    pages(
+        root, [(f"id{i}", [render_face(i, shot)[0] for shot in range(4)]) for i in range(3)], np.random.default_rng(3)
+    )
+    (root / "id1" / "view.jpg").write_bytes(encode(load_sample_images().images[0]))
+    return root
+
+
+@needs_detector
+def test_photos_are_aligned_and_those_without_a_face_rejected(drawn, tmp_path):
+    manifest = ingest(drawn, tmp_path / "a", on_ray=False, align=True)
+    assert (manifest.images, manifest.rejects, manifest.warnings) == (12, {"no face": 1}, {})
+    assert (tmp_path / "a" / "rejects.csv").read_text().split() == ["path,reason", "id1/view.jpg,no", "face"]
+    for row in rows(tmp_path / "a"):
+        assert read_rgb(row["image"]).shape == (112, 112, 3)
+        assert np.abs(np.reshape(row["landmarks"], (5, 2)) - TEMPLATE).max() < 12
+
+
+@needs_detector
+def test_every_kind_of_source_is_aligned_alike(drawn, tmp_path):
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path in sorted(drawn.rglob("*.jpg")):
+            archive.write(path, f"people/{path.relative_to(drawn)}")
+    with tarfile.open(tmp_path / "faces.tar", "w") as archive:
+        archive.add(drawn, "people")
+    whole = ingest(drawn, tmp_path / "a", "grouped", align=True, on_ray=False)
+    for name in ("faces.zip", "faces.tar"):
+        again = ingest(tmp_path / name, tmp_path / f"shards of {name}", "grouped", align=True, on_ray=False)
+        assert again.shards == whole.shards
+
+
+@needs_detector
+@pytest.mark.ray
+def test_ray_aligns_as_this_process_does(drawn, tmp_path):
+    ingest(drawn, tmp_path / "a", align=True, on_ray=False)
+    ingest(drawn, tmp_path / "b", align=True)
+    one, other = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [row["sample_id"] for row in one] == [row["sample_id"] for row in other]
+    assert np.allclose([row["landmarks"] for row in one], [row["landmarks"] for row in other], atol=0.01)
+
+
+@needs_detector
+def test_an_ingest_without_alignment_is_not_gone_on_with(drawn, tmp_path):
+    def stop(done, total):
+        raise Stop
+
+    with pytest.raises(Stop):
+        ingest(drawn, tmp_path / "a", on_ray=False, progress=stop)
+    with pytest.raises(UserError, match="is not empty"):
+        ingest(drawn, tmp_path / "a", on_ray=False, align=True)
+
+
+def test_points_are_given_or_found_but_not_both(faces, tmp_path):
+    with pytest.raises(UserError, match=r"--align finds the points that .*points\.csv holds"):
+        ingest(faces, tmp_path / "a", landmarks=tmp_path / "points.csv", align=True)
+
+
+@needs_detector
+@needs_real_data
+def test_real_faces_in_photos_land_on_the_template(tmp_path):
+    """The set's crops lie on the template by its own points; where do their pixels lie after a photo's detour?"""
+    random = np.random.default_rng(0)
+    with tarfile.open(REAL_DATA / "faces" / "dev.tar") as archive:
+        members = [member for member in archive.getmembers() if member.name.endswith(".jpg")]
+        members = [members[i] for i in sorted(random.choice(len(members), 100, replace=False))]
+        crops = [read_rgb(archive.extractfile(member).read()) for member in members]
+    named = [(f"id{i:02d}", crops[i : i + 5]) for i in range(0, 100, 5)]
+    matrices = pages(tmp_path / "photos", named, random)
+    manifest = ingest(tmp_path / "photos", tmp_path / "shards", on_ray=False, align=True)
+    assert manifest.images >= 98
+    kept = {row["sample_id"]: row for row in rows(tmp_path / "shards")}
+    errors = []
+    for sample_id, (path, there) in enumerate(sorted(matrices.items())):
+        if sample_id in kept:
+            points = find_face(read_rgb((tmp_path / "photos" / path).read_bytes()))
+            back = similarity(points, 112)
+            moved = points @ back[:, :2].T + back[:, 2]
+            assert np.allclose(np.reshape(kept[sample_id]["landmarks"], (5, 2)), moved, atol=0.01)
+            photo = TEMPLATE @ there[:, :2].T + there[:, 2]
+            errors.append(np.linalg.norm(photo @ back[:, :2].T + back[:, 2] - TEMPLATE, axis=1).mean())
+    assert np.median(errors) < 3
+    assert np.mean(np.array(errors) < 8) > 0.97

@@ -8,6 +8,7 @@ import pytest
 
 from fr_core.data.crops import LONGEST, RejectedImage
 from fr_core.data.sources import (
+    DENSE_COLUMNS,
     LANDMARK_COLUMNS,
     list_folder,
     list_source,
@@ -18,6 +19,7 @@ from fr_core.data.sources import (
 from fr_core.errors import UserError
 
 HEADER = ",".join(("path", *LANDMARK_COLUMNS))
+DENSE_HEADER = ",".join(("path", *DENSE_COLUMNS))
 
 
 def test_identities_and_images_are_listed_by_name(photos):
@@ -52,12 +54,26 @@ def test_landmarks_match_with_and_without_the_folder_name(photos, tmp_path):
     assert np.isnan(points[2]).all()
 
 
+def test_68_points_become_the_five_of_the_template(tmp_path):
+    """A face drawn in iBUG's order; OpenFace writes all x first, a blank after each comma, and columns of its own."""
+    points = np.full((68, 2), -1.0)
+    points[36:42] = [(36, 52), (38, 50), (40, 50), (42, 52), (40, 54), (38, 54)]  # left in the image: the right eye
+    points[42:48] = points[36:42] + np.array([34, 1])
+    points[30], points[48], points[54] = (56, 72), (42, 92), (71, 93)
+    table = tmp_path / "points.csv"
+    header = ["path", "confidence", *(f"x_{i}" for i in range(68)), *(f"y_{i}" for i in range(68))]
+    table.write_text(", ".join(header) + "\n" + ", ".join(["a.jpg", "0.98", *map(str, points.T.ravel())]) + "\n")
+    assert read_landmarks(table)["a.jpg"].tolist() == [[39, 52], [73, 53], [56, 72], [42, 92], [71, 93]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("path,x\n", "no column left_eye_x"),
-        (f"{HEADER}\na.jpg,1,2\n", "line 2: not ten numbers"),
-        (f"{HEADER}\na.jpg,1,2,3,4,5,6,7,8,9,x\n", "line 2: not ten numbers"),
+        (f"{HEADER}\na.jpg,1,2\n", "line 2: not 10 numbers"),
+        (f"{HEADER}\na.jpg,1,2,3,4,5,6,7,8,9,x\n", "line 2: not 10 numbers"),
+        ("path, x_0, y_0\n", "no column x_1"),
+        (f"{DENSE_HEADER}\na.jpg,1,2\n", "line 2: not 136 numbers"),
     ],
 )
 def test_bad_landmark_tables_name_the_line(tmp_path, text, message):
