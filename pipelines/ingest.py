@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from fr_core.data.schema import (
     grouped_table,
     write_manifest,
     write_shard,
-    write_text_atomically,
 )
 from fr_core.data.sources import (
     Listing,
@@ -37,6 +36,7 @@ from fr_core.data.sources import (
     read_image,
     read_landmarks,
 )
+from fr_core.data.store import AnyPath, RemotePath, ahead_of, to_path, write_text_atomically, written
 from fr_core.errors import UserError
 
 IMAGES_PER_SHARD = 8192
@@ -53,7 +53,7 @@ class Job:
 
     listing: Listing
     points: np.ndarray | None  # float32 [images, 5, 2] in the listing's order, NaN where unknown
-    out: Path
+    out: AnyPath
     layout: Layout
     image_size: int
     sample_ids_I: np.ndarray  # int64, positions in the listing
@@ -68,7 +68,7 @@ class Job:
     def stamp(self) -> str:
         """Tells this job from any other; single photos that were changed since are not noticed."""
         listing = self.listing
-        changed = [Path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
+        changed = [to_path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
         facts = (SCHEMA_VERSION, self.layout, self.image_size, listing.kind, listing.files, changed, listing.names)
         digest = hashlib.sha256(repr(facts).encode())
         sink = pa.BufferOutputStream()
@@ -81,12 +81,12 @@ class Job:
 
 
 def ingest(
-    source: Path,
-    out: Path,
+    source: str | AnyPath,
+    out: str | AnyPath,
     layout: Layout = "flat",
     image_size: int = 112,
-    landmarks: Path | None = None,
-    labels: Path | None = None,
+    landmarks: str | AnyPath | None = None,
+    labels: str | AnyPath | None = None,
     overwrite: bool = False,
     on_ray: bool = True,
     seed: int = 0,
@@ -96,6 +96,7 @@ def ingest(
 
     Args:
         source: what :func:`fr_core.data.sources.list_source` reads.
+        out: folder for the shards; like the source local, or at a URL that all nodes see.
         layout: ``flat`` for training on single images, ``grouped`` for methods that need class images.
         landmarks: CSV of five points per image; images are aligned by it, and those without points are left out.
         labels: list of the images and their identities, for a folder without identity folders.
@@ -105,11 +106,13 @@ def ingest(
     Raises:
         UserError: no images, an unwritable or used ``out``, or more than half of the images rejected.
     """
+    source, out = to_path(source), to_path(out)
     listing = list_source(source, labels)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, out.resolve(), layout, image_size, seed)
     prepare(source, out, overwrite, job.stamp)
-    finished = [number for number in range(job.shards) if _result_file(out, number).exists()]
+    there = {file.name for file in out.iterdir()}
+    finished = [number for number in range(job.shards) if _result_file(out, number).name in there]
     rest = [number for number in range(job.shards) if number not in set(finished)]
     run = _by_ray(job, rest) if on_ray else (write_one(job, number) for number in rest)
     shards: list[Shard] = []
@@ -150,7 +153,7 @@ def ingest(
     return manifest
 
 
-def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
+def prepare(source: AnyPath, out: AnyPath, overwrite: bool, stamp: str) -> None:
     """Makes the output folder, or clears it of an earlier dataset's files and nothing else.
 
     A folder in which the same job (``stamp``) was begun is left as it is.
@@ -158,7 +161,8 @@ def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
     Raises:
         UserError: it is not empty, lies in the source or around it, or cannot be written.
     """
-    if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
+    a, b = source.resolve(), out.resolve()
+    if a in (b, *b.parents) or b in a.parents:
         raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
     try:
         started = out / STARTED
@@ -174,7 +178,9 @@ def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
-def plan_job(listing: Listing, points: np.ndarray | None, out: Path, layout: Layout, image_size: int, seed: int) -> Job:
+def plan_job(
+    listing: Listing, points: np.ndarray | None, out: AnyPath, layout: Layout, image_size: int, seed: int
+) -> Job:
     """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
 
     Which of an identity's images share a chunk is drawn too: neighbours in a folder are often frames of one film.
@@ -220,16 +226,18 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     sample_ids, chunks = job.sample_ids_I[part], job.chunks_I[part]
     points = job.points[sample_ids] if job.points is not None else itertools.repeat(None)
     places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
+    reads: Iterator[Callable[[], bytes]] = (partial(_read, job.listing, place) for place in places)
+    if isinstance(to_path(job.listing.files[0]), RemotePath):
+        reads = ahead_of(reads)
     rows: list[FlatRow] = []
     kept: list[int] = []
     rejects, not_square = [], 0
-    for sample_id, chunk, place, own in zip(sample_ids.tolist(), chunks.tolist(), places, points, strict=False):
+    images = zip(sample_ids.tolist(), chunks.tolist(), places, reads, points, strict=False)
+    for sample_id, chunk, place, read, own in images:
         try:
             if own is not None and np.isnan(own).any():
                 raise RejectedImage("no landmarks")
-            file = job.listing.files[place["file"]]
-            data = read_image(job.listing.kind, file, place["path"], place["start"], place["length"])
-            jpeg, moved, odd = make_crop(data, job.image_size, own)
+            jpeg, moved, odd = make_crop(read(), job.image_size, own)
             not_square += odd
             rows.append((sample_id, place["label"], jpeg, moved))
             kept.append(chunk)
@@ -240,11 +248,11 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
         table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
         shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
-    labels, images = np.unique([label for _, label, _, _ in rows], return_counts=True)
+    labels, counts = np.unique([label for _, label, _, _ in rows], return_counts=True)
     result = {
         "shard": shard,
         "rejects": rejects,
-        "labels": [labels.astype(int).tolist(), images.tolist()],
+        "labels": [labels.astype(int).tolist(), counts.tolist()],
         "not_square": not_square,
         "images": len(sample_ids),
     }
@@ -252,7 +260,11 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     return result
 
 
-def _result_file(out: Path, number: int) -> Path:
+def _read(listing: Listing, place: dict[str, Any]) -> bytes:
+    return read_image(listing.kind, listing.files[place["file"]], place["path"], place["start"], place["length"])
+
+
+def _result_file(out: AnyPath, number: int) -> AnyPath:
     return out / f"shard-{number:05d}.json"
 
 
@@ -274,8 +286,8 @@ def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
         yield json.loads(row["result"])
 
 
-def _write_rejects(out: Path, rejects: list[tuple[str, str]]) -> None:
-    with (out / "rejects.csv").open("w", newline="") as file:
+def _write_rejects(out: AnyPath, rejects: list[tuple[str, str]]) -> None:
+    with written(out / "rejects.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "reason"))
         writer.writerows(rejects)
