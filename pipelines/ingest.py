@@ -274,16 +274,24 @@ def _first(pair: tuple[int, FlatRow]) -> int:
 
 def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     import ray
+    from ray.exceptions import RayTaskError
 
     from pipelines.on_ray import start_ray
 
     start_ray()
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     shared = ray.put(job)  # read by every task where it lies
     stream = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=max(1, len(numbers)))
     results = stream.map(lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1)
-    for row in results.iter_rows():
-        yield json.loads(row["result"])
+    try:
+        for row in results.iter_rows():
+            yield json.loads(row["result"])
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+        raise
 
 
 def _write_rejects(out: AnyPath, rejects: list[tuple[str, str]]) -> None:

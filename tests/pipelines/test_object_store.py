@@ -10,7 +10,6 @@ import torch
 
 import fr_core.train.loop as loop
 from fr_core.config import load_config
-from fr_core.data.schema import open_dataset
 from fr_core.data.store import find
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
@@ -168,11 +167,8 @@ def test_mistakes_at_the_command_line(bucket, dataset, tmp_path):
 
 
 @pytest.mark.ray
-def test_two_workers_read_and_save_at_a_url(photos, dataset, bucket):
+def test_two_workers_read_and_save_at_a_url(dataset, bucket):
     ray.shutdown()  # a node of earlier tests does not know of the server
-    manifest = ingest(photos, bucket / "photos", on_ray=True)
-    assert manifest.images == 30
-    open_dataset(bucket / "photos").check_sha256()
     shards, out = put(dataset, bucket / "shards"), bucket / "run"
     figures = train(config_of(shards, "train.max_steps=10"), out, workers=2)
     assert (figures["steps"], figures["workers"]) == (10, 2)
