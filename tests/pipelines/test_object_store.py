@@ -5,7 +5,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 import fr_core.train.loop as loop
@@ -164,14 +163,3 @@ def test_mistakes_at_the_command_line(bucket, dataset, tmp_path):
         bigface("inspect", "s3://no-such-bucket/shards")
     with pytest.raises(UserError, match=r"s3://bucket/x: this can only lie on a local disk"):
         bigface("unpack", dataset, "--out", "s3://bucket/x")
-
-
-@pytest.mark.ray
-def test_two_workers_read_and_save_at_a_url(dataset, bucket):
-    ray.shutdown()  # a node of earlier tests does not know of the server
-    shards, out = put(dataset, bucket / "shards"), bucket / "run"
-    figures = train(config_of(shards, "train.max_steps=10"), out, workers=2)
-    assert (figures["steps"], figures["workers"]) == (10, 2)
-    assert [path.name for path in checkpoints(out)] == ["step_00000007", "step_00000010"]
-    assert len(find(checkpoints(out)[-1], "head_*")) == 2
-    ray.shutdown()
