@@ -295,7 +295,7 @@ class Verify(Section):
 
 
 class Tracking(Section):
-    uri: str | None = None  # None: sqlite:///mlflow.db beside the runs; "off": none
+    uri: str | None = None  # None: sqlite:///mlflow.db beside the runs, of a run at a URL none; "off": none
     experiment: str = "bigface"
     parent: str | None = None  # the MLflow run that this one is shown under
 

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class StorageError(UserError):
+    """Storage at a URL that refuses or does not answer; another try may succeed, where other mistakes stay."""

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from fr_core.data.embeddings import Embeddings
 from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath
 from fr_core.verify.identities import centres, copies, nearest_centres
 from pipelines.embed import embed
 
@@ -31,7 +32,7 @@ class Limits:
 
 
 def clean(
-    shards: Path,
+    shards: AnyPath,
     model: str,
     out: Path,
     net: str | None = None,

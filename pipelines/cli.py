@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fr_core.config import load_config, recipes
 from fr_core.data.schema import Layout
+from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from pipelines.unpack import Form
 
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this JSON file.")]
+
+def local(ref: str | Path) -> Path:
+    """Of what is written here and not at a URL."""
+    if "://" in str(ref):
+        raise UserError(f"{ref}: this can only lie on a local disk")
+    return Path(ref)
+
+
+Json = Annotated[Path | None, typer.Option("--json", parser=local, help="Write the figures to this JSON file.")]
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
 Model = Annotated[str, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray.")]
@@ -35,7 +44,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …"
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=local, help="Folder of the run.")] = Path("runs/demo"),
     workers: Annotated[int, typer.Option(min=1)] = 2,
     overrides: Overrides = None,
     json: Json = None,
@@ -49,7 +58,7 @@ def demo(
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Option(help="Folder for images/, landmarks.csv and pairs.csv.")],
+    out: Annotated[Path, typer.Option(parser=local, help="Folder for images/, landmarks.csv and pairs.csv.")],
     identities: Annotated[int, typer.Option(min=1)] = 200,
     shots: Annotated[int, typer.Option(min=1, help="Images per identity.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -73,18 +82,18 @@ def synth(
 @app.command()
 def ingest(
     src: Annotated[
-        Path, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files.")
+        str, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files; or a URL.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    out: Annotated[str, typer.Option(help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
     layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
     landmarks: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="CSV of 5 points per image, or 68, to align by: path,left_eye_x … or path,x_0 …."),
     ] = None,
     align: Annotated[
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
-    labels: Annotated[Path | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
+    labels: Annotated[str | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
     size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
@@ -98,9 +107,9 @@ def ingest(
         manifest = run(
             src, out, layout, size, landmarks, labels, overwrite, not in_process, align=align, progress=growing(advance)
         )
-    rejected = sum(manifest.rejects.values())
+    rejected, listed = sum(manifest.rejects.values()), escape(str(to_path(out) / "rejects.csv"))
     for reason, count in manifest.rejects.items():
-        console.print(f"[yellow]left out: {count} images, {reason}; listed in {escape(str(out / 'rejects.csv'))}[/]")
+        console.print(f"[yellow]left out: {count} images, {reason}; listed in {listed}[/]")
     if "not_square" in manifest.warnings:
         console.print(
             f"[bold red]warning: {manifest.warnings['not_square']} images are no square crops; their centres were "
@@ -122,8 +131,10 @@ def ingest(
 
 @app.command()
 def inspect(
-    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for a histogram, a contact sheet and findings.csv.")] = None,
+    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
+    out: Annotated[
+        Path | None, typer.Option(parser=local, help="Folder for a histogram, a contact sheet and findings.csv.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Say what is in a dataset: sizes of identities, faces, damaged images, images that are there twice."""
@@ -136,8 +147,8 @@ def inspect(
 
 @app.command()
 def unpack(
-    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
-    out: Annotated[Path, typer.Option(help="An empty or new folder.")],
+    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
+    out: Annotated[Path, typer.Option(parser=local, help="An empty or new folder.")],
     form: Annotated[Form, typer.Option("--as", help="folders, one a person, or webdataset tars.")] = "folders",
     json: Json = None,
 ) -> None:
@@ -152,7 +163,7 @@ def unpack(
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    data: Annotated[Path, typer.Option(help="Shards, as bigface ingest leaves them.")],
+    data: Annotated[str, typer.Option(help="Shards, as bigface ingest leaves them.")],
     out: Annotated[Path, typer.Option(help="Folder for Parquet files of sample_id, label, embedding.")],
     net: NetName = None,
     flip: Annotated[bool, typer.Option(help="Add the mirrored image's embedding, as the protocols do.")] = True,
@@ -165,14 +176,14 @@ def embed(
 
     started = time.monotonic()
     with bar("embed", None) as advance, writable(out):
-        facts = run(model, data, out, net, flip, not in_process, overwrite, growing(advance)).facts
+        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, growing(advance)).facts
     seconds = time.monotonic() - started
     show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
 
 
 @app.command()
 def clean(
-    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for findings.csv, a picture, and the embeddings.")],
     net: NetName = None,
@@ -188,7 +199,7 @@ def clean(
 
     with bar("embed", None) as advance, writable(out):
         limits = Limits(outlier, flip, copy)
-        figures = run(shards, model, out, net, limits, not in_process, growing(advance))
+        figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
     show("clean", figures, json)
     findings = escape(str(out / "findings.csv"))
     console.print(f"list: {findings}   leave them out: bigface merge {shards} --without {findings} --out NEW")
@@ -196,7 +207,7 @@ def clean(
 
 @app.command()
 def merge(
-    datasets: Annotated[list[Path], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
+    datasets: Annotated[list[str], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
     same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
     model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
@@ -211,14 +222,22 @@ def merge(
 
     with bar("merge", None) as advance, writable(out):
         figures = run(
-            datasets, out, same_names, model, net, overlap, without, not in_process, progress=growing(advance)
+            list(map(to_path, datasets)),
+            out,
+            same_names,
+            model,
+            net,
+            overlap,
+            without,
+            not in_process,
+            progress=growing(advance),
         )
     show("merge", figures, json)
 
 
 @app.command()
 def split(
-    shards: Annotated[Path, typer.Argument(help="As bigface ingest leaves them.")],
+    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
     out: Annotated[Path, typer.Option(help="Folder for train/ (shards) and verify/ (images, pairs.csv).")],
     share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the identities, held out.")] = 0.1,
     pairs: Annotated[int, typer.Option(min=1, help="Of each kind per fold.")] = 300,
@@ -229,7 +248,7 @@ def split(
     from pipelines.merge import split as run
 
     with bar("split", None) as advance, writable(out):
-        figures = run(shards, out, share, pairs, seed, growing(advance))
+        figures = run(to_path(shards), out, share, pairs, seed, growing(advance))
     show("split", figures, json)
 
 
@@ -237,7 +256,7 @@ def split(
 def train(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/RECIPE-DATE.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the run, or a URL; default runs/RECIPE-DATE.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
@@ -248,14 +267,14 @@ def train(
     from pipelines.train import train as run
 
     config = load_config(recipe, overrides or [])
-    out = out or Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    show("train", run(config, out, workers, in_process, resume, overwrite), json)
+    out = out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    show("train", run(config, to_path(out), workers, in_process, resume, overwrite), json)
     console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}", markup=False)
 
 
 @app.command()
 def verify(
-    ckpt: Annotated[Path, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
     pairs: Annotated[
         Path | None, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")
     ] = None,
@@ -266,7 +285,9 @@ def verify(
     ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
     mfr: Annotated[Path | None, typer.Option(help="Masked faces instead: masked/NAME/* and standard/NAME/*.")] = None,
     net: NetName = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for ROC, DET and score pictures, and results.md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=local, help="Folder for ROC, DET and score pictures, and results.md.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Score a net on pairs of faces, with 95 % intervals, or on templates: accuracy, TAR@FAR, ROC, DET, 1:N."""
@@ -296,7 +317,7 @@ def verify(
             results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
             figures, missing = pair_figures(results, out if suite else None)
     show("verify", figures, json, missing=missing)
-    run_id = log_verification(ckpt, figures, out)
+    run_id = log_verification(to_path(ckpt), figures, out)
     if run_id:
         console.print(f"added to the MLflow run {run_id} that trained this net")
 
@@ -357,7 +378,7 @@ def replay(
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; again for more.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Global batch of the log.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Base rate; default: the log's first, else 0.1.")] = None,
-    picture: Annotated[Path, typer.Option(help="PNG of loss, detector and rate.")] = Path("replay.png"),
+    picture: Annotated[Path, typer.Option(parser=local, help="PNG of loss, detector and rate.")] = Path("replay.png"),
     json: Json = None,
 ) -> None:
     """Tell what FastFace would have done on a past loss log."""
@@ -378,7 +399,7 @@ comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the s
 app.add_typer(comparisons, name="compare")
 
 
-Results = Annotated[Path, typer.Option(help="CSV that finished runs are appended to.")]
+Results = Annotated[Path, typer.Option(parser=local, help="CSV that finished runs are appended to.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Begin no run later than this.")]
 
@@ -408,8 +429,8 @@ def compare_schedules(
 @comparisons.command("heads")
 def compare_heads(
     recipe: Annotated[str, typer.Option(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
-    flat: Annotated[Path, typer.Option(help="Flat shards, for FC and Partial FC.")],
-    grouped: Annotated[Path, typer.Option(help="The same faces as grouped shards, for the others.")],
+    flat: Annotated[str, typer.Option(help="Flat shards, for FC and Partial FC.")],
+    grouped: Annotated[str, typer.Option(help="The same faces as grouped shards, for the others.")],
     results: Results,
     centres: Annotated[int, typer.Option(min=2, help="Of every method in table 5.")] = 512,
     scale: Annotated[float, typer.Option(min=1, help="Of every margin.")] = 64,
@@ -440,7 +461,7 @@ def compare_heads(
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
-    by_table = heads(config, steps, classes(config, one.identities), str(flat), str(grouped), centres, scale, momentum)
+    by_table = heads(config, steps, classes(config, one.identities), flat, grouped, centres, scale, momentum)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
     given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
@@ -532,8 +553,8 @@ def bench_attfc(
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 7,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     emulated: Annotated[bool, typer.Option("--emulated", help="bfloat16 also where it is not native.")] = False,
-    flat: Annotated[Path | None, typer.Option(help="Flat shards, to measure the data path too.")] = None,
-    grouped: Annotated[Path | None, typer.Option(help="The same images as grouped shards.")] = None,
+    flat: Annotated[str | None, typer.Option(help="Flat shards, to measure the data path too.")] = None,
+    grouped: Annotated[str | None, typer.Option(help="The same images as grouped shards.")] = None,
     json: Json = None,
 ) -> None:
     """AttFC's loss and queue: streamed, against the usual formulation; and class images from grouped shards."""
@@ -544,7 +565,7 @@ def bench_attfc(
     if (flat is None) != (grouped is None):
         raise UserError("the data path needs both --flat and --grouped")
     if flat and grouped:
-        figures |= bench_grouped(str(flat), str(grouped), 4)
+        figures |= bench_grouped(flat, grouped, 4)
     show("bench attfc", figures, json)
 
 
@@ -576,7 +597,7 @@ def bench_schedule(
 def match(
     a: Annotated[Path, typer.Argument(help="A face crop.")],
     b: Annotated[Path, typer.Argument(help="Another.")],
-    model: Annotated[Path, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    model: Annotated[str, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")],
     net: NetName = None,
     json: Json = None,
 ) -> None:

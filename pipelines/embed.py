@@ -11,7 +11,8 @@ import torch
 
 from fr_core.data.decode import decode, resized
 from fr_core.data.embeddings import FACTS, Embeddings, Facts, open_embeddings, write_embeddings
-from fr_core.data.schema import open_dataset, write_text_atomically
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath, to_path, write_text_atomically
 from fr_core.device import use_processor
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser, open_net
@@ -20,7 +21,7 @@ from fr_core.nets.open import Recogniser, open_net
 class ShardEmbedder:
     """An actor: opens the net once, then embeds shard after shard."""
 
-    def __init__(self, ref: str, net: str | None, shards: Path, out: Path, flip: bool, threads: int) -> None:
+    def __init__(self, ref: str, net: str | None, shards: AnyPath, out: Path, flip: bool, threads: int) -> None:
         use_processor(threads)
         self.recogniser, self.dataset = open_net(ref, net), open_dataset(shards)
         self.out, self.flip, self.threads = out, flip, ThreadPoolExecutor(threads)
@@ -41,7 +42,7 @@ class ShardEmbedder:
 
 def embed(
     ref: str,
-    shards: Path,
+    shards: AnyPath,
     out: Path,
     net: str | None = None,
     flip: bool = True,
@@ -53,6 +54,7 @@ def embed(
 
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.
+        shards: local, or at a URL; ``out`` is local (to all nodes of a cluster).
         flip: add the embedding of the mirrored image, as the verification protocols do.
         on_ray: one actor for each card of the cluster, or without cards for each CPU; otherwise in this process.
         progress: called with images done and in all.
@@ -77,8 +79,7 @@ def embed(
     rest = [shard for shard in number if not (out / file_name(shard)).is_file()]
     done = sum(dataset.manifest.shards[shard].images for shard in number if shard not in set(rest))
     progress(done, facts.images)
-    absolute = ref if not Path(ref).exists() else str(Path(ref).resolve())
-    actor = (absolute, net, shards.resolve(), out.resolve(), flip)
+    actor = (str(to_path(ref).resolve()), net, shards.resolve(), out.resolve(), flip)
     for result in (_by_ray if on_ray else _here)(actor, rest):
         done += result["images"]
         progress(done, facts.images)
@@ -118,7 +119,7 @@ def weights_checksum(recogniser: Recogniser) -> str:
     return digest.hexdigest()
 
 
-Actor = tuple[str, str | None, Path, Path, bool]  # what a ShardEmbedder is made of, but for its threads
+Actor = tuple[str, str | None, AnyPath, Path, bool]  # what a ShardEmbedder is made of, but for its threads
 
 
 def _here(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from fr_core.data.schema import (
     grouped_table,
     write_manifest,
     write_shard,
-    write_text_atomically,
 )
 from fr_core.data.sources import (
     Listing,
@@ -39,6 +39,7 @@ from fr_core.data.sources import (
     read_image,
     read_landmarks,
 )
+from fr_core.data.store import AnyPath, RemotePath, ahead_of, to_path, write_text_atomically, written
 from fr_core.errors import UserError
 
 IMAGES_PER_SHARD = 8192
@@ -56,7 +57,7 @@ class Job:
     listing: Listing
     points: np.ndarray | None  # float32 [images, 5, 2] in the listing's order, NaN where unknown
     align: bool  # find them
-    out: Path
+    out: AnyPath
     layout: Layout
     image_size: int
     sample_ids_I: np.ndarray  # int64, positions in the listing
@@ -71,7 +72,7 @@ class Job:
     def stamp(self) -> str:
         """Tells this job from any other; single photos that were changed since are not noticed."""
         listing = self.listing
-        changed = [Path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
+        changed = [to_path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
         made = (SCHEMA_VERSION, self.layout, self.image_size, self.align)
         facts = (*made, listing.kind, listing.files, changed, listing.names)
         digest = hashlib.sha256(repr(facts).encode())
@@ -85,12 +86,12 @@ class Job:
 
 
 def ingest(
-    source: Path,
-    out: Path,
+    source: str | AnyPath,
+    out: str | AnyPath,
     layout: Layout = "flat",
     image_size: int = 112,
-    landmarks: Path | None = None,
-    labels: Path | None = None,
+    landmarks: str | AnyPath | None = None,
+    labels: str | AnyPath | None = None,
     overwrite: bool = False,
     on_ray: bool = True,
     seed: int = 0,
@@ -101,6 +102,7 @@ def ingest(
 
     Args:
         source: what :func:`fr_core.data.sources.list_source` reads.
+        out: folder for the shards; like the source local, or at a URL that all nodes see.
         layout: ``flat`` for training on single images, ``grouped`` for methods that need class images.
         landmarks: CSV of 5 or 68 points per image; images are aligned by it, and those without points are left out.
         labels: list of the images and their identities, for a folder without identity folders.
@@ -116,12 +118,14 @@ def ingest(
         raise UserError(f"--align finds the points that {landmarks} holds; give one of them")
     if align:
         detector()  # not installed? say so now
-    scratch = out.with_name(out.name + ".scratch")  # of Parquet alone
+    source, out = to_path(source), to_path(out)
+    scratch = (out if isinstance(out, Path) else Path(out.name)).with_name(f"{out.name}.scratch")  # of Parquet alone
     listing = list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, align, out.resolve(), layout, image_size, seed)
     prepare(source, out, overwrite, job.stamp)
-    finished = [number for number in range(job.shards) if _result_file(out, number).exists()]
+    there = {file.name for file in out.iterdir()}
+    finished = [number for number in range(job.shards) if _result_file(out, number).name in there]
     rest = [number for number in range(job.shards) if number not in set(finished)]
     run = _by_ray(job, rest) if on_ray else (write_one(job, number) for number in rest)
     shards: list[Shard] = []
@@ -163,7 +167,7 @@ def ingest(
     return manifest
 
 
-def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
+def prepare(source: AnyPath, out: AnyPath, overwrite: bool, stamp: str) -> None:
     """Makes the output folder, or clears it of an earlier dataset's files and nothing else.
 
     A folder in which the same job (``stamp``) was begun is left as it is.
@@ -171,7 +175,8 @@ def prepare(source: Path, out: Path, overwrite: bool, stamp: str) -> None:
     Raises:
         UserError: it is not empty, lies in the source or around it, or cannot be written.
     """
-    if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
+    a, b = source.resolve(), out.resolve()
+    if a in (b, *b.parents) or b in a.parents:
         raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
     try:
         started = out / STARTED
@@ -191,7 +196,7 @@ def plan_job(
     listing: Listing,
     points: np.ndarray | None,
     align: bool,
-    out: Path,
+    out: AnyPath,
     layout: Layout,
     image_size: int,
     seed: int,
@@ -243,16 +248,18 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     points = job.points[sample_ids] if job.points is not None else itertools.repeat(None)
     find = find_face if job.align else None
     places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
+    reads: Iterator[Callable[[], bytes]] = (partial(_read, job.listing, place) for place in places)
+    if isinstance(to_path(job.listing.files[0]), RemotePath):
+        reads = ahead_of(reads)
     rows: list[FlatRow] = []
     kept: list[int] = []
     rejects, not_square = [], 0
-    for sample_id, chunk, place, own in zip(sample_ids.tolist(), chunks.tolist(), places, points, strict=False):
+    images = zip(sample_ids.tolist(), chunks.tolist(), places, reads, points, strict=False)
+    for sample_id, chunk, place, read, own in images:
         try:
             if own is not None and np.isnan(own).any():
                 raise RejectedImage("no landmarks")
-            file = job.listing.files[place["file"]]
-            data = read_image(job.listing.kind, file, place["path"], place["start"], place["length"])
-            jpeg, moved, odd = make_crop(data, job.image_size, own, find)
+            jpeg, moved, odd = make_crop(read(), job.image_size, own, find)
             not_square += odd
             rows.append((sample_id, place["label"], jpeg, moved))
             kept.append(chunk)
@@ -263,11 +270,11 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
         table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
         shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
-    labels, images = np.unique([label for _, label, _, _ in rows], return_counts=True)
+    labels, counts = np.unique([label for _, label, _, _ in rows], return_counts=True)
     result = {
         "shard": shard,
         "rejects": rejects,
-        "labels": [labels.astype(int).tolist(), images.tolist()],
+        "labels": [labels.astype(int).tolist(), counts.tolist()],
         "not_square": not_square,
         "images": len(sample_ids),
     }
@@ -275,7 +282,11 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     return result
 
 
-def _result_file(out: Path, number: int) -> Path:
+def _read(listing: Listing, place: dict[str, Any]) -> bytes:
+    return read_image(listing.kind, listing.files[place["file"]], place["path"], place["start"], place["length"])
+
+
+def _result_file(out: AnyPath, number: int) -> AnyPath:
     return out / f"shard-{number:05d}.json"
 
 
@@ -285,20 +296,28 @@ def _first(pair: tuple[int, FlatRow]) -> int:
 
 def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     import ray
+    from ray.exceptions import RayTaskError
 
     from pipelines.on_ray import start_ray
 
     start_ray()
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     shared = ray.put(job)  # read by every task where it lies
     stream = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=max(1, len(numbers)))
     results = stream.map(lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1)
-    for row in results.iter_rows():
-        yield json.loads(row["result"])
+    try:
+        for row in results.iter_rows():
+            yield json.loads(row["result"])
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+        raise
 
 
-def _write_rejects(out: Path, rejects: list[tuple[str, str]]) -> None:
-    with (out / "rejects.csv").open("w", newline="") as file:
+def _write_rejects(out: AnyPath, rejects: list[tuple[str, str]]) -> None:
+    with written(out / "rejects.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "reason"))
         writer.writerows(rejects)

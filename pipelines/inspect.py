@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from fr_core.data.crops import RejectedImage, read_rgb, square
 from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.store import AnyPath
 from fr_core.verify.report import contact_sheet
 
 SHOWN = (8, 10)  # identities and images of each on the contact sheet
 
 
 def inspect(
-    shards: Path,
+    shards: str | AnyPath,
     out: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:

@@ -5,7 +5,7 @@ The rows of a shard come from all parts alike and are shuffled; parts are shuffl
 
 import csv
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
+from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
 from fr_core.verify.pairs import make_pairs
@@ -49,7 +50,7 @@ class Part:
 
 
 def merge(
-    datasets: list[Path],
+    datasets: Sequence[AnyPath],
     out: Path,
     same_names: bool = False,
     model: str | None = None,
@@ -112,7 +113,7 @@ def merge(
 
 
 def split(
-    shards: Path,
+    shards: AnyPath,
     out: Path,
     share: float = 0.1,
     pairs_per_fold: int = 300,
@@ -271,7 +272,7 @@ def _new_identities(names: list[list[str]]) -> list[np.ndarray]:
     return [np.arange(end - len(own), end) for end, own in zip(ends, names, strict=True)]
 
 
-def _titles(datasets: list[Path], names: list[list[str]]) -> list[str]:
+def _titles(datasets: Sequence[AnyPath], names: list[list[str]]) -> list[str]:
     """What each numbered identity is called: its name, with its dataset's where that alone is not distinct."""
     every = list(itertools.chain(*names))
     shared = {name for name, own in itertools.groupby(sorted(every)) if len(list(own)) > 1}

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from fr_core.config import Config, parse_config
-from fr_core.data.schema import write_text_atomically
-from fr_core.errors import UserError
+from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_atomically
+from fr_core.errors import StorageError, UserError
 
 START_ATTEMPTS = 3
 MAX_FAILURES = 5  # lives that a run has after its first
@@ -37,7 +36,7 @@ def worker_cpus(cluster_cpus: float, workers: int) -> float:
     return min(1.0, cluster_cpus / (2 * workers))
 
 
-def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
+def train_on_ray(config: Config, out: AnyPath, workers: int) -> dict[str, float]:
     """Trains on ``workers`` Ray Train workers; killed ones are replaced and go on from the newest checkpoint.
 
     Checkpoints go straight to ``out``, which all nodes must see, in the form that ``--in-process`` writes too.
@@ -55,7 +54,7 @@ def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
     if 0 < gpus < workers:
         raise UserError(f"{workers} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
     use_gpu = gpus > 0
-    for old in out.glob("mistake_*"):
+    for old in find(out, "mistake_*"):
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
@@ -67,7 +66,10 @@ def train_on_ray(config: Config, out: Path, workers: int) -> dict[str, float]:
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name="ray", storage_path=str(out.resolve()), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            name="ray",
+            storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),
+            storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
     try:
@@ -89,22 +91,24 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.ranks import Ranks
     from fr_core.train.loop import train_loop
 
-    out, ranks = Path(launch["out"]), Ranks.current()
-    if list(out.glob("mistake_*.txt")):  # of an earlier life: a restart would only repeat it
+    out, ranks = to_path(launch["out"]), Ranks.current()
+    if find(out, "mistake_*.txt"):  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
     use_processor((os.cpu_count() or 1) // context.get_local_world_size())
     try:
         config = parse_config(launch["config"], "launch")
         return train_loop(config, out, ranks, blocks_by_ray, ray.train.report)
+    except StorageError:  # may have passed when the workers are started again
+        raise
     except UserError as error:
         write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
         raise
 
 
-def _told(out: Path) -> UserError | None:
+def _told(out: AnyPath) -> UserError | None:
     """The user's mistake that ended the workers, if that is what did."""
-    messages = {path: path.read_text() for path in sorted(out.glob("mistake_*.txt"))}
+    messages = {path: path.read_text() for path in find(out, "mistake_*.txt")}
     for path in messages:
         path.unlink()
     return UserError(next(iter(messages.values()))) if messages else None

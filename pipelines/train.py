@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fr_core.config import F2C, Config, classes, total_steps
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
 from fr_core.data.stream import make_plan
-from fr_core.errors import UserError
+from fr_core.errors import StorageError, UserError
 from fr_core.ranks import Ranks
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
@@ -23,12 +24,17 @@ POLL = 2.0  # seconds
 
 
 def train(
-    config: Config, out: Path, workers: int = 1, in_process: bool = False, resume: bool = False, overwrite: bool = False
+    config: Config,
+    out: AnyPath,
+    workers: int = 1,
+    in_process: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Runs a recipe to its end.
 
     Args:
-        out: the run's folder: checkpoints, metrics.csv, pictures, report.json.
+        out: the run's folder, local or at a URL: checkpoints, metrics.csv, pictures, report.json.
         in_process: without Ray, one rank.
         resume: go on from the newest checkpoint in ``out``.
         overwrite: drop what an earlier run left in ``out``.
@@ -44,6 +50,9 @@ def train(
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
     config = with_absolute_paths(config)
+    if isinstance(out, RemotePath) and config.tracking.uri is None:
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
+        Console(stderr=True).print("without MLflow, whose database cannot lie at a URL; tracking.uri names a server")
     plan = checked_plan(config, workers)
     if config.data.check_sha256:
         plan.dataset.check_sha256()
@@ -55,8 +64,8 @@ def train(
         if overwrite:
             clear_run(out)
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "metrics.csv.part"
-        probe.touch()
+        probe = out / "probe"
+        write_text_atomically(probe, "")
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
@@ -105,7 +114,7 @@ def with_absolute_paths(config: Config) -> Config:
     tree = config.model_dump()
     for section, name in (("data", "path"), ("init", "backbone"), ("verify", "images"), ("verify", "pairs")):
         if tree[section][name]:
-            tree[section][name] = str(Path(tree[section][name]).resolve())
+            tree[section][name] = str(to_path(tree[section][name]).resolve())
     scheme, _, database = (tree["tracking"]["uri"] or "").partition("sqlite:///")
     if database and not scheme:
         tree["tracking"]["uri"] = f"sqlite:///{Path(database).resolve()}"
@@ -113,9 +122,9 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 @contextmanager
-def progress_line(out: Path, total: int) -> Iterator[None]:
+def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     """A Rich progress line that follows a run's metrics.csv until the block ends."""
-    from fr_core.train.tracking import read_metrics
+    from fr_core.train.tracking import FLUSH_EVERY, read_metrics
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total}"),
@@ -123,6 +132,7 @@ def progress_line(out: Path, total: int) -> Iterator[None]:
         TextColumn("loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.4g}  {task.fields[rate]:.0f} img/s"),
         TimeRemainingColumn(),
     )
+    poll = POLL if isinstance(out, Path) else FLUSH_EVERY
     done = threading.Event()
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -130,8 +140,10 @@ def progress_line(out: Path, total: int) -> Iterator[None]:
 
         def follow() -> None:
             said = 0.0
-            while not done.wait(POLL):
-                rows = read_metrics(out)
+            while not done.wait(poll):
+                rows = []
+                with suppress(StorageError):  # the run itself will tell
+                    rows = read_metrics(out)
                 if not rows:
                     continue
                 row = rows[-1]

@@ -10,13 +10,14 @@ from typing import Literal
 
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.sources import LANDMARK_COLUMNS
+from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
 
 Form = Literal["folders", "webdataset"]
 
 
 def unpack(
-    shards: Path,
+    shards: str | AnyPath,
     out: Path,
     form: Form = "folders",
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -1,8 +1,10 @@
 """Fixtures: small datasets, and functions run on real gloo processes."""
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import settings
+from pyarrow.fs import FileSystem
 
 from fr_core.data.crops import encode
 from fr_core.data.schema import (
@@ -24,6 +27,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
+from fr_core.data.store import AnyPath, RemotePath, to_path, written
 from fr_core.ranks import Ranks
 
 settings.register_profile("default", deadline=None)  # machines here are noisy
@@ -114,6 +118,43 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 images of 60 identities, of which some have one, in chunks of at most 6."""
     root = tmp_path_factory.mktemp("grouped") / "shards"
     return write_dataset(root, 600, 60, per_shard=200, layout="grouped", chunk=6)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[None]:
+    """An S3 server on loopback, told of by the environment as to any program."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "name")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: None) -> RemotePath:
+    """An empty one."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")[0].create_dir(name)
+    path = to_path(f"s3://{name}")
+    assert isinstance(path, RemotePath)
+    return path
+
+
+def put(source: Path, target: AnyPath) -> AnyPath:
+    """Copies a file or a folder to where ``target`` says."""
+    for file in [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]:
+        place = target / file.relative_to(source).as_posix()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with written(place) as part:
+            part.write_bytes(file.read_bytes())
+    return target
 
 
 @pytest.fixture(scope="session")

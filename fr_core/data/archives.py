@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fr_core.data.store import RemoteBytes
 from fr_core.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # a zip member's own, in front of its bytes
@@ -68,7 +69,7 @@ def tar_members(path: Path) -> Iterator[Member]:
         raise UserError(f"{path}: not a tar archive that can be read: {_line(error)}{hint}") from None
 
 
-def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> bytes:
+def read_zip_member(data: memoryview | RemoteBytes, start: int, length: int, longest: int) -> bytes:
     """One file of a zip archive, inflated.
 
     Args:
@@ -100,7 +101,7 @@ def read_zip_member(data: memoryview, start: int, length: int, longest: int) -> 
     return content
 
 
-def _inflated(packed: memoryview, longest: int) -> bytes:
+def _inflated(packed: memoryview | bytes, longest: int) -> bytes:
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = inflate.decompress(packed, longest)

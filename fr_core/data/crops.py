@@ -8,12 +8,13 @@ import io
 import stat
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from fr_core.data.store import AnyPath
 
 TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)], np.float32)
 TEMPLATE_SIZE = 112  # pixels that TEMPLATE is given for
@@ -28,7 +29,7 @@ class RejectedImage(Exception):
     """An image that cannot be used; the message is one of a few constant reasons, to be counted."""
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: AnyPath) -> bytes:
     """The bytes of an image's file.
 
     Raises:

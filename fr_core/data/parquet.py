@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fr_core.data.crops import LONGEST
+from fr_core.data.store import AnyPath, fetched
 from fr_core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes")
@@ -21,7 +22,7 @@ IDENTITY_COLUMNS = ("identity", "label", "name", "class", "cls", "person", "subj
 ROWS = 256  # in memory at once
 
 
-def unpack_parquet(path: Path, out: Path) -> tuple[list[str], list[str], np.ndarray]:
+def unpack_parquet(path: AnyPath, out: Path) -> tuple[list[str], list[str], np.ndarray]:
     """Puts the images of a file one after the other into ``out``, unless that was done before.
 
     The image is a column of bytes or of structs with ``bytes`` (and maybe ``path``), one of :data:`IMAGE_COLUMNS`; the
@@ -38,7 +39,8 @@ def unpack_parquet(path: Path, out: Path) -> tuple[list[str], list[str], np.ndar
         facts = path.stat()
         source = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
         if not index.is_file() or pq.read_schema(index).metadata[b"source"] != source:
-            _unpack(path, out, index, source)
+            with fetched(path) as local:
+                _unpack(local, out, index, source)
         table = pq.read_table(index)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None

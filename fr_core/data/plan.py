@@ -11,7 +11,8 @@ Legend: G global batch, L lanes, g = G/L rows per lane and step.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from fr_core import rng
 from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.store import ahead_of
 from fr_core.errors import UserError
 
 COLUMNS = ["sample_id", "label", "image"]
@@ -160,7 +162,8 @@ def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) 
     groups, inverse = np.unique(rows[:, 0], return_inverse=True)
     places = dataset.row_groups[groups]
     starts = np.cumsum(places[:, 2]) - places[:, 2]
-    tables = [dataset.read_row_group(shard, group, columns) for shard, group in places[:, :2].tolist()]
+    reads = (partial(dataset.read_row_group, shard, group, columns) for shard, group in places[:, :2].tolist())
+    tables = [read() for read in (reads if isinstance(dataset.root, Path) else ahead_of(reads))]
     return pa.concat_tables(tables), starts[inverse] + rows[:, 1]
 
 

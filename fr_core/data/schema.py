@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fr_core.errors import UserError
+from fr_core.data.store import AnyPath, RemotePath, fetched, to_path, write_text_atomically, written
+from fr_core.errors import StorageError, UserError
 
 SCHEMA_VERSION = 2
 # Ten numbers or null: x, y of left eye, right eye, nose, left and right mouth corner; pixels of the crop.
@@ -73,7 +74,7 @@ class Manifest(BaseModel):
 class Dataset:
     """An opened folder of shards. Opening reads the manifest and the files' sizes, no images."""
 
-    root: Path
+    root: AnyPath
     manifest: Manifest
 
     @cached_property
@@ -98,8 +99,11 @@ class Dataset:
         known = self.manifest.shards[shard]
         path = self.root / known.file
         try:
-            return _open_parquet(path, known.sha256).read_row_group(group, columns=columns)
+            return _reader(path, known.sha256).read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
+            remote = isinstance(path, RemotePath) and not isinstance(error, FileNotFoundError)
+            if remote and sha256(path) == known.sha256:  # not the shard is at fault but the way to it
+                raise StorageError(f"shard {path}: {_first_line(error)}") from None
             raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest it again") from None
 
     def read_images(self, shard: int, group: int) -> list[FlatRow]:
@@ -131,7 +135,8 @@ class Dataset:
         """Raises UserError where the table is damaged or another dataset's."""
         path = self.root / "identities.parquet"
         try:
-            table = pq.read_table(path, columns=["name", "images"])
+            with fetched(path) as file:
+                table = pq.read_table(file, columns=["name", "images"])
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} is damaged: {_first_line(error)}; ingest again") from None
         known = (self.manifest.identities, self.manifest.images)
@@ -144,13 +149,13 @@ class Dataset:
         return table
 
 
-def open_dataset(root: str | Path) -> Dataset:
-    """Opens a folder of shards and checks the manifest and the presence and size of every shard.
+def open_dataset(root: str | AnyPath) -> Dataset:
+    """Opens a folder of shards, local or at a URL, and checks the manifest and the presence and size of every shard.
 
     Raises:
         UserError: no manifest, another schema version, a missing or truncated shard (named).
     """
-    root = Path(root)
+    root = to_path(root)
     path = root / "manifest.json"
     if not path.is_file():
         raise UserError(f"{root}: no manifest.json; make shards with: bigface ingest PHOTOS --out {root}")
@@ -161,17 +166,18 @@ def open_dataset(root: str | Path) -> Dataset:
         manifest = Manifest.model_validate_json(path.read_text())
     except (ValidationError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest: {_first_line(error)}") from None
+    found = {file.name: file for file in root.iterdir()}
     for shard in manifest.shards:
-        file = root / shard.file
-        if Path(shard.file).name != shard.file or not file.is_file():
-            raise UserError(f"shard {file} is missing; ingest it again")
+        file = found.get(shard.file)
+        if file is None or not file.is_file():
+            raise UserError(f"shard {root / shard.file} is missing; ingest it again")
         if file.stat().st_size != shard.bytes:
             raise UserError(f"shard {file}: {file.stat().st_size} bytes, the manifest says {shard.bytes}; truncated?")
     return Dataset(root, manifest)
 
 
-def write_shard(path: Path, table: pa.Table, layout: Layout) -> Shard:
-    """Writes one shard under a temporary name, then renames it, so that a shard is whole or absent."""
+def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
+    """Writes one shard, whole or not at all."""
     images = np.ones(table.num_rows, np.int64)
     if layout == "grouped":
         images = pc.list_value_length(table["sample_ids"]).to_numpy().astype(np.int64)
@@ -179,28 +185,28 @@ def write_shard(path: Path, table: pa.Table, layout: Layout) -> Shard:
     starts = [0]
     while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < table.num_rows:
         starts.append(int(later))
-    part = path.with_suffix(".part")
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    with pq.ParquetWriter(
-        part, table.schema, write_page_checksum=True, **plain
-    ) as writer:  # JPEG gains by none of these
-        for start, stop in itertools.pairwise([*starts, table.num_rows]):
-            writer.write_table(table.slice(start, stop - start))
-    part.replace(path)
-    return Shard(
-        file=path.name,
-        row_groups=tuple(np.add.reduceat(images, starts).tolist()),
-        images=int(images.sum()),
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
-    )
+    with written(path) as part:
+        with pq.ParquetWriter(
+            part, table.schema, write_page_checksum=True, **plain
+        ) as writer:  # JPEG gains by none of these
+            for start, stop in itertools.pairwise([*starts, table.num_rows]):
+                writer.write_table(table.slice(start, stop - start))
+        return Shard(
+            file=path.name,
+            row_groups=tuple(np.add.reduceat(images, starts).tolist()),
+            images=int(images.sum()),
+            bytes=part.stat().st_size,
+            sha256=sha256(part),
+        )
 
 
-def write_manifest(root: Path, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:
+def write_manifest(root: AnyPath, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:
     """Writes ``identities.parquet``, then ``manifest.json``: the dataset exists once its manifest does."""
     labels = pa.array(np.arange(len(names)), pa.int32())
     table = pa.table({"label": labels, "name": pa.array(names, pa.string()), "images": pa.array(counts, pa.int64())})
-    pq.write_table(table, root / "identities.parquet")
+    with written(root / "identities.parquet") as part:
+        pq.write_table(table, part)
     write_text_atomically(root / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
 
@@ -241,21 +247,28 @@ def _points(numbers: list[float] | None) -> np.ndarray | None:
     return None if numbers is None else np.array(numbers, np.float32).reshape(5, 2)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def sha256(path: AnyPath) -> str:
+    with fetched(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+def _reader(path: AnyPath, sha256: str) -> pq.ParquetFile:
+    """The checksum is a key: the same name may hold another dataset after a new ingest."""
+    if isinstance(path, Path):
+        return _open_parquet(path, sha256)
+    file, footer = _open_remote(path, sha256)  # a reader each time: many threads read at once
+    return pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=64)
 def _open_parquet(path: Path, sha256: str) -> pq.ParquetFile:
-    """The checksum is a key: the same name may hold another dataset after a new ingest."""
     return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@lru_cache(maxsize=512)
+def _open_remote(path: RemotePath, sha256: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
+    file = path.open_random()
+    return file, pq.read_metadata(file)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from fr_core.data.archives import Member, read_zip_member, tar_members, zip_memb
 from fr_core.data.crops import LONGEST, RejectedImage, read_file
 from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import image_of, list_records, read_record
+from fr_core.data.store import AnyPath, RemoteBytes, RemotePath, fetched, find, to_path
 from fr_core.errors import UserError
 
 Kind = Literal["files", "tar", "zip", "rec"]
@@ -48,7 +49,7 @@ COLUMNS = pa.schema(
 class Listing:
     """The images of a source in a fixed order; the position in it is an image's sample id."""
 
-    root: Path
+    root: AnyPath
     kind: Kind
     names: list[str]  # of the identities, by label
     files: list[str]  # that hold the images; of loose files, the folder they lie in
@@ -64,24 +65,24 @@ class Listing:
         return self.images["path"].to_pylist()
 
 
-def list_source(source: str | Path, labels: Path | None = None, scratch: Path | None = None) -> Listing:
+def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scratch: Path | None = None) -> Listing:
     """The images of whatever ``source`` is.
 
     Args:
         source: a folder of identity folders; a ``.zip`` or ``.tar`` of them, or a folder of such archives; a ``.rec``
             or the folder around it; Parquet files or a folder of them; a list of files with their identities (``path
-            identity`` a line, or CSV with these columns).
+            identity`` a line, or CSV with these columns); local, or at a URL.
         labels: such a list for a folder whose images lie loose.
         scratch: folder that Parquet's images are unpacked to; what is there already is used.
 
     Raises:
         UserError: nothing there that can be read; no images; one identity, or one image per identity, only.
     """
-    source = Path(source)
+    source = to_path(source)
     if labels is not None:
-        return list_files(labels, source)
+        return list_files(to_path(labels), source)
     if source.is_dir():
-        inside = sorted(entry for entry in source.iterdir() if entry.is_file())
+        inside = [entry for entry in find(source, "*") if entry.is_file()]
         records = [entry for entry in inside if entry.suffix == ".rec"]
         zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
         compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
@@ -118,29 +119,33 @@ def list_source(source: str | Path, labels: Path | None = None, scratch: Path | 
     raise UserError(f"{source}: no known kind of source: a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
 
 
-def list_folder(root: str | Path) -> Listing:
+def list_folder(root: str | AnyPath) -> Listing:
     """Images in ``root/IDENTITY/…``, any depth below; identities and images sorted by name.
 
     Raises:
         UserError: no such folder, no images, images without identity folders, or one image per identity only.
     """
-    root = Path(root)
+    root = to_path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    paths: list[str] = []
-    owners: list[str] = []
-    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir()):
-        files = sorted(str(p.relative_to(root)) for p in folder.rglob("*") if is_image(p.name))
-        owners += [folder.name] * len(files)
-        paths += files
+    if isinstance(root, RemotePath):  # one listing, not one for each identity
+        found = (path.relative_to(root) for path in root.rglob("*") if is_image(path.name) and path.is_file())
+        paths = sorted(str(path) for path in found if len(path.parts) > 1)
+    else:
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
+        paths = [
+            path
+            for folder in folders
+            for path in sorted(str(p.relative_to(root)) for p in folder.rglob("*") if is_image(p.name))
+        ]
     if not paths:
         loose = any(is_image(p.name) for p in root.iterdir())
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
-    return _listing(root, "files", [str(root.resolve())], paths, owners)
+    return _listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
 
 
-def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
+def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
     """Images in archives, all zip or all tar, each a tree of identity folders.
 
     The identity is the first folder below those that all images of an archive share, and in an archive without folders
@@ -155,26 +160,28 @@ def list_archives(root: Path, archives: Sequence[Path]) -> Listing:
     owners: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, path in enumerate(archives):
-        found = sorted((zip_members if kind == "zip" else tar_members)(path), key=lambda member: member.name)
-        members = [member for member in found if is_image(member.name)]
-        classes = [member for member in found if member.name.endswith(".cls")] if kind == "tar" else []
+        with fetched(path) as file:
+            found = sorted((zip_members if kind == "zip" else tar_members)(file), key=lambda member: member.name)
+            members = [member for member in found if is_image(member.name)]
+            classes = [member for member in found if member.name.endswith(".cls")] if kind == "tar" else []
+            owners += _classes(file, members, classes) if classes else _owners(members, path.stem)
         paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
-        owners += _classes(path, members, classes) if classes else _owners(members, path.stem)
         places += [(number, member.start, member.length) for member in members]
     if not paths:
         raise UserError(f"{root}: no JPEG or PNG files in it")
     return _listing(root, kind, [str(path.resolve()) for path in archives], paths, owners, places)
 
 
-def list_rec(path: Path) -> Listing:
+def list_rec(path: AnyPath) -> Listing:
     """Images of an MXNet RecordIO file; an identity is called by its label."""
-    records = list_records(path)
+    with fetched(path) as file:
+        records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
     return _listing(path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places)
 
 
-def list_parquet(root: Path, files: Sequence[Path], scratch: Path | None) -> Listing:
+def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
     """Images in Parquet files, unpacked to ``scratch`` (:mod:`fr_core.data.parquet`)."""
     if scratch is None:
         raise UserError(f"{root}: Parquet needs a scratch folder")
@@ -193,7 +200,7 @@ def list_parquet(root: Path, files: Sequence[Path], scratch: Path | None) -> Lis
     return _listing(root, "tar", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places))
 
 
-def list_files(table: Path, root: Path) -> Listing:
+def list_files(table: AnyPath, root: AnyPath) -> Listing:
     """Images that a list names with their identities: ``path identity`` a line, or CSV with a header.
 
     Args:
@@ -204,7 +211,7 @@ def list_files(table: Path, root: Path) -> Listing:
     """
     rows: list[tuple[str, str]] = []
     try:
-        with table.open(newline="") as file:
+        with fetched(table) as local, local.open(newline="") as file:
             for number, row in _list_rows(table, file):
                 if len(row) != 2 or not all(row):
                     raise UserError(f"{table}: line {number}: expected a path and an identity")
@@ -236,8 +243,8 @@ def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> byt
     """
     try:
         if kind == "files":
-            return read_file(Path(file) / path)
-        data = _mapped(file)
+            return read_file(to_path(file) / path)
+        data = _opened(file)
         if kind == "zip":
             return read_zip_member(data, start, length, LONGEST)
         if kind == "rec":
@@ -253,7 +260,7 @@ def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> byt
         raise RejectedImage(str(error)) from None
 
 
-def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
+def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     """Five points of every image from a CSV with columns ``path``, ``left_eye_x`` … ``mouth_right_y``.
 
     Or 68 points in columns ``x_0`` … ``x_67``, ``y_0`` … ``y_67``, called as OpenFace calls them, in iBUG's order.
@@ -266,7 +273,7 @@ def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
     """
     table: dict[str, np.ndarray] = {}
     try:
-        with open(path, newline="") as file:
+        with fetched(to_path(path)) as local, local.open(newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)  # OpenFace writes ", "
             names = reader.fieldnames or ()
             columns = DENSE_COLUMNS if DENSE_COLUMNS[0] in names else LANDMARK_COLUMNS
@@ -310,7 +317,7 @@ def match_landmarks(listing: Listing, table: dict[str, np.ndarray]) -> np.ndarra
 
 
 def _listing(
-    root: Path,
+    root: AnyPath,
     kind: Kind,
     files: list[str],
     paths: list[str],
@@ -351,7 +358,7 @@ def _owners(members: list[Member], archive: str) -> list[str]:
 
 def _classes(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
     """What the ``.cls`` file beside each member of a WebDataset tar says."""
-    data = _mapped(str(path.resolve()))
+    data = _mapped(path)
     said = {_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
     try:
         return [said[_key(member.name)].decode().strip() for member in members]
@@ -366,7 +373,7 @@ def _key(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _list_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def _list_rows(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """(line number, [path, identity]) of CSV with a header, or of lines cut at their last tab or else space."""
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
@@ -382,6 +389,14 @@ def _list_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[st
 
 
 @lru_cache(maxsize=16)
-def _mapped(file: str) -> memoryview:
-    with open(file, "rb") as opened:
+def _opened(file: str) -> memoryview | RemoteBytes:
+    """The bytes of an archive to take slices of: a local one mapped, of a remote one those that are asked for."""
+    path = to_path(file)
+    if isinstance(path, RemotePath):
+        return RemoteBytes(path)
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as opened:
         return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))

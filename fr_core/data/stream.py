@@ -195,7 +195,7 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
                 yield ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
         raise
 
 

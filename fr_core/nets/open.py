@@ -6,7 +6,6 @@ Legend: N images, B batch, C channels, H W pixels, D embedding.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fr_core.config import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
+from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
@@ -97,11 +97,11 @@ class Recogniser:
         return embeddings
 
 
-def open_net(ref: str | Path, net: str | None = None, device: torch.device | None = None) -> Recogniser:
+def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | None = None) -> Recogniser:
     """Opens a backbone.
 
     Args:
-        ref: a run's folder, a checkpoint's folder, or a ``.safetensors`` file.
+        ref: a run's folder, a checkpoint's folder, or a ``.safetensors`` file; local, or at a URL.
         net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
             ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and embedding are read off the weights).
 
@@ -109,7 +109,7 @@ def open_net(ref: str | Path, net: str | None = None, device: torch.device | Non
         UserError: nothing there, weights that do not fit the net, or no net named.
     """
     device = device or default_device()
-    path = Path(ref)
+    path = to_path(ref)
     if path.is_dir():
         folder = find_checkpoint(path)
         module = build_net(_net_config(folder))
@@ -123,7 +123,7 @@ def open_net(ref: str | Path, net: str | None = None, device: torch.device | Non
     return Recogniser(module, device, threshold)
 
 
-def find_checkpoint(folder: Path) -> Path:
+def find_checkpoint(folder: AnyPath) -> AnyPath:
     """The folder itself if it is a checkpoint, else the newest one of a run whose backbone is whole.
 
     Raises:
@@ -131,35 +131,37 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if (folder / "checkpoint.json").is_file():
         return folder
-    for path in sorted(folder.glob(CHECKPOINTS), reverse=True):
+    for path in reversed(find(folder, CHECKPOINTS)):
         if is_whole(path.parent, ["backbone.safetensors"]):
             return path.parent
     raise UserError(f"{folder}: no checkpoint there")
 
 
-def is_whole(checkpoint: Path, names: list[str] | None = None) -> bool:
+def is_whole(checkpoint: AnyPath, names: list[str] | None = None) -> bool:
     """Whether these files of a checkpoint (None: all) have the sizes that its ``checkpoint.json`` lists."""
     try:
         files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
-        return all((checkpoint / name).stat().st_size == files[name]["bytes"] for name in names or files)
+        sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+        return all(sizes.get(name) == files[name]["bytes"] for name in names or files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: AnyPath) -> dict[str, Tensor]:
     """Tensors of a safetensors file; the published MobileFaceNet's names are mapped to ours.
 
     Raises:
         UserError: unreadable or not safetensors.
     """
     try:
-        state = load_file(path)
+        with fetched(path) as file:
+            state = load_file(file)
         return from_mxnet(state) if "conv_1_conv2d_weight" in state else state
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: AnyPath) -> None:
     """Puts the weights of a file into a net.
 
     Raises:
@@ -172,7 +174,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise UserError(f"{path}: weights do not fit the net: {first}") from None
 
 
-def _net_config(checkpoint: Path) -> Net:
+def _net_config(checkpoint: AnyPath) -> Net:
     try:
         tree: Any = json.loads((checkpoint / "checkpoint.json").read_text())
         return TypeAdapter(Net).validate_python(tree["config"]["net"])
@@ -180,11 +182,12 @@ def _net_config(checkpoint: Path) -> Net:
         raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
 
 
-def _open_bare(path: Path, net: str | None) -> Backbone:
-    state = read_weights(path)
+def _open_bare(path: AnyPath, net: str | None) -> Backbone:
     name = (net or "").lower()
-    with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("net")
+    with fetched(path) as local:
+        state = read_weights(local)
+        with safe_open(local, "pt") as file:
+            told = (file.metadata() or {}).get("net")
     try:
         if told:
             config: Net = TypeAdapter(Net).validate_json(told)
@@ -206,7 +209,7 @@ def _open_bare(path: Path, net: str | None) -> Backbone:
     return module
 
 
-def _threshold(report: Path) -> float | None:
+def _threshold(report: AnyPath) -> float | None:
     try:
         return float(json.loads(report.read_text())["figures"]["threshold"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,16 +3,16 @@
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
 ``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
 something else is shipped, and a momentum encoder), ``head_RANK.safetensors`` (rows of the class matrix and their
-optimiser; or once, what all ranks have in common in its place) and ``checkpoint.json``. Written under
-another name and renamed when complete. Nothing random is saved: every draw is a function of (seed, step, rank or
-sample id), and the data position is the step.
+optimiser; or once, what all ranks have in common in its place) and ``checkpoint.json``, which is written last: a folder
+without it is no checkpoint, on a disk as on an object store, where nothing can be renamed. Nothing random is saved:
+every draw is a function of (seed, step, rank or sample id), and the data position is the step.
 """
 
 import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, flat, lanes
-from fr_core.data.schema import sha256, write_text_atomically
+from fr_core.data.schema import sha256
+from fr_core.data.store import AnyPath, fetched, find, remove_folder, write_text_atomically, written
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.open import CHECKPOINTS, Backbone, is_whole
@@ -33,19 +34,18 @@ from fr_core.train.state import TrainState, average_statistics
 FORMAT = 1
 
 
-def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) -> Path:
+def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> AnyPath:
     """Writes ``out/checkpoints/step_N`` from all ranks and drops the oldest beyond ``train.keep``.
 
     Raises:
         UserError: the folder cannot be written.
     """
     average_statistics(state, ranks)
-    final = out / "checkpoints" / step_name(state.step)
-    part = final.with_suffix(".part")
+    folder = out / "checkpoints" / step_name(state.step)
     try:
         if ranks.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            remove_folder(folder)  # what an earlier life left unfinished
+            folder.mkdir(parents=True)
         ranks.barrier()
         rows = (state.head.lo, state.head.hi) if isinstance(state.head, ShardedFC) else None
         files = {}
@@ -56,32 +56,30 @@ def save_checkpoint(config: Config, state: TrainState, out: Path, ranks: Ranks) 
         if ranks.rank == 0 or config.optim.shard_state:
             files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
         net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
-        written = {name: _write(part / name, tensors, net) for name, tensors in files.items()}
-        parts = ranks.gather_objects((written, rows))
+        facts = {name: _write(folder / name, tensors, net) for name, tensors in files.items()}
+        parts = ranks.gather_objects((facts, rows))
         if ranks.rank == 0:
             text = json.dumps(_summary(config, state, parts), indent=1)
-            write_text_atomically(part / "checkpoint.json", text + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
+            write_text_atomically(folder / "checkpoint.json", text + "\n")
             for old in checkpoints(out)[: -config.train.keep]:
-                shutil.rmtree(old)
+                remove_folder(old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write checkpoint {final}: {reason}") from None
+        raise UserError(f"cannot write checkpoint {folder}: {reason}") from None
     ranks.barrier()
-    return final
+    return folder
 
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def checkpoints(out: Path) -> list[Path]:
+def checkpoints(out: AnyPath) -> list[AnyPath]:
     """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
-    return [path.parent for path in sorted(out.glob(CHECKPOINTS)) if is_whole(path.parent)]
+    return [path.parent for path in find(out, CHECKPOINTS) if is_whole(path.parent)]
 
 
-def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Ranks) -> None:
+def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: Ranks) -> None:
     """Puts a run's checkpoint into ``state``; this many or any other number of ranks may have written it.
 
     Raises:
@@ -92,9 +90,8 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
         raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
-    check_files(folder, summary, ["backbone.safetensors", *states])
-    extra = {name: tensor for file in states for name, tensor in load_file(folder / file).items()}
-    state.usable.load_state_dict(load_file(folder / "backbone.safetensors"))
+    extra = {name: tensor for file in states for name, tensor in _tensors(folder, summary, file).items()}
+    state.usable.load_state_dict(_tensors(folder, summary, "backbone.safetensors"))
     for name, net in _other_nets(state).items():
         net.load_state_dict(_under(f"{name}/", extra))
     named = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
@@ -105,23 +102,29 @@ def load_checkpoint(config: Config, state: TrainState, folder: Path, ranks: Rank
             state.head.weight.copy_(rows.pop("weight"))
         _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
     else:
-        check_files(folder, summary, [summary["head"][0]["file"]])
-        state.head.load_state_dict(load_file(folder / summary["head"][0]["file"]))
+        state.head.load_state_dict(_tensors(folder, summary, summary["head"][0]["file"]))
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     if state.watcher and summary["watcher"]:
         state.watcher.load_state_dict(summary["watcher"])
 
 
-def check_files(folder: Path, summary: dict[str, Any], names: list[str]) -> None:
-    """Compares files with their checksums.
+@contextmanager
+def checked(folder: AnyPath, summary: dict[str, Any], name: str) -> Iterator[Path]:
+    """A file of a checkpoint on the local disk, compared with its checksum.
 
     Raises:
-        UserError: names the file that differs.
+        UserError: it differs; names it.
     """
-    for name in names:
-        if sha256(folder / name) != summary["files"][name]["sha256"]:
-            raise UserError(f"{folder / name}: wrong checksum; delete this checkpoint to go on from the one before")
+    with fetched(folder / name) as file:
+        if sha256(file) != summary["files"][name]["sha256"]:
+            raise UserError(f"{file}: wrong checksum; delete this checkpoint to go on from the one before")
+        yield file
+
+
+def _tensors(folder: AnyPath, summary: dict[str, Any], name: str) -> dict[str, Tensor]:
+    with checked(folder, summary, name) as file:
+        return load_file(file)
 
 
 def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, Any]:
@@ -171,14 +174,15 @@ def _other_nets(state: TrainState) -> dict[str, Backbone]:
     return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def _write(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    with written(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 
-def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: Path) -> None:
+def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: AnyPath) -> None:
     now, then = config.model_dump(mode="json"), summary["config"]
     facts: dict[str, tuple[Any, Any]] = {
         "seed": (config.seed, then["seed"]),
@@ -199,14 +203,13 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
             raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another --out")
 
 
-def _read_head_rows(folder: Path, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:
+def _read_head_rows(folder: AnyPath, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:
     """Rows [lo, hi) of the class matrix and of its optimiser's tensors, from the files that hold them."""
     pieces: dict[str, list[Tensor]] = {}
     for part in summary["head"]:
         first, last = part["rows"]
         if first < hi and lo < last:
-            check_files(folder, summary, [part["file"]])
-            with safe_open(folder / part["file"], "pt") as file:
+            with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no iterator)
                     rows = file.get_slice(name)[max(lo - first, 0) : min(hi, last) - first]
                     pieces.setdefault(name, []).append(rows)

@@ -1,10 +1,8 @@
 """The train loop. It knows nothing of Ray: whoever calls it hands it ranks, blocks and a function to report to."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +11,7 @@ from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, VirtualFC
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath, remove_folder
 from fr_core.data.stream import Batch, batches, make_plan
 from fr_core.device import default_device, peak_memory
 from fr_core.errors import UserError
@@ -34,12 +33,12 @@ Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 
 
 def train_loop(
-    config: Config, out: Path, ranks: Ranks, blocks: Blocks, heard: Callable[[dict[str, float]], None]
+    config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks, heard: Callable[[dict[str, float]], None]
 ) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from the start, to its end.
 
     Args:
-        out: the run's folder, the same for all ranks.
+        out: the run's folder, local or at a URL, the same for all ranks.
         blocks: where rows come from (``fr_core/data/stream.py``).
         heard: called on every rank with the metrics at each checkpoint.
 
@@ -67,6 +66,8 @@ def train_loop(
             if config.train.verify_every and due(config.train.verify_every, state):
                 verify(config, state, ranks, tracker)
             if due(config.train.save_every, state) and state.bad_steps == 0:
+                if tracker:
+                    tracker.flush()  # whoever goes on from here has the rows up to here
                 save_checkpoint(config, state, out, ranks)
                 heard(metrics)
         return finish(config, state, out, ranks, tracker, time.monotonic() - started)
@@ -80,7 +81,7 @@ def train_loop(
         stream.close()
 
 
-def resume_or_init(config: Config, out: Path, ranks: Ranks, blocks: Blocks) -> TrainState:
+def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, default_device())
@@ -96,7 +97,7 @@ def resume_or_init(config: Config, out: Path, ranks: Ranks, blocks: Blocks) -> T
     return state
 
 
-def open_tracker(config: Config, out: Path, state: TrainState, ranks: Ranks) -> Tracker | None:
+def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) -> Tracker | None:
     tracker = Tracker(config, out, state.step, state.run_id) if ranks.rank == 0 else None
     state.run_id = ranks.broadcast_object(tracker and tracker.run_id)
     return tracker
@@ -125,7 +126,7 @@ def epoch_of(state: TrainState) -> float:
     return state.step / state.plan.steps_per_epoch
 
 
-def stop_if_diverged(config: Config, state: TrainState, out: Path) -> None:
+def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
     """Ends a run whose loss or gradients stay non-finite.
 
     Raises:
@@ -160,7 +161,7 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
 
 
 def finish(
-    config: Config, state: TrainState, out: Path, ranks: Ranks, tracker: Tracker | None, seconds: float
+    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, seconds: float
 ) -> dict[str, float]:
     """Final checkpoint, verification and ``report.json``."""
     last = out / "checkpoints" / step_name(state.step)
@@ -220,11 +221,11 @@ class Clock:
         return rates
 
 
-def clear_run(out: Path) -> None:
+def clear_run(out: AnyPath) -> None:
     """Removes the checkpoints and figures of an earlier run in this folder; anything else in it stays."""
     if not (out / "run.json").is_file():
         return
     for name in ("checkpoints", "pictures"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        remove_folder(out / name)
     for name in ("metrics.csv", "run.json", "report.json"):
         (out / name).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fr_core.config import Config, Tracking, flat
-from fr_core.data.schema import write_text_atomically
+from fr_core.data.store import AnyPath, RemotePath, fetched, write_text_atomically, written
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.verify.report import contact_sheet
@@ -32,14 +32,14 @@ SAMPLE_IMAGES = 32
 
 
 class Tracker:
-    """Records one run.
+    """Records one run. At a URL, where no row can be appended, ``metrics.csv`` is written anew every few seconds.
 
     Args:
         step: the step that the run goes on from; rows beyond it (of a life that ended) are dropped.
         run_id: the MLflow run to go on with, if any.
     """
 
-    def __init__(self, config: Config, out: Path, step: int, run_id: str | None) -> None:
+    def __init__(self, config: Config, out: AnyPath, step: int, run_id: str | None) -> None:
         self.config, self.out = config, out
         self.pending: list[Any] = []
         self.last_flush = time.monotonic()
@@ -47,10 +47,7 @@ class Tracker:
         self.run_id: str | None = None
         out.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_metrics(out) if row["step"] <= step]
-        with (out / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        self._write_rows()
         if config.tracking.uri != "off":
             from mlflow.exceptions import MlflowException
 
@@ -65,18 +62,18 @@ class Tracker:
         """Metrics of a training step, to the CSV at once and to MLflow in batches."""
         row = {name: metrics[name] for name in COLUMNS if name in metrics} | {"step": step}
         self.rows.append(row)
-        with (self.out / "metrics.csv").open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+        if isinstance(self.out, Path):
+            with (self.out / "metrics.csv").open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow(row)
         self.log_figures(step, {name: value for name, value in metrics.items() if name != "step"})
 
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Named numbers, to MLflow only."""
-        if self.client is None:
-            return
-        from mlflow.entities import Metric
+        if self.client is not None:
+            from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self.pending += [Metric(name, float(value), now, step) for name, value in figures.items()]
+            now = int(time.time() * 1000)
+            self.pending += [Metric(name, float(value), now, step) for name, value in figures.items()]
         if time.monotonic() - self.last_flush > FLUSH_EVERY:
             self.flush()
 
@@ -84,12 +81,14 @@ class Tracker:
         """A picture into the run's folder and MLflow."""
         path = self.out / "pictures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path)
+        with written(path) as part:
+            figure.savefig(part, format="png")
         self.log_file(path, "pictures")
 
-    def log_file(self, path: Path, folder: str | None = None) -> None:
+    def log_file(self, path: AnyPath, folder: str | None = None) -> None:
         if self.client is not None:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            with fetched(path) as file:
+                self.client.log_artifact(self.run_id, str(file), folder)
 
     def log_sample_batch(self, batch: Batch) -> None:
         """The first images of a batch as the net sees them."""
@@ -97,7 +96,10 @@ class Tracker:
         self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))
 
     def flush(self) -> None:
+        """Delivers what is pending, to MLflow and to a URL."""
         self.last_flush = time.monotonic()
+        if isinstance(self.out, RemotePath):
+            self._write_rows()
         for start in range(0, len(self.pending), 1000):  # MLflow's limit of one call
             self.client.log_batch(self.run_id, metrics=self.pending[start : start + 1000])
         self.pending = []
@@ -113,9 +115,15 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Delivers what is pending; ``status`` is FINISHED or FAILED."""
+        self.flush()
         if self.client is not None:
-            self.flush()
             self.client.set_terminated(self.run_id, status)
+
+    def _write_rows(self) -> None:
+        with written(self.out / "metrics.csv") as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def _open_mlflow(self, run_id: str | None) -> None:
         from mlflow.entities import Param
@@ -132,7 +140,7 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
 
 
-def open_mlflow(tracking: Tracking, folder: Path) -> tuple[Any, str]:
+def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
     """A client, and the id of the experiment, which is made where it does not exist.
 
     Args:
@@ -140,6 +148,8 @@ def open_mlflow(tracking: Tracking, folder: Path) -> tuple[Any, str]:
     """
     from mlflow import MlflowClient
 
+    if tracking.uri is None and isinstance(folder, RemotePath):
+        raise UserError(f"no database can lie at {folder}: give tracking.uri, or tracking.uri=off")
     client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is not None:
@@ -148,7 +158,7 @@ def open_mlflow(tracking: Tracking, folder: Path) -> tuple[Any, str]:
     return client, client.create_experiment(tracking.experiment, artifact_location=place)
 
 
-def log_verification(ref: Path, figures: Mapping[str, float], folder: Path | None = None) -> str | None:
+def log_verification(ref: AnyPath, figures: Mapping[str, float], folder: Path | None = None) -> str | None:
     """Adds figures of a later verification to the MLflow run that trained the net, as ``verify_NAME``.
 
     Args:
@@ -206,13 +216,13 @@ class Comparison:
         self.client.set_terminated(self.run_id, "FINISHED")
 
 
-def read_metrics(out: Path) -> list[dict[str, float]]:
+def read_metrics(out: AnyPath) -> list[dict[str, float]]:
     """Rows of a run's ``metrics.csv``; none if it has not begun. A half-written last row is left out."""
     path = out / "metrics.csv"
     if not path.is_file():
         return []
     rows = []
-    with path.open(newline="") as file:
+    with fetched(path) as local, local.open(newline="") as file:
         for row in csv.DictReader(file):
             try:
                 if row["data_wait"]:  # the last column: a row without it is half written
@@ -236,7 +246,7 @@ def curves(rows: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def _saved_run_id(out: Path) -> str | None:
+def _saved_run_id(out: AnyPath) -> str | None:
     try:
         return json.loads((out / "run.json").read_text())["run_id"]
     except (OSError, ValueError, KeyError):

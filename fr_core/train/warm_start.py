@@ -4,12 +4,12 @@ Legend: B batch, G global batch, D embedding, S this rank's rows of the class ma
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from fr_core.config import Config
+from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.heads.sharded_fc import INIT_STD
 from fr_core.nets.open import find_checkpoint, load_weights, normalised
@@ -25,7 +25,7 @@ def load_backbone(config: Config, state: TrainState) -> None:
     """
     if config.init.backbone is None:
         return
-    path = Path(config.init.backbone)
+    path = to_path(config.init.backbone)
     if path.is_dir():
         path = find_checkpoint(path) / "backbone.safetensors"
     load_weights(state.backbone, path)

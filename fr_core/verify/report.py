@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fr_core.data.schema import write_text_atomically
+from fr_core.data.store import AnyPath, write_text_atomically
 from fr_core.verify.pairs import Verification, tars
 
 CURVE_POINTS = 400
@@ -38,7 +38,7 @@ def report(command: str, figures: Mapping[str, float], **more: Any) -> dict[str,
     return own | more
 
 
-def write_report(path: Path, content: Mapping[str, Any]) -> None:
+def write_report(path: AnyPath, content: Mapping[str, Any]) -> None:
     """Writes a report, whole or not at all; NaN is refused.
 
     Raises:

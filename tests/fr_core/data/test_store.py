@@ -1,0 +1,134 @@
+"""URLs read and write as local paths do; what storage refuses is told in one line."""
+
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import (
+    RemoteBytes,
+    RemotePath,
+    fetched,
+    find,
+    remove_folder,
+    to_path,
+    write_text_atomically,
+    written,
+)
+from fr_core.errors import StorageError, UserError
+from tests.conftest import flip_a_bit, put
+
+
+def test_a_url_is_a_remote_path_and_anything_else_a_local_one():
+    assert to_path("runs/a") == Path("runs/a")
+    assert to_path("file:///data/a b") == Path("/data/a b")
+    path = to_path("s3://bucket/runs//a.tar.gz?region=eu-west-1&scheme=http")
+    assert str(path) == "s3://bucket/runs/a.tar.gz?region=eu-west-1&scheme=http"
+    assert to_path(str(path)) == pickle.loads(pickle.dumps(path)) == path == path.resolve()
+    assert (path.name, path.stem, path.suffix, path.suffixes) == ("a.tar.gz", "a.tar", ".gz", [".tar", ".gz"])
+    assert path.parent / "b/c" == to_path("s3://bucket/runs/b/c?region=eu-west-1&scheme=http")
+    assert [p.name for p in path.parents] == ["runs", "bucket"]
+    assert path.parent < path
+
+
+def test_what_is_no_url_of_a_store_is_refused():
+    with pytest.raises(UserError, match="no bucket"):
+        to_path("s3:///shards")
+    with pytest.raises(UserError, match="AWS_ACCESS_KEY_ID") as caught:
+        to_path("s3://name:secret@bucket/shards")
+    assert "secret@" not in str(caught.value)
+    with pytest.raises(UserError, match="foo://bucket: Unrecognized filesystem"):
+        open_dataset("foo://bucket/shards")
+    with pytest.raises(UserError, match="Unexpected query parameter"):
+        open_dataset("s3://bucket/shards?color=red")
+
+
+def test_a_remote_folder_is_seen_as_a_local_one(bucket, tmp_path):
+    for name in ("a.txt", "b c/1.txt", "b c/2.csv", "b c/deep/3.txt", "d/4.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    put(tmp_path, bucket / "folder")
+
+    def seen(root):
+        kinds = {
+            name: ((root / name).exists(), (root / name).is_file(), (root / name).is_dir())
+            for name in ("a.txt", "b c", "b c/1.txt", "none", "b c/none", "b")
+        }
+        lists = [find(root, pattern) for pattern in ("*", "*.txt", "*/*.txt", "b c/*.txt", "[a-c]*/?.*", "none/*")]
+        lists += [sorted(root.iterdir()), sorted((root / "b c").rglob("*")), sorted(root.rglob("*.txt"))]
+        names = [[str(path.relative_to(root)) for path in found] for found in lists]
+        sizes = {path.name: path.stat().st_size for path in root.rglob("*") if path.is_file()}
+        return kinds, names, sizes, (root / "b c/1.txt").read_text(), (root / "b c/1.txt").stat().st_size
+
+    assert seen(bucket / "folder") == seen(tmp_path)
+    for missing in (bucket / "none", tmp_path / "none"):
+        with pytest.raises(FileNotFoundError):
+            missing.read_bytes()
+        with pytest.raises(FileNotFoundError):
+            missing.unlink()
+        missing.unlink(missing_ok=True)
+        remove_folder(missing)
+    for root in (bucket / "folder", tmp_path):
+        remove_folder(root / "b c")
+        (root / "a.txt").unlink()
+    assert [path.name for path in find(bucket / "folder", "*")] == [path.name for path in find(tmp_path, "*")] == ["d"]
+
+
+def test_a_file_is_whole_or_absent_and_brought_here_to_be_read(bucket, tmp_path):
+    for root in (bucket, tmp_path):
+        with pytest.raises(ZeroDivisionError), written(root / "numbers") as part:
+            part.write_bytes(bytes([1 // len(b"")]))
+        assert not (root / "numbers").exists()
+        with written(root / "numbers") as part:
+            part.write_bytes(bytes(range(100)))
+            assert not (root / "numbers").exists()
+        with fetched(root / "numbers") as copy:
+            assert copy.read_bytes() == (root / "numbers").read_bytes() == bytes(range(100))
+        with pytest.raises(UserError, match=f"^{root}/numbers: bad$"), fetched(root / "numbers") as copy:
+            raise UserError(f"{copy}: bad")
+    data, all_of_it = RemoteBytes(bucket / "numbers"), bytes(range(100))
+    for part in (slice(3, 9), slice(95, 200), slice(100, 120), slice(9, 3), slice(None, 4)):
+        assert data[part] == all_of_it[part]
+    assert len(data) == 100
+
+
+def one_line(caught):
+    return "\n" not in str(caught.value) and "Request ID" not in str(caught.value)
+
+
+def test_a_wrong_bucket_and_a_dead_endpoint_are_named_soon(s3):
+    wrong = to_path("s3://no-such-bucket/runs")
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/runs/a: .*bucket does not exist") as caught:
+        write_text_atomically(wrong / "a", "text")
+    assert one_line(caught)
+    assert not (wrong / "a").exists()
+    began = time.monotonic()
+    dead = RemotePath("s3://bucket", ("runs",), "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
+    for ask in (dead.exists, dead.iterdir):
+        with pytest.raises(StorageError, match="Could not connect") as caught:
+            ask()
+        assert one_line(caught)
+    assert time.monotonic() - began < 60
+
+
+def test_a_damaged_shard_is_told_from_storage_that_fails(bucket, dataset, tmp_path, monkeypatch):
+    put(dataset, tmp_path / "shards")
+    flip_a_bit(tmp_path / "shards" / "shard-00000.parquet", 5000)
+    opened = open_dataset(str(put(tmp_path / "shards", bucket / "shards")))
+    with pytest.raises(UserError, match=rf"shard {bucket}/shards/shard-00000\.parquet is damaged") as caught:
+        opened.read_row_group(0, 0)
+    assert not isinstance(caught.value, StorageError)
+    with pytest.raises(UserError, match=rf"{bucket}/shards/shard-00000\.parquet: wrong checksum"):
+        opened.check_sha256()
+
+    def lost(*args, **kwargs):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lost)
+    with pytest.raises(StorageError, match=r"shard-00001\.parquet: connection reset"):
+        opened.read_row_group(1, 0)
+    (bucket / "shards" / "shard-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"shard-00001\.parquet is missing"):
+        open_dataset(bucket / "shards")
