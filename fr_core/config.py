@@ -44,6 +44,17 @@ class Augment(Section):
     erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25  # largest share of the image that a rectangle covers
 
 
+class Masks(Section):
+    """Synthetic face masks on training images (METHODS §5). Kinds are weights; they need not sum to 1."""
+
+    ratio: Probability = 0.0  # of the images
+    rendered: Probability = 0.5  # of the masks by the 3D tool, the others by the 2D one
+    surgical: NonNegative = 0.45
+    kn95: NonNegative = 0.2
+    cloth: NonNegative = 0.2
+    dark: NonNegative = 0.15
+
+
 class Progressive(Section):
     """Progressive resizing: a run's first epochs train on smaller images, which cost less (EfficientNetV2, 2021, §4).
 
@@ -271,7 +282,9 @@ class Init(Section):
     """Warm start: fine-tune a trained backbone, on new identities if need be."""
 
     backbone: str | None = None  # run, checkpoint or safetensors file with weights of this same net
-    head: Literal["random", "prototypes"] = "random"  # prototypes: mean embedding of each identity's images
+    # prototypes: mean embedding of each identity's images; names: rows of identities that the backbone's run knew, by
+    # their names, and prototypes for the new ones
+    head: Literal["random", "prototypes", "names"] = "random"
 
 
 class Train(Section):
@@ -352,10 +365,10 @@ class Config(Section):
                 raise ValueError('method.update = "fused" has no gradient to clip: leave method.clip_head out')
             if self.train.precision == "float16":
                 raise ValueError('method.update = "fused" cannot scale the loss: train.precision = "bfloat16"')
-        if self.init.head == "prototypes" and not self.init.backbone:
-            raise ValueError('init.head = "prototypes" needs init.backbone')
-        if self.init.head == "prototypes" and not isinstance(self.method, BigFace):
-            raise ValueError(f'init.head = "prototypes" is for a class matrix; {self.method.kind} has none')
+        if self.init.head != "random" and not self.init.backbone:
+            raise ValueError(f'init.head = "{self.init.head}" needs init.backbone')
+        if self.init.head != "random" and not isinstance(self.method, BigFace):
+            raise ValueError(f'init.head = "{self.init.head}" is for a class matrix; {self.method.kind} has none')
         return self
 
 

@@ -25,7 +25,7 @@ from fr_core.data.recordio import image_of, list_records, read_record
 from fr_core.data.store import AnyPath, RemoteBytes, RemotePath, fetched, find, to_path
 from fr_core.errors import UserError
 
-Kind = Literal["files", "tar", "zip", "rec"]
+Kind = Literal["files", "plain", "zip", "rec"]  # plain: as they are, in a tar or beside one another
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
 IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
@@ -155,21 +155,22 @@ def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
     Raises:
         UserError: an image without ``.cls`` beside others with one, or as :func:`list_folder`.
     """
-    kind: Kind = "zip" if archives[0].suffix == ".zip" else "tar"
+    zipped = archives[0].suffix == ".zip"
     paths: list[str] = []
     owners: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, path in enumerate(archives):
         with fetched(path) as file:
-            found = sorted((zip_members if kind == "zip" else tar_members)(file), key=lambda member: member.name)
+            found = sorted((zip_members if zipped else tar_members)(file), key=lambda member: member.name)
             members = [member for member in found if is_image(member.name)]
-            classes = [member for member in found if member.name.endswith(".cls")] if kind == "tar" else []
+            classes = [member for member in found if member.name.endswith(".cls") and not zipped]
             owners += _classes(file, members, classes) if classes else _owners(members, path.stem)
         paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
         places += [(number, member.start, member.length) for member in members]
     if not paths:
         raise UserError(f"{root}: no JPEG or PNG files in it")
-    return _listing(root, kind, [str(path.resolve()) for path in archives], paths, owners, places)
+    files = [str(path.resolve()) for path in archives]
+    return _listing(root, "zip" if zipped else "plain", files, paths, owners, places)
 
 
 def list_rec(path: AnyPath) -> Listing:
@@ -197,7 +198,7 @@ def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) 
         places.append(np.column_stack([np.full(len(called), number), extents]))
     if not paths:
         raise UserError(f"{root}: no images in it")
-    return _listing(root, "tar", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places))
+    return _listing(root, "plain", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places))
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:

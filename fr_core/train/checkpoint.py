@@ -3,19 +3,22 @@
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
 ``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
 something else is shipped, and a momentum encoder), ``head_RANK.safetensors`` (rows of the class matrix and their
-optimiser; or once, what all ranks have in common in its place) and ``checkpoint.json``, which is written last: a folder
-without it is no checkpoint, on a disk as on an object store, where nothing can be renamed. Nothing random is saved:
-every draw is a function of (seed, step, rank or sample id), and the data position is the step.
+optimiser; or once, what all ranks have in common in its place), ``identities.parquet`` (whose rows they are) and
+``checkpoint.json``, which is written last: a folder without it is no checkpoint, on a disk as on an object store, where
+nothing can be renamed. Nothing random is saved: every draw is a function of (seed, step, rank or sample id), and the
+data position is the step.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -32,6 +35,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
 FORMAT = 1
+IDENTITIES = "identities.parquet"
 
 
 def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> AnyPath:
@@ -57,6 +61,8 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
             files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
         net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
         facts = {name: _write(folder / name, tensors, net) for name, tensors in files.items()}
+        if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
+            facts[IDENTITIES] = _copy(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
         parts = ranks.gather_objects((facts, rows))
         if ranks.rank == 0:
             text = json.dumps(_summary(config, state, parts), indent=1)
@@ -107,6 +113,39 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     if state.watcher and summary["watcher"]:
         state.watcher.load_state_dict(summary["watcher"])
+
+
+def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
+    """Rows of a checkpoint's class matrix: float32 [S, D]. The class −1 has zeros.
+
+    Args:
+        classes_S: int64, classes of that checkpoint.
+    """
+    summary = json.loads((folder / "checkpoint.json").read_text())
+    found: Tensor | None = None
+    for part in summary["head"]:
+        first, last = part["rows"]
+        here_S = (classes_S >= first) & (classes_S < last)
+        with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
+            rows = file.get_tensor("weight")
+            found = torch.zeros(len(classes_S), rows.shape[1]) if found is None else found
+            found[here_S] = rows[classes_S[here_S] - first]
+    assert found is not None  # a class matrix has one part at least
+    return found
+
+
+def read_identities(folder: AnyPath) -> tuple[list[str], int]:
+    """Names of the identities that a checkpoint's class matrix was trained on, and the variants of each.
+
+    Raises:
+        UserError: the checkpoint has no class matrix.
+    """
+    summary = json.loads((folder / "checkpoint.json").read_text())
+    if IDENTITIES not in summary["files"]:
+        raise UserError(f"{folder}: no names of identities in it: only runs with a class matrix keep them")
+    with checked(folder, summary, IDENTITIES) as local:
+        names = pq.read_table(local, columns=["name"])["name"].to_pylist()
+    return names, summary["config"]["data"].get("variants", 1)
 
 
 @contextmanager
@@ -179,6 +218,12 @@ def _write(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) 
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
         with part.open("rb") as file:
             os.fsync(file.fileno())
+        return {"bytes": part.stat().st_size, "sha256": sha256(part)}
+
+
+def _copy(source: AnyPath, path: AnyPath) -> dict[str, Any]:
+    with fetched(source) as local, written(path) as part:
+        shutil.copyfile(local, part)
         return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 

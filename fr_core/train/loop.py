@@ -25,7 +25,7 @@ from fr_core.train.f2c import f2c_step
 from fr_core.train.state import TrainState, average_statistics, initial_state
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
-from fr_core.train.warm_start import load_backbone, prototypes
+from fr_core.train.warm_start import load_backbone, prototypes, rows_by_name
 from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
 
@@ -91,9 +91,11 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
         load_checkpoint(config, state, newest[0], ranks)
     else:
         load_backbone(config, state)
-        if config.init.head == "prototypes":
+        if config.init.head != "random":
             plain = config.model_copy(update={"data": config.data.model_copy(update={"augment": Augment(flip=0)})})
             prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, blocks), ranks)
+        if config.init.head == "names":
+            rows_by_name(config, state)
     return state
 
 

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from fr_core.config import Config
 from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
+from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD
 from fr_core.nets.open import find_checkpoint, load_weights, normalised
 from fr_core.ranks import Ranks
+from fr_core.train.checkpoint import known_rows, read_identities
 from fr_core.train.state import TrainState, autocast
 
 
@@ -52,3 +54,26 @@ def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks:
     seen_S = sums_SD.norm(dim=1) > 0
     length = INIT_STD * sums_SD.shape[1] ** 0.5
     head.weight[seen_S] = length * F.normalize(sums_SD[seen_S])
+
+
+@torch.no_grad()
+def rows_by_name(config: Config, state: TrainState) -> int:
+    """Sets the class matrix's rows of identities that the run in ``init.backbone`` knew, by their names.
+
+    Returns:
+        How many of all identities it knew.
+
+    Raises:
+        UserError: weights without a class matrix's identities, or of another number of variants.
+    """
+    folder = find_checkpoint(to_path(config.init.backbone or ""))
+    known, variants = read_identities(folder)
+    if variants != config.data.variants:
+        raise UserError(f"{folder}: trained with data.variants = {variants}, not {config.data.variants}")
+    label_of = {name: label for label, name in enumerate(known)}
+    old_N = torch.tensor([label_of.get(name, -1) for name in state.plan.dataset.identity_names()])
+    classes_S = torch.arange(state.head.lo, state.head.hi)
+    label_S, variant_S = old_N[classes_S // variants], classes_S % variants
+    old_S = torch.where(label_S >= 0, label_S * variants + variant_S, -1)
+    state.head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)
+    return int((old_N >= 0).sum())

@@ -1,3 +1,5 @@
+import numpy as np
+
 from pipelines.bench import bench_attfc, bench_grouped, bench_head
 
 
@@ -25,3 +27,21 @@ def test_bench_attfc_on_a_small_problem():
 def test_bench_grouped_on_small_shards(dataset, grouped):
     figures = bench_grouped(str(dataset), str(grouped), 2)
     assert figures["grouped_over_flat"] > 0
+
+
+def test_bench_ingest_writes_what_ingest_reads(tmp_path):
+    import os
+
+    from fr_core.data.crops import encode
+    from fr_core.data.sources import list_source, read_image
+    from pipelines.bench import _held_by, _write_rec, _write_tar
+
+    jpegs = [encode(np.full((16, 16, 3), grey, np.uint8)) for grey in (0, 99, 200)]
+    for name, write in (("faces.tar", _write_tar), ("faces.rec", _write_rec)):
+        write(tmp_path / name, jpegs, 120)
+        listing = list_source(tmp_path / name)
+        rows = listing.images.to_pylist()
+        found = [read_image(listing.kind, listing.files[0], row["path"], row["start"], row["length"]) for row in rows]
+        assert found == jpegs * 40
+        assert np.bincount(listing.labels).tolist() == [50, 50, 20]
+    assert _held_by(os.getpid()) > 2**20

@@ -209,7 +209,7 @@ def test_members_that_cannot_be_read_say_why(tmp_path):
     places = list_source(tar).images.to_pylist()
     tar.write_bytes(tar.read_bytes()[:2000])
     with pytest.raises(RejectedImage, match="truncated archive"):
-        read_image("tar", str(tar), "", places[2]["start"], 2000)
+        read_image("plain", str(tar), "", places[2]["start"], 2000)
     with pytest.raises(RejectedImage, match="No such file"):
         read_image("files", str(tmp_path), "absent.jpg", 0, 0)
 

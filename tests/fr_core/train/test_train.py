@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fr_core.train.loop as loop
 from fr_core.config import load_config
-from fr_core.data.schema import open_dataset
+from fr_core.data.schema import open_dataset, write_manifest
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
@@ -426,3 +426,35 @@ def test_finetuning_from_prototypes_starts_ahead(dataset, tmp_path):
     run(config_of(dataset, *warm), tmp_path / "random")
     run(config_of(dataset, *warm, "init.head=prototypes"), tmp_path / "prototypes")
     assert losses(tmp_path / "prototypes")[0] < losses(tmp_path / "random")[0] - 1
+
+
+def rows_of(ranks, config):
+    state = loop.resume_or_init(config, Path("none"), ranks, blocks_in_process)
+    return state.head.weight.detach()
+
+
+@pytest.mark.parametrize("variants", [1, 3])
+def test_known_identities_keep_their_rows_whatever_the_ranks(dataset, tmp_path, variants):
+    given = [f"data.variants={variants}", "train.max_steps=5"]
+    for ranks in (1, 2):  # the head in one file, or in two
+        run_ranks(ranks, rank_run, config_of(dataset, *given), tmp_path / f"first{ranks}")
+    shutil.copytree(dataset, tmp_path / "other")
+    opened = open_dataset(dataset)
+    names = ["new" if i % 10 == 9 else f"id{(i + 7) % 40}" for i in range(40)]  # others, and in another order
+    write_manifest(tmp_path / "other", opened.manifest, names, opened.identity_counts())
+    for first in (tmp_path / "first1", tmp_path / "first2"):
+        old = last_weights(first)["head"].unflatten(0, (40, variants))
+        warm = [*given, f"init.backbone={first}"]
+        fresh = rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=prototypes"))
+        config = config_of(tmp_path / "other", *warm, "init.head=names")
+        for ranks in (1, 2):
+            rows = torch.cat(run_ranks(ranks, rows_of, config)).unflatten(0, (40, variants))
+            for label, name in enumerate(names):
+                expected = fresh.unflatten(0, (40, variants))[label] if name == "new" else old[int(name[2:])]
+                assert torch.allclose(rows[label], expected, atol=1e-4)
+    with pytest.raises(UserError, match=r"trained with data\.variants"):
+        rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=names", "data.variants=2"))
+    weights = tmp_path / "first1" / "bare.safetensors"
+    shutil.copy(checkpoints(tmp_path / "first1")[-1] / "backbone.safetensors", weights)
+    with pytest.raises(UserError, match="no checkpoint there"):
+        rows_of(Ranks(), config_of(tmp_path / "other", f"init.backbone={weights}", "init.head=names"))
