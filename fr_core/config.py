@@ -62,7 +62,7 @@ class Progressive(Section):
     """
 
     size: Annotated[int, Field(ge=16)]  # pixels
-    share: Annotated[float, Field(gt=0, lt=1)]  # of the run's epochs
+    share: Annotated[float, Field(gt=0, lt=1)]  # of train.epochs, whatever train.max_steps says
 
 
 class Data(Section):

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from fr_core import rng
 from fr_core.data.embeddings import Embeddings
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath
+from fr_core.data.store import AnyPath, written
 from fr_core.verify.identities import centres, copies, nearest_centres
 from pipelines.embed import embed
 
@@ -44,11 +45,11 @@ def clean(
 
     An image is a *flip* if the centre of another identity is nearer to it than that of the rest of its own, and near
     enough; an *outlier* if it is far from its own and not a flip; a *copy* if it looks the same as an earlier one of
-    its identity.
+    its identity that stays.
 
     Args:
         model, net: as :func:`fr_core.nets.open.open_net` takes them.
-        out: folder for ``findings.csv``, ``clean.png`` and the embeddings, which a second call finds there.
+        out: folder for ``clean.csv``, ``clean.png`` and the embeddings, which a second call finds there.
 
     Returns:
         images, flips, outliers, copies.
@@ -58,25 +59,23 @@ def clean(
     """
     limits = limits or Limits()
     dataset = open_dataset(shards)
-    out.mkdir(parents=True, exist_ok=True)
-    embeddings = embed(model, shards, out / "embeddings", net, on_ray=on_ray, progress=progress)
+    embeddings = embed(model, shards, out / "embeddings", net, on_ray=on_ray, own_folder=True, progress=progress)
     centres_ND = all_centres(embeddings, dataset.manifest.identities, limits.outlier)
-    names = dataset.identity_names()
-    counts = dict.fromkeys(FINDINGS, 0)
+    names, random = dataset.identity_names(), rng.generator(0, "clean")
+    counts, shown = dict.fromkeys(FINDINGS, 0), min(1.0, SHOWN / embeddings.facts.images)
     drawn: list[np.ndarray] = []
-    with (out / "findings.csv").open("w", newline="") as file:
+    with written(out / "clean.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for labels_I, ids_I, embeddings_ID in embeddings.by_identity():
             _, own_I = centres(embeddings_ID, labels_I, limits.outlier)
-            earlier_I = copies(embeddings_ID, labels_I, limits.copy)
             nearest = nearest_centres(embeddings_ID, centres_ND, labels_I)
             other_I, cosine_I = (np.concatenate(parts) for parts in zip(*nearest, strict=True))
             flip_I = (cosine_I >= limits.flip) & ~(own_I >= cosine_I)
             outlier_I = (own_I < limits.outlier) & ~flip_I
-            copy_I = (earlier_I >= 0) & ~flip_I & ~outlier_I
-            drawn.append(np.stack([own_I, cosine_I])[:, : SHOWN - sum(part.shape[1] for part in drawn)])
-            for finding, found_I in zip(FINDINGS, (flip_I, outlier_I, copy_I), strict=True):
+            earlier_I = copies(embeddings_ID, labels_I, limits.copy, ~(flip_I | outlier_I))
+            drawn.append(np.stack([own_I, cosine_I])[:, random.random(len(own_I)) < shown])
+            for finding, found_I in zip(FINDINGS, (flip_I, outlier_I, earlier_I >= 0), strict=True):
                 counts[finding] += int(found_I.sum())
                 for i in np.flatnonzero(found_I):
                     cosines = f"{own_I[i]:.4f}", f"{cosine_I[i]:.4f}"
@@ -84,9 +83,8 @@ def clean(
                     original = ids_I[earlier_I[i]] if finding == "copy" else ""
                     writer.writerow((ids_I[i], names[labels_I[i]], finding, *cosines, other, original))
     _figure(np.concatenate(drawn, 1), limits).savefig(out / "clean.png")
-    return {"images": embeddings.facts.images} | dict(
-        zip(("flips", "outliers", "copies"), counts.values(), strict=True)
-    )
+    flips, outliers, found = counts.values()
+    return {"images": embeddings.facts.images, "flips": flips, "outliers": outliers, "copies": found}
 
 
 def all_centres(embeddings: Embeddings, identities: int, least: float = Limits.outlier) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ def local(ref: str | Path) -> Path:
     return Path(ref)
 
 
+VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 Json = Annotated[Path | None, typer.Option("--json", parser=local, help="Write the figures to this JSON file.")]
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
 Model = Annotated[str, typer.Option(help="A run, a checkpoint, or weights.safetensors with --net.")]
@@ -164,7 +166,7 @@ def unpack(
 def embed(
     model: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
     data: Annotated[str, typer.Option(help="Shards, as bigface ingest leaves them.")],
-    out: Annotated[Path, typer.Option(help="Folder for Parquet files of sample_id, label, embedding.")],
+    out: Annotated[Path, typer.Option(parser=local, help="Folder for Parquet files of sample_id, label, embedding.")],
     net: NetName = None,
     flip: Annotated[bool, typer.Option(help="Add the mirrored image's embedding, as the protocols do.")] = True,
     overwrite: Overwrite = False,
@@ -176,7 +178,7 @@ def embed(
 
     started = time.monotonic()
     with bar("embed", None) as advance, writable(out):
-        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, growing(advance)).facts
+        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, progress=growing(advance)).facts
     seconds = time.monotonic() - started
     show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
 
@@ -185,7 +187,7 @@ def embed(
 def clean(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for findings.csv, a picture, and the embeddings.")],
+    out: Annotated[Path, typer.Option(parser=local, help="Folder for clean.csv, a picture, and the embeddings.")],
     net: NetName = None,
     outlier: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to the rest of its identity.")] = 0.2,
     flip: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to another identity's centre.")] = 0.4,
@@ -201,19 +203,22 @@ def clean(
         limits = Limits(outlier, flip, copy)
         figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
     show("clean", figures, json)
-    findings = escape(str(out / "findings.csv"))
-    console.print(f"list: {findings}   leave them out: bigface merge {shards} --without {findings} --out NEW")
+    command = shlex.join(["bigface", "merge", shards, "--without", str(out / "clean.csv"), "--out", "NEW"])
+    console.print(f"leave them out: {command}", markup=False, soft_wrap=True)
 
 
 @app.command()
 def merge(
     datasets: Annotated[list[str], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    out: Annotated[Path, typer.Option(parser=local, help="Folder for the new shards.")],
     same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
     model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
     net: NetName = None,
     overlap: Annotated[float, typer.Option(min=-1, max=1, help="Cosine of centres that makes them one.")] = 0.7,
-    without: Annotated[Path | None, typer.Option(help="Of one dataset: list of sample_id to leave out.")] = None,
+    without: Annotated[
+        Path | None, typer.Option(parser=local, help="List of sample_id to leave out of one dataset.")
+    ] = None,
+    overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
 ) -> None:
@@ -238,7 +243,7 @@ def merge(
 @app.command()
 def split(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
-    out: Annotated[Path, typer.Option(help="Folder for train/ (shards) and verify/ (images, pairs.csv).")],
+    out: Annotated[Path, typer.Option(parser=local, help="Folder for train/ (shards), verify/ (images, pairs.csv).")],
     share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the identities, held out.")] = 0.1,
     pairs: Annotated[int, typer.Option(min=1, help="Of each kind per fold.")] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -283,7 +288,9 @@ def verify(
         Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
     ] = None,
     ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
-    mfr: Annotated[Path | None, typer.Option(help="Masked faces instead: masked/NAME/* and standard/NAME/*.")] = None,
+    mfr: Annotated[
+        Path | None, typer.Option(parser=local, help="Masked faces: masked/NAME/*, standard/NAME/*.")
+    ] = None,
     net: NetName = None,
     out: Annotated[
         Path | None, typer.Option(parser=local, help="Folder for ROC, DET and score pictures, and results.md.")
@@ -306,6 +313,8 @@ def verify(
         if mfr:
             masked = verify_mfr(recogniser, mfr, advance)
             figures, missing = mfr_figures(masked), masked.failed
+            if masked.score is None:
+                console.print("[yellow]too few pairs of two people for an FMR of 1e-5: no MFR score[/]")
         elif ijb:
             templates = verify_templates(recogniser, ijb, out, advance)
             figures, missing = template_figures(templates), templates.failed
@@ -317,9 +326,13 @@ def verify(
             results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
             figures, missing = pair_figures(results, out if suite else None)
     show("verify", figures, json, missing=missing)
-    run_id = log_verification(to_path(ckpt), figures, out)
-    if run_id:
-        console.print(f"added to the MLflow run {run_id} that trained this net")
+    made = [out / file for file in VERIFY_FILES if (out / file).is_file()] if out and not mfr else []
+    try:
+        run_id = log_verification(to_path(ckpt), given.stem, figures, made)
+        if run_id:
+            console.print(f"added to the MLflow run {run_id} that trained this net")
+    except UserError as error:
+        console.print(f"[yellow]{escape(str(error))}[/]")
 
 
 def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dict[str, float], dict[str, str]]:
@@ -572,7 +585,7 @@ def bench_attfc(
 @bench.command("ingest")
 def bench_ingest(
     images: Annotated[int, typer.Option(min=1000)] = 200_000,
-    folder: Annotated[Path, typer.Option(help="Scratch for archives and shards.")] = Path("bench_ingest"),
+    folder: Annotated[Path, typer.Option(parser=local, help="Scratch for archives and shards.")] = Path("bench_ingest"),
     json: Json = None,
 ) -> None:
     """Tar and RecordIO to shards: images a second, and memory on a tenth of the images and on all."""

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +12,41 @@ import torch
 from fr_core.data.decode import decode, resized
 from fr_core.data.embeddings import FACTS, Embeddings, Facts, open_embeddings, write_embeddings
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, to_path, write_text_atomically
+from fr_core.data.store import AnyPath, begin, to_path
 from fr_core.device import use_processor
 from fr_core.errors import UserError
-from fr_core.nets.open import Recogniser, open_net
+from fr_core.nets.open import Recogniser, find_checkpoint, open_net
+from pipelines.on_ray import mapped, start_ray
 
 
 class ShardEmbedder:
-    """An actor: opens the net once, then embeds shard after shard."""
+    """An actor: opens the net once, then embeds shard after shard.
 
-    def __init__(self, ref: str, net: str | None, shards: AnyPath, out: Path, flip: bool, threads: int) -> None:
+    Raises:
+        UserError: the weights are not those that ``facts`` were made of.
+    """
+
+    def __init__(self, ref: str, net: str | None, shards: AnyPath, out: Path, facts: Facts, threads: int) -> None:
         use_processor(threads)
         self.recogniser, self.dataset = open_net(ref, net), open_dataset(shards)
-        self.out, self.flip, self.threads = out, flip, ThreadPoolExecutor(threads)
+        if weights_checksum(self.recogniser) != facts.net:
+            raise UserError(f"{ref} changed while it was used; name one of its checkpoints")
+        self.out, self.facts, self.threads = out, facts, ThreadPoolExecutor(threads)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Writes the embeddings of shard ``row["shard"]``, a row group of images in memory at a time."""
         shard, size = int(row["shard"]), self.recogniser.net.input_size
-        ids, labels, embeddings = [], [], []
+        ids, labels, parts = [], [], []
         for group in range(len(self.dataset.manifest.shards[shard].row_groups)):
             images = self.dataset.read_images(shard, group)
             pixels = self.threads.map(lambda jpeg: resized(decode(jpeg), size), [jpeg for _, _, jpeg, _ in images])
-            embeddings.append(self.recogniser.embed(np.stack(list(pixels)), self.flip))
+            parts.append(self.recogniser.embed(np.stack(list(pixels)), self.facts.flip))
             ids += [sample_id for sample_id, *_ in images]
             labels += [label for _, label, *_ in images]
-        write_embeddings(self.out / file_name(shard), np.array(ids), np.array(labels), np.concatenate(embeddings))
+        embeddings = np.concatenate(parts)
+        if not np.isfinite(embeddings).all():
+            raise UserError("the net's embeddings are not finite")
+        write_embeddings(self.out / self.facts.files[shard], np.array(ids), np.array(labels), embeddings)
         return {"images": len(ids)}
 
 
@@ -48,6 +58,7 @@ def embed(
     flip: bool = True,
     on_ray: bool = True,
     overwrite: bool = False,
+    own_folder: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embeddings:
     """Embeds every image of a dataset, or goes on with an embedding that was begun.
@@ -57,14 +68,16 @@ def embed(
         shards: local, or at a URL; ``out`` is local (to all nodes of a cluster).
         flip: add the embedding of the mirrored image, as the verification protocols do.
         on_ray: one actor for each card of the cluster, or without cards for each CPU; otherwise in this process.
+        own_folder: in ``out`` a folder for these data and this net.
         progress: called with images done and in all.
 
     Raises:
-        UserError: no dataset, no net, ``out`` holds other embeddings or cannot be written.
+        UserError: no dataset, no net, ``out`` holds something else or cannot be written, or embeddings not finite.
     """
-    dataset = open_dataset(shards)
-    if (out / "manifest.json").exists():
-        raise UserError(f"{out} holds a dataset; write the embeddings somewhere else")
+    dataset, place = open_dataset(shards), to_path(ref)
+    if place.is_dir():
+        place = find_checkpoint(place)  # the one that is newest now, for all actors
+    ref = str(place.resolve())
     recogniser = open_net(ref, net)
     number = range(len(dataset.manifest.shards))
     facts = Facts(
@@ -73,42 +86,20 @@ def embed(
         flip=flip,
         embedding=recogniser.net.embedding,
         images=dataset.manifest.images,
-        files=tuple(map(file_name, number)),
+        files=tuple(f"embeddings-{shard:05d}.parquet" for shard in number),
     )
-    prepare(out, facts, overwrite)
-    rest = [shard for shard in number if not (out / file_name(shard)).is_file()]
+    if own_folder:
+        out = out / f"{facts.dataset[:8]}-{facts.net[:8]}"
+    own = ("embeddings-*.parquet", "embeddings-*.part")
+    begin(out, FACTS, facts.model_dump_json(indent=1) + "\n", own, overwrite)
+    rest = [shard for shard in number if not (out / facts.files[shard]).is_file()]
     done = sum(dataset.manifest.shards[shard].images for shard in number if shard not in set(rest))
     progress(done, facts.images)
-    actor = (str(to_path(ref).resolve()), net, shards.resolve(), out.resolve(), flip)
+    actor = (ref, net, dataset.root.resolve(), out.resolve(), facts)
     for result in (_by_ray if on_ray else _here)(actor, rest):
         done += result["images"]
         progress(done, facts.images)
     return open_embeddings(out)
-
-
-def file_name(shard: int) -> str:
-    return f"shard-{shard:05d}.parquet"
-
-
-def prepare(out: Path, facts: Facts, overwrite: bool) -> None:
-    """Makes the folder; one in which the same embeddings were begun is left as it is.
-
-    Raises:
-        UserError: it holds something else, or cannot be written.
-    """
-    text = facts.model_dump_json(indent=1) + "\n"
-    try:
-        begun = out / FACTS
-        if begun.is_file() and not overwrite and begun.read_text() == text:
-            return
-        if out.exists() and any(out.iterdir()) and not overwrite:
-            raise UserError(f"{out} is not empty, and holds no begun embeddings of this data by this net; --overwrite")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (*out.glob("shard-*.parquet"), *out.glob("shard-*.part")):
-            old.unlink()
-        write_text_atomically(begun, text)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 def weights_checksum(recogniser: Recogniser) -> str:
@@ -119,7 +110,7 @@ def weights_checksum(recogniser: Recogniser) -> str:
     return digest.hexdigest()
 
 
-Actor = tuple[str, str | None, AnyPath, Path, bool]  # what a ShardEmbedder is made of, but for its threads
+Actor = tuple[str, str | None, AnyPath, Path, Facts]  # what a ShardEmbedder is made of, but for its threads
 
 
 def _here(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
@@ -130,21 +121,10 @@ def _here(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
 def _by_ray(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
     import ray
 
-    from pipelines.on_ray import start_ray
-
-    if not shards:
-        return
     start_ray()
-    ray.data.DataContext.get_current().enable_progress_bars = False
     resources: dict[str, float] = ray.cluster_resources()
     cards = int(resources.get("GPU", 0))
     actors = min(len(shards), cards or int(resources["CPU"]))
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    results = rows.map(
-        cast(Any, ShardEmbedder),
-        fn_constructor_args=(*actor, 1),
-        concurrency=(1, actors),
-        num_cpus=0 if cards else 1,
-        num_gpus=1 if cards else 0,
-    )
-    yield from results.iter_rows()
+    per_actor = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": 1}
+    rows, made = [{"shard": shard} for shard in shards], (*actor, 1)
+    yield from mapped(rows, ShardEmbedder, fn_constructor_args=made, concurrency=(1, actors), **per_actor)

@@ -39,8 +39,9 @@ from fr_core.data.sources import (
     read_image,
     read_landmarks,
 )
-from fr_core.data.store import AnyPath, RemotePath, ahead_of, to_path, write_text_atomically, written
+from fr_core.data.store import AnyPath, RemotePath, ahead_of, begin, to_path, write_text_atomically, written
 from fr_core.errors import UserError
+from pipelines.on_ray import mapped, start_ray
 
 IMAGES_PER_SHARD = 8192
 FEWEST_SHARDS = 8  # small sets are cut finer, so that all cores have work
@@ -118,12 +119,13 @@ def ingest(
         raise UserError(f"--align finds the points that {landmarks} holds; give one of them")
     if align:
         detector()  # not installed? say so now
-    source, out = to_path(source), to_path(out)
-    scratch = (out if isinstance(out, Path) else Path(out.name)).with_name(f"{out.name}.scratch")  # of Parquet alone
+    source, out = to_path(source), to_path(out).resolve()
+    refuse_nested(source, out)
+    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # of Parquet alone
     listing = list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
-    job = plan_job(listing, points, align, out.resolve(), layout, image_size, seed)
-    prepare(source, out, overwrite, job.stamp)
+    job = plan_job(listing, points, align, out, layout, image_size, seed)
+    begin(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
     there = {file.name for file in out.iterdir()}
     finished = [number for number in range(job.shards) if _result_file(out, number).name in there]
     rest = [number for number in range(job.shards) if number not in set(finished)]
@@ -163,33 +165,16 @@ def ingest(
     )
     write_manifest(out, manifest, listing.names, counts)
     (out / STARTED).unlink()
-    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 
-def prepare(source: AnyPath, out: AnyPath, overwrite: bool, stamp: str) -> None:
-    """Makes the output folder, or clears it of an earlier dataset's files and nothing else.
-
-    A folder in which the same job (``stamp``) was begun is left as it is.
-
-    Raises:
-        UserError: it is not empty, lies in the source or around it, or cannot be written.
-    """
+def refuse_nested(source: AnyPath, out: AnyPath) -> None:
+    """Raises UserError where one lies in the other."""
     a, b = source.resolve(), out.resolve()
     if a in (b, *b.parents) or b in a.parents:
         raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
-    try:
-        started = out / STARTED
-        if started.is_file() and not overwrite and started.read_text() == stamp:
-            return
-        if out.exists() and any(out.iterdir()) and not overwrite:
-            raise UserError(f"{out} is not empty; --overwrite replaces the shards in it")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (file for pattern in (*OWN_FILES, "rejects.csv*") for file in out.glob(pattern)):
-            old.unlink()
-        write_text_atomically(started, stamp)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 def plan_job(
@@ -296,24 +281,12 @@ def _first(pair: tuple[int, FlatRow]) -> int:
 
 def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     import ray
-    from ray.exceptions import RayTaskError
-
-    from pipelines.on_ray import start_ray
 
     start_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
     shared = ray.put(job)  # read by every task where it lies
-    stream = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=max(1, len(numbers)))
-    results = stream.map(lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1)
-    try:
-        for row in results.iter_rows():
-            yield json.loads(row["result"])
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
-        raise
+    rows = [{"number": number} for number in numbers]
+    for row in mapped(rows, lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1):
+        yield json.loads(row["result"])
 
 
 def _write_rejects(out: AnyPath, rejects: list[tuple[str, str]]) -> None:

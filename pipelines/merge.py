@@ -5,8 +5,10 @@ The rows of a shard come from all parts alike and are shuffled; parts are shuffl
 
 import csv
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
-from fr_core.data.store import AnyPath
+from fr_core.data.store import AnyPath, begin, written
 from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
 from fr_core.verify.pairs import make_pairs
@@ -35,6 +37,8 @@ from pipelines.embed import embed
 from pipelines.ingest import FEWEST_SHARDS, IMAGES_PER_SHARD
 from pipelines.unpack import folder_names
 
+STARTED, EMBEDDINGS = "merge.json", "embeddings"
+OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "identity_map.csv*")
 MAP_COLUMNS = ("dataset", "identity", "becomes", "cosine")
 FEWEST_HELD_OUT = 20  # identities: ten folds of two
 
@@ -45,8 +49,12 @@ class Part:
 
     dataset: Dataset
     labels_N: np.ndarray  # int64, the label of each identity in the result; −1: left out
-    without: frozenset[int] = frozenset()  # sample ids left out
+    without: Mapping[int, str] = field(default_factory=dict)  # sample ids left out -> their identity, or ""
     first_id: int = 0  # added to the sample ids
+
+    @cached_property
+    def names(self) -> list[str]:
+        return self.dataset.identity_names()
 
 
 def merge(
@@ -58,6 +66,7 @@ def merge(
     overlap: float = 0.7,
     without: Path | None = None,
     on_ray: bool = True,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Makes one dataset of several, or of one without the images of a list.
@@ -70,7 +79,8 @@ def merge(
         model: a net (:func:`fr_core.nets.open.open_net`); an identity whose centre is as near as ``overlap`` to one of
             an earlier dataset is that person.
         overlap: cosine.
-        without: of one dataset, a CSV with a column ``sample_id``, such as ``findings.csv`` of ``bigface clean``.
+        without: of one dataset, a CSV with a column ``sample_id``, such as ``clean.csv`` of ``bigface clean``; where it
+            has a column ``identity`` too, that must be the sample's.
 
     Returns:
         images, identities, joined (identities that were found in an earlier dataset), left_out (images).
@@ -81,33 +91,36 @@ def merge(
     if without and len(datasets) > 1:
         raise UserError("--without is for one dataset, since each has sample ids of its own; clean first, then merge")
     opened = [open_dataset(path) for path in datasets]
-    left_out = read_sample_ids(without) if without else frozenset()
-    prepare(out)
+    form_of(opened)
+    left_out = read_list(without) if without else {}
+    stamp = "+".join(dataset.stamp for dataset in opened)
+    begin(out, STARTED, stamp, OWN_FILES, overwrite, beside=[EMBEDDINGS])
     names = [dataset.identity_names() for dataset in opened]
     becomes, cosines = _new_identities(names), [np.full(len(own), np.nan) for own in names]
     if same_names:
         _join_by_name(names, becomes)
     if model:
-        _join_by_centre(opened, becomes, cosines, model, net, overlap, out, on_ray, progress)
+        _join_by_centre(opened, becomes, cosines, model, net, overlap, out / EMBEDDINGS, on_ray, progress)
     used, flat = np.unique(np.concatenate(becomes), return_inverse=True)
     labels = np.split(flat, np.cumsum([len(own) for own in names])[:-1])
-    titles = _titles(datasets, names)
+    titles = _titles([path.resolve().name for path in datasets], names, used)
     firsts = np.cumsum([0] + [_largest_id(dataset) + 1 for dataset in opened[:-1]])
     parts = [
         Part(dataset, own, left_out, first) for dataset, own, first in zip(opened, labels, firsts.tolist(), strict=True)
     ]
-    manifest = write_parts(parts, [titles[i] for i in used], out, " + ".join(map(str, datasets)), progress=progress)
-    with (out / "identity_map.csv").open("w", newline="") as file:
+    with written(out / "identity_map.csv") as scratch, scratch.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(MAP_COLUMNS)
-        for path, own, new, near in zip(datasets, names, becomes, cosines, strict=True):
+        for path, own, new, near in zip(datasets, names, labels, cosines, strict=True):
             for name, identity, cosine in zip(own, new.tolist(), near.tolist(), strict=True):
                 writer.writerow((path, name, titles[identity], "" if np.isnan(cosine) else f"{cosine:.4f}"))
+    manifest = write_parts(parts, titles, out, " + ".join(map(str, datasets)), progress=progress)
+    (out / STARTED).unlink()
     before = sum(dataset.manifest.images for dataset in opened)
     return {
         "images": manifest.images,
         "identities": manifest.identities,
-        "joined": len(titles) - len(used),
+        "joined": sum(map(len, names)) - len(used),
         "left_out": before - manifest.images,
     }
 
@@ -135,13 +148,13 @@ def split(
     dataset = open_dataset(shards)
     counts, names = dataset.identity_counts(), dataset.identity_names()
     able = np.flatnonzero(counts >= 2)
-    wanted = max(FEWEST_HELD_OUT, round(share * len(able)))
+    wanted = max(FEWEST_HELD_OUT, int(share * len(able)))
     if wanted > len(able) // 2:
         raise UserError(f"{shards}: {wanted} of {len(able)} identities with two images or more cannot be held out")
     held_out = np.isin(np.arange(len(names)), rng.generator(seed, "split").choice(able, wanted, replace=False))
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty")
-    prepare(out / "train")
+    (out / "train").mkdir(parents=True)
     kept = np.flatnonzero(~held_out)
     labels = np.full(len(names), -1)
     labels[kept] = np.arange(len(kept))
@@ -185,20 +198,17 @@ def write_parts(
     Raises:
         UserError: parts of different layout or image size, or nothing left.
     """
-    forms = {(part.dataset.manifest.layout, part.dataset.manifest.image_size) for part in parts}
-    if len(forms) > 1:
-        raise UserError(
-            f"datasets of different form cannot be one: {', '.join(f'{a} {b} px' for a, b in sorted(forms))}"
-        )
-    (layout, image_size), total = forms.pop(), sum(part.dataset.manifest.images for part in parts)
+    layout, image_size = form_of([part.dataset for part in parts])
+    total = sum(part.dataset.manifest.images for part in parts)
     number = -(-total // min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // FEWEST_SHARDS))))
     shares = [np.array_split(part.dataset.row_groups, number) for part in parts]
-    counts, shards, done = np.zeros(len(names), np.int64), [], 0
+    counts, shards, done, left_out = np.zeros(len(names), np.int64), [], 0, 0
     for shard in range(number):
         chunks: list[list[FlatRow]] = []
         for part, groups in zip(parts, shares, strict=True):
             for where in groups[shard].tolist():
-                chunks += _selected(part, where[0], where[1], layout)
+                kept, left = _selected(part, where[0], where[1], layout)
+                chunks, left_out = chunks + kept, left_out + left
                 done += where[2]
             progress(done, total)
         for chunk in chunks:
@@ -209,6 +219,9 @@ def write_parts(
             shards.append(write_shard(out / f"shard-{shard:05d}.parquet", table, layout))
     if not shards:
         raise UserError(f"{source}: no images are left")
+    listed = sum(len(part.without) for part in parts)
+    if left_out < listed:
+        raise UserError(f"{listed - left_out} of the {listed} listed samples are not in {source}: a list of other data")
     empty = int((counts == 0).sum())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -225,45 +238,54 @@ def write_parts(
     return manifest
 
 
-def read_sample_ids(path: Path) -> frozenset[int]:
-    """The column ``sample_id`` of a CSV.
+def form_of(datasets: Sequence[Dataset]) -> tuple[Layout, int]:
+    """The layout and image size that all have.
+
+    Raises:
+        UserError: they differ.
+    """
+    forms = {(dataset.manifest.layout, dataset.manifest.image_size) for dataset in datasets}
+    if len(forms) > 1:
+        found = ", ".join(f"{layout} {size} px" for layout, size in sorted(forms))
+        raise UserError(f"datasets of different form cannot be one: {found}")
+    return forms.pop()
+
+
+def read_list(path: Path) -> dict[int, str]:
+    """The columns ``sample_id`` and, if it is there, ``identity`` of a CSV.
 
     Raises:
         UserError: unreadable, no such column, or no numbers in it.
     """
     try:
         with path.open(newline="") as file:
-            return frozenset(int(row["sample_id"]) for row in csv.DictReader(file))
+            return {int(row["sample_id"]): row.get("identity") or "" for row in csv.DictReader(file)}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: expected a CSV with a column sample_id of whole numbers") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def prepare(out: Path) -> None:
-    """Raises UserError where a dataset lies there already, or nothing can be written."""
-    if (out / "manifest.json").exists():
-        raise UserError(f"{out} holds a dataset; write the new one somewhere else")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (*out.glob("shard-*.parquet"), *out.glob("shard-*.part")):
-            old.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+def _selected(part: Part, shard: int, group: int, layout: Layout) -> tuple[list[list[FlatRow]], int]:
+    """The chunks of a row group that stay, as they are called in the result, and how many listed images do not.
 
-
-def _selected(part: Part, shard: int, group: int, layout: Layout) -> list[list[FlatRow]]:
-    """The chunks of a row group that stay, as they are called in the result."""
-    chunks = chunks_of(part.dataset.read_row_group(shard, group), layout)
-    kept = [
-        [
-            (part.first_id + sample_id, int(part.labels_N[label]), jpeg, points)
-            for sample_id, label, jpeg, points in chunk
-            if part.labels_N[label] >= 0 and sample_id not in part.without
-        ]
-        for chunk in chunks
-    ]
-    return [chunk for chunk in kept if chunk]
+    Raises:
+        UserError: a listed image is another identity's.
+    """
+    kept, left_out = [], 0
+    for chunk in chunks_of(part.dataset.read_row_group(shard, group), layout):
+        rows: list[FlatRow] = []
+        for sample_id, label, jpeg, points in chunk:
+            if sample_id in part.without:
+                left_out += 1
+                told, own = part.without[sample_id], part.names[label]
+                if told not in ("", own):
+                    raise UserError(f"sample {sample_id} is {told!r} in the list, {own!r} here: a list of other data")
+            elif part.labels_N[label] >= 0:
+                rows.append((part.first_id + sample_id, int(part.labels_N[label]), jpeg, points))
+        if rows:
+            kept.append(rows)
+    return kept, left_out
 
 
 def _new_identities(names: list[list[str]]) -> list[np.ndarray]:
@@ -272,15 +294,14 @@ def _new_identities(names: list[list[str]]) -> list[np.ndarray]:
     return [np.arange(end - len(own), end) for end, own in zip(ends, names, strict=True)]
 
 
-def _titles(datasets: Sequence[AnyPath], names: list[list[str]]) -> list[str]:
-    """What each numbered identity is called: its name, with its dataset's where that alone is not distinct."""
-    every = list(itertools.chain(*names))
-    shared = {name for name, own in itertools.groupby(sorted(every)) if len(list(own)) > 1}
-    folders = [path.resolve().name for path in datasets]
-    titles = [f"{f}/{n}" if n in shared else n for f, own in zip(folders, names, strict=True) for n in own]
-    if len(set(titles)) < len(titles):  # datasets of one name, or identities of one in a dataset
-        titles = [f"{title}-{number}" for number, title in enumerate(titles)]
-    return titles
+def _titles(folders: list[str], names: list[list[str]], used: np.ndarray) -> list[str]:
+    """What the identities that are left are called: their names; ``NAME@FOLDER`` where several are called alike."""
+    owners = [(name, folder) for folder, own in zip(folders, names, strict=True) for name in own]
+    left = [owners[number] for number in used.tolist()]
+    alike = Counter(name for name, _ in left)
+    titles = [f"{name}@{folder}" if alike[name] > 1 else name for name, folder in left]
+    again = Counter(titles)  # folders are called alike too
+    return [f"{title}-{number}" if again[title] > 1 else title for number, title in enumerate(titles)]
 
 
 def _join_by_name(names: list[list[str]], becomes: list[np.ndarray]) -> None:
@@ -301,21 +322,20 @@ def _join_by_centre(
     on_ray: bool,
     progress: Callable[[int, int], None],
 ) -> None:
-    known_ND, known_N = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+    known_ND = np.zeros((0, 0), np.float32)  # centres of the identities of the datasets so far, in their order
     for number, dataset in enumerate(opened):
-        folder = out / "embeddings" / str(number)
-        embeddings = embed(model, dataset.root, folder, net, on_ray=on_ray, progress=progress)
+        embeddings = embed(model, dataset.root, out, net, on_ray=on_ray, own_folder=True, progress=progress)
         own_ND = all_centres(embeddings, dataset.manifest.identities)
         if number:
-            nobody = np.full(len(own_ND), -1)
-            row_N, cosine_N = (
-                np.concatenate(parts) for parts in zip(*nearest_centres(own_ND, known_ND, nobody), strict=True)
-            )
-            cosines[number][:] = cosine_N
-            joins = cosine_N >= overlap
-            becomes[number][joins] = known_N[row_N[joins]]
+            nobody, before = np.full(len(own_ND), -1), np.concatenate(becomes[:number])
+            nearest = nearest_centres(own_ND, known_ND, nobody)
+            row_N, cosines[number] = (np.concatenate(parts) for parts in zip(*nearest, strict=True))
+            joins = (cosines[number] >= overlap) & (row_N >= 0) & ~np.isin(becomes[number], before)
+            moved = np.arange(sum(map(len, becomes)))
+            moved[becomes[number][joins]] = before[row_N[joins]]
+            for own in becomes:
+                own[:] = moved[own]
         known_ND = np.concatenate([known_ND, own_ND]) if number else own_ND
-        known_N = np.concatenate([known_N, becomes[number]])
 
 
 def _largest_id(dataset: Dataset) -> int:

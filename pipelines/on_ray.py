@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from fr_core.config import Config, parse_config
@@ -29,6 +30,28 @@ def start_ray() -> None:
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                 raise
+
+
+def mapped(rows: list[dict[str, Any]], work: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    """What ``work``, a function or an actor's class, makes of each row, by Ray Data and in any order.
+
+    Raises:
+        UserError: as ``work`` does, in one line.
+    """
+    start_ray()
+    import ray
+    from ray.exceptions import RayTaskError
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield from ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(work, **options).iter_rows()
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+        raise
 
 
 def worker_cpus(cluster_cpus: float, workers: int) -> float:

@@ -56,14 +56,11 @@ class Embeddings:
             yield labels, ids, flat.reshape(-1, self.facts.embedding)
 
 
-def open_embeddings(root: Path, dataset: str | None = None) -> Embeddings:
+def open_embeddings(root: Path) -> Embeddings:
     """Opens a folder that ``bigface embed`` finished.
 
-    Args:
-        dataset: stamp of the dataset that they must be of.
-
     Raises:
-        UserError: none there, not finished, or of another dataset.
+        UserError: none there, or not finished.
     """
     path = root / FACTS
     if not path.is_file():
@@ -75,8 +72,6 @@ def open_embeddings(root: Path, dataset: str | None = None) -> Embeddings:
     missing = [file for file in facts.files if not (root / file).is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(facts.files)} files are missing; run bigface embed again")
-    if dataset not in (None, facts.dataset):
-        raise UserError(f"{root}: embeddings of another dataset; run bigface embed again")
     return Embeddings(root, facts)
 
 

@@ -185,7 +185,7 @@ def list_rec(path: AnyPath) -> Listing:
 def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
     """Images in Parquet files, unpacked to ``scratch`` (:mod:`fr_core.data.parquet`)."""
     if scratch is None:
-        raise UserError(f"{root}: Parquet needs a scratch folder")
+        raise UserError(f"{root}: Parquet is unpacked beside the shards first, so they need a local --out")
     scratch.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     owners: list[str] = []

@@ -250,6 +250,37 @@ def write_text_atomically(path: AnyPath, text: str) -> None:
         file.write_text(text)
 
 
+def begin(
+    out: AnyPath, marker: str, stamp: str, own: Iterable[str], overwrite: bool = False, beside: Iterable[str] = ()
+) -> bool:
+    """Makes the folder of a job and marks it, or finds that the same job was begun in it.
+
+    Args:
+        marker: the file that says by ``stamp`` which job was begun.
+        own: patterns of the files that such jobs make: replaced where ``overwrite`` says so; others are left alone.
+        beside: what may lie there all the same.
+
+    Returns:
+        Whether the same job was begun, so that what it left may be used.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    try:
+        if not overwrite and (out / marker).is_file() and (out / marker).read_text() == stamp:
+            return True
+        if out.exists() and not overwrite and any(entry.name not in beside for entry in out.iterdir()):
+            raise UserError(f"{out} is not empty; --overwrite replaces what such a job made in it")
+        out.mkdir(parents=True, exist_ok=True)
+        for pattern in own:
+            for old in find(out, pattern):
+                old.unlink()
+        write_text_atomically(out / marker, stamp)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    return False
+
+
 def find(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """What a pattern matches, in the order of the names."""
     paths: Iterable[AnyPath] = folder.glob(pattern)

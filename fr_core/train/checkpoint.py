@@ -126,6 +126,8 @@ def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
     for part in summary["head"]:
         first, last = part["rows"]
         here_S = (classes_S >= first) & (classes_S < last)
+        if found is not None and not here_S.any():
+            continue
         with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
             rows = file.get_tensor("weight")
             found = torch.zeros(len(classes_S), rows.shape[1]) if found is None else found
@@ -142,7 +144,7 @@ def read_identities(folder: AnyPath) -> tuple[list[str], int]:
     """
     summary = json.loads((folder / "checkpoint.json").read_text())
     if IDENTITIES not in summary["files"]:
-        raise UserError(f"{folder}: no names of identities in it: only runs with a class matrix keep them")
+        raise UserError(f"{folder}: no names of identities in it: its run had no class matrix, or is an old one")
     with checked(folder, summary, IDENTITIES) as local:
         names = pq.read_table(local, columns=["name"])["name"].to_pylist()
     return names, summary["config"]["data"].get("variants", 1)

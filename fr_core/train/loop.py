@@ -92,7 +92,8 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     else:
         load_backbone(config, state)
         if config.init.head != "random":
-            plain = config.model_copy(update={"data": config.data.model_copy(update={"augment": Augment(flip=0)})})
+            plain_data = config.data.model_copy(update={"augment": Augment(flip=0), "progressive": None})
+            plain = config.model_copy(update={"data": plain_data})
             prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, blocks), ranks)
         if config.init.head == "names":
             rows_by_name(config, state)

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +158,12 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
     return client, client.create_experiment(tracking.experiment, artifact_location=place)
 
 
-def log_verification(ref: AnyPath, figures: Mapping[str, float], folder: Path | None = None) -> str | None:
-    """Adds figures of a later verification to the MLflow run that trained the net, as ``verify_NAME``.
+def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:
+    """Adds figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
 
     Args:
         ref: where the net was opened from; only a run's folder or a checkpoint in one leads to an MLflow run.
-        folder: whose pictures and ``results.md`` are added, under ``verify``.
+        files: pictures and tables to add, under ``verify/NAME``.
 
     Returns:
         Its id, or None where there is none.
@@ -171,23 +171,24 @@ def log_verification(ref: AnyPath, figures: Mapping[str, float], folder: Path | 
     Raises:
         UserError: MLflow refuses.
     """
-    from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
-
-    run = next((place for place in (ref, ref.parent.parent) if (place / "run.json").is_file()), None)
-    run_id = _saved_run_id(run) if run else None
-    if run is None or run_id is None:
+    run = ref.resolve()
+    run = run.parent.parent if run.parent.name == "checkpoints" else run
+    run_id = _saved_run_id(run)
+    if run_id is None:
         return None
+    from mlflow.entities import Metric
+
     try:
         tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
-        client, _ = open_mlflow(tracking, run.resolve().parent)
+        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the run was copied from elsewhere
+            return None
+        client, _ = open_mlflow(tracking, run.parent)
         now = int(time.time() * 1000)
-        metrics = [Metric(f"verify_{name}", float(value), now, 0) for name, value in figures.items()]
-        client.log_batch(run_id, metrics=metrics)
-        for path in [*folder.glob("*.png"), *folder.glob("results.md")] if folder else []:
-            client.log_artifact(run_id, str(path), "verify")
-    except MlflowException as error:
-        raise UserError(f"{run}: MLflow: {str(error).splitlines()[0]}") from None
+        client.log_batch(run_id, metrics=[Metric(f"{name}/{n}", float(value), now, 0) for n, value in figures.items()])
+        for path in files:
+            client.log_artifact(run_id, str(path), f"verify/{name}")
+    except Exception as error:  # MLflow hands through whatever its database or store raises
+        raise UserError(f"{run}: not added to its MLflow run: {str(error).splitlines()[0]}") from None
     return run_id
 
 

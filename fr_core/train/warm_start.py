@@ -57,23 +57,20 @@ def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks:
 
 
 @torch.no_grad()
-def rows_by_name(config: Config, state: TrainState) -> int:
+def rows_by_name(config: Config, state: TrainState) -> None:
     """Sets the class matrix's rows of identities that the run in ``init.backbone`` knew, by their names.
 
-    Returns:
-        How many of all identities it knew.
-
     Raises:
-        UserError: weights without a class matrix's identities, or of another number of variants.
+        UserError: weights without a class matrix's identities, or it knew none of these.
     """
     folder = find_checkpoint(to_path(config.init.backbone or ""))
     known, variants = read_identities(folder)
-    if variants != config.data.variants:
-        raise UserError(f"{folder}: trained with data.variants = {variants}, not {config.data.variants}")
     label_of = {name: label for label, name in enumerate(known)}
     old_N = torch.tensor([label_of.get(name, -1) for name in state.plan.dataset.identity_names()])
+    if (old_N < 0).all():
+        raise UserError(f'{folder}: init.head = "names": it knew nobody called like any identity here')
     classes_S = torch.arange(state.head.lo, state.head.hi)
-    label_S, variant_S = old_N[classes_S // variants], classes_S % variants
-    old_S = torch.where(label_S >= 0, label_S * variants + variant_S, -1)
+    label_S = old_N[classes_S // config.data.variants]
+    plain_S = classes_S % config.data.variants == 0  # other variants are warps of their own in every run
+    old_S = torch.where((label_S >= 0) & plain_S, label_S * variants, -1)
     state.head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)
-    return int((old_N >= 0).sum())

@@ -11,7 +11,8 @@ import torch
 from fr_core.device import default_device
 
 TRIMS = 2
-BLOCK = 4096  # embeddings that are compared with all centres at once
+BLOCK = 4096  # embeddings that are compared with all centres at once, of up to 16,000
+PRODUCTS = 2**26  # cosines in memory at once
 
 
 def centres(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -48,32 +49,41 @@ def nearest_centres(
         own_I: the row of each one's own identity, −1 where there is none.
 
     Yields:
-        its row, int64, and the cosine to it, float32; −1 and −1 where all centres are its own.
+        its row, int64, and the cosine to it, float32; −1 and −1 where there is no other. Centres of zeros are none.
     """
     device = default_device()
     columns_DN = torch.from_numpy(centres_ND).to(device).T
-    for start in range(0, len(embeddings_ID), BLOCK):
-        part = slice(start, start + BLOCK)
+    empty_N = torch.from_numpy(~centres_ND.any(1)).to(device)
+    block = max(1, min(BLOCK, PRODUCTS // max(1, len(centres_ND))))
+    for start in range(0, len(embeddings_ID), block):
+        part = slice(start, start + block)
         cosines = torch.tensor(embeddings_ID[part], device=device) @ columns_DN  # a copy: Arrow's memory is read-only
         own = torch.tensor(own_I[part], device=device)
         rows = torch.arange(len(own), device=device)[own >= 0]
         cosines[rows, own[own >= 0]] = -2
+        cosines[:, empty_N] = -2
         best, who = cosines.max(1)
         none = (best < -1.5).cpu().numpy()
         yield np.where(none, -1, who.cpu().numpy()), np.where(none, -1, best.cpu().numpy())
 
 
-def copies(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float) -> np.ndarray:
-    """For each image the first earlier one of its identity that looks the same (cosine at least ``least``), or −1."""
+def copies(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float, usable_I: np.ndarray) -> np.ndarray:
+    """For each image the first earlier one of its identity that looks the same (cosine at least ``least``), or −1.
+
+    Only images that are no copies themselves, and are ``usable_I``, are originals: of a film, some frames stay.
+    """
     earlier_I = np.full(len(labels_I), -1)
     begins = np.flatnonzero(np.diff(labels_I, prepend=labels_I[:1] - 1))
     for first, last in zip(begins, np.append(begins[1:], len(labels_I)), strict=True):
-        for start in range(first, last, BLOCK):
-            part = slice(start, min(start + BLOCK, last))
-            alike = embeddings_ID[part] @ embeddings_ID[first:last].T >= least
-            found = alike.argmax(1) + first
-            numbers = np.arange(part.start, part.stop)
-            earlier_I[part] = np.where(alike.any(1) & (found < numbers), found, -1)
+        originals = np.empty((last - first, embeddings_ID.shape[1]), np.float32)
+        numbers: list[int] = []
+        for i in np.flatnonzero(usable_I[first:last]) + first:
+            alike = originals[: len(numbers)] @ embeddings_ID[i] >= least
+            if alike.any():
+                earlier_I[i] = numbers[int(alike.argmax())]
+            else:
+                originals[len(numbers)] = embeddings_ID[i]
+                numbers.append(int(i))
     return earlier_I
 
 

@@ -16,6 +16,7 @@ FMRS = (1e-3, 1e-4, 1e-5, 1e-6)
 FMR = 1e-5  # the score's
 WEIGHTS = {"masked": 0.25, "standard": 0.75}
 BLOCK = 1024  # probes compared with the whole gallery at once
+COSINES = 2**24  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def nonmatches(
     """FNMR at FMR over all pairs of a probe and a gallery image, or without a gallery over all pairs of the probes.
 
     The threshold at an FMR is the lowest cosine that at most this share of the impostor pairs reach; what ties with
-    the first impostor beyond them does not match. Only the highest impostor cosines are kept.
+    the first impostor beyond them does not match. All genuine cosines are kept in memory, and the
+    highest thousandth of the impostors'.
 
     Args:
         probes_ND, gallery_MD: normalised.
@@ -60,20 +62,22 @@ def nonmatches(
         raise UserError("MFR needs both pairs of one person and pairs of two")
     fmrs = [fmr for fmr in FMRS if fmr * impostors >= 1]
     most = int((fmrs[0] if fmrs else 0) * impostors + 1e-9) + 1
-    matches = np.empty(0, np.float32)
+    matches: list[np.ndarray] = []
     top = np.empty(0, np.float32)
-    for start in range(0, len(probes_ND), BLOCK):
-        part = slice(start, start + BLOCK)
-        cosines = probes_ND[part] @ gallery_MD.T
-        same = people_N[part, None] == people_M
-        counted = np.triu(np.ones(cosines.shape, bool), start + 1) if alone else np.ones(cosines.shape, bool)
-        matches = np.concatenate([matches, cosines[same & counted]])
-        top = np.concatenate([top, cosines[~same & counted]])
+    block = max(1, min(BLOCK, COSINES // len(gallery_MD)))
+    for start in range(0, len(probes_ND), block):
+        part, first = slice(start, start + block), start if alone else 0
+        cosines, same = probes_ND[part] @ gallery_MD[first:].T, people_N[part, None] == people_M[first:]
+        if alone:  # each pair once
+            upper = np.triu_indices(len(cosines), 1, cosines.shape[1])
+            cosines, same = cosines[upper], same[upper]
+        matches.append(cosines[same])
+        top = np.concatenate([top, cosines[~same]])
         if len(top) > most:
             top = np.partition(top, len(top) - most)[-most:]
-    top, matches = np.sort(top)[::-1], np.sort(matches)
+    top, found = np.sort(top)[::-1], np.sort(np.concatenate(matches))
     beyond = {fmr: top[int(fmr * impostors + 1e-9)] for fmr in fmrs}
-    fnmr = {fmr: float(np.searchsorted(matches, bound, "right") / genuine) for fmr, bound in beyond.items()}
+    fnmr = {fmr: float(np.searchsorted(found, bound, "right") / genuine) for fmr, bound in beyond.items()}
     return NonMatches(fnmr, genuine, impostors)
 
 

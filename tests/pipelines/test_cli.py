@@ -84,8 +84,11 @@ def test_verify_and_match_use_the_run(trained, photos, tmp_path):
 
     client = MlflowClient(f"sqlite:///{trained.parent}/mlflow.db")
     run_id = json.loads((trained / "run.json").read_text())["run_id"]
-    assert client.get_run(run_id).data.metrics["verify_accuracy"] == pytest.approx(found["accuracy"])
-    assert {item.path for item in client.list_artifacts(run_id, "verify")} >= {"verify/roc.png", "verify/det.png"}
+    assert client.get_run(run_id).data.metrics["pairs/accuracy"] == pytest.approx(found["accuracy"])
+    assert {item.path for item in client.list_artifacts(run_id, "verify/pairs")} >= {
+        "verify/pairs/roc.png",
+        "verify/pairs/det.png",
+    }
     assert "person0/absent.jpg: missing" in output
     assert json.loads((tmp_path / "v.json").read_text())["missing"] == {"person0/absent.jpg": "missing"}
     assert (tmp_path / "roc.png").stat().st_size > 1000

@@ -1,4 +1,5 @@
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -55,22 +56,23 @@ def test_every_image_is_embedded_as_open_net_does(tmp_path, net, small, grouped,
 def test_what_was_begun_goes_on_and_nothing_else_is_touched(tmp_path, net, small):
     out = tmp_path / "out"
     first = whole(embed(net[0], small, out, net[1], on_ray=False))
-    (out / "shard-00001.parquet").unlink()
-    kept = (out / "shard-00000.parquet").stat().st_mtime_ns
+    (out / "embeddings-00001.parquet").unlink()
+    kept = (out / "embeddings-00000.parquet").stat().st_mtime_ns
     with pytest.raises(UserError, match="1 of 3 files are missing"):
         open_embeddings(out)
     told = []
     again = whole(embed(net[0], small, out, net[1], on_ray=False, progress=lambda *counts: told.append(counts)))
     assert told == [(160, 240), (240, 240)]
-    assert (out / "shard-00000.parquet").stat().st_mtime_ns == kept
+    assert (out / "embeddings-00000.parquet").stat().st_mtime_ns == kept
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one, other)
-    with pytest.raises(UserError, match="no begun embeddings of this data by this net"):
+    with pytest.raises(UserError, match="is not empty; --overwrite"):
         embed(net[0], small, out, net[1], flip=False, on_ray=False)
-    with pytest.raises(UserError, match="holds a dataset"):
-        embed(net[0], small, small, net[1], on_ray=False, overwrite=True)
-    with pytest.raises(UserError, match="of another dataset"):
-        open_embeddings(out, "another")
+    with pytest.raises(UserError, match="is not empty"):
+        embed(net[0], small, small, net[1], on_ray=False)
+    shutil.copytree(small, tmp_path / "copy")
+    embed(net[0], small, tmp_path / "copy", net[1], on_ray=False, overwrite=True)  # beside the shards, not over them
+    assert contents(tmp_path / "copy") == contents(small)
 
 
 def test_identities_come_whole_however_little_fits_in_memory(tmp_path, net, small):
@@ -110,14 +112,14 @@ def test_clean_lists_what_does_not_belong_and_merge_leaves_it_out(tmp_path, net,
     from pipelines.clean import Limits
 
     found = clean(tmp_path / "shards", net[0], tmp_path / "out", net[1], Limits(0.9, 0.9, 0.9999), on_ray=False)
-    with (tmp_path / "out" / "findings.csv").open() as file:
+    with (tmp_path / "out" / "clean.csv").open() as file:
         rows = list(csv.DictReader(file))
     flips = {(row["identity"], row["other_identity"]) for row in rows if row["finding"] == "flip"}
     assert flips == {("p0", "p1"), ("p1", "p2")}
     assert [row["identity"] for row in rows if row["finding"] == "copy"] == ["p3"]
     assert found["images"] == 41
     assert (tmp_path / "out" / "clean.png").is_file()
-    merged = merge([tmp_path / "shards"], tmp_path / "cleaned", without=tmp_path / "out" / "findings.csv")
+    merged = merge([tmp_path / "shards"], tmp_path / "cleaned", without=tmp_path / "out" / "clean.csv")
     assert merged["left_out"] == len(rows)
     left = {row["sample_id"] for row in rows}
     before, after = contents(tmp_path / "shards"), contents(tmp_path / "cleaned")
@@ -141,10 +143,10 @@ def test_merged_identities_stay_apart_unless_told(tmp_path, layout):
     assert figures == {"images": 500, "identities": 20, "joined": 0, "left_out": 0}
     one, two, both = contents(a), contents(b), contents(tmp_path / "apart")
     assert sorted(both.values()) == sorted(
-        [(f"a/{name}", jpeg) for name, jpeg in one.values()] + [(f"b/{name}", jpeg) for name, jpeg in two.values()]
+        [(f"{name}@a", jpeg) for name, jpeg in one.values()] + [(f"{name}@b", jpeg) for name, jpeg in two.values()]
     )
     assert merge([a, b], tmp_path / "one", same_names=True)["joined"] == 10
-    assert {name for name, _ in contents(tmp_path / "one").values()} == {f"a/id{i}" for i in range(10)}
+    assert {name for name, _ in contents(tmp_path / "one").values()} == {f"id{i}" for i in range(10)}
     for row in range(2):  # all shard has images of both
         opened = open_dataset(tmp_path / "apart")
         assert {image[1] < 10 for image in opened.read_images(row, 0)} == {True, False}
@@ -175,15 +177,39 @@ def test_what_cannot_be_merged_is_refused(tmp_path, dataset, grouped):
         merge([dataset, grouped], tmp_path / "out")
     with pytest.raises(UserError, match="--without is for one dataset"):
         merge([dataset, dataset], tmp_path / "out", without=tmp_path / "list.csv")
-    with pytest.raises(UserError, match="holds a dataset"):
+    with pytest.raises(UserError, match="is not empty"):
         merge([dataset], grouped)
     (tmp_path / "list.csv").write_text("path\n1.jpg\n")
     with pytest.raises(UserError, match="a column sample_id of whole numbers"):
         merge([dataset], tmp_path / "out", without=tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("sample_id,identity\n3,id3\n1500,id4\n")
+    with pytest.raises(UserError, match="1 of the 2 listed samples are not in"):
+        merge([dataset], tmp_path / "out", without=tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("sample_id,identity\n3,somebody\n")
+    with pytest.raises(UserError, match="sample 3 is 'somebody' in the list, 'id3' here"):
+        merge([dataset], tmp_path / "other", without=tmp_path / "list.csv")
     ids = "\n".join(["sample_id", *map(str, range(1500))])
     (tmp_path / "list.csv").write_text(ids)
     with pytest.raises(UserError, match="no images are left"):
-        merge([dataset], tmp_path / "out", without=tmp_path / "list.csv")
+        merge([dataset], tmp_path / "another", without=tmp_path / "list.csv")
+
+
+def test_of_three_datasets_a_person_is_one_by_name_and_by_centre(tmp_path, net, photos):
+    parts = {"a": ("0", "y"), "b": ("12", "x"), "c": ("34", "x")}  # the same people, called otherwise in a
+    for folder, (shots, prefix) in parts.items():
+        for path in photos.rglob("*.jpg"):
+            if path.stem in shots:
+                new = tmp_path / folder / f"{prefix}{path.parent.name}" / path.name
+                new.parent.mkdir(parents=True, exist_ok=True)
+                new.write_bytes(path.read_bytes())
+        if folder == "a":
+            for path in list((tmp_path / "a").rglob("*.jpg")):
+                (path.parent / "again.jpg").write_bytes(path.read_bytes())
+        ingest(tmp_path / folder, tmp_path / f"{folder}_shards", on_ray=False)
+    shards = [tmp_path / f"{folder}_shards" for folder in parts]
+    found = merge(shards, tmp_path / "out", True, net[0], net[1], 0.99, on_ray=False)
+    assert found["identities"] == 6
+    assert {name for name, _ in contents(tmp_path / "out").values()} == {f"yperson{i}" for i in range(6)}
 
 
 def test_split_holds_identities_out_with_pairs_of_them(tmp_path, dataset):
@@ -210,9 +236,19 @@ def test_the_commands(tmp_path, net, small):
     given = ["--net", net[1], "--in-process", "--json", str(tmp_path / "out.json")]
     bigface("clean", shards, "--model", net[0], "--out", str(tmp_path / "clean"), *given)
     assert figures(tmp_path / "out.json")["images"] == 240
-    bigface("embed", net[0], "--data", shards, "--out", str(tmp_path / "clean" / "embeddings"), *given)
+    (made,) = (tmp_path / "clean" / "embeddings").iterdir()
+    before = [path.stat().st_mtime_ns for path in sorted(made.glob("*.parquet"))]
+    bigface("embed", net[0], "--data", shards, "--out", str(made), *given)
     assert figures(tmp_path / "out.json")["embedding"] == 16
-    assert figures(tmp_path / "out.json")["seconds"] < 20  # all are there
+    assert [path.stat().st_mtime_ns for path in sorted(made.glob("*.parquet"))] == before
+    for command in (
+        ["embed", net[0], "--data", shards],
+        ["merge", shards],
+        ["split", shards],
+        ["clean", shards, "--model", net[0]],
+    ):
+        with pytest.raises(UserError, match="can only lie on a local disk"):
+            bigface(*command, "--out", "s3://bucket/out")
 
 
 @pytest.mark.ray

@@ -68,10 +68,20 @@ def test_nearest_centres_leave_the_own_out(monkeypatch, block):
     assert none.tolist() == low.tolist() == [-1, -1]
 
 
-@pytest.mark.parametrize("block", [2, 4096])
-def test_copies_name_the_first_like_them_within_their_identity(monkeypatch, block):
-    monkeypatch.setattr("fr_core.verify.identities.BLOCK", block)
+def test_copies_name_the_first_like_them_within_their_identity():
     embeddings, labels = people([4, 3], noise=0.3)
     embeddings[2] = embeddings[3] = embeddings[0]
     embeddings[5] = embeddings[1]  # another identity's
-    assert copies(embeddings, labels, 0.999).tolist() == [-1, -1, 0, 0, -1, -1, -1]
+    usable = np.ones(7, bool)
+    assert copies(embeddings, labels, 0.999, usable).tolist() == [-1, -1, 0, 0, -1, -1, -1]
+    usable[0] = False  # a flip is nobody's original
+    assert copies(embeddings, labels, 0.999, usable).tolist() == [-1, -1, -1, 2, -1, -1, -1]
+
+
+def test_a_slow_film_keeps_some_frames():
+    angles = np.deg2rad(np.arange(0, 90, 2))
+    frames = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    found = copies(frames, np.zeros(len(frames), int), np.cos(np.deg2rad(9)), np.ones(len(frames), bool))
+    originals = np.flatnonzero(found == -1)
+    assert originals.tolist() == list(range(0, 45, 5))
+    assert (frames * frames[np.where(found < 0, np.arange(45), found)]).sum(1).min() > np.cos(np.deg2rad(9.1))

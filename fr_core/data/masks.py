@@ -1,0 +1,350 @@
+"""Synthetic face masks on aligned crops, by two complementary tools (METHODS §5). All assets are drawn here.
+
+*Warped*: a drawn mask is laid on the lower face by a homography of six points: many shapes and patterns, a little
+unnatural. *Rendered*: the mask lies on an ellipsoid with a nose that is turned as the face is, one ray a pixel, shaded,
+with a shadow below: natural, few kinds. Both are toned to the photo, and everything random is drawn from the numbers
+that the caller gives.
+
+Legend: H W pixels of the image, T a mask's texture. Colours are RGB, alphas 0 to 1. Coordinates of the head are
+those of the 112×112 template, x to the right, y down, z towards the viewer.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from fr_core import rng
+from fr_core.config import Masks
+from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, RejectedImage, similarity
+
+KINDS = ("surgical", "kn95", "cloth", "dark")
+EACH = 16  # textures of a kind
+TEXTURE = (96, 128)  # height and width
+DRAWS = 24  # uniform numbers a mask takes
+# Where the six anchors of a texture come to lie: left and right ear side, nose bridge, jaw, chin. Template pixels.
+ANCHORS = np.array([(4, 14), (64, 2), (124, 14), (106, 78), (64, 94), (22, 78)], np.float32)
+TARGETS = np.array([(20, 66), (56, 60), (92, 66), (84, 98), (56, 111), (28, 98)], np.float32)
+EARS = np.array([(3, 56), (109, 56), (7, 84), (105, 84)], np.float32)  # where straps end
+# The head: an ellipsoid about CENTRE. Angles in radians, heights as shares of its vertical semi-axis.
+CENTRE, AXES = np.array([56.0, 66.0]), np.array([43.0, 60.0, 48.0])
+REACH, TOP, BOTTOM = 1.15, (-0.1, 0.13), (0.74, 0.36)  # half width; upper edge and its fall to the sides; lower edges
+LIGHT = np.array([0.1, -0.46, 0.88])  # where it comes from
+NOSE = np.array([22.0, 30.0])  # pixels that its tip moves with the sine of yaw and of pitch
+STEP = np.deg2rad(6)  # of the turns that are rendered
+FEW = 4  # of each kind's textures are rendered
+ODD = 34  # pixels of the template: points farther from their places are no face's
+NARROWEST = 4  # pixels of the template between the eyes of a turned head
+UNTOUCHED = 0.4  # of the image, from above
+EYE_MARGIN = 0.2  # of the distance between the eyes, below their line, which no mask enters
+STRAPPED = 0.8  # of the warped masks have straps
+COLOURED = 12  # mean difference of red and blue in photos with colours
+
+
+@dataclass(frozen=True)
+class Face:
+    """Where a face lies in an image."""
+
+    to_image: np.ndarray  # float64 [2, 3], template pixels to image pixels
+    points: np.ndarray  # float64 [5, 2], image pixels
+    yaw: float  # radians, positive where the face looks to the image's right
+    pitch: float  # positive where it looks down
+
+
+def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks: Masks, seed: int = 0) -> np.ndarray:
+    """The face with a mask on.
+
+    Args:
+        image: uint8 [H, W, 3], an aligned crop.
+        landmarks: float [5, 2], its points in pixels, or None where only the alignment is known.
+        u: :data:`DRAWS` uniform numbers, of which the first three choose tool, kind and texture.
+        seed: of the drawn textures.
+
+    Returns:
+        uint8 [H, W, 3], a new image.
+    """
+    size = image.shape[0]
+    face, above = locate(landmarks, size), int(UNTOUCHED * size)
+    weights = np.cumsum([getattr(masks, kind) for kind in KINDS])
+    kind = KINDS[min(int(np.searchsorted(weights / weights[-1], u[1], side="right")), len(KINDS) - 1)]
+    tool = rendered if u[0] < masks.rendered else warped
+    layer = tool(seed, kind, face, (size - above, size), above, u[2:])
+    _clear_eyes(layer, face, above)
+    out = image.copy()
+    out[above:] = blended(image[above:], layer)
+    return out
+
+
+def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What decides about each sample of a batch: uniform float64 [B] against the ratio, and [B, DRAWS] for its mask."""
+    numbers = rng.uniforms(seed, "masks", epoch, sample_ids, 1 + DRAWS)
+    return numbers[:, 0], numbers[:, 1:]
+
+
+def locate(landmarks: np.ndarray | None, size: int) -> Face:
+    """Position and turn of a face in a crop of side ``size``.
+
+    Points that are missing, coincide or lie so far off that no aligned face has them are taken for the template's.
+    """
+    points = TEMPLATE * (size / TEMPLATE_SIZE) if landmarks is None else np.asarray(landmarks, np.float32)
+    try:
+        to_template = similarity(points, TEMPLATE_SIZE)
+    except RejectedImage:
+        return locate(None, size)
+    own = points @ to_template[:, :2].T + to_template[:, 2]
+    to_image = cv2.invertAffineTransform(to_template)
+    if landmarks is None:
+        return Face(to_image, points, 0.0, 0.0)
+    apart = own[1, 0] - own[0, 0]  # a mirrored face has it negative
+    if np.abs(own - TEMPLATE).max() > ODD or np.abs(points).max() > 2 * size or apart < NARROWEST:
+        return locate(None, size)
+    off = own[2] - own[[0, 1, 3, 4]].mean(0) - (TEMPLATE[2] - TEMPLATE[[0, 1, 3, 4]].mean(0))
+    yaw, pitch = np.arcsin(np.clip(off / NOSE, -0.8, 0.8))
+    return Face(to_image, points, float(yaw), float(pitch))
+
+
+def warped(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
+    """The first tool: a texture's six anchors carried to the lower face, and straps to the ears.
+
+    Args:
+        shape: height and width of the part of the image that the layer covers.
+        above: rows of the image above it.
+
+    Returns:
+        uint8 [shape, 4], RGB premultiplied with the alpha.
+    """
+    height, width = shape
+    jitter = 3.0 * (2 * u[1:13].reshape(6, 2) - 1)
+    points = _turned(np.concatenate([TARGETS + jitter, EARS]), face) - (0, above)
+    matrix, _ = cv2.findHomography(ANCHORS, points[:6].astype(np.float32))
+    layer = cv2.warpPerspective(textures(seed)[kind][int(u[0] * EACH)], matrix, (width, height))
+    if u[13] < STRAPPED:
+        strap = np.zeros(shape, np.uint8)
+        lines = (np.stack([points[[0, 2, 5, 3]], points[6:]], 1) * 16).round().astype(np.int32)
+        cv2.polylines(strap, list(lines), False, 230, 1, cv2.LINE_AA, 4)
+        strap[layer[..., 3] > 127] = 0
+        colour = (0.9, 0.9, 0.88, 1) if u[14] < 0.7 else (0.12, 0.12, 0.12, 1)
+        bare = strap[..., None] > layer
+        layer = np.where(bare, strap[..., None] * np.array(colour, np.float32), layer).astype(np.uint8)
+    return layer
+
+
+def rendered(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
+    """The second tool: the view of a mask on a head that is turned as the face is, to the nearest :data:`STEP`.
+
+    Args and returns as :func:`warped`.
+    """
+    turn = (round(face.yaw / STEP), round(face.pitch / STEP))
+    view = _view(seed, kind, int(u[0] * FEW), turn, int(u[1] * 3))
+    to_layer = face.to_image.copy()
+    to_layer[1, 2] -= above
+    return cv2.warpAffine(view, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
+
+
+@lru_cache(maxsize=1024)
+def _view(seed: int, kind: str, number: int, turn: tuple[int, int], size: int) -> np.ndarray:
+    """A mask on an ellipsoid, seen by one parallel ray a pixel: uint8 [112, 112, 4] in template pixels.
+
+    Args:
+        turn: yaw and pitch in steps.
+        size: 0 small, 1, 2 large.
+    """
+    texture, head = textures(seed)[kind][number], rotation(STEP * turn[0], STEP * turn[1])
+    ys, xs = np.mgrid[:TEMPLATE_SIZE, :TEMPLATE_SIZE]
+    seen = np.stack([xs, ys], -1) - CENTRE - _drift(head)
+    # On the ray q = o + z·d, in the head's coordinates and in units of its semi-axes, |q| = 1; the larger z is seen.
+    axes = head / AXES
+    o, d = seen @ axes[:2], axes[2]
+    a, b, c = d @ d, o @ d, (o * o).sum(-1) - 1
+    hit = b * b - a * c > 0
+    q = o + ((np.sqrt(np.maximum(b * b - a * c, 0)) - b) / a)[..., None] * d
+    azimuth, height = np.arctan2(q[..., 0] * AXES[0], q[..., 2] * AXES[2]), q[..., 1]
+    bend = (1 - np.cos(azimuth)) / (1 - np.cos(REACH))
+    reach, beyond = REACH * (0.94 + 0.06 * size), np.abs(azimuth) - REACH * (0.94 + 0.06 * size)
+    top = TOP[0] + 0.02 * (size - 1) + TOP[1] * bend
+    bottom = BOTTOM[0] + 0.03 * (size - 1) + (BOTTOM[1] - BOTTOM[0]) * bend
+    across, down = azimuth / reach, (height - top) / (bottom - top)
+    rows, columns = TEXTURE
+    where = (columns * (0.5 + 0.46 * across)).astype(np.float32), (rows * (0.06 + 0.88 * down)).astype(np.float32)
+    cloth = cv2.remap(texture, *where, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT) / 255
+    edge = np.clip(12 * np.minimum.reduce([1 - np.abs(across), down, 1 - down]), 0, 1)
+    straps = [np.abs(height - level - slope * beyond) < 0.014 for level, slope in ((0.02, -0.12), (0.3, -0.35))]
+    strap = (straps[0] | straps[1]) & (beyond >= 0) & (np.abs(azimuth) < 1.6)
+    alpha = np.where(hit, np.maximum(edge * cloth[..., 3], strap), 0)
+    normal = q / AXES
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    nose = np.exp(-((azimuth / 0.22) ** 2)) * np.clip(1 - 2.2 * down, 0, 1)
+    lit = normal @ (head.T @ LIGHT) + 0.35 * nose * np.cos(3 * azimuth)
+    colour = (
+        np.where(strap[..., None], 0.85, cloth[..., :3] * edge[..., None])
+        * (0.42 + 0.6 * np.clip(lit, 0, 1))[..., None]
+    )
+    low = cv2.warpAffine(alpha, np.array([[1.0, 0, 0], [0, 1, 2]]), (TEMPLATE_SIZE, TEMPLATE_SIZE))
+    shadow = 0.4 * np.clip(cv2.GaussianBlur(low, (0, 0), 2.0) - alpha, 0, 1)
+    covered = alpha + shadow * (1 - alpha)
+    layer = np.dstack([np.minimum(np.where(hit[..., None], colour, 0), covered[..., None]), covered])
+    return (255 * np.clip(layer, 0, 1) + 0.5).astype(np.uint8)
+
+
+def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    """Lays a layer over a photo, in the photo's brightness, saturation, light and sharpness.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        layer: uint8 [H, W, 4], premultiplied.
+    """
+    height, width = photo.shape[:2]
+    grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (9, 6), interpolation=cv2.INTER_AREA).astype(np.float32)
+    mean = max(float(small.mean()), 1.0)
+    light = np.clip(mean / 115, 0.35, 1.15) * np.clip(small / mean, 0.6, 1.4) ** 0.6
+    gain = cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    tint = float(np.abs(photo[::3, ::3, 0].astype(np.int16) - photo[::3, ::3, 2]).mean())
+    mask = layer.astype(np.float32)
+    if tint < COLOURED:  # a photo with little colour: so has its mask
+        plain = cv2.cvtColor(mask[..., :3], cv2.COLOR_RGB2GRAY)
+        mask[..., :3] = plain[..., None] + (tint / COLOURED) * (mask[..., :3] - plain[..., None])
+    sharpness = float(np.abs(cv2.Laplacian(grey, cv2.CV_16S)).mean())
+    sigma = float(np.clip(0.9 - 0.035 * sharpness, 0.3, 0.9)) * width / TEMPLATE_SIZE
+    soft = cv2.GaussianBlur(mask, (5, 5), sigma)
+    bare = 1 - soft[..., 3:] / 255
+    toned = soft[..., :3] * gain[..., None]
+    return np.clip(photo * bare + toned + 0.5, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=2)
+def textures(seed: int) -> dict[str, list[np.ndarray]]:
+    """The drawn masks: :data:`EACH` of every kind, uint8 [T, T, 4], RGB premultiplied with the alpha."""
+    return {
+        kind: [_texture(kind, rng.generator(seed, f"mask {kind}", number)) for number in range(EACH)] for kind in KINDS
+    }
+
+
+def rotation(yaw: float, pitch: float) -> np.ndarray:
+    """Head to camera: float64 [3, 3]."""
+    cy, sy, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
+    around_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    around_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
+    return around_x @ around_y
+
+
+def _turned(points: np.ndarray, face: Face) -> np.ndarray:
+    """Points of the frontal template on the turned head, in image pixels."""
+    turn = rotation(face.yaw, face.pitch)
+    own = _projected(points, turn) + CENTRE + _drift(turn)
+    return own @ face.to_image[:, :2].T + face.to_image[:, 2]
+
+
+def _projected(points: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    flat = points - CENTRE
+    depth = AXES[2] * np.sqrt(np.maximum(0, 1 - ((flat / AXES[:2]) ** 2).sum(1)))
+    return (np.column_stack([flat, depth]) @ turn.T)[:, :2]
+
+
+def _drift(turn: np.ndarray) -> np.ndarray:
+    """How far the alignment moves a turned head back: it keeps the mean of the five points in its place."""
+    return (TEMPLATE - CENTRE).mean(0) - _projected(TEMPLATE.astype(np.float64), turn).mean(0)
+
+
+def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
+    """Takes away what lies less than :data:`EYE_MARGIN` below the line of the eyes."""
+    left, right = face.points[:2]
+    along = right - left
+    down = EYE_MARGIN * np.array([-along[1], along[0]])
+    corners = [
+        left - 4 * along + down,
+        right + 4 * along + down,
+        right + 4 * along - 9 * down,
+        left - 4 * along - 9 * down,
+    ]
+    polygon = ((np.array(corners) - (0, above)) * 16).round().astype(np.int32)
+    cv2.fillConvexPoly(layer, polygon, (0, 0, 0, 0), cv2.LINE_AA, 4)
+
+
+def _texture(kind: str, random: np.random.Generator) -> np.ndarray:
+    """One mask, drawn at twice its size."""
+    rows, columns = 2 * TEXTURE[0], 2 * TEXTURE[1]
+    ys, xs = np.mgrid[:rows, :columns].astype(np.float32)
+    across, down = xs / columns, ys / rows
+    base, second = _colours(kind, random)
+    cloth = np.ones((rows, columns, 3), np.float32) * base
+    if kind == "surgical":
+        for line in np.linspace(0.25, 0.75, int(random.integers(2, 6))) + random.uniform(-0.03, 0.03):
+            fold = (down - line) / 0.035
+            cloth *= (1 - 0.22 * np.exp(-(fold**2)) + 0.10 * np.exp(-((fold - 1.5) ** 2)))[..., None]
+    elif kind == "kn95":
+        cloth *= (1 - 0.25 * np.exp(-(((across - 0.5) / 0.012) ** 2)) - 0.12 * np.abs(across - 0.5))[..., None]
+        for x in (0.12, 0.88):
+            cloth *= (1 - 0.15 * np.exp(-(((across - x) / 0.01) ** 2)))[..., None]
+        if random.random() < 0.35:
+            centre = (int(columns * random.choice([0.3, 0.7])), int(rows * 0.55))
+            cv2.circle(cloth, centre, 26, tuple(map(float, 0.75 * base)), -1, cv2.LINE_AA)
+            cv2.circle(cloth, centre, 26, tuple(map(float, 0.5 * base)), 2, cv2.LINE_AA)
+    elif kind == "cloth":
+        pattern = _pattern(across, down, random)[..., None]
+        cloth = cloth * (1 - pattern) + second * pattern
+    cloth *= 1 + 0.05 * cv2.GaussianBlur(random.normal(size=(rows, columns)).astype(np.float32), (0, 0), 1)[..., None]
+    cloth *= (1 + 0.03 * np.sin(xs * 1.6) * np.sin(ys * 1.6))[..., None]  # weave
+    shape = np.zeros((rows, columns), np.float32)
+    outline = (_outline(kind, random) * 16).round().astype(np.int32)
+    cv2.fillPoly(shape, [outline], 1.0, cv2.LINE_AA, 4)
+    if kind != "kn95":
+        piping = np.zeros_like(shape)
+        cv2.polylines(piping, [outline], True, 1.0, 7, cv2.LINE_AA, 4)
+        cloth *= (1 - random.uniform(0.05, 0.25) * piping)[..., None]
+    drawn = np.dstack([np.clip(cloth, 0, 1) * shape[..., None], shape])
+    return (255 * cv2.resize(drawn, TEXTURE[::-1], interpolation=cv2.INTER_AREA) + 0.5).astype(np.uint8)
+
+
+def _colours(kind: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    second = random.uniform(0.05, 0.95, 3).astype(np.float32)
+    match kind:
+        case "surgical":
+            known = [(0.62, 0.80, 0.90), (0.72, 0.86, 0.93), (0.60, 0.83, 0.78), (0.93, 0.94, 0.95), (0.92, 0.75, 0.80)]
+            base = np.array(known[int(random.integers(len(known)))])
+        case "kn95":
+            base = np.full(3, random.uniform(0.86, 0.97))
+        case "dark":
+            base = random.uniform(0.04, 0.16) + random.uniform(0, 0.08, 3)
+        case _:
+            base = random.uniform(0.1, 0.95, 3)
+    return base.astype(np.float32), second
+
+
+def _pattern(across: np.ndarray, down: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Stripes, checks, dots, blotches or nothing, 0 to 1."""
+    number = random.uniform(6, 16)
+    match random.integers(5):
+        case 0:
+            angle = random.uniform(0, np.pi)
+            pattern = np.sin(2 * np.pi * number * (across * np.cos(angle) + down * np.sin(angle))) > 0
+        case 1:
+            pattern = (np.sin(2 * np.pi * number * across) > 0) ^ (np.sin(2 * np.pi * 0.75 * number * down) > 0)
+        case 2:
+            pattern = np.sin(2 * np.pi * number * across) * np.sin(2 * np.pi * 0.75 * number * down) > 0.6
+        case 3:
+            coarse = random.normal(size=(9, 12)).astype(np.float32)
+            pattern = cv2.resize(coarse, across.shape[::-1], interpolation=cv2.INTER_CUBIC) > 0.2
+        case _:
+            pattern = np.zeros_like(across, bool)
+    return pattern.astype(np.float32)
+
+
+def _outline(kind: str, random: np.random.Generator) -> np.ndarray:
+    """The edge of a mask in pixels of the doubled texture, through the anchors or near them: float32 [points, 2]."""
+    sag, peak = random.uniform(2, 9), random.uniform(-1, 5)
+    jaw = random.uniform(-6, 4) + (8 if kind == "kn95" else 0)
+    corners = np.array(
+        [
+            *((3, 13), (34, 9 + sag / 2), (64, 2 + peak), (94, 9 + sag / 2), (125, 13)),
+            *((127, 40), (110 - jaw, 76), (64, 94), (18 + jaw, 76), (1, 40)),
+        ],
+        np.float32,
+    )
+    # A closed Catmull-Rom curve through the corners.
+    t = np.linspace(0, 1, 8, endpoint=False, dtype=np.float32)[:, None]
+    before, start, end, after = (np.roll(corners, shift, 0)[:, None] for shift in (1, 0, -1, -2))
+    cubic = t * (3 * (start - end) + after - before)
+    curve = start + 0.5 * t * (end - before + t * (2 * before - 5 * start + 4 * end - after + cubic))
+    return 2 * curve.reshape(-1, 2)

@@ -1,0 +1,106 @@
+import cv2
+import numpy as np
+import pytest
+
+from fr_core.config import Masks
+from fr_core.data.crops import TEMPLATE
+from fr_core.data.masks import DRAWS, draws, locate, masked, textures
+
+TOOLS = {"warped": Masks(rendered=0), "rendered": Masks(rendered=1)}
+
+
+def faces(count, seed=0):
+    """Smooth images, and points as aligned crops have them: turned heads shift the nose most."""
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        coarse = random.integers(0, 255, (7, 7, 3)).astype(np.uint8)
+        image = cv2.resize(coarse, (112, 112), interpolation=cv2.INTER_CUBIC)
+        points = TEMPLATE + random.normal(0, 1.5, (5, 2))
+        points[2] += random.normal(0, 5, 2)
+        yield image, points.astype(np.float32), random.random(DRAWS)
+
+
+def changed(before, after):
+    return (before != after).any(2)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_masks_cover_the_lower_face_and_no_eye(tool):
+    ys, xs = np.mgrid[:112, :112]
+    for image, points, u in faces(300):
+        touched = changed(image, masked(image, points, u, TOOLS[tool]))
+        for x, y in points[:2]:
+            assert not touched[np.hypot(xs - x, ys - y) < 5].any()
+        along = (points[1] - points[0]) / np.linalg.norm(points[1] - points[0])
+        below = (ys - points[0, 1]) * along[0] - (xs - points[0, 0]) * along[1]
+        assert not touched[below < 4].any()
+        mouth = points[3:].mean(0).astype(int)
+        assert touched[mouth[1] - 2 : mouth[1] + 3, mouth[0] - 2 : mouth[0] + 3].mean() > 0.9
+        assert 0.12 < touched.mean() < 0.6
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_mask_is_a_function_of_its_numbers(tool):
+    (image, points, u), (_, _, other) = faces(2)
+    first = masked(image, points, u, TOOLS[tool])
+    kept = image.copy()
+    assert np.array_equal(masked(image, points, u, TOOLS[tool]), first)
+    assert np.array_equal(image, kept)
+    assert not np.array_equal(masked(image, points, other, TOOLS[tool]), first)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    "points",
+    [None, TEMPLATE * np.nan, TEMPLATE * 0, TEMPLATE + 5000, TEMPLATE * (-1, 1), TEMPLATE * (0.05, 1) + (50, 0)],
+    ids=["none", "nan", "one point", "far off", "mirrored", "in profile"],
+)
+def test_points_that_no_face_has_are_taken_for_the_templates(tool, points):
+    image, _, u = next(faces(1))
+    expected = masked(image, TEMPLATE, u, TOOLS[tool])
+    assert np.array_equal(masked(image, points, u, TOOLS[tool]), expected)
+
+
+def test_a_turned_face_has_a_turned_mask():
+    right = TEMPLATE.copy()
+    right[2, 0] += 12
+    assert locate(TEMPLATE, 112).yaw == pytest.approx(0, abs=0.02)
+    assert 0.3 < locate(right, 112).yaw < 0.8
+    grey = np.full((112, 112, 3), 128, np.uint8)
+    for masks in TOOLS.values():
+        u = np.full(DRAWS, 0.5)
+        u[15] = 0.95  # no straps
+        columns = [np.flatnonzero(changed(grey, masked(grey, p, u, masks)).any(0)).mean() for p in (TEMPLATE, right)]
+        assert columns[1] < columns[0] - 2  # the near cheek shows more of it
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_masks_on_grey_photos_are_grey_and_on_dark_ones_dark(tool):
+    for image, points, u in faces(20):
+        grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        out = masked(grey, points, u, TOOLS[tool]).astype(int)
+        assert np.abs(out - out.mean(2, keepdims=True)).max() <= 2
+        dark = masked((image * 0.15).astype(np.uint8), points, u, TOOLS[tool])
+        assert dark[60:].mean() < 100
+
+
+def test_kinds_come_in_their_shares_and_of_any_size():
+    image, points, _ = next(faces(1))
+    numbers = np.random.default_rng(0).random((40, DRAWS))
+    only = Masks(rendered=0, surgical=0, kn95=0, cloth=0, dark=1)
+    white = np.full((112, 112, 3), 230, np.uint8)
+    assert all(masked(white, points, u, only)[85:95, 50:60].mean() < 110 for u in numbers)
+    big = cv2.resize(image, (224, 224))
+    small = masked(image, points, numbers[0], TOOLS["rendered"])
+    large = cv2.resize(
+        masked(big, points * 2 + 0.5, numbers[0], TOOLS["rendered"]), (112, 112), interpolation=cv2.INTER_AREA
+    )
+    assert np.abs(small.astype(int) - large).mean() < 6
+    assert {kind: len(drawn) for kind, drawn in textures(0).items()} == dict.fromkeys(textures(0), 16)
+
+
+def test_draws_are_functions_of_the_sample():
+    chance, numbers = draws(3, 1, np.arange(20_000))
+    assert np.array_equal(draws(3, 1, np.array([7]))[1][0], numbers[7])
+    assert (chance < 0.35).mean() == pytest.approx(0.35, abs=0.02)
+    assert numbers.shape == (20_000, DRAWS)
