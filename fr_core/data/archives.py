@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fr_core.data.store import RemoteBytes
+from fr_core.data.store import LocalBytes, RemoteBytes
 from fr_core.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # a zip member's own, in front of its bytes
@@ -69,7 +69,7 @@ def tar_members(path: Path) -> Iterator[Member]:
         raise UserError(f"{path}: not a tar archive that can be read: {_line(error)}{hint}") from None
 
 
-def read_zip_member(data: memoryview | RemoteBytes, start: int, length: int, longest: int) -> bytes:
+def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, length: int, longest: int) -> bytes:
     """One file of a zip archive, inflated.
 
     Args:
@@ -83,14 +83,14 @@ def read_zip_member(data: memoryview | RemoteBytes, start: int, length: int, lon
         raise ValueError("truncated archive")
     magic, _, flags, method, _, _, checksum, _, _, name, extra = LOCAL_HEADER.unpack(header)
     begin = start + LOCAL_HEADER.size + name + extra
+    if length > longest:
+        raise ValueError("too large")
     packed = data[begin : begin + length]
     if magic != LOCAL_MAGIC or len(packed) < length:
         raise ValueError("damaged archive")
     if flags & ENCRYPTED:
         raise ValueError("encrypted")
     if method == zipfile.ZIP_STORED:
-        if length > longest:
-            raise ValueError("too large")
         content = bytes(packed)
     elif method == zipfile.ZIP_DEFLATED:
         content = _inflated(packed, longest)

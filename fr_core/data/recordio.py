@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.store import RemoteBytes
+from fr_core.data.store import LocalBytes, RemoteBytes
 from fr_core.errors import UserError
 
 MAGIC = 0xCED7230A
@@ -63,7 +63,7 @@ def list_records(path: Path) -> Records:
     return Records(keys, starts, labels.astype(np.int64))
 
 
-def read_record(data: memoryview | RemoteBytes, start: int, longest: int) -> bytes:
+def read_record(data: memoryview | LocalBytes | RemoteBytes, start: int, longest: int) -> bytes:
     """The payload of the record that begins at ``start``, its parts joined.
 
     Args:

@@ -6,7 +6,6 @@ Listing a source reads names and positions, no pixels. An image's bytes are then
 
 import csv
 import itertools
-import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fr_core.data.archives import Member, read_zip_member, tar_members, zip_memb
 from fr_core.data.crops import LONGEST, RejectedImage, read_file
 from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import image_of, list_records, read_record
-from fr_core.data.store import AnyPath, RemoteBytes, RemotePath, fetched, find, to_path
+from fr_core.data.store import AnyPath, LocalBytes, RemoteBytes, RemotePath, fetched, find, to_path
 from fr_core.errors import UserError
 
 Kind = Literal["files", "plain", "zip", "rec"]  # plain: as they are, in a tar or beside one another
@@ -359,7 +358,7 @@ def _owners(members: list[Member], archive: str) -> list[str]:
 
 def _classes(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
     """What the ``.cls`` file beside each member of a WebDataset tar says."""
-    data = _mapped(path)
+    data = LocalBytes(path)
     said = {_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
     try:
         return [said[_key(member.name)].decode().strip() for member in members]
@@ -390,14 +389,7 @@ def _list_rows(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list
 
 
 @lru_cache(maxsize=16)
-def _opened(file: str) -> memoryview | RemoteBytes:
-    """The bytes of an archive to take slices of: a local one mapped, of a remote one those that are asked for."""
+def _opened(file: str) -> LocalBytes | RemoteBytes:
+    """The bytes of an archive, to take slices of."""
     path = to_path(file)
-    if isinstance(path, RemotePath):
-        return RemoteBytes(path)
-    return _mapped(path)
-
-
-def _mapped(path: Path) -> memoryview:
-    with path.open("rb") as opened:
-        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+    return RemoteBytes(path) if isinstance(path, RemotePath) else LocalBytes(path)

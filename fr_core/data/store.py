@@ -5,6 +5,7 @@ The one room that knows about URLs. An object store has neither rename nor appen
 """
 
 import errno
+import os
 import re
 import shutil
 import stat
@@ -169,6 +170,21 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
+
+
+class LocalBytes:
+    """A local file to take slices of, as of a memoryview; read, not mapped, so that no page of it stays with us."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb", buffering=0)
+        self.length = os.fstat(self.file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self.length)
+        return os.pread(self.file.fileno(), max(stop - start, 0), start)
 
 
 class RemoteBytes:
