@@ -25,7 +25,7 @@ SHOWN = 200_000  # images in the picture
 
 @dataclass(frozen=True)
 class Limits:
-    """Cosines. The defaults were chosen on real faces with a MobileFaceNet (EXPERIMENTS.md)."""
+    """Cosines. EXPERIMENTS.md has what the defaults find on real faces with a MobileFaceNet."""
 
     outlier: float = 0.2  # to the rest of its identity, below which an image does not belong there
     flip: float = 0.4  # to another identity's centre, from which it belongs there

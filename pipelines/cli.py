@@ -71,7 +71,7 @@ def synth(
 ) -> None:
     """Draw procedural faces: identities with landmarks, pose, expression, light and other nuisances."""
     from fr_core.data.synthetic import write_faces
-    from pipelines.demo import write_pairs
+    from fr_core.verify.pairs import write_pairs
 
     started = time.monotonic()
     with bar("synth", identities * shots) as advance, writable(out):

@@ -1,6 +1,5 @@
 """The whole path on one machine: synthetic faces, shards, two Ray workers, verification on unseen identities."""
 
-import csv
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from matplotlib.figure import Figure
 
 from fr_core import rng
 from fr_core.config import load_config
-from fr_core.data.sources import list_folder
 from fr_core.data.synthetic import write_faces
 from fr_core.nets.open import Recogniser, build_net, open_net
 from fr_core.verify.baselines import colour_histogram, raw_pixels
-from fr_core.verify.pairs import make_pairs
+from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import contact_sheet, report, roc_figure, verification_figures, write_report
 from pipelines.ingest import ingest
 from pipelines.train import train
@@ -72,17 +70,6 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
     content = report("demo", figures, run=str(out), config=config.model_dump(mode="json"), pictures=shown)
     write_report(out / "report.json", content)
     return figures
-
-
-def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
-    """``pairs.csv`` beside the ``images`` of a folder of synthetic faces."""
-    listing = list_folder(folder / "images")
-    paths = listing.paths
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_a", "image_b", "same", "fold"))
-        for a, b, same, fold in zip(*make_pairs(listing.labels, per_fold, seed), strict=True):
-            writer.writerow((paths[a], paths[b], int(same), fold))
 
 
 def faces_figure(images: Path, identities: int = 8, shots: int = 12) -> Figure:

@@ -31,7 +31,7 @@ from fr_core.data.schema import (
 from fr_core.data.store import AnyPath, begin, written
 from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
-from fr_core.verify.pairs import make_pairs
+from fr_core.verify.pairs import write_pairs
 from pipelines.clean import all_centres
 from pipelines.embed import embed
 from pipelines.ingest import FEWEST_SHARDS, IMAGES_PER_SHARD
@@ -159,25 +159,19 @@ def split(
     labels = np.full(len(names), -1)
     labels[kept] = np.arange(len(kept))
     train = write_parts([Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress)
-    folders, written = folder_names(names), []
+    folders, images = folder_names(names), 0
     for shard, group, _ in dataset.row_groups.tolist():
         for sample_id, label, jpeg, _ in dataset.read_images(shard, group):
             if held_out[label]:
                 path = out / "verify" / "images" / folders[label] / f"{sample_id:08d}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(jpeg)
-                written.append((label, f"{folders[label]}/{path.name}"))
-    written.sort()
-    with (out / "verify" / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_a", "image_b", "same", "fold"))
-        own = np.unique([label for label, _ in written], return_inverse=True)[1]
-        for a, b, same, fold in zip(*make_pairs(own, pairs_per_fold, seed), strict=True):
-            writer.writerow((written[a][1], written[b][1], int(same), fold))
+                images += 1
+    write_pairs(out / "verify", pairs_per_fold, seed)
     return {
         "images": train.images,
         "identities": train.identities,
-        "held_out_images": len(written),
+        "held_out_images": images,
         "held_out_identities": wanted,
     }
 
@@ -208,7 +202,8 @@ def write_parts(
         for part, groups in zip(parts, shares, strict=True):
             for where in groups[shard].tolist():
                 kept, left = _selected(part, where[0], where[1], layout)
-                chunks, left_out = chunks + kept, left_out + left
+                chunks += kept
+                left_out += left
                 done += where[2]
             progress(done, total)
         for chunk in chunks:

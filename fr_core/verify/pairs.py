@@ -12,6 +12,7 @@ import numpy as np
 
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, read_file, read_rgb, square
+from fr_core.data.sources import list_folder
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
 from fr_core.verify.bootstrap import accuracy_interval, tar_intervals
@@ -236,6 +237,17 @@ def verify_embeddings(
         raise UserError(f"none of the {len(pairs.same)} pairs has both images; is the images' folder right?")
     scores = cosines(embeddings_ND, usable)
     return score_pairs(scores, usable), scores, usable
+
+
+def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
+    """``pairs.csv`` beside the ``images`` of a folder, whose identities have folders of their own."""
+    listing = list_folder(folder / "images")
+    paths = listing.paths
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image_a", "image_b", "same", "fold"))
+        for a, b, same, fold in zip(*make_pairs(listing.labels, per_fold, seed), strict=True):
+            writer.writerow((paths[a], paths[b], int(same), fold))
 
 
 def make_pairs(labels: np.ndarray, per_fold: int, seed: int, folds: int = FOLDS) -> tuple[np.ndarray, ...]:

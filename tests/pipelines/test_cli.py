@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
+from fr_core.verify.pairs import write_pairs
 from pipelines.cli import app
-from pipelines.demo import write_pairs
 from tests.conftest import flip_a_bit, write_dataset
 
 

@@ -7,9 +7,9 @@ from fr_core.config import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.train.state import centres_of
+from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
 from pipelines.compare import PUBLISHED, heads, named_settings, summary
-from pipelines.demo import write_pairs
 from tests.pipelines.test_cli import bigface
 
 
