@@ -47,12 +47,18 @@ class Augment(Section):
 class Masks(Section):
     """Synthetic face masks on training images (METHODS §5). Kinds are weights; they need not sum to 1."""
 
-    ratio: Probability = 0.0  # of the images
+    ratio: Probability = 0.0  # of the images, class images included
     rendered: Probability = 0.5  # of the masks by the 3D tool, the others by the 2D one
     surgical: NonNegative = 0.45
     kn95: NonNegative = 0.2
     cloth: NonNegative = 0.2
     dark: NonNegative = 0.15
+
+    @model_validator(mode="after")
+    def _some_kind(self) -> "Masks":
+        if self.surgical + self.kn95 + self.cloth + self.dark == 0:
+            raise ValueError("the weights of all kinds are 0; for no masks, ratio = 0")
+        return self
 
 
 class Progressive(Section):
@@ -71,6 +77,7 @@ class Data(Section):
     shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
     check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
     augment: Augment = Augment()
+    masks: Masks = Masks()
     progressive: Progressive | None = None
     variants: Annotated[int, Field(ge=1, le=64)] = 1  # identities made of each real one (fr_core/data/virtual.py)
     variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from fr_core import rng
 from fr_core.data.decode import decoded
+from fr_core.data.schema import points_of
 
 _LAST, _NEVER = 2.0, 3.0  # beyond every uniform number: the sample itself, and what is not in its chunk
 
@@ -27,6 +28,7 @@ class Pool:
     images: Sequence[np.ndarray]  # P times uint8 [H, W, 3]
     sample_ids_P: np.ndarray  # int64
     labels_P: np.ndarray  # int64
+    points_P: np.ndarray  # float32 [P, 5, 2], NaN where unknown
     chunk_start_P: np.ndarray  # int64, where each image's chunk begins
     chunk_size_P: np.ndarray  # int64
     order_Q: np.ndarray  # int64, positions in the pool
@@ -34,7 +36,7 @@ class Pool:
     @classmethod
     def of(cls, chunks: pa.Table, threads: ThreadPoolExecutor) -> "Pool":
         """Decodes the chunks of a block, as ``read_chunks`` leaves them."""
-        columns = {name: chunks[name].combine_chunks() for name in ("sample_ids", "images", "turns")}
+        columns = {name: chunks[name].combine_chunks() for name in ("sample_ids", "images", "landmarks", "turns")}
         sizes = columns["sample_ids"].value_lengths().to_numpy().astype(np.int64)
         turns_P = columns["turns"].flatten().to_numpy()
         order_P = np.argsort(turns_P, kind="stable")
@@ -42,6 +44,7 @@ class Pool:
             decoded(columns["images"].flatten().to_pylist(), threads),
             columns["sample_ids"].flatten().to_numpy(),
             np.repeat(chunks["label"].to_numpy().astype(np.int64), sizes),
+            points_of(columns["landmarks"].flatten()),
             np.repeat(np.cumsum(sizes) - sizes, sizes),
             np.repeat(sizes, sizes),
             order_P[np.count_nonzero(turns_P < 0) :],

@@ -127,17 +127,17 @@ def similarity(landmarks: np.ndarray, size: int) -> np.ndarray:
     Raises:
         RejectedImage: the points coincide or are not finite.
     """
-    target = TEMPLATE * (size / TEMPLATE_SIZE)
-    source_mean, target_mean = landmarks.mean(0), target.mean(0)
-    source, target = landmarks - source_mean, target - target_mean
-    spread = float((source**2).sum())
+    plane = np.array([1, 1j])
+    source, target = landmarks @ plane, (TEMPLATE * (size / TEMPLATE_SIZE)) @ plane
+    source_mean, target_mean = source.sum() / 5, target.sum() / 5
+    source -= source_mean
+    spread = np.vdot(source, source).real
     if not np.isfinite(spread) or spread < 1e-6:
         raise RejectedImage("unusable landmarks")
     # In the plane the optimal rotation-and-scale is the complex quotient <source, target> / <source, source>.
-    a = float((source * target).sum()) / spread
-    b = float((source[:, 0] * target[:, 1] - source[:, 1] * target[:, 0]).sum()) / spread
-    rotation = np.array([[a, -b], [b, a]], np.float32)
-    return np.column_stack([rotation, target_mean - rotation @ source_mean]).astype(np.float32)
+    turn = complex(np.vdot(source, target)) / spread
+    shift = complex(target_mean) - turn * complex(source_mean)
+    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]], np.float32)
 
 
 def encode(image: np.ndarray, quality: int = QUALITY) -> bytes:

@@ -5,7 +5,7 @@ decodes it. Legend: B batch, H W pixels.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -29,6 +29,7 @@ def augmented_batch(
     pool: ThreadPoolExecutor,
     fields_BFF2: np.ndarray | None = None,
     small: int | None = None,
+    mask: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Decodes what is not decoded yet, changes it at random and resizes it, in the pool's threads.
 
@@ -38,6 +39,7 @@ def augmented_batch(
         size: side of the net's input, pixels.
         fields_BFF2: displacements that make virtual identities (``fr_core/data/virtual.py``).
         small: side to which the images are shrunk last of all, for progressive resizing.
+        mask: from :func:`fr_core.data.masks.masking`; comes first of all.
 
     Returns:
         uint8 [B, size, size, 3], or of the side ``small``; RGB.
@@ -49,6 +51,7 @@ def augmented_batch(
     def fill(start: int) -> None:
         part = slice(start, start + _CHUNK)
         rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
+        rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
         shapes = [row.shape[:2] for row in rows]
         matrices: Iterable[Any] = itertools.repeat(None)
         if warped or set(shapes) != {(size, size)}:

@@ -9,6 +9,10 @@ Legend: H W pixels of the image, T a mask's texture. Colours are RGB, alphas 0 t
 those of the 112×112 template, x to the right, y down, z towards the viewer.
 """
 
+import bisect
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +20,7 @@ import cv2
 import numpy as np
 
 from fr_core import rng
-from fr_core.config import Masks
+from fr_core.config import Config, Masks
 from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, RejectedImage, similarity
 
 KINDS = ("surgical", "kn95", "cloth", "dark")
@@ -26,18 +30,25 @@ DRAWS = 24  # uniform numbers a mask takes
 # Where the six anchors of a texture come to lie: left and right ear side, nose bridge, jaw, chin. Template pixels.
 ANCHORS = np.array([(4, 14), (64, 2), (124, 14), (106, 78), (64, 94), (22, 78)], np.float32)
 TARGETS = np.array([(20, 66), (56, 60), (92, 66), (84, 98), (56, 111), (28, 98)], np.float32)
+JITTER = 3.0  # of the targets
 EARS = np.array([(3, 56), (109, 56), (7, 84), (105, 84)], np.float32)  # where straps end
+SYSTEM = np.zeros((12, 8))  # of the direct linear transform, but for the part that depends on the points
+SYSTEM[0::2, :2] = SYSTEM[1::2, 3:5] = ANCHORS
+SYSTEM[0::2, 2] = SYSTEM[1::2, 5] = 1
 # The head: an ellipsoid about CENTRE. Angles in radians, heights as shares of its vertical semi-axis.
 CENTRE, AXES = np.array([56.0, 66.0]), np.array([43.0, 60.0, 48.0])
 REACH, TOP, BOTTOM = 1.15, (-0.1, 0.13), (0.74, 0.36)  # half width; upper edge and its fall to the sides; lower edges
 LIGHT = np.array([0.1, -0.46, 0.88])  # where it comes from
-NOSE = np.array([22.0, 30.0])  # pixels that its tip moves with the sine of yaw and of pitch
+NOSE = np.array([22.0, 30.0])  # pixels that its tip moves with the sine of yaw and of pitch, against the other points
+NOSE_MOVES = np.array([-0.25, -0.25, 1, -0.25, -0.25], np.float32)
 STEP = np.deg2rad(6)  # of the turns that are rendered
-FEW = 4  # of each kind's textures are rendered
+GROWN, MOVED = 0.05, 1.5  # how much a rendered mask's size (share) and height (template pixels) vary
 ODD = 34  # pixels of the template: points farther from their places are no face's
 NARROWEST = 4  # pixels of the template between the eyes of a turned head
 UNTOUCHED = 0.4  # of the image, from above
-EYE_MARGIN = 0.2  # of the distance between the eyes, below their line, which no mask enters
+EYE_MARGIN = 0.22  # of the distance between the eyes, below their line, which no mask enters
+# The corners of what stays clear, from the left eye: along and across the line of the eyes, in that distance.
+CLEARED = np.array([(-4, EYE_MARGIN), (5, EYE_MARGIN), (5, -9 * EYE_MARGIN), (-4, -9 * EYE_MARGIN)])
 STRAPPED = 0.8  # of the warped masks have straps
 COLOURED = 12  # mean difference of red and blue in photos with colours
 
@@ -66,8 +77,8 @@ def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks
     """
     size = image.shape[0]
     face, above = locate(landmarks, size), int(UNTOUCHED * size)
-    weights = np.cumsum([getattr(masks, kind) for kind in KINDS])
-    kind = KINDS[min(int(np.searchsorted(weights / weights[-1], u[1], side="right")), len(KINDS) - 1)]
+    weights = list(itertools.accumulate((masks.surgical, masks.kn95, masks.cloth, masks.dark)))
+    kind = KINDS[bisect.bisect(weights, u[1] * weights[-1], hi=len(KINDS) - 1)]
     tool = rendered if u[0] < masks.rendered else warped
     layer = tool(seed, kind, face, (size - above, size), above, u[2:])
     _clear_eyes(layer, face, above)
@@ -76,10 +87,35 @@ def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks
     return out
 
 
-def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What decides about each sample of a batch: uniform float64 [B] against the ratio, and [B, DRAWS] for its mask."""
-    numbers = rng.uniforms(seed, "masks", epoch, sample_ids, 1 + DRAWS)
-    return numbers[:, 0], numbers[:, 1:]
+def masking(
+    config: Config, points_B: np.ndarray, draws_BU: np.ndarray
+) -> Callable[[int, np.ndarray], np.ndarray] | None:
+    """What ``data.masks`` does to image i of a batch; None if nothing to any.
+
+    Args:
+        points_B: float32 [B, 5, 2], NaN where unknown.
+        draws_BU: from :func:`mask_draws`.
+    """
+    masks, seed = config.data.masks, config.seed
+    if masks.ratio == 0:
+        return None
+
+    def mask(i: int, image: np.ndarray) -> np.ndarray:
+        u = draws_BU[i]
+        return masked(image, points_B[i], u[1:], masks, seed) if u[0] < masks.ratio else image
+
+    return mask
+
+
+def mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """The uniform numbers that decide about each sample: float64 [B, 1 + DRAWS], the first against the ratio."""
+    return rng.uniforms(seed, "masks", epoch, sample_ids, 1 + DRAWS)
+
+
+def class_image_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
+    """As :func:`mask_draws` for the K class images of each sample: float64 [B, K, 1 + DRAWS]."""
+    numbers = rng.uniforms(seed, "masks of class images", epoch, sample_ids, class_images * (1 + DRAWS))
+    return numbers.reshape(-1, class_images, 1 + DRAWS)
 
 
 def locate(landmarks: np.ndarray | None, size: int) -> Face:
@@ -92,16 +128,15 @@ def locate(landmarks: np.ndarray | None, size: int) -> Face:
         to_template = similarity(points, TEMPLATE_SIZE)
     except RejectedImage:
         return locate(None, size)
-    own = points @ to_template[:, :2].T + to_template[:, 2]
-    to_image = cv2.invertAffineTransform(to_template)
+    to_image = cv2.invertAffineTransform(to_template.astype(np.float64))
     if landmarks is None:
         return Face(to_image, points, 0.0, 0.0)
-    apart = own[1, 0] - own[0, 0]  # a mirrored face has it negative
-    if np.abs(own - TEMPLATE).max() > ODD or np.abs(points).max() > 2 * size or apart < NARROWEST:
+    own = points @ to_template[:, :2].T + to_template[:, 2] - TEMPLATE
+    apart = own[1, 0] - own[0, 0] + TEMPLATE[1, 0] - TEMPLATE[0, 0]  # a mirrored face has it negative
+    if abs(own).max() > ODD or abs(points).max() > 2 * size or apart < NARROWEST:
         return locate(None, size)
-    off = own[2] - own[[0, 1, 3, 4]].mean(0) - (TEMPLATE[2] - TEMPLATE[[0, 1, 3, 4]].mean(0))
-    yaw, pitch = np.arcsin(np.clip(off / NOSE, -0.8, 0.8))
-    return Face(to_image, points, float(yaw), float(pitch))
+    yaw, pitch = (math.asin(min(max(sine, -0.8), 0.8)) for sine in (NOSE_MOVES @ own / NOSE).tolist())
+    return Face(to_image, points, yaw, pitch)
 
 
 def warped(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
@@ -114,43 +149,53 @@ def warped(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int,
     Returns:
         uint8 [shape, 4], RGB premultiplied with the alpha.
     """
-    height, width = shape
-    jitter = 3.0 * (2 * u[1:13].reshape(6, 2) - 1)
-    points = _turned(np.concatenate([TARGETS + jitter, EARS]), face) - (0, above)
-    matrix, _ = cv2.findHomography(ANCHORS, points[:6].astype(np.float32))
-    layer = cv2.warpPerspective(textures(seed)[kind][int(u[0] * EACH)], matrix, (width, height))
+    jitter = JITTER * (2 * u[1:13].reshape(6, 2) - 1)
+    own = _anchors(round(face.yaw / STEP), round(face.pitch / STEP)).copy()
+    own[:6] += jitter
+    points = own @ face.to_image[:, :2].T + face.to_image[:, 2] - (0, above)
+    layer = cv2.warpPerspective(textures(seed)[kind][int(u[0] * EACH)], homography(points[:6]), shape[::-1])
     if u[13] < STRAPPED:
-        strap = np.zeros(shape, np.uint8)
+        straps = np.zeros_like(layer)
         lines = (np.stack([points[[0, 2, 5, 3]], points[6:]], 1) * 16).round().astype(np.int32)
-        cv2.polylines(strap, list(lines), False, 230, 1, cv2.LINE_AA, 4)
-        strap[layer[..., 3] > 127] = 0
-        colour = (0.9, 0.9, 0.88, 1) if u[14] < 0.7 else (0.12, 0.12, 0.12, 1)
-        bare = strap[..., None] > layer
-        layer = np.where(bare, strap[..., None] * np.array(colour, np.float32), layer).astype(np.uint8)
+        colour = (207, 207, 202, 230) if u[14] < 0.7 else (28, 28, 28, 230)
+        cv2.polylines(straps, list(lines), False, colour, 1, cv2.LINE_AA, 4)
+        layer = cv2.max(layer, straps)
     return layer
 
 
 def rendered(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
-    """The second tool: the view of a mask on a head that is turned as the face is, to the nearest :data:`STEP`.
+    """The second tool: a texture on a head that is turned as the face is, to the nearest :data:`STEP`.
 
     Args and returns as :func:`warped`.
     """
-    turn = (round(face.yaw / STEP), round(face.pitch / STEP))
-    view = _view(seed, kind, int(u[0] * FEW), turn, int(u[1] * 3))
+    view = _view(round(face.yaw / STEP), round(face.pitch / STEP))
+    layer = cv2.remap(textures(seed)[kind][int(u[0] * EACH)], *view.where, cv2.INTER_LINEAR)
+    layer = cv2.max(cv2.multiply(layer, view.tone, scale=1 / 255), view.straps)
+    alpha = cv2.extractChannel(layer, 3)
+    below = cv2.blur(cv2.copyMakeBorder(alpha[:-2], 2, 0, 0, 0, cv2.BORDER_REPLICATE), (7, 7))
+    shadowed = cv2.addWeighted(alpha, 0.6, cv2.max(alpha, below), 0.4, 0)
+    cv2.insertChannel(shadowed, layer, 3)
+    grown, moved = 1 + GROWN * (2 * u[1] - 1), MOVED * (2 * u[2] - 1)
     to_layer = face.to_image.copy()
+    to_layer[:, 2] += to_layer[:, :2] @ ((1 - grown) * CENTRE + (0, moved))
+    to_layer[:, :2] *= grown
     to_layer[1, 2] -= above
-    return cv2.warpAffine(view, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(layer, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
 
 
-@lru_cache(maxsize=1024)
-def _view(seed: int, kind: str, number: int, turn: tuple[int, int], size: int) -> np.ndarray:
-    """A mask on an ellipsoid, seen by one parallel ray a pixel: uint8 [112, 112, 4] in template pixels.
+@dataclass(frozen=True)
+class View:
+    """A masked head, seen by one parallel ray a pixel of the template [112, 112]."""
 
-    Args:
-        turn: yaw and pitch in steps.
-        size: 0 small, 1, 2 large.
-    """
-    texture, head = textures(seed)[kind][number], rotation(STEP * turn[0], STEP * turn[1])
+    where: tuple[np.ndarray, np.ndarray]  # pixels of the texture, in OpenCV's fixed-point form
+    tone: np.ndarray  # uint8 [112, 112, 4]: light on the cloth, and its edge
+    straps: np.ndarray  # uint8 [112, 112, 4], RGB premultiplied with the alpha
+
+
+@lru_cache(maxsize=400)
+def _view(yaw: int, pitch: int) -> View:
+    """The view of a head that is turned by so many steps; about 0.2 MB."""
+    head = rotation(STEP * yaw, STEP * pitch)
     ys, xs = np.mgrid[:TEMPLATE_SIZE, :TEMPLATE_SIZE]
     seen = np.stack([xs, ys], -1) - CENTRE - _drift(head)
     # On the ray q = o + z·d, in the head's coordinates and in units of its semi-axes, |q| = 1; the larger z is seen.
@@ -161,30 +206,24 @@ def _view(seed: int, kind: str, number: int, turn: tuple[int, int], size: int) -
     q = o + ((np.sqrt(np.maximum(b * b - a * c, 0)) - b) / a)[..., None] * d
     azimuth, height = np.arctan2(q[..., 0] * AXES[0], q[..., 2] * AXES[2]), q[..., 1]
     bend = (1 - np.cos(azimuth)) / (1 - np.cos(REACH))
-    reach, beyond = REACH * (0.94 + 0.06 * size), np.abs(azimuth) - REACH * (0.94 + 0.06 * size)
-    top = TOP[0] + 0.02 * (size - 1) + TOP[1] * bend
-    bottom = BOTTOM[0] + 0.03 * (size - 1) + (BOTTOM[1] - BOTTOM[0]) * bend
-    across, down = azimuth / reach, (height - top) / (bottom - top)
+    top, bottom = TOP[0] + TOP[1] * bend, BOTTOM[0] + (BOTTOM[1] - BOTTOM[0]) * bend
+    across, down = azimuth / REACH, (height - top) / (bottom - top)
     rows, columns = TEXTURE
     where = (columns * (0.5 + 0.46 * across)).astype(np.float32), (rows * (0.06 + 0.88 * down)).astype(np.float32)
-    cloth = cv2.remap(texture, *where, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT) / 255
-    edge = np.clip(12 * np.minimum.reduce([1 - np.abs(across), down, 1 - down]), 0, 1)
+    edge = hit * np.clip(12 * np.minimum.reduce([1 - np.abs(across), down, 1 - down]), 0, 1)
+    beyond = np.abs(azimuth) - REACH
     straps = [np.abs(height - level - slope * beyond) < 0.014 for level, slope in ((0.02, -0.12), (0.3, -0.35))]
-    strap = (straps[0] | straps[1]) & (beyond >= 0) & (np.abs(azimuth) < 1.6)
-    alpha = np.where(hit, np.maximum(edge * cloth[..., 3], strap), 0)
+    strap = hit & (straps[0] | straps[1]) & (beyond >= 0) & (np.abs(azimuth) < 1.6)
     normal = q / AXES
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
     nose = np.exp(-((azimuth / 0.22) ** 2)) * np.clip(1 - 2.2 * down, 0, 1)
-    lit = normal @ (head.T @ LIGHT) + 0.35 * nose * np.cos(3 * azimuth)
-    colour = (
-        np.where(strap[..., None], 0.85, cloth[..., :3] * edge[..., None])
-        * (0.42 + 0.6 * np.clip(lit, 0, 1))[..., None]
+    light = 0.42 + 0.6 * np.clip(normal @ (head.T @ LIGHT) + 0.35 * nose * np.cos(3 * azimuth), 0, 1)
+    bright = np.minimum(light, 1)
+    return View(
+        cv2.convertMaps(*where, cv2.CV_16SC2),
+        _bytes(np.dstack([edge * bright] * 3 + [edge])),
+        _bytes(strap[..., None] * np.dstack([0.85 * bright] * 3 + [np.ones_like(bright)])),
     )
-    low = cv2.warpAffine(alpha, np.array([[1.0, 0, 0], [0, 1, 2]]), (TEMPLATE_SIZE, TEMPLATE_SIZE))
-    shadow = 0.4 * np.clip(cv2.GaussianBlur(low, (0, 0), 2.0) - alpha, 0, 1)
-    covered = alpha + shadow * (1 - alpha)
-    layer = np.dstack([np.minimum(np.where(hit[..., None], colour, 0), covered[..., None]), covered])
-    return (255 * np.clip(layer, 0, 1) + 0.5).astype(np.uint8)
 
 
 def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
@@ -195,22 +234,30 @@ def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
         layer: uint8 [H, W, 4], premultiplied.
     """
     height, width = photo.shape[:2]
-    grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (9, 6), interpolation=cv2.INTER_AREA).astype(np.float32)
-    mean = max(float(small.mean()), 1.0)
-    light = np.clip(mean / 115, 0.35, 1.15) * np.clip(small / mean, 0.6, 1.4) ** 0.6
-    gain = cv2.resize(light.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-    tint = float(np.abs(photo[::3, ::3, 0].astype(np.int16) - photo[::3, ::3, 2]).mean())
-    mask = layer.astype(np.float32)
+    small = cv2.resize(photo, (9, 6), interpolation=cv2.INTER_AREA)
+    grey, few = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    mean = max(float(few.mean()), 1.0)
+    light = 128 * min(max(mean / 115, 0.35), 1.15) * np.clip(few / mean, 0.6, 1.4) ** 0.6
+    gain = cv2.resize(light.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
+    sharpness = cv2.norm(cv2.Laplacian(grey, cv2.CV_16S), cv2.NORM_L1) / grey.size
+    sigma = min(max(0.9 - 0.035 * sharpness, 0.3), 0.9) * width / TEMPLATE_SIZE
+    soft = cv2.GaussianBlur(layer, (5, 5), sigma)
+    cloth, bare = cv2.cvtColor(soft, cv2.COLOR_RGBA2RGB), cv2.bitwise_not(cv2.extractChannel(soft, 3))
+    tint = cv2.norm(cv2.extractChannel(small, 0), cv2.extractChannel(small, 2), cv2.NORM_L1) / few.size
     if tint < COLOURED:  # a photo with little colour: so has its mask
-        plain = cv2.cvtColor(mask[..., :3], cv2.COLOR_RGB2GRAY)
-        mask[..., :3] = plain[..., None] + (tint / COLOURED) * (mask[..., :3] - plain[..., None])
-    sharpness = float(np.abs(cv2.Laplacian(grey, cv2.CV_16S)).mean())
-    sigma = float(np.clip(0.9 - 0.035 * sharpness, 0.3, 0.9)) * width / TEMPLATE_SIZE
-    soft = cv2.GaussianBlur(mask, (5, 5), sigma)
-    bare = 1 - soft[..., 3:] / 255
-    toned = soft[..., :3] * gain[..., None]
-    return np.clip(photo * bare + toned + 0.5, 0, 255).astype(np.uint8)
+        plain = _three(cv2.cvtColor(cloth, cv2.COLOR_RGB2GRAY))
+        cloth = cv2.addWeighted(cloth, tint / COLOURED, plain, 1 - tint / COLOURED, 0)
+    toned = cv2.multiply(cloth, _three(gain), scale=1 / 128)
+    return cv2.add(cv2.multiply(photo, _three(bare), scale=1 / 255), toned)
+
+
+def _three(plane: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(plane, cv2.COLOR_GRAY2RGB)
+
+
+def _bytes(shares: np.ndarray) -> np.ndarray:
+    """0 to 1 as uint8."""
+    return (255 * np.clip(shares, 0, 1) + 0.5).astype(np.uint8)
 
 
 @lru_cache(maxsize=2)
@@ -229,11 +276,23 @@ def rotation(yaw: float, pitch: float) -> np.ndarray:
     return around_x @ around_y
 
 
-def _turned(points: np.ndarray, face: Face) -> np.ndarray:
-    """Points of the frontal template on the turned head, in image pixels."""
-    turn = rotation(face.yaw, face.pitch)
-    own = _projected(points, turn) + CENTRE + _drift(turn)
-    return own @ face.to_image[:, :2].T + face.to_image[:, 2]
+@lru_cache(maxsize=400)
+def _anchors(yaw: int, pitch: int) -> np.ndarray:
+    """Targets and ears on a head that is turned by so many steps: float64 [10, 2], template pixels."""
+    turn = rotation(STEP * yaw, STEP * pitch)
+    return _projected(np.concatenate([TARGETS, EARS]), turn) + CENTRE + _drift(turn)
+
+
+def homography(points: np.ndarray) -> np.ndarray:
+    """The projective map that carries :data:`ANCHORS` nearest to six points, by the direct linear transform.
+
+    Hartley and Zisserman, "Multiple View Geometry", 2003, §4.1, with the last entry fixed at 1. Float64 [3, 3].
+    """
+    system = SYSTEM.copy()
+    system[0::2, 6:] = -points[:, :1] * ANCHORS
+    system[1::2, 6:] = -points[:, 1:] * ANCHORS
+    _, solved = cv2.solve(system, points.reshape(12, 1), flags=cv2.DECOMP_QR)
+    return np.append(solved, 1.0).reshape(3, 3)
 
 
 def _projected(points: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -249,17 +308,9 @@ def _drift(turn: np.ndarray) -> np.ndarray:
 
 def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
     """Takes away what lies less than :data:`EYE_MARGIN` below the line of the eyes."""
-    left, right = face.points[:2]
-    along = right - left
-    down = EYE_MARGIN * np.array([-along[1], along[0]])
-    corners = [
-        left - 4 * along + down,
-        right + 4 * along + down,
-        right + 4 * along - 9 * down,
-        left - 4 * along - 9 * down,
-    ]
-    polygon = ((np.array(corners) - (0, above)) * 16).round().astype(np.int32)
-    cv2.fillConvexPoly(layer, polygon, (0, 0, 0, 0), cv2.LINE_AA, 4)
+    x, y = face.points[1] - face.points[0]
+    corners = face.points[0] + CLEARED @ np.array([(x, y), (-y, x)]) - (0, above)
+    cv2.fillConvexPoly(layer, (corners * 16).round().astype(np.int32), (0, 0, 0, 0), cv2.LINE_AA, 4)
 
 
 def _texture(kind: str, random: np.random.Generator) -> np.ndarray:
@@ -294,7 +345,7 @@ def _texture(kind: str, random: np.random.Generator) -> np.ndarray:
         cv2.polylines(piping, [outline], True, 1.0, 7, cv2.LINE_AA, 4)
         cloth *= (1 - random.uniform(0.05, 0.25) * piping)[..., None]
     drawn = np.dstack([np.clip(cloth, 0, 1) * shape[..., None], shape])
-    return (255 * cv2.resize(drawn, TEXTURE[::-1], interpolation=cv2.INTER_AREA) + 0.5).astype(np.uint8)
+    return _bytes(cv2.resize(drawn, TEXTURE[::-1], interpolation=cv2.INTER_AREA))
 
 
 def _colours(kind: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -23,8 +23,8 @@ from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import ahead_of
 from fr_core.errors import UserError
 
-COLUMNS = ["sample_id", "label", "image"]
-CHUNK_COLUMNS = ["label", "sample_ids", "images"]
+COLUMNS = ["sample_id", "label", "image", "landmarks"]
+CHUNK_COLUMNS = ["label", "sample_ids", "images", "landmarks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def read_chunks(dataset: Dataset, rows: np.ndarray) -> pa.Table:
     """The whole chunks that hold the images which :meth:`Plan.block_rows` names.
 
     Returns:
-        label, sample_ids, images, and turns: for each image its place in the order of ``rows``, or -1.
+        label, sample_ids, images, landmarks, and turns: for each image its place in the order of ``rows``, or -1.
     """
     table, positions = _read_groups(dataset, rows, CHUNK_COLUMNS)
     ends = np.cumsum(pc.list_value_length(table["sample_ids"]).to_numpy())

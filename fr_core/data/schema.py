@@ -243,6 +243,13 @@ def chunks_of(table: pa.Table, layout: Layout) -> list[list[FlatRow]]:
     ]
 
 
+def points_of(landmarks: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of landmarks as float32 [images, 5, 2], NaN where they are unknown."""
+    points = np.full((len(landmarks), 10), np.nan, np.float32)
+    points[np.asarray(pc.is_valid(landmarks))] = np.asarray(pc.list_flatten(landmarks)).reshape(-1, 10)
+    return points.reshape(-1, 5, 2)
+
+
 def _points(numbers: list[float] | None) -> np.ndarray | None:
     return None if numbers is None else np.array(numbers, np.float32).reshape(5, 2)
 

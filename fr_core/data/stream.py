@@ -21,8 +21,9 @@ from torch import Tensor
 from fr_core.config import Config, class_images, input_size, lanes
 from fr_core.data.class_images import Pool
 from fr_core.data.decode import augmented_batch, class_image_draws, draws
+from fr_core.data.masks import class_image_mask_draws, mask_draws, masking
 from fr_core.data.plan import Plan, read_block, read_task
-from fr_core.data.schema import Dataset
+from fr_core.data.schema import Dataset, points_of
 from fr_core.data.virtual import displacements, variants
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
@@ -110,7 +111,8 @@ def _flat_batches(
         ids = step["sample_id"].to_numpy()
         labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
         numbers = draws(config.seed, epoch, ids)
-        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields, small)
+        mask = masking(config, points_of(step["landmarks"]), mask_draws(config.seed, epoch, ids))
+        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields, small, mask)
         none = torch.empty((len(ids), 0, *images.shape[1:]), dtype=torch.uint8)
         yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
 
@@ -127,9 +129,13 @@ def _grouped_batches(
         labels, fields = _classes(config, epoch, ids, pool.labels_P[own_B])
         others = class_image_draws(config.seed, epoch, ids, count)
         numbers = np.concatenate([draws(config.seed, epoch, ids), *others.swapaxes(0, 1)])
-        sources = [pool.images[i] for i in np.concatenate([own_B, *other_BK.T])]
+        all_A = np.concatenate([own_B, *other_BK.T])
         fields = None if fields is None else np.concatenate([fields] * (count + 1))
-        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields, small))
+        masked = class_image_mask_draws(config.seed, epoch, ids, count)
+        masked = np.concatenate([mask_draws(config.seed, epoch, ids), *masked.swapaxes(0, 1)])
+        mask = masking(config, pool.points_P[all_A], masked)
+        sources = [pool.images[i] for i in all_A]
+        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields, small, mask))
         class_images_BK = images[len(own_B) :].unflatten(0, (count, len(own_B))).transpose(0, 1)
         yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
 

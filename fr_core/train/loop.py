@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, VirtualFC
+from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, Masks, VirtualFC
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
@@ -92,7 +92,9 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     else:
         load_backbone(config, state)
         if config.init.head != "random":
-            plain_data = config.data.model_copy(update={"augment": Augment(flip=0), "progressive": None})
+            plain_data = config.data.model_copy(
+                update={"augment": Augment(flip=0), "masks": Masks(), "progressive": None}
+            )
             plain = config.model_copy(update={"data": plain_data})
             prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, blocks), ranks)
         if config.init.head == "names":

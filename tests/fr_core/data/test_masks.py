@@ -2,9 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
-from fr_core.config import Masks
+from fr_core.config import Config, Masks
 from fr_core.data.crops import TEMPLATE
-from fr_core.data.masks import DRAWS, draws, locate, masked, textures
+from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, masked, masking, textures
 
 TOOLS = {"warped": Masks(rendered=0), "rendered": Masks(rendered=1)}
 
@@ -100,7 +100,20 @@ def test_kinds_come_in_their_shares_and_of_any_size():
 
 
 def test_draws_are_functions_of_the_sample():
-    chance, numbers = draws(3, 1, np.arange(20_000))
-    assert np.array_equal(draws(3, 1, np.array([7]))[1][0], numbers[7])
-    assert (chance < 0.35).mean() == pytest.approx(0.35, abs=0.02)
-    assert numbers.shape == (20_000, DRAWS)
+    numbers = mask_draws(3, 1, np.arange(20_000))
+    assert np.array_equal(mask_draws(3, 1, np.array([7]))[0], numbers[7])
+    assert numbers.shape == (20_000, 1 + DRAWS)
+    others = class_image_mask_draws(3, 1, np.arange(5), 2)
+    assert others.shape == (5, 2, 1 + DRAWS)
+    assert len(np.unique(np.concatenate([numbers[:5, 0], others[:, 0, 0], others[:, 1, 0]]))) == 15
+
+
+def test_the_ratio_is_that_of_the_images_that_are_masked():
+    grey = np.full((112, 112, 3), 128, np.uint8)
+    points, numbers = np.tile(TEMPLATE, (10_000, 1, 1)), mask_draws(0, 0, np.arange(10_000))
+    config = Config.model_validate({"data": {"masks": {"ratio": 0.35, "rendered": 0.3}}})
+    mask = masking(config, points, numbers)
+    worn = np.array([mask(i, grey) is not grey for i in range(10_000)])
+    assert worn.mean() == pytest.approx(0.35, abs=0.02)
+    assert (numbers[worn, 1] < 0.3).mean() == pytest.approx(0.3, abs=0.03)
+    assert masking(Config(), points, numbers) is None
