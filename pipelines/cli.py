@@ -258,6 +258,31 @@ def split(
 
 
 @app.command()
+def mask(
+    src: Annotated[Path, typer.Argument(parser=local, help="Folder of aligned crops, at any depth.")],
+    out: Annotated[Path, typer.Option(parser=local, help="An empty or new folder.")],
+    pairs: Annotated[
+        Path | None, typer.Option(parser=local, help="Mask what these pairs name; makes a suite for verify.")
+    ] = None,
+    landmarks: Annotated[Path | None, typer.Option(parser=local, help="CSV of 5 or 68 points per image.")] = None,
+    ratio: Annotated[float, typer.Option(min=0, max=1, help="Of the images; with --pairs all.")] = 1.0,
+    rendered: Annotated[float, typer.Option(min=0, max=1, help="Of the masks by the 3D tool.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Json = None,
+) -> None:
+    """Put synthetic masks on faces: copies of a folder, or verification sets masked against plain."""
+    from fr_core.config import Masks
+    from pipelines.mask import mask as run
+
+    with bar("mask", None) as advance, writable(out):
+        figures = run(src, out, Masks(ratio=ratio, rendered=rendered), landmarks, pairs, seed, growing(advance))
+    if figures["rejected"]:
+        listed = escape(str(out / "rejects.csv"))
+        console.print(f"[yellow]left out: {figures['rejected']} images; listed in {listed}[/]")
+    show("mask", figures, json)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     overrides: Overrides = None,

@@ -55,7 +55,8 @@ def verify(
 def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
     """The sets of pairs in a folder: name -> images' folder and pairs file.
 
-    A set is a ``.bin``, or a folder with ``pairs.csv`` or ``pairs.txt`` and the images, in ``images/`` or beside it.
+    A set is a ``.bin``; a folder with ``pairs.csv`` or ``pairs.txt`` and the images, in ``images/`` or beside it; or a
+    CSV of pairs whose images lie below the folder.
 
     Raises:
         UserError: no such folder, or no sets in it.
@@ -64,14 +65,22 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
         raise UserError(f"{folder}: no such folder")
     found: dict[str, tuple[Path | None, Path]] = {}
     bins = [(entry.stem, None, entry) for entry in sorted(folder.glob("*.bin"))]
+    tables = [(entry.stem, folder, entry) for entry in sorted(folder.glob("*.csv")) if _lists_pairs(entry)]
     lists = [entry for name in PAIRS_FILES for entry in sorted(folder.glob(f"*/{name}"))]
-    for name, images, pairs in [*bins, *((file.parent.name, _images_of(file.parent), file) for file in lists)]:
+    for name, images, pairs in [*bins, *tables, *((file.parent.name, _images_of(file.parent), file) for file in lists)]:
         if name in found:
             raise UserError(f"{folder}: two sets are called {name}")
         found[name] = (images, pairs)
     if not found:
-        raise UserError(f"{folder}: no sets of pairs: expected NAME.bin or NAME/{' or NAME/'.join(PAIRS_FILES)}")
+        raise UserError(
+            f"{folder}: no sets of pairs: expected NAME.bin, NAME.csv or NAME/{' or NAME/'.join(PAIRS_FILES)}"
+        )
     return dict(sorted(found.items()))
+
+
+def _lists_pairs(table: Path) -> bool:
+    with table.open(errors="replace") as file:
+        return file.readline().startswith("image_a")
 
 
 def _images_of(folder: Path) -> Path:

@@ -77,14 +77,19 @@ def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks
     """
     size = image.shape[0]
     face, above = locate(landmarks, size), int(UNTOUCHED * size)
-    weights = list(itertools.accumulate((masks.surgical, masks.kn95, masks.cloth, masks.dark)))
-    kind = KINDS[bisect.bisect(weights, u[1] * weights[-1], hi=len(KINDS) - 1)]
-    tool = rendered if u[0] < masks.rendered else warped
-    layer = tool(seed, kind, face, (size - above, size), above, u[2:])
+    tool, kind = choose(u, masks)
+    layer = TOOLS[tool](seed, kind, face, (size - above, size), above, u[2:])
     _clear_eyes(layer, face, above)
     out = image.copy()
     out[above:] = blended(image[above:], layer)
     return out
+
+
+def choose(u: np.ndarray, masks: Masks) -> tuple[str, str]:
+    """Tool and kind that the numbers of :func:`masked` decide on."""
+    weights = list(itertools.accumulate((masks.surgical, masks.kn95, masks.cloth, masks.dark)))
+    kind = KINDS[bisect.bisect(weights, u[1] * weights[-1], hi=len(KINDS) - 1)]
+    return ("rendered" if u[0] < masks.rendered else "warped"), kind
 
 
 def masking(
@@ -181,6 +186,9 @@ def rendered(seed: int, kind: str, face: Face, shape: tuple[int, int], above: in
     to_layer[:, :2] *= grown
     to_layer[1, 2] -= above
     return cv2.warpAffine(layer, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
+
+
+TOOLS = {"warped": warped, "rendered": rendered}
 
 
 @dataclass(frozen=True)

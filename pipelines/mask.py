@@ -1,0 +1,128 @@
+"""Masks put on offline: copies of a folder of faces, and of verification sets (METHODS §5, §7)."""
+
+import csv
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fr_core import rng
+from fr_core.config import Masks
+from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb
+from fr_core.data.masks import DRAWS, choose, masked
+from fr_core.data.sources import is_image, read_landmarks
+from fr_core.errors import UserError
+from fr_core.verify.pairs import Pairs, read_pairs
+
+SETS = {  # name -> the folders that the two images of a pair are taken from
+    "plain": ("standard", "standard"),
+    "masked_plain": ("masked", "standard"),
+    "masked_masked": ("masked", "masked"),
+}
+FIRST = 256  # images in flight
+
+
+def mask(
+    source: Path,
+    out: Path,
+    masks: Masks,
+    landmarks: Path | None = None,
+    pairs_file: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, int]:
+    """Writes a masked copy of every face below a folder, or of every face that a list of pairs names.
+
+    Without pairs: ``out`` is as ``source``, each image masked with ``masks.ratio`` and else copied. With pairs, a suite
+    for ``bigface verify --suite``: images in ``standard/`` and, all masked, in ``masked/``, and the pairs three times
+    (:data:`SETS`). Beside the masked images ``masks.csv`` tells tool and kind of each, ``rejects.csv`` what was left
+    out.
+
+    Args:
+        source: aligned crops; other photos need landmarks, by which they are aligned.
+        landmarks: CSV of 5 or 68 points per image, as ``bigface ingest`` takes it; without it the template's are used.
+
+    Returns:
+        images, masked, rejected.
+
+    Raises:
+        UserError: no images, ``out`` is not empty or lies in ``source``, or landmarks that name none of the images.
+    """
+    pairs = read_pairs(pairs_file) if pairs_file else None
+    if pairs and pairs.images:
+        raise UserError(f"{pairs_file}: a .bin cannot be masked; give pairs of image files")
+    paths = sorted(pairs.paths if pairs else images_below(source))
+    points = read_landmarks(landmarks) if landmarks else {}
+    own = {path: points.get(path, points.get(f"{source.name}/{path}")) for path in paths}
+    if points and all(known is None for known in own.values()):
+        raise UserError(f"{landmarks}: names none of the images, such as {paths[0]}")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in {source}; name another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty")
+    worn_in = out / "masked" if pairs else out
+    ratio = 1.0 if pairs else masks.ratio
+    rows: list[tuple[str, str, str]] = []
+    rejects: list[tuple[str, str]] = []
+
+    def one(path: str) -> tuple[str, str] | str:
+        """Tool and kind of what was put on, or why the image was left out."""
+        u = rng.generator(seed, f"mask {path}").random(1 + DRAWS)
+        try:
+            jpeg, face, odd = make_crop(read_file(source / path), TEMPLATE_SIZE, own[path])
+        except (RejectedImage, OSError) as error:
+            return str(error) if isinstance(error, RejectedImage) else "missing"
+        if odd:
+            return "no square crop"
+        if pairs:
+            write(out / "standard" / path, jpeg)
+        worn = u[0] < ratio
+        write(worn_in / path, encode(masked(read_rgb(jpeg), face, u[1:], masks, seed)) if worn else jpeg)
+        return choose(u[1:], masks) if worn else ("", "")
+
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(paths), FIRST):
+            part = paths[start : start + FIRST]
+            for path, done in zip(part, threads.map(one, part), strict=True):
+                if isinstance(done, str):
+                    rejects.append((path, done))
+                else:
+                    rows.append((path, *done))
+            progress(min(start + FIRST, len(paths)), len(paths))
+    if not rows:
+        raise UserError(f"{source}: none of the {len(paths)} images can be used, first {rejects[0]}")
+    write_csv(worn_in / "masks.csv", ("path", "tool", "kind"), rows)
+    write_csv(out / "rejects.csv", ("path", "reason"), rejects)
+    if pairs:
+        for name, folders in SETS.items():
+            write_csv(out / f"{name}.csv", ("image_a", "image_b", "same", "fold"), rows_of(pairs, *folders))
+    return {"images": len(paths), "masked": sum(tool != "" for _, tool, _ in rows), "rejected": len(rejects)}
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of the images in a folder, at any depth.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if is_image(path.name) and path.is_file()]
+    if not found:
+        raise UserError(f"{folder}: no images in it" if folder.is_dir() else f"{folder}: no such folder")
+    return found
+
+
+def rows_of(pairs: Pairs, left: str, right: str) -> Iterable[tuple[str, str, int, int]]:
+    """Pairs of which one image lies in the folder ``left`` and the other in ``right``."""
+    for a, b, same, fold in zip(pairs.left, pairs.right, pairs.same, pairs.fold, strict=True):
+        yield f"{left}/{pairs.paths[a]}", f"{right}/{pairs.paths[b]}", int(same), int(fold)
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
