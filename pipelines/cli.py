@@ -511,6 +511,9 @@ def compare_settings(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     results: Results,
     setting: Annotated[list[str] | None, typer.Option(help="'NAME: key.path=value …'; again for more.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(parser=local, help="Folder of sets; every run is verified on each.")
+    ] = None,
     seeds: Seeds = 1,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
@@ -519,11 +522,12 @@ def compare_settings(
     json: Json = None,
 ) -> None:
     """Any settings of a recipe against each other."""
-    from pipelines.compare import named_settings
+    from pipelines.compare import named_settings, suite_columns
 
     settings = named_settings(setting or [])
-    columns = ("accuracy", "tar_at_far_1e-3", "seconds")
-    compared("settings", recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+    columns = ("accuracy", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
+    given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+    compared("settings", *given, suite=suite)
 
 
 def compared(
@@ -539,6 +543,7 @@ def compared(
     columns: tuple[str, ...],
     json: Path | None,
     published: Mapping[str, str] | None = None,
+    suite: Path | None = None,
 ) -> None:
     """Runs a comparison and shows its table, also as the Markdown that README holds.
 
@@ -549,7 +554,16 @@ def compared(
 
     with writable(results):
         rows = compare(
-            recipe, settings, overrides or [], list(range(seeds)), results, workers, in_process, minutes, console.print
+            recipe,
+            settings,
+            overrides or [],
+            list(range(seeds)),
+            results,
+            workers,
+            in_process,
+            minutes,
+            console.print,
+            suite,
         )
     cells = summary(rows, columns)
     if published:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from fr_core.config import Config, load_config
 from fr_core.errors import UserError
+from fr_core.nets.open import open_net
 from fr_core.train.tracking import Comparison
 from fr_core.verify.report import markdown
 from pipelines.train import checked_plan, train
+from pipelines.verify import find_sets, verify_suite
 
 COLUMNS = (
     *("setting", "seed", "accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "seconds", "epochs", "loss"),
@@ -151,8 +153,12 @@ def compare(
     in_process: bool,
     minutes: float,
     say: Callable[[str], None],
+    suite: Path | None = None,
 ) -> list[dict[str, str]]:
     """Runs what is missing in ``results`` and returns its lines that belong to these settings and seeds.
+
+    Args:
+        suite: folder of sets of pairs; every run's accuracy on each becomes a column, NAME_accuracy.
 
     Raises:
         UserError: no pairs to verify on, or a results file of another comparison.
@@ -166,7 +172,8 @@ def compare(
         raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
     for config in configs.values():
         checked_plan(config, workers)
-    started, rows = time.monotonic(), read_results(results)
+    columns = (*COLUMNS, *(suite_columns(suite) if suite else ()), *FACTS)
+    started, rows = time.monotonic(), read_results(results, columns)
     tracking = next(iter(configs.values())).tracking
     comparison = Comparison(tracking, results) if tracking.uri != "off" else None
     if comparison:
@@ -184,16 +191,16 @@ def compare(
                     raise UserError(f"{results}: {name}, seed {seed} was run as {row['overrides']}")
             elif twins:  # another table's name for the same run
                 row = twins[0] | {"setting": name}
-                append(results, row)
+                append(results, columns, row)
             else:
                 if time.monotonic() - started > 60 * minutes:
                     say(f"{minutes:g} minutes are over; the same command goes on with {name}, seed {seed}")
                     break
                 say(f"{name}, seed {seed} …")
                 out = results.with_suffix("") / run_name(name, seed)
-                row = {"setting": name, "seed": str(seed)} | one_run(config, out, workers, in_process)
+                row = {"setting": name, "seed": str(seed)} | one_run(config, out, workers, in_process, suite)
                 row |= {"overrides": given, "commit": commit()}
-                append(results, row)
+                append(results, columns, row)
                 say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.0f} s")
             done[name, seed] = row
             finished.append(row)
@@ -208,18 +215,28 @@ def run_name(setting: str, seed: int) -> str:
     return re.sub(r"[^\w.=-]+", "-", f"{setting}-seed{seed}")
 
 
-def one_run(config: Config, out: Path, workers: int, in_process: bool) -> dict[str, str]:
+def suite_columns(suite: Path) -> list[str]:
+    return [f"{name}_accuracy" for name in find_sets(suite)]
+
+
+def one_run(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, str]:
     """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one.
 
     In a process of its own, since peak memory is a high-water mark.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
-        figures = pool.submit(train, config, out, workers, in_process, overwrite=True).result()
+        figures = pool.submit(_figures, config, out, workers, in_process, suite).result()
     shutil.rmtree(out)
     with suppress(OSError):  # other runs' folders are in it
         out.parent.rmdir()
-    wanted = (*COLUMNS[2:], "images", "identities")
+    wanted = (*COLUMNS[2:], *(suite_columns(suite) if suite else ()), "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
+
+
+def _figures(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, float]:
+    figures = train(config, out, workers, in_process, overwrite=True)
+    results = verify_suite(open_net(out).embed, suite) if suite else {}
+    return figures | {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
 
 
 def _end_with_parent() -> None:
@@ -247,12 +264,12 @@ SHOWN = {  # column -> heading, factor, digits
 
 def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
     """A table, header first. Per setting: runs, and mean ± standard deviation over seeds of each column."""
-    table: list[tuple[str, ...]] = [("setting", "runs", *(SHOWN[column][0] for column in columns))]
+    table: list[tuple[str, ...]] = [("setting", "runs", *(heading(column) for column in columns))]
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name]
         cells = []
         for column in columns:
-            _, factor, digits = SHOWN[column]
+            _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
             values = [factor * float(row[column]) for row in own if row[column]]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
@@ -260,7 +277,12 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
     return table
 
 
-def read_results(path: Path) -> list[dict[str, str]]:
+def heading(column: str) -> str:
+    """Of a column of the summary; those of a suite's sets are called as the sets."""
+    return SHOWN[column][0] if column in SHOWN else column.removesuffix("_accuracy").replace("_", " – ") + " %"
+
+
+def read_results(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Lines of a results file; none if it is not there yet.
 
     Raises:
@@ -270,16 +292,16 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS + FACTS:
-            raise UserError(f"{path}: not a results file of bigface compare")
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(f"{path}: not a results file of this comparison")
         return list(reader)
 
 
-def append(path: Path, row: Mapping[str, str]) -> None:
+def append(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS + FACTS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -30,6 +30,7 @@ def verify(
     pairs_file: Path,
     out: Path | None = None,
     name: str = "this net",
+    known: dict[Path, np.ndarray] | None = None,
 ) -> Result:
     """Scores a net on a list of pairs.
 
@@ -37,13 +38,21 @@ def verify(
         embed: uint8 [N, H, W, 3] -> L2-normalised [N, D].
         images: folder that the pairs' paths are relative to; a ``.bin`` needs none.
         out: folder for ROC and score pictures.
+        known: embeddings of files that other sets have too; grows by this set's.
 
     Raises:
         UserError: unreadable pairs, no such folder, or no pair with both images.
     """
     pairs = read_pairs(pairs_file)
-    pixels, failed = read_images(images, pairs, TEMPLATE_SIZE)
-    verification, scores, usable = verify_embeddings(embed(pixels), failed, pairs)
+    known = {} if known is None or pairs.images else known
+    files = [(images or pairs_file) / path for path in pairs.paths]
+    new = [i for i, file in enumerate(files) if file not in known]
+    pixels, failed = read_images(images, pairs, TEMPLATE_SIZE, new)
+    embedded = embed(pixels)
+    known |= {files[i]: row for i, row in zip(new, embedded, strict=True) if pairs.paths[i] not in failed}
+    none = np.zeros(embedded.shape[1], np.float32)
+    embeddings = np.stack([known.get(file, none) for file in files])
+    verification, scores, usable = verify_embeddings(embeddings, failed, pairs)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         roc_figure({name: (scores, usable.same)}).savefig(out / "roc.png")
@@ -94,8 +103,10 @@ def verify_suite(embed: Callable[[np.ndarray], np.ndarray], folder: Path, out: P
         out: folder for the sets' pictures, and those of all sets together.
     """
     sets = find_sets(folder)
+    known: dict[Path, np.ndarray] = {}
     results = {
-        name: verify(embed, images, pairs, out / name if out else None, name) for name, (images, pairs) in sets.items()
+        name: verify(embed, images, pairs, out / name if out else None, name, known)
+        for name, (images, pairs) in sets.items()
     }
     if out:
         curves = {name: (result.scores, result.pairs.same) for name, result in results.items()}

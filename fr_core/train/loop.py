@@ -152,7 +152,7 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
-    images, failed = read_images(config.verify.images, pairs, TEMPLATE_SIZE, slice(lo, hi))
+    images, failed = read_images(config.verify.images, pairs, TEMPLATE_SIZE, range(lo, hi))
     share = Recogniser(state.usable.eval(), state.device).embed(images)
     shares = ranks.gather_objects((share, failed))
     embeddings = np.concatenate([s for s, _ in shares])

@@ -94,13 +94,13 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def read_images(
-    root: str | Path | None, pairs: Pairs, size: int, part: slice = slice(None)
+    root: str | Path | None, pairs: Pairs, size: int, part: Sequence[int] | None = None
 ) -> tuple[np.ndarray, dict[str, str]]:
     """Reads the images of a pairs list, each resized to ``size``.
 
     Args:
         root: the folder that the paths are relative to; None where the list brings its images.
-        part: of ``pairs.paths``.
+        part: positions in ``pairs.paths``; None: all.
 
     Returns:
         uint8 [N, size, size, 3] (zeros where unreadable), and path -> reason for those that are missing or unreadable.
@@ -110,7 +110,9 @@ def read_images(
     """
     if pairs.images is None and (root is None or not Path(root).is_dir()):
         raise UserError(f"{root}: no such folder" if root else "the pairs need their images' folder")
-    return read_crops(Path(root or ""), pairs.paths[part], size, pairs.images and pairs.images[part])
+    part = range(len(pairs.paths)) if part is None else part
+    contents = [pairs.images[i] for i in part] if pairs.images else None
+    return read_crops(Path(root or ""), [pairs.paths[i] for i in part], size, contents)
 
 
 def read_crops(

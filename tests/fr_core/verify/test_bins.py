@@ -114,7 +114,7 @@ def test_pairs_of_a_set_come_in_ten_neighbouring_folds_with_their_images(tmp_pat
     images, failed = read_images(None, pairs, 112)
     assert failed == {"lfw.bin[3]": "neither JPEG nor PNG"}
     assert np.array_equal(images[30], images[0])
-    part, _ = read_images(None, pairs, 112, slice(10, 20))
+    part, _ = read_images(None, pairs, 112, range(10, 20))
     assert np.array_equal(part, images[10:20])
 
 
