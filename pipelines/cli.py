@@ -634,6 +634,17 @@ def bench_ingest(
         show("bench ingest", run(images, folder, console.log), json)
 
 
+@bench.command("masks")
+def bench_masks(
+    images: Annotated[int, typer.Option(min=100, help="A turn; figures are medians of three.")] = 3000,
+    json: Json = None,
+) -> None:
+    """Masks a second on one core, by both tools, against a plain 2D one."""
+    from pipelines.bench import bench_masks as run
+
+    show("bench masks", run(images), json)
+
+
 @bench.command("schedule")
 def bench_schedule(
     steps: Annotated[int, typer.Option(min=1000)] = 200_000,

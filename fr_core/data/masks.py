@@ -46,9 +46,9 @@ GROWN, MOVED = 0.05, 1.5  # how much a rendered mask's size (share) and height (
 ODD = 34  # pixels of the template: points farther from their places are no face's
 NARROWEST = 4  # pixels of the template between the eyes of a turned head
 UNTOUCHED = 0.4  # of the image, from above
-EYE_MARGIN = 0.22  # of the distance between the eyes, below their line, which no mask enters
-# The corners of what stays clear, from the left eye: along and across the line of the eyes, in that distance.
-CLEARED = np.array([(-4, EYE_MARGIN), (5, EYE_MARGIN), (5, -9 * EYE_MARGIN), (-4, -9 * EYE_MARGIN)])
+EYE_MARGIN = 7.7  # pixels of the template below the line of the eyes, which no mask enters
+# The corners of what stays clear, from the left eye: along the line of the eyes and across it, in these margins.
+CLEARED = np.array([(-20, 1), (25, 1), (25, -9), (-20, -9)])
 STRAPPED = 0.8  # of the warped masks have straps
 COLOURED = 12  # mean difference of red and blue in photos with colours
 
@@ -316,8 +316,9 @@ def _drift(turn: np.ndarray) -> np.ndarray:
 
 def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
     """Takes away what lies less than :data:`EYE_MARGIN` below the line of the eyes."""
-    x, y = face.points[1] - face.points[0]
-    corners = face.points[0] + CLEARED @ np.array([(x, y), (-y, x)]) - (0, above)
+    along = complex(*(face.points[1] - face.points[0]))
+    along *= EYE_MARGIN * (above + len(layer)) / TEMPLATE_SIZE / abs(along)
+    corners = face.points[0] + CLEARED @ [(along.real, along.imag), (-along.imag, along.real)] - (0, above)
     cv2.fillConvexPoly(layer, (corners * 16).round().astype(np.int32), (0, 0, 0, 0), cv2.LINE_AA, 4)
 
 
