@@ -36,7 +36,7 @@ class Scaling:
     runs: list[Run]
     left_out: list[tuple[str, str]]  # run, why
     law: ScalingLaw
-    size: int  # to predict
+    size: float  # to predict
 
 
 def scaling(folders: list[str], figure: str, uri: str, experiment: str, query: str, predict: str | None) -> Scaling:
@@ -69,9 +69,9 @@ def scaling(folders: list[str], figure: str, uri: str, experiment: str, query: s
     try:
         law = fit_scaling_law(sizes, errors)
     except UserError as error:
-        reasons = [f"left out {name}: {reason}" for name, reason in left_out]
-        raise UserError("; ".join([str(error), *reasons])) from None
-    return Scaling(runs, left_out, law, size or 2 * runs[-1].parameters)
+        first = "".join(f", {len(left_out)} left out, as {name}: {reason}" for name, reason in left_out[:1])
+        raise UserError(f"{error}{first}") from None
+    return Scaling(runs, left_out, law, size or 2.0 * runs[-1].parameters)
 
 
 def run_of(name: str, figures: Mapping[str, float], figure: str) -> Run:
@@ -88,8 +88,8 @@ def run_of(name: str, figures: Mapping[str, float], figure: str) -> Run:
     return Run(name, int(figures["backbone_parameters"] + figures["classifier_parameters"]), error)
 
 
-def parameter_count(text: str) -> int:
-    """1_200_000_000 of '1.2e9', '1.2G', '1.2B' or '1200M'.
+def parameter_count(text: str) -> float:
+    """1.2e9 of '1.2e9', '1.2G', '1.2B' or '1200M'.
 
     Raises:
         UserError: not a positive number.
@@ -101,7 +101,7 @@ def parameter_count(text: str) -> int:
         count = math.nan
     if not 1 <= count < math.inf:
         raise UserError(f"--predict {text}: not a number of parameters, such as 600M or 1.2e9")
-    return round(count)
+    return count
 
 
 def run_table(found: Scaling) -> list[tuple[str, ...]]:
@@ -126,7 +126,7 @@ def scaling_figures(found: Scaling) -> dict[str, float]:
         "prefactor": law.prefactor,
         "offset": law.offset,
         "r2": law.r2,
-        "predicted_parameters": found.size,
+        "predicted_parameters": round(found.size),
         "predicted_error": float(estimate.error[0]),
         "predicted_error_low": float(estimate.run_low[0]),
         "predicted_error_high": float(estimate.run_high[0]),
@@ -139,12 +139,14 @@ def findings(found: Scaling) -> list[str]:
     law = found.law
     if law.offset_p is None:
         said = ["Three sizes do not tell whether the law has an offset, which no size mends."]
-    elif law.offset:
-        said = [f"The law has an offset, which no size mends (F test, p = {law.offset_p:.2g})."]
     else:
-        said = [f"These runs show no offset (F test, p = {law.offset_p:.2g}); if there is one, more size brings less."]
+        test = f"(F test, p = {law.offset_p:.2g})"
+        kept, none = "which no size mends", "if there is one, larger nets gain less than this"
+        said = [
+            f"The law has an offset {test}, {kept}." if law.offset else f"These runs show no offset {test}; {none}."
+        ]
     if law.exponent_interval[0] <= 0:
-        said.append("The exponent's interval holds 0: these runs do not show that size helps.")
+        said.append("The exponent's interval reaches down to 0: these runs do not show that size helps.")
     return said
 
 

@@ -4,7 +4,8 @@ The squares of ln E's residuals are minimised. Without the offset c that is a st
 intervals, by Student's t with R − 2 degrees of freedom, are exact where ln E scatters normally and alike at all sizes.
 An offset c ≥ 0 is what no size mends; its law is linearised at the minimum (delta method, R − 3 degrees), so its
 intervals are approximate. It is kept where an F test of the one parameter more rejects c = 0 at 5 %, which takes four
-sizes or more. All intervals are of 95 %, and those of a law with an offset do not know that the data chose it.
+sizes or more. All intervals are of 95 % and know nothing of that choice: where runs are too few to show an offset that
+there is, the exponent comes out too small, and its interval with it.
 
 Legend: R runs, Q sizes asked for, K parameters of the law: ln a, b and, with an offset, c.
 """
@@ -21,6 +22,7 @@ from fr_core.errors import UserError
 LEVEL = 0.95
 SIZES, SIZES_FOR_OFFSET = 3, 4  # different ones, at least
 STEEPEST = 10.0  # exponent of a law with an offset, beyond which only the smallest size would matter
+STARTS = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])  # offsets, of the smallest error
 TOLERANCE = 1e-12  # relative, of the fit with an offset
 ROUNDING = 1e-10  # residuals of ln E below it are none
 
@@ -124,23 +126,20 @@ def _line(x_R: np.ndarray, y_R: np.ndarray) -> np.ndarray:
 
 
 def _with_offset(x_R: np.ndarray, y_R: np.ndarray) -> np.ndarray:
-    """ln a, b and c, from several starts: the line through what an offset leaves."""
-    best = None
-    for share in (0.1, 0.5, 0.9, 0.99):
-        c = share * np.exp(y_R.min())
+    """ln a, b and c, begun at the best of some offsets and the lines through what they leave."""
+    starts = []
+    for c in STARTS * np.exp(y_R.min()):
         log_a, b = _line(x_R, np.log(np.exp(y_R) - c))
-        found = least_squares(
-            lambda theta: _law(theta, x_R)[0] - y_R,
-            (log_a, np.clip(b, 1e-3, STEEPEST / 2), c),
-            lambda theta: _law(theta, x_R)[1],
-            bounds=((-np.inf, 0, 0), (np.inf, STEEPEST, np.inf)),
-            ftol=TOLERANCE,
-            xtol=TOLERANCE,
-            gtol=TOLERANCE,
-        )
-        best = found if best is None or found.cost < best.cost else best
-    assert best is not None
-    return best.x
+        starts.append(np.array([log_a, np.clip(b, 1e-3, STEEPEST / 2), c]))
+    return least_squares(
+        lambda theta_K: _law(theta_K, x_R)[0] - y_R,
+        min(starts, key=lambda theta_K: _squares(theta_K, x_R, y_R)),
+        lambda theta_K: _law(theta_K, x_R)[1],
+        bounds=((-np.inf, 0, 0), (np.inf, STEEPEST, np.inf)),
+        ftol=TOLERANCE,
+        xtol=TOLERANCE,
+        gtol=TOLERANCE,
+    ).x
 
 
 def _p_of_the_last(without: float, with_it: float, freedom: int) -> float:
