@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -431,6 +432,39 @@ def replay(
         figure.savefig(picture)
     console.print(f"picture: {picture}", markup=False)
     show("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
+
+
+@app.command()
+def scaling(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Folders of runs; none: all of an MLflow experiment.")
+    ] = None,
+    figure: Annotated[
+        str, typer.Option(help="accuracy, tar_at_far_1e-3, mfr …; of a later verification NAME/FIGURE.")
+    ] = "accuracy",
+    uri: Annotated[str, typer.Option(help="Of MLflow.")] = "sqlite:///runs/mlflow.db",
+    experiment: Annotated[str, typer.Option(help="In MLflow.")] = "bigface",
+    query: Annotated[str, typer.Option("--filter", help="MLflow's, such as \"params.`net.width` = '16'\".")] = "",
+    predict: Annotated[
+        str | None, typer.Option(help="Parameters, such as 600M or 1.2e9; default: twice the largest run's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(parser=local, help="PNG of runs, law and prediction.")] = None,
+    json: Json = None,
+) -> None:
+    """Fit error as a power law of parameters over finished runs, and predict the next size."""
+    from pipelines.scaling import findings, run_table, scaling_figure, scaling_figures
+    from pipelines.scaling import scaling as run
+
+    found = run(runs or [], figure, uri, experiment, query, predict)
+    show_table(run_table(found), figure)
+    for name, reason in found.left_out:
+        console.print(f"[yellow]left out: {escape(name)}: {escape(reason)}[/]")
+    for finding in findings(found):
+        console.print(finding)
+    if out:
+        with writable(out):
+            scaling_figure(found, figure).savefig(out, format="png")
+    show("scaling", scaling_figures(found), json, runs=[asdict(run) for run in found.runs], left_out=found.left_out)
 
 
 comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the same data, net and seeds; resumable.")

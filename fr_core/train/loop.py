@@ -22,7 +22,7 @@ from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
 from fr_core.train.dcq import dcq_step
 from fr_core.train.f2c import f2c_step
-from fr_core.train.state import TrainState, average_statistics, initial_state
+from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
 from fr_core.train.warm_start import load_backbone, prototypes, rows_by_name
@@ -180,11 +180,14 @@ def finish(
         "epochs": epoch_of(state),
         "identities": manifest.identities,
         "images": manifest.images,
+        **parameter_figures(config, manifest.identities),
         "workers": ranks.size,
         "seconds": seconds,
         "peak_memory_mib": peak / 2**20,  # of rank 0 in training: its card, or its process
         "classes_mib": sum(tensor.nbytes for tensor in state.head.state_dict().values()) / 2**20,  # of rank 0
     }
+    if tracker:
+        tracker.log_figures(state.step, figures)
     if result:
         figures |= verification_figures(result)
     if tracker:

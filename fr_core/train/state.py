@@ -136,6 +136,14 @@ def centres_of(config: Config, classes: int) -> int:
             return 0
 
 
+def parameter_figures(config: Config, identities: int) -> dict[str, int]:
+    """Parameters of a run's backbone and of its classifier, the class matrix; centres without a gradient are none."""
+    with torch.device("meta"):
+        backbone = sum(param.numel() for param in build_net(config.net).parameters())
+    matrix = classes(config, identities) * config.net.embedding if isinstance(config.method, BigFace) else 0
+    return {"backbone_parameters": backbone, "classifier_parameters": matrix}
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The backbone's precision."""
     precision = autocast_precision(config, device)

@@ -8,16 +8,19 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from fr_core.config import Config, Tracking, flat
+from fr_core.config import Config, Tracking, flat, parse_config
 from fr_core.data.store import AnyPath, RemotePath, fetched, write_text_atomically, written
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
+from fr_core.train.state import parameter_figures
 from fr_core.verify.report import contact_sheet
 
 COLUMNS = (
@@ -26,6 +29,7 @@ COLUMNS = (
     *("images_per_second", "data_wait"),
 )
 PANELS = {"loss": "loss", "detector": "fall of the loss", "lr": "learning rate", "images_per_second": "images/s"}
+PARAMETERS = "backbone_parameters"  # a figure that older reports lack
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
 SAMPLE_IMAGES = 32
@@ -233,6 +237,58 @@ def read_metrics(out: AnyPath) -> list[dict[str, float]]:
     return rows
 
 
+def report_figures(out: AnyPath) -> dict[str, float]:
+    """Figures of a run's ``report.json``; parameters are counted by its config where an older one lacks them.
+
+    Raises:
+        UserError: no report of a training, or a config of another version.
+    """
+    path = out / "report.json"
+    try:
+        report = json.loads(path.read_text())
+        figures, config = report["figures"], report["config"]
+        identities = int(figures["identities"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no report of a finished training") from None
+    if PARAMETERS in figures:
+        return figures
+    return figures | parameter_figures(parse_config(config, str(path)), identities)
+
+
+def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    """Names of the finished runs of an MLflow experiment, and what reads their figures as :func:`report_figures` does.
+
+    Figures of later verifications are among them (``NAME/FIGURE``).
+
+    Args:
+        query: MLflow's filter, or none.
+
+    Raises:
+        UserError: no such database or experiment, or a filter that MLflow does not understand.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).is_file():  # MLflow would make one
+        raise UserError(f"{uri}: no such database: give --uri, or folders of runs")
+    finished = " and ".join(filter(None, [query, "attributes.status = 'FINISHED'"]))
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise UserError(f"{uri}: no experiment {experiment!r}: give --experiment")
+        page = client.search_runs([found.experiment_id], finished)
+        runs = list(page)
+        while page.token:
+            page = client.search_runs([found.experiment_id], finished, page_token=page.token)
+            runs += page
+    except MlflowException as error:
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
+    trainings = (run for run in runs if COMPARISON_TAG not in run.data.tags)
+    return [(run.info.run_name, partial(_tracked_figures, client, run)) for run in trainings]
+
+
 def curves(rows: list[dict[str, float]]) -> Figure:
     """Loss, FastFace's detector where there is one, learning rate and throughput over the steps."""
     shown = [name for name in PANELS if any(name in row for row in rows)]
@@ -245,6 +301,20 @@ def curves(rows: list[dict[str, float]]) -> Figure:
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     return figure
+
+
+def _tracked_figures(client: Any, run: Any) -> dict[str, float]:
+    from mlflow.exceptions import MlflowException
+
+    metrics = run.data.metrics
+    if PARAMETERS in metrics:
+        return metrics
+    with TemporaryDirectory() as folder:
+        try:
+            client.download_artifacts(run.info.run_id, "report.json", folder)
+        except (MlflowException, OSError):
+            raise UserError("no report.json among its artifacts") from None
+        return report_figures(Path(folder)) | metrics
 
 
 def _saved_run_id(out: AnyPath) -> str | None:

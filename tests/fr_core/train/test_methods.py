@@ -14,7 +14,7 @@ from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import checkpoints
 from fr_core.train.f2c import sides
-from fr_core.train.state import initial_state, statistics
+from fr_core.train.state import initial_state, parameter_figures, statistics
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import losses, run
 
@@ -42,6 +42,15 @@ def fixed_statistics_run(ranks, config, steps):
     found = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(steps)]
     stream.close()
     return found, dict(state.head.state_dict()), state.backbone.fc.weight.detach()
+
+
+@pytest.mark.parametrize("method", [*METHODS, "bigface"])
+def test_parameters_are_counted_without_a_net(grouped, dataset, method):
+    config = config_of(dataset if method == "bigface" else grouped, method, "data.variants=2")
+    state, _ = begun(config, Ranks())
+    found = parameter_figures(config, state.plan.dataset.manifest.identities)
+    for name, module in (("backbone", state.backbone), ("classifier", state.head)):
+        assert found[f"{name}_parameters"] == sum(param.numel() for param in module.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
