@@ -68,8 +68,12 @@ def write_dataset(
     seed: int = 0,
     layout: Layout = "flat",
     chunk: int = 32,
+    points: bool = False,
 ) -> Path:
-    """Shards of noisy images whose colours tell the identity; grouped ones in chunks of at most ``chunk``."""
+    """Shards of noisy images whose colours tell the identity; grouped ones in chunks of at most ``chunk``.
+
+    Two of three have landmarks where ``points`` asks for them.
+    """
     random = np.random.default_rng(seed)
     colours = random.integers(40, 215, (identities, 2, 2, 3))
     labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
@@ -77,6 +81,9 @@ def write_dataset(
     for i, label in enumerate(labels):
         image = np.kron(colours[label], np.ones((size // 2, size // 2, 1))) + random.normal(0, 25, (size, size, 3))
         rows.append((i, int(label), encode(np.clip(image, 0, 255).astype(np.uint8)), None))
+    if points:
+        own = random.normal(size / 2, size / 8, (images, 5, 2)).astype(np.float32)
+        rows = [(*row[:3], own[i] if i % 3 else None) for i, row in enumerate(rows)]
     parts = [rows[start : start + per_shard] for start in range(0, images, per_shard)]
     tables = [flat_table(part) for part in parts]
     if layout == "grouped":

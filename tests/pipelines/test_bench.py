@@ -1,6 +1,6 @@
 import numpy as np
 
-from pipelines.bench import bench_attfc, bench_grouped, bench_head
+from pipelines.bench import bench_attfc, bench_grouped, bench_head, bench_masks
 
 
 def test_bench_head_on_a_small_problem():
@@ -27,6 +27,11 @@ def test_bench_attfc_on_a_small_problem():
 def test_bench_grouped_on_small_shards(dataset, grouped):
     figures = bench_grouped(str(dataset), str(grouped), 2)
     assert figures["grouped_over_flat"] > 0
+
+
+def test_bench_masks_on_few_images():
+    figures = bench_masks(20)
+    assert all(figures[f"img_s_{name}"] > 0 for name in ("2d", "3d", "plain"))
 
 
 def test_bench_ingest_writes_what_ingest_reads(tmp_path):

@@ -51,10 +51,33 @@ def test_a_suite_scores_every_set_and_draws_them_together(sets, tmp_path):
     assert table[2][-1] == str(results["cfp"].skipped) != "0"
 
 
+def test_sets_may_share_their_images_which_are_embedded_once(sets, tmp_path):
+    """Pairs files beside each other, whose images lie below them; other tables are no sets."""
+    suite = tmp_path / "shared"
+    shutil.copytree(sets / "agedb", suite / "faces")
+    rows = (suite / "faces" / "pairs.csv").read_text().replace("person", "faces/person").splitlines()
+    (suite / "faces" / "pairs.csv").unlink()
+    (suite / "one.csv").write_text("\n".join(rows))
+    (suite / "two.csv").write_text("\n".join(rows[:1] + rows[:0:-1]))
+    (suite / "masks.csv").write_text("path,tool,kind\n")
+    (suite / rows[1].split(",")[0]).write_bytes(b"broken")
+    seen = []
+
+    def embed(pixels):
+        seen.append(len(pixels))
+        return raw_pixels(pixels)
+
+    results = verify_suite(embed, suite)
+    assert list(results) == ["one", "two"]
+    assert seen[1] == len(results["two"].failed) == 1  # what could be read is known
+    assert np.allclose(np.sort(results["one"].scores), np.sort(results["two"].scores))
+    assert results["one"].skipped == results["two"].skipped > 0
+
+
 def test_folders_without_sets_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_sets(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"expected NAME\.bin or NAME/pairs\.csv or NAME/pairs\.txt"):
+    with pytest.raises(UserError, match=r"expected NAME\.bin, NAME\.csv or NAME/pairs\.csv or NAME/pairs\.txt"):
         find_sets(tmp_path)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fr_core.config import load_config
+from fr_core.data import masks
+from fr_core.data.decode import decode
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import ahead, batches, blocks_by_ray, blocks_in_process, make_plan
 from fr_core.errors import UserError
@@ -45,6 +47,40 @@ def test_grouped_shards_are_refused_with_the_mend(dataset):
     grouped = type(opened)(opened.root, opened.manifest.model_copy(update={"layout": "grouped"}))
     with pytest.raises(UserError, match="--layout flat"):
         make_plan(config_of(dataset), grouped)
+
+
+@pytest.mark.parametrize("layout", ["flat", "grouped"])
+def test_masks_are_put_on_where_the_landmarks_say(layout, tmp_path, monkeypatch):
+    """Every masked image, and no other, is changed; its own points are used, by ranks as by one process."""
+    root = write_dataset(tmp_path / "shards", 300, 20, layout=layout, points=True)
+    recipe = "debug_bigface" if layout == "flat" else "debug_attfc"
+    given = [f"data.path={root}", "data.augment.flip=0", "net.input_size=32", "train.global_batch=32"]
+    dataset, points, asked = open_dataset(root), {}, []
+    for shard, group, _ in dataset.row_groups.tolist():
+        points |= {decode(jpeg).tobytes(): own for _, _, jpeg, own in dataset.read_images(shard, group)}
+
+    def mark(image, own, *more):
+        known = points[image.tobytes()]
+        asked.append(np.isnan(own).all() if known is None else np.array_equal(own, known))
+        return 255 - image
+
+    monkeypatch.setattr(masks, "masked", mark)
+
+    def taken(ratio, ranks):
+        config = load_config(recipe, [*given, f"data.masks.ratio={ratio}"])
+        return list(batches(config, make_plan(config, dataset), ranks, 0, 4, blocks_in_process))
+
+    for plain, worn in zip(taken(0, Ranks()), taken(0.35, Ranks()), strict=True):
+        for name in ("images_BHWC", "class_images_BKHWC"):
+            a, b = getattr(plain, name).flatten(0, -4), getattr(worn, name).flatten(0, -4)
+            changed = (a != b).flatten(1).any(1)
+            assert (b[changed] == 255 - a[changed]).all()
+    assert all(asked)
+    total = 4 * 32 * (1 if layout == "flat" else 3)
+    assert 0.2 < len(asked) / total < 0.5
+    alone, shared = taken(0.35, Ranks()), [taken(0.35, Ranks(rank, 2)) for rank in range(2)]
+    for whole, *parts in zip(alone, *shared, strict=True):
+        assert np.array_equal(whole.images_BHWC, np.concatenate([part.images_BHWC for part in parts]))
 
 
 def test_ahead_keeps_order_raises_and_stops():
