@@ -183,16 +183,18 @@ def test_unlabelled_images_follow_progressive_resizing(dataset, more, teacher):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_tells_nearly_the_same(dataset, more, teacher, precision):
-    """The gradient's norm too: the loss scale reaches the adapter and is taken out again."""
+    """And moves the adapter as far: the loss scale reaches it and is taken out again."""
     given = [*teacher, *unlabelled_of(more, "batch=8"), "method.distill.adapter=true"]
     found = {}
     for name in ("float32", precision):
         config = config_of(dataset, *given, f"train.precision={name}")
         state, stream = begun(config)
         state.loss_scale = 2.0**6 if name == "float16" else 1.0
+        before = state.adapter.weight.detach().clone()
         found[name] = bigface_step(config, config.method, state, next(stream), Ranks())
+        found[name]["moved"] = float((state.adapter.weight.detach() - before).norm())
         stream.close()
-    for name in ("loss", "distill_loss", "grad_norm"):
+    for name in ("loss", "distill_loss", "grad_norm", "moved"):
         assert found[precision][name] == pytest.approx(found["float32"][name], rel=0.1)
 
 
