@@ -225,9 +225,8 @@ def update(
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
     head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
-    numbers = torch.stack(
-        [loss, backbone_norm, head_norm, *terms.values()]
-    ).tolist()  # the step's one wait for the device
+    figures = [loss, backbone_norm, head_norm, *terms.values()]
+    numbers = torch.stack(figures).tolist()  # the step's one wait for the device
     metrics = dict(zip(("loss", "grad_norm", "head_grad_norm", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
         _clip(backbone, metrics["grad_norm"], config.optim.clip)

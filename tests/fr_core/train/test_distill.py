@@ -1,7 +1,5 @@
 """Distillation in the train loop."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -245,4 +243,3 @@ def test_mistakes(dataset, more, grouped, tmp_path):
         config_of(dataset, "method.distill.unlabelled.batch=8")
     assert unlabelled_batch(config_of(dataset, *unlabelled_of(more))) == 32
     assert unlabelled(config) is None
-    assert Path(config.data.path) == dataset
