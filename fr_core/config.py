@@ -113,6 +113,34 @@ class Margin(Section):
     past_pi: Literal["fallback", "wrap"] = "fallback"  # where m1·θ + m2 > π
 
 
+class Unlabelled(Section):
+    """Images without labels, which add the distillation term alone."""
+
+    path: str  # folder of flat shards; their labels are not looked at
+    batch: Annotated[int, Field(ge=1)] | None = None  # global images a step; None: as many as train.global_batch
+    embeddings: str | None = None  # of these shards, where the teacher's are given as embeddings too
+
+
+class Distill(Section):
+    """Distillation from a teacher's embeddings (METHODS §5). The teacher is named on the command line."""
+
+    teacher: str | None = None  # run, checkpoint or safetensors file; sees the images that the student sees
+    teacher_net: str | None = None  # what bare weights are, such as mobilefacenet or iresnet50
+    embeddings: str | None = None  # instead: folder of `bigface embed` on the training shards, of the plain images
+    weight: Positive = 9.0  # λ
+    form: Literal["euclidean", "angular"] = "euclidean"  # ‖t − s‖² of unit vectors, or ShrinkTeaNet's (1 − cos)²
+    adapter: bool = False  # a linear layer from the student's width to the teacher's; not shipped
+    unlabelled: Unlabelled | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Distill":
+        if self.teacher and self.embeddings:
+            raise ValueError("give a teacher or its embeddings, not both")
+        if self.unlabelled and bool(self.unlabelled.embeddings) != bool(self.embeddings):
+            raise ValueError("embeddings and unlabelled.embeddings stand for the teacher together: give both or none")
+        return self
+
+
 class BigFace(Section):
     """Backbone and a class matrix sharded over the ranks (METHODS §2, §5)."""
 
@@ -124,6 +152,7 @@ class BigFace(Section):
     precision: Literal["float32", "bfloat16"] = "float32"  # of the class matrix's products; their sums are float32
     update: Literal["plain", "fused"] = "plain"  # fused: the class matrix moves tile by tile and has no gradient
     tile: Annotated[int, Field(ge=1)] | None = None  # classes computed at once; None: what fits cache or card
+    distill: Distill | None = None
 
 
 class FixedCentres(Section):
@@ -372,6 +401,17 @@ class Config(Section):
                 raise ValueError('method.update = "fused" has no gradient to clip: leave method.clip_head out')
             if self.train.precision == "float16":
                 raise ValueError('method.update = "fused" cannot scale the loss: train.precision = "bfloat16"')
+        if unlabelled_batch(self) % accumulate:
+            raise ValueError(
+                f"train.accumulate = {accumulate} does not divide "
+                f"method.distill.unlabelled.batch = {unlabelled_batch(self)}"
+            )
+        distill = distillation(self)
+        if distill and distill.embeddings and self.data.variants > 1:
+            raise ValueError(
+                "method.distill.embeddings are those of the plain faces, of which data.variants makes others: "
+                "give method.distill.teacher"
+            )
         if self.init.head != "random" and not self.init.backbone:
             raise ValueError(f'init.head = "{self.init.head}" needs init.backbone')
         if self.init.head != "random" and not isinstance(self.method, BigFace):
@@ -413,6 +453,19 @@ def class_images(config: Config) -> int:
             return 1
         case method:
             return method.class_images
+
+
+def distillation(config: Config) -> Distill | None:
+    """What the run distils from, if it does."""
+    return config.method.distill if isinstance(config.method, BigFace) else None
+
+
+def unlabelled_batch(config: Config) -> int:
+    """Unlabelled images that come with each global batch."""
+    distill = distillation(config)
+    if distill is None or distill.unlabelled is None:
+        return 0
+    return distill.unlabelled.batch or config.train.global_batch
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

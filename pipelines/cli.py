@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fr_core.config import load_config, recipes
+from fr_core.config import distillation, load_config, recipes
 from fr_core.data.schema import Layout
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
@@ -258,6 +258,12 @@ def split(
     show("split", figures, json)
 
 
+RunFolder = Annotated[str | None, typer.Option("--out", help="Folder of the run, or a URL; default runs/RECIPE-DATE.")]
+Workers = Annotated[int, typer.Option(min=1, help="Ray Train workers.")]
+OneWorker = Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+
+
 @app.command()
 def mask(
     src: Annotated[Path, typer.Argument(parser=local, help="Folder of aligned crops, at any depth.")],
@@ -287,10 +293,10 @@ def mask(
 def train(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     overrides: Overrides = None,
-    out: Annotated[str | None, typer.Option(help="Folder of the run, or a URL; default runs/RECIPE-DATE.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
-    in_process: Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    out: RunFolder = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
@@ -301,6 +307,31 @@ def train(
     out = out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     show("train", run(config, to_path(out), workers, in_process, resume, overwrite), json)
     console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}", markup=False)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
+    overrides: Overrides = None,
+    teacher: Annotated[str | None, typer.Option(help="A run, a checkpoint, or weights.safetensors.")] = None,
+    teacher_net: Annotated[str | None, typer.Option(help="For bare weights: mobilefacenet or iresnetDEPTH.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Instead of --teacher: what bigface embed made of it.")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="More flat shards, whose labels are not looked at.")] = None,
+    out: RunFolder = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Train a recipe that also follows a teacher; the options are its method.distill, and key.path=value the rest."""
+    options = {"teacher": teacher, "teacher_net": teacher_net, "embeddings": embeddings, "unlabelled.path": unlabelled}
+    given = [*(overrides or []), *(f"method.distill.{name}={value}" for name, value in options.items() if value)]
+    if (method := load_config(recipe).method).kind != "bigface":
+        raise UserError(f"{recipe}: only bigface, the method with a class matrix, distils, not {method.kind}")
+    if distillation(load_config(recipe, given)) is None:
+        raise UserError("nobody to learn from: give --teacher REF, or --embeddings DIR")
+    train(recipe, given, out, workers, in_process, resume, overwrite, json)
 
 
 @app.command()

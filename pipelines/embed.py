@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fr_core.data.decode import decode, resized
-from fr_core.data.embeddings import FACTS, Embeddings, Facts, open_embeddings, write_embeddings
+from fr_core.data.embeddings import BY_ID, FACTS, Embeddings, Facts, open_embeddings, write_embeddings
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, begin, to_path
 from fr_core.device import use_processor
@@ -90,7 +90,7 @@ def embed(
     )
     if own_folder:
         out = out / f"{facts.dataset[:8]}-{facts.net[:8]}"
-    own = ("embeddings-*.parquet", "embeddings-*.part")
+    own = ("embeddings-*.parquet", "embeddings-*.part", BY_ID.format("*"))
     begin(out, FACTS, facts.model_dump_json(indent=1) + "\n", own, overwrite)
     rest = [shard for shard in number if not (out / facts.files[shard]).is_file()]
     done = sum(dataset.manifest.shards[shard].images for shard in number if shard not in set(rest))

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fr_core.config import AttFC, BigFace, Config, class_images
+from fr_core.config import AttFC, BigFace, Config, class_images, distillation
 from fr_core.errors import UserError
 from fr_core.train.memory import memory
 
@@ -31,12 +31,12 @@ def plan(
             f"{gpus} GPUs × train.accumulate = {config.train.accumulate}"
         )
     here = memory(config, identities, gpus)
-    margin = config.method.margin.model_dump()
+    matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {
         "as written": config,
-        "full FC, plain": changed(config, {"method": {"kind": "bigface", "margin": margin}}),
-        "full FC, fused": changed(config, {"method": {"kind": "bigface", "margin": margin} | FUSED, "train": WHOLE}),
-        "Partial FC 0.1, plain": changed(config, {"method": {"kind": "bigface", "margin": margin, "sample_rate": 0.1}}),
+        "full FC, plain": changed(config, {"method": matrix}),
+        "full FC, fused": changed(config, {"method": matrix | FUSED, "train": WHOLE}),
+        "Partial FC 0.1, plain": changed(config, {"method": matrix | {"sample_rate": 0.1}}),
     }
     columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
@@ -49,6 +49,9 @@ def plan(
         advice = f"It fits, with {spare:.2f} GiB to spare."
     else:
         advice = f"It does not fit: {-spare:.2f} GiB too much. {first_knob(config, identities, gpus, gpu_gib)}"
+    distill = distillation(config)
+    if distill and not distill.teacher and not distill.embeddings:
+        advice += " No teacher is counted: method.distill.teacher names one."
     figures = {"fits": float(spare >= 0), "spare_gib": spare} | {f"{k}_gib": v / GIB for k, v in here.items()}
     return table, advice, figures
 

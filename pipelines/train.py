@@ -10,13 +10,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import F2C, Config, classes, total_steps
+from fr_core.config import F2C, Config, classes, distillation, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
-from fr_core.data.stream import make_plan
+from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import StorageError, UserError
+from fr_core.nets.open import find_checkpoint
 from fr_core.ranks import Ranks
+from fr_core.train.distill import open_teacher
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
 
@@ -56,6 +58,8 @@ def train(
     plan = checked_plan(config, workers)
     if config.data.check_sha256:
         plan.dataset.check_sha256()
+        if other := unlabelled(config):
+            other[1].dataset.check_sha256()
     if resume and not checkpoints(out):
         raise UserError(f"--resume: {out} holds no whole checkpoint; name the run with --out")
     if (out / "run.json").is_file() and not (resume or overwrite):
@@ -82,7 +86,8 @@ def checked_plan(config: Config, workers: int) -> Plan:
     """The plan of a run that can be launched.
 
     Raises:
-        UserError: bad data, pairs that cannot be read, or a number of workers, batch and centres that do not fit.
+        UserError: bad data, pairs that cannot be read, a teacher that does not fit, or a number of workers, batch and
+            centres that do not fit.
     """
     if not config.data.path:
         raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
@@ -101,6 +106,15 @@ def checked_plan(config: Config, workers: int) -> Plan:
             f"f2c cuts a worker's batch into pairs and two halves: train.global_batch must be a multiple of "
             f"{4 * workers}"
         )
+    if other := unlabelled(config):
+        if unlabelled_batch(config) % (workers * config.train.accumulate):
+            raise UserError(
+                f"method.distill.unlabelled.batch = {unlabelled_batch(config)} is not a multiple of "
+                f"{workers} workers × train.accumulate = {config.train.accumulate}"
+            )
+        other[1].lanes_of(0, workers)
+    if distill := distillation(config):
+        open_teacher(config, distill, plan.dataset, torch.device("cpu"))
     centres_of(config, classes(config, identities))
     if config.verify.pairs:
         read_pairs(config.verify.pairs)
@@ -110,11 +124,23 @@ def checked_plan(config: Config, workers: int) -> Plan:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config as workers elsewhere can use it: their working directory is another."""
+    """The config as workers elsewhere can use it: their working directory is another.
+
+    A teacher that is a run becomes its newest checkpoint, the same for all workers and all their lives.
+
+    Raises:
+        UserError: a teacher's run without a checkpoint.
+    """
     tree = config.model_dump()
-    for section, name in (("data", "path"), ("init", "backbone"), ("verify", "images"), ("verify", "pairs")):
-        if tree[section][name]:
-            tree[section][name] = str(to_path(tree[section][name]).resolve())
+    distill = tree["method"].get("distill") or {}
+    places = [(tree["data"], "path"), (tree["init"], "backbone"), (tree["verify"], "images"), (tree["verify"], "pairs")]
+    places += [(distill, "teacher"), (distill, "embeddings")]
+    places += [(distill.get("unlabelled") or {}, name) for name in ("path", "embeddings")]
+    for section, name in places:
+        if section.get(name):
+            section[name] = str(to_path(section[name]).resolve())
+    if distill.get("teacher") and (run := to_path(distill["teacher"])).is_dir():
+        distill["teacher"] = str(find_checkpoint(run))
     scheme, _, database = (tree["tracking"]["uri"] or "").partition("sqlite:///")
     if database and not scheme:
         tree["tracking"]["uri"] = f"sqlite:///{Path(database).resolve()}"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,12 +18,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fr_core.config import Config, class_images, input_size, lanes
+from fr_core import rng
+from fr_core.config import Config, class_images, distillation, input_size, lanes, unlabelled_batch
 from fr_core.data.class_images import Pool
 from fr_core.data.decode import augmented_batch, class_image_draws, draws
 from fr_core.data.masks import class_image_mask_draws, mask_draws, masking
 from fr_core.data.plan import Plan, read_block, read_task
-from fr_core.data.schema import Dataset, points_of
+from fr_core.data.schema import Dataset, open_dataset, points_of
 from fr_core.data.virtual import displacements, variants
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
@@ -43,6 +44,7 @@ class Batch:
     labels_B: Tensor  # int64
     images_BHWC: Tensor  # uint8, RGB
     class_images_BKHWC: Tensor  # uint8; K = 0 for methods that need none
+    unlabelled: "Batch | None" = None  # images for distillation alone, of a stream with epochs of its own
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
@@ -65,6 +67,40 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
         )
     data, train = config.data, config.train
     return Plan(dataset, config.seed, train.global_batch, lanes(config), data.shuffle_window)
+
+
+def unlabelled(config: Config) -> tuple[Config, Plan] | None:
+    """Config and plan of the stream of unlabelled images, where there is one.
+
+    It has a seed of its own, made of the run's: a sample id that is in both streams meets other draws in each. Its
+    images have the net's full size; a run that resizes progressively shrinks them on the device.
+
+    Raises:
+        UserError: as :func:`make_plan`.
+    """
+    distill = distillation(config)
+    if distill is None or distill.unlabelled is None:
+        return None
+    dataset, batch = open_dataset(distill.unlabelled.path), unlabelled_batch(config)
+    if dataset.manifest.images < batch:
+        raise UserError(
+            f"{dataset.root} holds {dataset.manifest.images} images, a step takes {batch}: lower "
+            "method.distill.unlabelled.batch"
+        )
+    data = config.data.model_copy(update={"lanes": None, "progressive": None, "variants": 1})
+    train = config.train.model_copy(update={"global_batch": batch})
+    seed = rng.torch_seed(config.seed, "unlabelled")
+    own = config.model_copy(update={"data": data, "train": train, "seed": seed})
+    return own, make_plan(own, dataset)
+
+
+def step_by_step(
+    batches: Generator[Batch, None, None], others: Generator[Batch, None, None]
+) -> Generator[Batch, None, None]:
+    """The batches of one stream, each with the ``unlabelled`` one of the other; closing this closes both."""
+    with closing(batches), closing(others):
+        for batch, other in zip(batches, others, strict=True):
+            yield replace(batch, unlabelled=other)
 
 
 def batches(

@@ -1,6 +1,7 @@
-"""One step of BigFace: backbone, gather, class-sharded margin softmax (METHODS §2, §5).
+"""One step of BigFace: backbone, gather, class-sharded margin softmax, and distillation beside it (METHODS §2, §5).
 
-Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, D embedding.
+Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, X = B and the unlabelled ones behind them,
+D embedding, E the teacher's.
 """
 
 from contextlib import nullcontext
@@ -10,8 +11,10 @@ import torch
 from fr_core import rng
 from fr_core.config import BigFace, Config
 from fr_core.data.stream import Batch
+from fr_core.losses.distill import distillation_loss
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
+from fr_core.train.distill import micro_batches
 from fr_core.train.state import TrainState, autocast, begin_step, update, without_sync
 
 
@@ -19,16 +22,19 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     """Trains on one global batch.
 
     The loss is the mean over the global batch whatever the ranks and micro-batches; only batch norm sees
-    micro-batches one by one.
+    micro-batches one by one. Distillation adds its weight × the mean over labelled and unlabelled images.
 
     Returns:
-        lr, and those of :func:`fr_core.train.state.update`.
+        lr, and those of :func:`fr_core.train.state.update`; of a distilled run also both terms.
     """
-    micro = config.train.accumulate
-    images_ABHWC = batch.images_BHWC.to(state.device).chunk(micro)
+    micro, distill = config.train.accumulate, method.distill
+    images_AXHWC = micro_batches(batch, micro, state.device)
     labels_AG = [ranks.gather(labels_B) for labels_B in batch.labels_B.to(state.device).chunk(micro)]
     rows_S = state.head.sample(torch.cat(labels_AG), state.step)
-    total = torch.zeros((), device=state.device)
+    labelled = len(batch.labels_B) // micro
+    total, distance = torch.zeros(2, device=state.device).unbind()
+    with autocast(config, state.device):
+        targets_AXE = state.teacher.targets(batch, images_AXHWC) if state.teacher else []
     state.backbone.train()
     rate = begin_step(config, state)
     sgd = state.optimizers["head"].tile_sgd() if method.update == "fused" else None
@@ -36,8 +42,18 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
         torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, ranks.rank * micro + a))
         with without_sync(state) if a < micro - 1 else nullcontext():
             with autocast(config, state.device):
-                x_BD = state.parallel(normalised(images_ABHWC[a], state.backbone.input_std))
-            loss = state.head(ranks.gather(x_BD), labels_AG[a], rows_S, sgd) / micro
+                x_XD = state.parallel(normalised(images_AXHWC[a], state.backbone.input_std))
+                student_XE = state.adapter(x_XD) if state.adapter else x_XD
+            loss = state.head(ranks.gather(x_XD[:labelled]), labels_AG[a], rows_S, sgd) / micro
+            total += loss.detach()
+            if distill:  # each rank its own faces' share
+                apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
+                distance += apart.detach()
+                loss = loss + distill.weight * apart
             (loss * state.loss_scale).backward()
-        total += loss.detach()
-    return update(config, state, total, ranks) | {"lr": rate}
+    if distill is None:
+        return update(config, state, total, ranks) | {"lr": rate}
+    if state.adapter:
+        ranks.sum_(state.adapter.weight.grad)
+    terms = {"margin_loss": total, "distill_loss": ranks.sum_(distance)}
+    return update(config, state, total + distill.weight * distance, ranks, terms) | {"lr": rate}

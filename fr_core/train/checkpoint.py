@@ -2,11 +2,11 @@
 
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
 ``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
-something else is shipped, and a momentum encoder), ``head_RANK.safetensors`` (rows of the class matrix and their
-optimiser; or once, what all ranks have in common in its place), ``identities.parquet`` (whose rows they are) and
-``checkpoint.json``, which is written last: a folder without it is no checkpoint, on a disk as on an object store, where
-nothing can be renamed. Nothing random is saved: every draw is a function of (seed, step, rank or sample id), and the
-data position is the step.
+something else is shipped, a momentum encoder, an adapter to a teacher's width), ``head_RANK.safetensors`` (rows of the
+class matrix and their optimiser; or once, what all ranks have in common in its place), ``identities.parquet`` (whose
+rows they are) and ``checkpoint.json``, which is written last: a folder without it is no checkpoint, on a disk as on an
+object store, where nothing can be renamed. Nothing random is saved: every draw is a function of (seed, step, rank or
+sample id), and the data position is the step.
 """
 
 import json
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, flat, lanes
@@ -30,7 +30,7 @@ from fr_core.data.schema import sha256
 from fr_core.data.store import AnyPath, fetched, find, remove_folder, write_text_atomically, written
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
-from fr_core.nets.open import CHECKPOINTS, Backbone, is_whole
+from fr_core.nets.open import CHECKPOINTS, is_whole
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
@@ -100,8 +100,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     state.usable.load_state_dict(_tensors(folder, summary, "backbone.safetensors"))
     for name, net in _other_nets(state).items():
         net.load_state_dict(_under(f"{name}/", extra))
-    named = {name: p for name, p in state.backbone.named_parameters() if p.requires_grad}
-    _load_optimizer(state.optimizers["backbone"], named, _under("optimizer/", extra))
+    _load_optimizer(state.optimizers["backbone"], state.trained, _under("optimizer/", extra))
     if isinstance(state.head, ShardedFC):
         rows = _read_head_rows(folder, summary, state.head.lo, state.head.hi)
         with torch.no_grad():
@@ -202,16 +201,15 @@ def _head_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's part of the optimiser's state, and on rank 0 the nets beside the one that is shipped."""
-    named = dict(state.backbone.named_parameters())
-    tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], named))
+    tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
     if ranks.rank == 0:
         for name, net in _other_nets(state).items():
             tensors |= _prefixed(f"{name}/", net.state_dict())
     return tensors
 
 
-def _other_nets(state: TrainState) -> dict[str, Backbone]:
-    nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder}
+def _other_nets(state: TrainState) -> dict[str, nn.Module]:
+    nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
     return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 

@@ -2,17 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, Masks, VirtualFC
+from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, Masks, VirtualFC, unlabelled_batch
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, remove_folder
-from fr_core.data.stream import Batch, batches, make_plan
+from fr_core.data.stream import Batch, batches, make_plan, step_by_step, unlabelled
 from fr_core.device import default_device, peak_memory
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
@@ -52,8 +52,8 @@ def train_loop(
     state = resume_or_init(config, out, ranks, blocks)
     first_step = state.step
     tracker = open_tracker(config, out, state, ranks)
-    stream = batches(config, state.plan, ranks, state.step, state.total_steps, blocks)
-    clock = Clock(config.train.global_batch)
+    stream = rest_of_run(config, state, ranks, blocks)
+    clock = Clock(config.train.global_batch + unlabelled_batch(config))
     try:
         while state.step < state.total_steps:
             batch = clock.waited(stream)
@@ -100,6 +100,13 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
         if config.init.head == "names":
             rows_by_name(config, state)
     return state
+
+
+def rest_of_run(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
+    """A rank's batches from the state's step on, with unlabelled ones where the run takes them."""
+    steps = (state.step, state.total_steps)
+    stream, other = batches(config, state.plan, ranks, *steps, blocks), unlabelled(config)
+    return stream if other is None else step_by_step(stream, batches(*other, ranks, *steps, blocks))
 
 
 def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) -> Tracker | None:
@@ -207,8 +214,8 @@ def finish(
 class Clock:
     """Throughput and the share of time spent waiting for data, since it was last asked."""
 
-    def __init__(self, global_batch: int) -> None:
-        self.global_batch = global_batch
+    def __init__(self, images: int) -> None:
+        self.images = images  # of a step, over all ranks
         self.step: int | None = None
         self.since, self.waiting = time.monotonic(), 0.0
 
@@ -224,7 +231,7 @@ class Clock:
         seconds = now - self.since
         rates = {"data_wait": self.waiting / seconds}
         if steps:
-            rates["images_per_second"] = steps * self.global_batch / seconds
+            rates["images_per_second"] = steps * self.images / seconds
         self.step, self.since, self.waiting = step, now, 0.0
         return rates
 

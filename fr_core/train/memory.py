@@ -10,9 +10,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import DCQ, F2C, AdamW, AttFC, BigFace, Config, Net, VirtualFC, class_images, classes
+from fr_core.config import (
+    DCQ,
+    F2C,
+    AdamW,
+    AttFC,
+    BigFace,
+    Config,
+    Net,
+    VirtualFC,
+    class_images,
+    classes,
+    distillation,
+    unlabelled_batch,
+)
 from fr_core.heads.streamed import tile_size
-from fr_core.nets.open import Backbone, build_net
+from fr_core.nets.open import Backbone, build_net, open_net
 from fr_core.ranks import Ranks
 from fr_core.train.state import centres_of
 
@@ -25,8 +38,11 @@ LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     """Bytes on rank 0's card, by part; their ``total`` is the peak of a step.
 
-    ``activations`` with the larger of ``tile`` and ``encoder_features`` live in the backward pass, ``update`` (the
-    optimisers' temporaries) after it: the larger of the two counts.
+    ``teacher_features`` live before the student's forward pass, ``activations`` with the larger of ``tile`` and
+    ``encoder_features`` in the backward pass, ``update`` (the optimisers' temporaries) after it: the largest counts.
+
+    Raises:
+        UserError: a teacher that does not open.
     """
     rows = classes(config, identities)
     images = config.train.global_batch // config.train.accumulate
@@ -49,9 +65,14 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
+    distill = distillation(config)
+    if distill and distill.teacher:
+        given = (distill.teacher, distill.teacher_net, -(-trained_images // gpus), precision)
+        parts["teacher"], parts["teacher_features"] = teacher_bytes(*given)
     parts["update"] = max(trained, head["update"])
-    working = max(activations + max(parts["tile"], parts.get("encoder_features", 0)), parts["update"])
-    passing = ("activations", "tile", "encoder_features", "update")
+    backward = activations + max(parts["tile"], parts.get("encoder_features", 0))
+    working = max(parts.get("teacher_features", 0), backward, parts["update"])
+    passing = ("teacher_features", "activations", "tile", "encoder_features", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
 
 
@@ -66,7 +87,7 @@ def step_images(config: Config) -> tuple[int, int]:
         case VirtualFC():
             return images * (count + 1), 0
         case _:
-            return images, 0
+            return images + unlabelled_batch(config) // config.train.accumulate, 0
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
@@ -110,20 +131,38 @@ def feature_bytes(net: Net, batch: int, precision: str) -> int:
 
     Three of the largest feature maps: an estimate.
     """
+    with FakeTensorMode():
+        return 3 * largest_feature(build_net(net), batch, precision)
+
+
+@lru_cache
+def teacher_bytes(ref: str, net: str | None, batch: int, precision: str) -> tuple[int, int]:
+    """Bytes of a teacher's weights, and of its forward pass as :func:`feature_bytes`.
+
+    Raises:
+        UserError: as :func:`fr_core.nets.open.open_net`.
+    """
+    module = open_net(ref, net, torch.device("cpu")).net
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return weights, 3 * largest_feature(module, batch, precision)
+
+
+@torch.no_grad()
+def largest_feature(module: Backbone, batch: int, precision: str) -> int:
+    """Bytes of the largest output of any layer, of images that take no memory in a ``FakeTensorMode``."""
     largest = 0
 
     def look(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal largest
         largest = max(largest, out.nbytes)
 
-    with FakeTensorMode(), torch.no_grad():
-        module = build_net(net)
-        for layer in module.modules():
-            layer.register_forward_hook(look)
-        dtype = getattr(torch, precision)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            module(torch.empty(batch, 3, net.input_size, net.input_size))
-    return 3 * largest
+    for layer in module.modules():
+        layer.register_forward_hook(look)
+    dtype = getattr(torch, precision)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        module(torch.empty(batch, 3, module.input_size, module.input_size))
+    return largest
 
 
 @lru_cache

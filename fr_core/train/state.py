@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import DCQ, F2C, AttFC, BigFace, Config, VirtualFC, classes, total_steps
+from fr_core.config import DCQ, F2C, AttFC, BigFace, Config, VirtualFC, classes, distillation, total_steps
 from fr_core.data.plan import Plan
 from fr_core.device import multiplies_bfloat16
 from fr_core.errors import UserError
@@ -28,6 +28,7 @@ from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
 from fr_core.optim.optimizers import make_optimizers, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
+from fr_core.train.distill import Teacher, open_teacher
 
 Head = ShardedFC | ClassQueue | ClassPool | Anchors
 
@@ -49,6 +50,8 @@ class TrainState:
     average: Backbone | None = None  # moving average of the backbone
     encoder: Any = None  # Backbone, the momentum encoder: AttFC's class encoder, DCQ's key encoder, F2C's gallery net
     ships_encoder: bool = False
+    teacher: Teacher | None = None
+    adapter: Any = None  # nn.Linear to the teacher's width; trained with the backbone, not shipped
     watcher: Recurrence | HaarWindow | None = None  # FastFace: what cuts the rate
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0
@@ -56,6 +59,12 @@ class TrainState:
     bad_steps: int = 0  # non-finite steps in a row
     run_id: str | None = None  # of MLflow
     buffers: list[Tensor] = field(default_factory=list)  # batch-norm statistics before this step
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What the backbone's optimiser moves, by name."""
+        adapter = {"adapter.weight": self.adapter.weight} if self.adapter else {}
+        return {name: p for name, p in self.backbone.named_parameters() if p.requires_grad} | adapter
 
     @property
     def usable(self) -> Backbone:
@@ -70,9 +79,16 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
     backbone = on_device(build_net(config.net), device)
     head = make_head(config, classes(config, plan.dataset.manifest.identities), ranks, device).to(device)
-    optimizers = make_optimizers(config, backbone, head, ranks)
+    distill, teacher, adapter = distillation(config), None, None
+    if distill:
+        teacher = open_teacher(config, distill, plan.dataset, device)
+        if distill.adapter:
+            torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
+            adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
+    optimizers = make_optimizers(config, nn.ModuleList([backbone, adapter] if adapter else [backbone]), head, ranks)
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
+    state.teacher, state.adapter = teacher, adapter
     state.watcher = watcher(config.schedule, total, config.train.global_batch)
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
@@ -195,16 +211,21 @@ def statistics(state: TrainState) -> list[Tensor]:
     return [buffer for net in nets for buffer in net.buffers()]
 
 
-def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dict[str, float]:
+def update(
+    config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
     """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite.
 
     Clips, steps both optimisers, the moving average and the loss scale. The loss scale lives here, not in
     ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
 
+    Args:
+        terms: of the loss, to be told beside it.
+
     Returns:
-        loss, gradient norms (the head's is 0 where it has no gradient), and what FastFace sees.
+        loss and its terms, gradient norms (the head's is 0 where it has no gradient), and what FastFace sees.
     """
-    backbone = [p for p in state.backbone.parameters() if p.grad is not None]
+    backbone, terms = [p for p in state.trained.values() if p.grad is not None], terms or {}
     head = list(state.head.parameters())
     if state.loss_scale != 1:
         for param in (*backbone, *head):
@@ -212,8 +233,9 @@ def update(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> dic
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
     head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
-    numbers = torch.stack([loss, backbone_norm, head_norm]).tolist()  # the step's one wait for the device
-    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm"), numbers, strict=True))
+    figures = [loss, backbone_norm, head_norm, *terms.values()]
+    numbers = torch.stack(figures).tolist()  # the step's one wait for the device
+    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
         _clip(backbone, metrics["grad_norm"], config.optim.clip)
         if isinstance(config.method, BigFace):

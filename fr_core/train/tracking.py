@@ -25,10 +25,17 @@ from fr_core.verify.report import contact_sheet
 
 COLUMNS = (
     *("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm"),
+    *("margin_loss", "distill_loss"),  # of a distilled run
     *("detector", "stationary"),  # of FastFace
     *("images_per_second", "data_wait"),
 )
-PANELS = {"loss": "loss", "detector": "fall of the loss", "lr": "learning rate", "images_per_second": "images/s"}
+PANELS = {
+    "loss": "loss",
+    "distill_loss": "distance to the teacher",
+    "detector": "fall of the loss",
+    "lr": "learning rate",
+    "images_per_second": "images/s",
+}
 PARAMETERS = "backbone_parameters"  # a figure that older reports lack
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow

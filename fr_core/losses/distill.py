@@ -1,0 +1,21 @@
+"""Distillation losses on embeddings: how far the student points from the teacher (METHODS §5).
+
+Legend: B images, D embedding.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def distillation_loss(form: Literal["euclidean", "angular"], student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """Mean over the images of a distance between the directions of two embeddings; their lengths do not matter.
+
+    Args:
+        form: ``euclidean`` is ‖t/‖t‖ − s/‖s‖‖² = 2·(1 − cos) (BigFace-Distill); ``angular`` is (1 − cos)², which
+            lets go of images that nearly agree (Duong et al., "ShrinkTeaNet", 2019).
+        student_BD: any floating type; the loss is computed in float32.
+    """
+    distance_B = (F.normalize(teacher_BD.float()) - F.normalize(student_BD.float())).square().sum(1)
+    return (distance_B if form == "euclidean" else (distance_B / 2).square()).mean()

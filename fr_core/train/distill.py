@@ -1,0 +1,98 @@
+"""What a student is to agree with: a teacher net that sees the same images, or the embeddings that it left.
+
+A net teaches consistently (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", 2022);
+embeddings, of the plain images, cost no forward pass.
+
+Legend: A micro-batches, B labelled and U unlabelled images of a rank's step, X = (B + U) / A, E teacher's embedding.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fr_core.config import Config, Distill
+from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
+from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.stream import Batch
+from fr_core.errors import UserError
+from fr_core.nets.open import Backbone, normalised, open_net
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Either a net, or embeddings of the labelled images and of the unlabelled ones if there are any."""
+
+    embedding: int  # E
+    net: Backbone | None = None
+    labelled: EmbeddingsById | None = None
+    unlabelled: EmbeddingsById | None = None
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, images_AXHWC: list[Tensor]) -> list[Tensor]:
+        """What it says of each micro-batch's images, as :func:`micro_batches` made them: [X, E], of any length."""
+        if self.net is not None:
+            size, std = self.net.input_size, self.net.input_std
+            return [self.net(normalised(resized(images_XHWC, size), std)) for images_XHWC in images_AXHWC]
+        assert self.labelled is not None
+        known_BE, more_UE = torch.from_numpy(self.labelled(batch.sample_ids)), None
+        if self.unlabelled is not None and batch.unlabelled is not None:
+            more_UE = torch.from_numpy(self.unlabelled(batch.unlabelled.sample_ids))
+        device = images_AXHWC[0].device
+        return [known.to(device) for known in _shared_out(known_BE, more_UE, len(images_AXHWC))]
+
+
+def open_teacher(config: Config, distill: Distill, dataset: Dataset, device: torch.device) -> Teacher:
+    """The teacher of a run on ``dataset``.
+
+    Raises:
+        UserError: none named, one that does not open, embeddings of other images, or of another width than the
+            student's without an adapter.
+    """
+    if distill.teacher:
+        net = open_net(distill.teacher, distill.teacher_net, device).net
+        teacher = Teacher(net.embedding, net)
+    elif distill.embeddings:
+        known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None
+        if distill.unlabelled and distill.unlabelled.embeddings:
+            other = by_id(open_embeddings(Path(distill.unlabelled.embeddings)), open_dataset(distill.unlabelled.path))
+        teacher = Teacher(known.embeddings_ID.shape[1], None, known, other)
+    else:
+        raise UserError("nobody to learn from: give method.distill.teacher=RUN or method.distill.embeddings=FOLDER")
+    if teacher.unlabelled and teacher.unlabelled.embeddings_ID.shape[1] != teacher.embedding:
+        raise UserError(
+            f"method.distill.unlabelled.embeddings have {teacher.unlabelled.embeddings_ID.shape[1]} dimensions, "
+            f"method.distill.embeddings {teacher.embedding}: they are of two teachers"
+        )
+    if teacher.embedding != config.net.embedding and not distill.adapter:
+        raise UserError(
+            f"the teacher's embedding has {teacher.embedding} dimensions, the student's {config.net.embedding}: "
+            f"net.embedding={teacher.embedding}, or method.distill.adapter=true"
+        )
+    return teacher
+
+
+def micro_batches(batch: Batch, count: int, device: torch.device) -> list[Tensor]:
+    """A rank's images in equal parts, in each the labelled ones first: A of uint8 [X, H, W, 3]."""
+    images_BHWC, others_UHWC = batch.images_BHWC.to(device), None
+    if batch.unlabelled is not None:
+        others_UHWC = resized(batch.unlabelled.images_BHWC.to(device), images_BHWC.shape[1])
+    return _shared_out(images_BHWC, others_UHWC, count)
+
+
+def resized(images_XHWC: Tensor, size: int) -> Tensor:
+    """uint8 [X, size, size, 3]."""
+    if images_XHWC.shape[1] == size:
+        return images_XHWC
+    images_XCHW = images_XHWC.permute(0, 3, 1, 2).float()
+    images_XCHW = F.interpolate(images_XCHW, (size, size), mode="bilinear", antialias=True)
+    return images_XCHW.round_().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _shared_out(labelled: Tensor, unlabelled: Tensor | None, count: int) -> list[Tensor]:
+    parts = labelled.chunk(count)
+    if unlabelled is None:
+        return list(parts)
+    return [torch.cat(pair) for pair in zip(parts, unlabelled.chunk(count), strict=True)]
