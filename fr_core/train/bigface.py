@@ -12,7 +12,7 @@ from fr_core.config import BigFace, Config
 from fr_core.data.stream import Batch
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, autocast, begin_step, update, without_sync
+from fr_core.train.state import TrainState, autocast, backward, begin_step, update, without_sync
 
 
 def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
@@ -38,6 +38,6 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
             with autocast(config, state.device):
                 x_BD = state.parallel(normalised(images_ABHWC[a], state.backbone.input_std))
             loss = state.head(ranks.gather(x_BD), labels_AG[a], rows_S, sgd) / micro
-            (loss * state.loss_scale).backward()
+            backward(config, state, loss, ranks)
         total += loss.detach()
     return update(config, state, total, ranks) | {"lr": rate}

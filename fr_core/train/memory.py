@@ -12,9 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fr_core.config import DCQ, F2C, AdamW, AttFC, BigFace, Config, Net, VirtualFC, class_images, classes
 from fr_core.heads.streamed import tile_size
+from fr_core.nets.iresnet import Stage, recompute
 from fr_core.nets.open import Backbone, build_net
 from fr_core.ranks import Ranks
-from fr_core.train.state import centres_of
+from fr_core.train.state import centres_of, segment_blocks
 
 FLOAT = 4  # bytes
 GPU = torch.device("cuda")
@@ -25,14 +26,15 @@ LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     """Bytes on rank 0's card, by part; their ``total`` is the peak of a step.
 
-    ``activations`` with the larger of ``tile`` and ``encoder_features`` live in the backward pass, ``update`` (the
-    optimisers' temporaries) after it: the larger of the two counts.
+    ``activations`` with the largest of ``tile``, ``encoder_features`` and ``recomputed`` (one segment made anew) live
+    in the backward pass, ``update`` (the optimisers' temporaries) after it: the larger of the two counts.
     """
     rows = classes(config, identities)
     images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained_images, encoded_images = step_images(config)
-    trained, activations = backbone_bytes(config.net, -(-trained_images // gpus), precision)
+    blocks = segment_blocks(config)
+    trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
     moments = 2 if isinstance(config.optim, AdamW) else 1
     method = config.method
     if isinstance(method, BigFace):
@@ -46,12 +48,15 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
         "activations": activations,
         "context": CONTEXT,
     }
+    if blocks:
+        parts["recomputed"] = recomputed
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
     parts["update"] = max(trained, head["update"])
-    working = max(activations + max(parts["tile"], parts.get("encoder_features", 0)), parts["update"])
-    passing = ("activations", "tile", "encoder_features", "update")
+    passing = ("tile", "encoder_features", "recomputed")
+    working = max(activations + max(parts.get(name, 0) for name in passing), parts["update"])
+    passing += ("activations", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
 
 
@@ -127,19 +132,37 @@ def feature_bytes(net: Net, batch: int, precision: str) -> int:
 
 
 @lru_cache
-def backbone_bytes(net: Net, batch: int, precision: str) -> tuple[int, int]:
-    """Bytes of a backbone's float32 weights, and of what its forward pass saves for the backward pass.
+def backbone_bytes(net: Net, batch: int, precision: str, segment: int | None = None) -> tuple[int, int, int]:
+    """Bytes of a backbone's float32 weights, of what its forward pass saves for the backward pass, and of a segment.
 
     Runs the net on fake tensors, which have shapes and no memory.
+
+    Args:
+        segment: residual blocks that the backward pass makes anew at a time; None: it makes none.
     """
     with FakeTensorMode():
         module = build_net(net).train()
         images = torch.empty(batch, 3, net.input_size, net.input_size)
         weights = sum(p.nbytes for p in (*module.parameters(), *module.buffers()))
-        return weights, saved_bytes(module, images, precision)
+        if segment is None:
+            return weights, saved_bytes(module, images, precision), 0
+        recompute(module, segment)
+        return weights, saved_bytes(module, images, precision), segment_bytes(module, images, precision)
 
 
-def saved_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
+def segment_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
+    """Bytes that the largest recomputed segment keeps beside its input while its gradients are formed."""
+    segments = [s for stage in module.modules() if isinstance(stage, Stage) for s in stage.segments()]
+    inputs: dict[nn.Module, Tensor] = {}
+    for segment in segments:
+        segment[0].register_forward_pre_hook(lambda block, given: inputs.update({block: given[0]}))
+    with torch.no_grad():
+        saved_bytes(module, images_BCHW, precision)
+    kept = [saved_bytes(segment, inputs[segment[0]], precision) - inputs[segment[0]].nbytes for segment in segments]
+    return max(kept)
+
+
+def saved_bytes(module: nn.Module, images_BCHW: Tensor, precision: str) -> int:
     """Bytes that autograd keeps of one forward pass, each storage once, weights and buffers not counted."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     saved: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again

@@ -15,7 +15,7 @@ from fr_core.train.state import initial_state
     "net", [IResNetNet(depth=18, width=16, input_size=64), MobileFaceNetNet(input_size=64)], ids=lambda n: n.kind
 )
 def test_counts_on_fake_tensors_are_those_of_real_ones(net, precision):
-    _, fake = backbone_bytes(net, 6, precision)
+    _, fake, _ = backbone_bytes(net, 6, precision)
     real = saved_bytes(build_net(net).train(), torch.randn(6, 3, 64, 64), precision)
     assert fake == pytest.approx(real, rel=0.02)
 
