@@ -119,7 +119,7 @@ def bench_head(
         figures[f"mib_above_state_n{head.identities}"] = (peak - head.state_bytes) / 2**20
     if million:
         head = Head("fused", "float32", MILLION, MILLION_BATCH, embedding, threads)
-        with _child((head, head.identities)) as turn:
+        with child(_serve, head, head.identities) as turn:
             turn("step")
             figures["million_seconds"] = turn("step")[0]
             figures["million_rss_gib"] = turn("peak")[0] / 2**30
@@ -193,7 +193,7 @@ def bench_attfc(
             figures |= {f"gib_{q.formulation}": g / 2**30 for q, g in zip(queues, growth, strict=True)}
             figures["head_memory_ratio"] = growth[1] / growth[0]
     for count in (identities, 10 * identities):
-        with _child((Queue("streamed", "float32", slots, batch, embedding, threads), count)) as turn:
+        with child(_serve, Queue("streamed", "float32", slots, batch, embedding, threads), count) as turn:
             turn("step")
             figures[f"seconds_n{count}"] = statistics.median(turn("step")[0] for _ in range(repeats))
     return figures
@@ -379,16 +379,16 @@ def _children(problems: list[Any]) -> Iterator[list[Callable[[str], Any]]]:
     if not problems:
         yield []
         return
-    with _child(problems[0]) as turn, _children(problems[1:]) as rest:
+    with child(_serve, *problems[0]) as turn, _children(problems[1:]) as rest:
         yield [turn, *rest]
 
 
 @contextmanager
-def _child(problem: tuple[Head | Queue, int]) -> Iterator[Callable[[str], Any]]:
+def child(serve: Callable[..., None], *problem: Any) -> Iterator[Callable[[str], Any]]:
     """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, *problem), daemon=True)
+    process = context.Process(target=serve, args=(theirs, *problem), daemon=True)
     process.start()
     theirs.close()
 
@@ -413,7 +413,11 @@ def _serve(questions: Connection, problem: Head | Queue, identities: int) -> Non
     small = replace(problem, slots=max(WARM_ROWS, problem.batch)) if isinstance(problem, Queue) else problem
     stepper(small, WARM_ROWS)()
     base = peak_memory(CPU)
-    step = stepper(problem, identities)
+    answer(questions, stepper(problem, identities), base)
+
+
+def answer(questions: Connection, step: Callable[[], float], base: int) -> None:
+    """Takes steps and tells of them, until nobody asks any more."""
     while True:
         try:
             question = questions.recv()

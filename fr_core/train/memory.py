@@ -54,9 +54,9 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
     parts["update"] = max(trained, head["update"])
-    passing = ("tile", "encoder_features", "recomputed")
-    working = max(activations + max(parts.get(name, 0) for name in passing), parts["update"])
-    passing += ("activations", "update")
+    in_turn = max(parts.get(name, 0) for name in ("tile", "encoder_features", "recomputed"))
+    working = max(activations + in_turn, parts["update"])
+    passing = ("activations", "tile", "encoder_features", "recomputed", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
 
 

@@ -1,9 +1,14 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, load_config
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
+from fr_core.nets.iresnet import recompute
 from fr_core.nets.open import build_net
 from fr_core.ranks import Ranks
 from fr_core.train.memory import backbone_bytes, memory, saved_bytes
@@ -74,3 +79,44 @@ def test_state_is_what_a_run_holds(dataset):
     assert parts["backbone"] + parts["backbone_optimizer"] == 3 * sum(
         t.nbytes for t in (*state.backbone.parameters(), *state.backbone.buffers())
     )
+
+
+class Watch(TorchDispatchMode):
+    """The most bytes that storages held at once, those of a net's own tensors left out."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(t.untyped_storage() for t in (*net.parameters(), *net.buffers()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage.nbytes())
+        return out
+
+    def forget(self, count):
+        self.now -= count
+
+
+@pytest.mark.parametrize("kind", [IResNetNet, MoENet])
+def test_recomputation_against_a_step_that_is_watched(kind):
+    """What is planned lives at the peak of a forward and backward pass; beside it gradients, and maps at work."""
+    net, peaks = kind(depth=34, width=8, input_size=64), []
+    for segment in (None, 3):
+        module = build_net(net).train()
+        if segment:
+            recompute(module, segment)
+        images = torch.randn(16, 3, 64, 64)
+        with Watch(module) as watch:
+            module(images).sum().backward()
+        _, saved, recomputed = backbone_bytes(net, 16, "float32", segment)
+        gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        assert saved + recomputed < watch.peak < 1.15 * (saved + recomputed + gradients)
+        peaks.append(watch.peak - gradients)
+    assert peaks[1] < 0.7 * peaks[0]
