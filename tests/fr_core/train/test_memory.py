@@ -17,11 +17,20 @@ from fr_core.train.state import initial_state
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "net", [IResNetNet(depth=18, width=16, input_size=64), MobileFaceNetNet(input_size=64)], ids=lambda n: n.kind
+    ("net", "segment"),
+    [
+        (IResNetNet(depth=18, width=16, input_size=64), None),
+        (MobileFaceNetNet(input_size=64), None),
+        (MoENet(depth=18, width=16, input_size=64, experts=2), 2),
+    ],
+    ids=["iresnet", "mobilefacenet", "moe recomputed"],
 )
-def test_counts_on_fake_tensors_are_those_of_real_ones(net, precision):
-    _, fake, _ = backbone_bytes(net, 6, precision)
-    real = saved_bytes(build_net(net).train(), torch.randn(6, 3, 64, 64), precision)
+def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
+    _, fake, _ = backbone_bytes(net, 6, precision, segment)
+    module = build_net(net).train()
+    if segment:
+        recompute(module, segment)
+    real = saved_bytes(module, torch.randn(6, 3, 64, 64), precision)
     assert fake == pytest.approx(real, rel=0.02)
 
 
@@ -44,6 +53,20 @@ def test_parts_by_hand():
         for n in ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")
     )
     assert plain["total"] == kept + max(plain["activations"] + plain["tile"], plain["update"])
+
+
+def test_parts_with_recomputation_by_hand():
+    """R50's 24 blocks go in segments of √(24 / 6) = 2; a mixture's further experts cost weights."""
+    config = load_config("bigface_r50", ["train.recompute=true", "method.update=fused"])
+    plain, parts = memory(load_config("bigface_r50"), 1000, 1), memory(config, 1000, 1)
+    given = memory(load_config("bigface_r50", ["train.recompute=true", "train.recompute_blocks=2"]), 1000, 1)
+    assert parts["activations"] == given["activations"] < 0.25 * plain["activations"]
+    assert parts["recomputed"] == given["recomputed"]
+    kept = sum(size for name, size in parts.items() if name not in ("tile", "update", "recomputed", "total"))
+    assert parts["total"] == kept + max(parts["recomputed"], parts["tile"])
+    mixture = memory(load_config("bigface_r50", ["net.kind=moe", "net.experts=2"]), 1000, 1)
+    last = sum(p.numel() for p in build_net(IResNetNet(depth=50, width=64)).layer4.parameters())
+    assert 4 * last < mixture["backbone_optimizer"] - plain["backbone_optimizer"] < 4.1 * last
 
 
 def test_parts_of_fixed_centres_by_hand():
@@ -104,10 +127,9 @@ class Watch(TorchDispatchMode):
         self.now -= count
 
 
-@pytest.mark.parametrize("kind", [IResNetNet, MoENet])
-def test_recomputation_against_a_step_that_is_watched(kind):
+def test_recomputation_against_a_step_that_is_watched():
     """What is planned lives at the peak of a forward and backward pass; beside it gradients, and maps at work."""
-    net, peaks = kind(depth=34, width=8, input_size=64), []
+    net, peaks = IResNetNet(depth=34, width=8, input_size=64), []
     for segment in (None, 3):
         module = build_net(net).train()
         if segment:
