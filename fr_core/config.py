@@ -83,8 +83,7 @@ class Data(Section):
     variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side
 
 
-class IResNetNet(Section):
-    kind: Literal["iresnet"] = "iresnet"
+class Residual(Section):
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
     width: Annotated[int, Field(ge=4)] = 64  # channels of the first stage; the next ones double
     stem_stride: Literal[1, 2] = 1  # 2: a quarter of the work per image, for small machines
@@ -93,13 +92,32 @@ class IResNetNet(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the last linear layer
 
 
+class IResNetNet(Residual):
+    kind: Literal["iresnet"] = "iresnet"
+
+
+class MoENet(Residual):
+    """An IR-ResNet whose last stage is a mixture of experts (METHODS §5; ``fr_core/nets/moe.py``)."""
+
+    kind: Literal["moe"] = "moe"
+    experts: Annotated[int, Field(ge=1, le=64)] = 4
+    active: Annotated[int, Field(ge=1)] = 1  # experts that an image uses; 1: the plain net's cost at inference
+    balance: NonNegative = 0.01  # weight of the load-balance term
+
+    @model_validator(mode="after")
+    def _active_are_there(self) -> "MoENet":
+        if self.active > self.experts:
+            raise ValueError(f"net.active = {self.active} is more than net.experts = {self.experts}")
+        return self
+
+
 class MobileFaceNetNet(Section):
     kind: Literal["mobilefacenet"] = "mobilefacenet"
     input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
     embedding: Annotated[int, Field(ge=2)] = 128
 
 
-Net = Annotated[IResNetNet | MobileFaceNetNet, Field(discriminator="kind")]
+Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet, Field(discriminator="kind")]
 
 
 class Margin(Section):
@@ -330,6 +348,13 @@ class Train(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
     # Of the backbone; weights stay float32. auto: bfloat16 where the processor has it, else float32.
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Activation checkpointing: the backward pass makes the maps inside segments of residual blocks anew.
+    recompute: bool = False
+    recompute_blocks: Annotated[int, Field(ge=1)] | None = None  # of a segment; None: √(their number / 6)
+    # Ghost batch norm: batch statistics per group of this many images of a rank's micro-batch; None: of all of it.
+    ghost_batch: Annotated[int, Field(ge=2)] | None = None
+    # Precision in which the backbone's gradients travel between ranks and are summed; None: float32.
+    compress_gradients: Literal["bfloat16", "float16"] | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # averages the weights; the average is what is verified and used
     max_bad_steps: Annotated[int, Field(ge=1)] = 10  # non-finite steps in a row before the run stops
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
@@ -383,6 +408,15 @@ class Config(Section):
                     f"data.progressive.size = {size}: this net's feature map allows "
                     f"{full - (full - 1) % stride} to {full - 1}"
                 )
+        if self.train.recompute_blocks and not self.train.recompute:
+            raise ValueError("train.recompute_blocks needs train.recompute = true")
+        if self.train.recompute and not isinstance(self.net, Residual):
+            raise ValueError(f"train.recompute is for residual nets: leave it out with net.kind = {self.net.kind}")
+        if self.train.compress_gradients == "float16" and self.train.precision != "float16":
+            raise ValueError(
+                'train.compress_gradients = "float16" needs the loss scale of train.precision = "float16", or small '
+                'gradients vanish: use "bfloat16"'
+            )
         if self.verify.pairs and not self.verify.images and not self.verify.pairs.endswith(".bin"):
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
         if isinstance(self.method, AttFC) and self.method.order == "paper" and accumulate > 1:
@@ -430,7 +464,7 @@ def lanes(config: Config) -> int:
 
 def net_stride(net: Net) -> int:
     """Pixels of the input to a pixel of the last feature map; every halving rounds up."""
-    return 16 * net.stem_stride if isinstance(net, IResNetNet) else 16
+    return 16 * net.stem_stride if isinstance(net, Residual) else 16
 
 
 def input_size(config: Config, epoch: int) -> int:

@@ -121,7 +121,7 @@ def bench_head(
         figures[f"mib_above_state_n{head.identities}"] = (peak - head.state_bytes) / 2**20
     if million:
         head = Head("fused", "float32", MILLION, MILLION_BATCH, embedding, threads)
-        with _child((head, head.identities)) as turn:
+        with child(_serve, head, head.identities) as turn:
             turn("step")
             figures["million_seconds"] = turn("step")[0]
             figures["million_rss_gib"] = turn("peak")[0] / 2**30
@@ -195,7 +195,7 @@ def bench_attfc(
             figures |= {f"gib_{q.formulation}": g / 2**30 for q, g in zip(queues, growth, strict=True)}
             figures["head_memory_ratio"] = growth[1] / growth[0]
     for count in (identities, 10 * identities):
-        with _child((Queue("streamed", "float32", slots, batch, embedding, threads), count)) as turn:
+        with child(_serve, Queue("streamed", "float32", slots, batch, embedding, threads), count) as turn:
             turn("step")
             figures[f"seconds_n{count}"] = statistics.median(turn("step")[0] for _ in range(repeats))
     return figures
@@ -356,8 +356,8 @@ def _masked_plainly(face: np.ndarray, points: np.ndarray, texture: np.ndarray) -
     """What one writes: a homography to the same six points, brightness matched, alpha blended in float."""
     to_face = cv2.invertAffineTransform(similarity(points, TEMPLATE_SIZE))
     matrix, _ = cv2.findHomography(ANCHORS, TARGETS @ to_face[:, :2].T + to_face[:, 2])
-    layer = cv2.warpPerspective(texture, matrix, face.shape[1::-1]).astype(np.float32)
-    layer = cv2.GaussianBlur(layer, (5, 5), 0.7)
+    worn = cv2.warpPerspective(texture, matrix, face.shape[1::-1]).astype(np.float32)
+    layer = cv2.GaussianBlur(worn, (5, 5), 0.7)
     alpha, gain = layer[..., 3:] / 255, face.mean() / 115
     return np.clip(face * (1 - alpha) + gain * layer[..., :3], 0, 255).astype(np.uint8)
 
@@ -420,16 +420,16 @@ def _children(problems: list[Any]) -> Iterator[list[Callable[[str], Any]]]:
     if not problems:
         yield []
         return
-    with _child(problems[0]) as turn, _children(problems[1:]) as rest:
+    with child(_serve, *problems[0]) as turn, _children(problems[1:]) as rest:
         yield [turn, *rest]
 
 
 @contextmanager
-def _child(problem: tuple[Head | Queue, int]) -> Iterator[Callable[[str], Any]]:
+def child(serve: Callable[..., None], *problem: Any) -> Iterator[Callable[[str], Any]]:
     """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, *problem), daemon=True)
+    process = context.Process(target=serve, args=(theirs, *problem), daemon=True)
     process.start()
     theirs.close()
 
@@ -454,7 +454,11 @@ def _serve(questions: Connection, problem: Head | Queue, identities: int) -> Non
     small = replace(problem, slots=max(WARM_ROWS, problem.batch)) if isinstance(problem, Queue) else problem
     stepper(small, WARM_ROWS)()
     base = peak_memory(CPU)
-    step = stepper(problem, identities)
+    answer(questions, stepper(problem, identities), base)
+
+
+def answer(questions: Connection, step: Callable[[], float], base: int) -> None:
+    """Takes steps and tells of them, until nobody asks any more."""
     while True:
         try:
             question = questions.recv()

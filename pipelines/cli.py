@@ -686,6 +686,25 @@ def bench_attfc(
     show("bench attfc", figures, json)
 
 
+@bench.command("memory")
+def bench_memory(
+    depth: Annotated[int, typer.Option(help="Of an IR-ResNet.")] = 100,
+    width: Annotated[int, typer.Option(min=4)] = 16,
+    size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 64,
+    batch: Annotated[int, typer.Option(min=16, help="Global; a multiple of 16.")] = 32,
+    identities: Annotated[int, typer.Option(min=1000)] = 50_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 2,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    json: Json = None,
+) -> None:
+    """A training step's peak memory and time under each switch that trades one for the other."""
+    from pipelines.bench_memory import bench_memory as run
+
+    rows, figures = run(depth, width, size, batch, identities, repeats, threads, console.log)
+    show_table(rows, "Memory above the bare process, of rank 0")
+    show("bench memory", figures, json)
+
+
 @bench.command("ingest")
 def bench_ingest(
     images: Annotated[int, typer.Option(min=1000)] = 200_000,

@@ -77,6 +77,8 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]
     batch, method = config.train.global_batch, config.method
     if isinstance(method, BigFace) and method.update == "plain":
         yield "method.update=fused (the same training)", {"method": {"update": "fused"}}, gpus
+    if not config.train.recompute:
+        yield "train.recompute=true (the same training, a forward pass more)", {"train": {"recompute": True}}, gpus
     for factor in (2, 4, 8, 16):
         accumulate = config.train.accumulate * factor
         if batch % (gpus * accumulate) == 0 and batch // (gpus * accumulate) > 1:

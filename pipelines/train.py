@@ -19,6 +19,7 @@ from fr_core.errors import StorageError, UserError
 from fr_core.nets.open import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
+from fr_core.train.memory import step_images
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
 
@@ -101,6 +102,7 @@ def checked_plan(config: Config, workers: int) -> Plan:
             f"train.global_batch = {batch} is not a multiple of "
             f"{workers} workers × train.accumulate = {config.train.accumulate}"
         )
+    check_ghosts(config, workers)
     if isinstance(config.method, F2C) and batch % (4 * workers):
         raise UserError(
             f"f2c cuts a worker's batch into pairs and two halves: train.global_batch must be a multiple of "
@@ -121,6 +123,16 @@ def checked_plan(config: Config, workers: int) -> Plan:
         if config.verify.images and not Path(config.verify.images).is_dir():
             raise UserError(f"verify.images: {config.verify.images}: no such folder")
     return plan
+
+
+def check_ghosts(config: Config, workers: int) -> None:
+    """Raises: UserError: ghost batches that do not fill a worker's micro-batch."""
+    images, ghost = step_images(config)[0] // workers, config.train.ghost_batch
+    if ghost and images % ghost:
+        raise UserError(
+            f"train.ghost_batch = {ghost} does not divide the {images} images that each of {workers} workers trains on "
+            f"at once: use a divisor of {images}"
+        )
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -4,8 +4,14 @@ Module names are those of the widely published IR-ResNet weights, which load as 
 112×112 and 512 dimensions). Legend: B batch, C channels, H W pixels, D embedding.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = {  # depth -> residual blocks of the four stages
     10: (1, 1, 1, 1),
@@ -47,10 +53,66 @@ class IResBlock(nn.Module):
         return self.bn3(self.conv2(out)) + skip
 
 
-def stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+class Stage(nn.Sequential):
+    """Residual blocks of one width.
+
+    With ``recompute_blocks`` autograd keeps the inputs of segments of that many blocks, and the backward pass makes
+    the rest anew, segment by segment (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+    """
+
+    recompute_blocks: int | None = None
+
+    def segments(self) -> list[nn.Sequential]:
+        blocks, each = list(self), self.recompute_blocks or len(self)
+        return [nn.Sequential(*blocks[start : start + each]) for start in range(0, len(blocks), each)]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.recompute_blocks is None:
+            return super().forward(x_BCHW)
+        for segment in self.segments():
+            x_BCHW = checkpoint(
+                segment,
+                x_BCHW,
+                use_reentrant=False,
+                preserve_rng_state=False,  # no dropout in here
+                context_fn=partial(contexts, segment),
+            )
+        return x_BCHW
+
+
+def contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of a segment's forward pass and of its repetition."""
+    return nullcontext(), statistics_kept(segment)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leaves batch norm's statistics as they were: they have seen this batch already."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(module.buffers(), before, strict=True):
+            buffer.copy_(old)
+
+
+def recompute(net: nn.Module, blocks: int) -> None:
+    """Lets a net's residual blocks be recomputed in segments of ``blocks``."""
+    for module in net.modules():
+        if isinstance(module, Stage):
+            module.recompute_blocks = blocks
+
+
+def make_stage(inputs: int, outputs: int, blocks: int) -> Stage:
     """Blocks of one width; the first halves the map."""
-    first = IResBlock(inputs, outputs, 2)
-    return nn.Sequential(first, *(IResBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+    return Stage(IResBlock(inputs, outputs, 2), *(IResBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+
+def draw_convolutions(net: nn.Module) -> None:
+    """N(0, 0.1), as published."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0, 0.1)
 
 
 class IResNet(nn.Module):
@@ -80,10 +142,10 @@ class IResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width, eps=BN_EPS)
         self.prelu = nn.PReLU(width)
         one, two, three, four = BLOCKS[depth]
-        self.layer1 = stage(width, width, one)
-        self.layer2 = stage(width, 2 * width, two)
-        self.layer3 = stage(2 * width, 4 * width, three)
-        self.layer4 = stage(4 * width, 8 * width, four)
+        self.layer1 = make_stage(width, width, one)
+        self.layer2 = make_stage(width, 2 * width, two)
+        self.layer3 = make_stage(2 * width, 4 * width, three)
+        self.layer4: Any = make_stage(4 * width, 8 * width, four)  # or a mixture (fr_core/nets/moe.py)
         channels = 8 * width
         self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
         self.dropout = nn.Dropout(dropout)
@@ -92,9 +154,7 @@ class IResNet(nn.Module):
         self.features = nn.BatchNorm1d(embedding, eps=BN_EPS)
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, 0.1)
+        draw_convolutions(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised).

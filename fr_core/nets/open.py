@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, Net
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, Residual
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
+from fr_core.nets.moe import Mixture
 
 Backbone = IResNet | MobileFaceNet
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
@@ -31,11 +32,17 @@ def build_net(config: Net) -> Backbone:
     """An untrained backbone."""
     match config:
         case IResNetNet():
-            return IResNet(
-                config.depth, config.width, config.stem_stride, config.input_size, config.embedding, config.dropout
-            )
+            return build_residual(config)
+        case MoENet():
+            net, width = build_residual(config), config.width
+            net.layer4 = Mixture(net.layer4, 4 * width, 8 * width, config.experts, config.active)
+            return net
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding)
+
+
+def build_residual(config: Residual) -> IResNet:
+    return IResNet(config.depth, config.width, config.stem_stride, config.input_size, config.embedding, config.dropout)
 
 
 def on_device(net: Backbone, device: torch.device) -> Backbone:
@@ -162,13 +169,16 @@ def read_weights(path: AnyPath) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: AnyPath) -> None:
-    """Puts the weights of a file into a net.
+    """Puts the weights of a file into a net; a mixture of experts takes those of the plain net too.
 
     Raises:
         UserError: they are those of another net.
     """
+    state = read_weights(path)
+    if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
+        state = module.layer4.from_plain(state)
     try:
-        module.load_state_dict(read_weights(path))
+        module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{path}: weights do not fit the net: {first}") from None

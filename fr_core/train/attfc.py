@@ -14,7 +14,7 @@ from fr_core.data.stream import Batch
 from fr_core.heads.attfc import follow, generative_centres
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, autocast, begin_step, encoded, update, without_sync
+from fr_core.train.state import TrainState, autocast, backward, begin_step, encoded, update, without_sync
 
 
 def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
@@ -47,7 +47,7 @@ def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, r
             if method.order == "paper":
                 state.head.put(*made[a], state.step)
             loss = state.head(x_BD, centres_BD, labels_AB[a]) / (micro * ranks.size)
-            (loss * state.loss_scale).backward()
+            backward(config, state, loss, ranks)
         total += loss.detach()
     if method.order == "reference":
         centres_AGD, labels_AG = zip(*made, strict=True)

@@ -15,7 +15,7 @@ from fr_core.losses.distill import distillation_loss
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
-from fr_core.train.state import TrainState, autocast, begin_step, update, without_sync
+from fr_core.train.state import TrainState, autocast, backward, begin_step, update, without_sync
 
 
 def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
@@ -50,7 +50,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
                 apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
                 distance += apart.detach()
                 loss = loss + distill.weight * apart
-            (loss * state.loss_scale).backward()
+            backward(config, state, loss, ranks)
     if distill is None:
         return update(config, state, total, ranks) | {"lr": rate}
     if state.adapter:

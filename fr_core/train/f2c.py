@@ -13,7 +13,7 @@ from fr_core.data.stream import Batch
 from fr_core.heads.attfc import follow, generative_centres
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, autocast, begin_step, encoded, update
+from fr_core.train.state import TrainState, autocast, backward, begin_step, encoded, update
 
 
 def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
@@ -46,7 +46,7 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     state.head.restore(before)
     state.head.put(ranks.gather(gallery_x), all_x)
     loss = (loss + state.head(probe_y, y_labels)) / (2 * ranks.size)
-    (loss * state.loss_scale).backward()
+    backward(config, state, loss, ranks)
     total = ranks.sum_(loss.detach().clone())
     if not total.isfinite():  # the step will be dropped
         state.head.restore(before)

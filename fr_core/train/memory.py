@@ -25,9 +25,10 @@ from fr_core.config import (
     unlabelled_batch,
 )
 from fr_core.heads.streamed import tile_size
+from fr_core.nets.iresnet import Stage, recompute
 from fr_core.nets.open import Backbone, build_net, open_net
 from fr_core.ranks import Ranks
-from fr_core.train.state import centres_of
+from fr_core.train.state import centres_of, segment_blocks
 
 FLOAT = 4  # bytes
 GPU = torch.device("cuda")
@@ -38,8 +39,9 @@ LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     """Bytes on rank 0's card, by part; their ``total`` is the peak of a step.
 
-    ``teacher_features`` live before the student's forward pass, ``activations`` with the larger of ``tile`` and
-    ``encoder_features`` in the backward pass, ``update`` (the optimisers' temporaries) after it: the largest counts.
+    ``teacher_features`` live before the student's forward pass, ``activations`` with the largest of ``tile``,
+    ``encoder_features`` and ``recomputed`` (one segment made anew) in the backward pass, ``update`` (the optimisers'
+    temporaries) after it: the largest counts.
 
     Raises:
         UserError: a teacher that does not open.
@@ -48,7 +50,8 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained_images, encoded_images = step_images(config)
-    trained, activations = backbone_bytes(config.net, -(-trained_images // gpus), precision)
+    blocks = segment_blocks(config)
+    trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
     moments = 2 if isinstance(config.optim, AdamW) else 1
     method = config.method
     if isinstance(method, BigFace):
@@ -62,6 +65,8 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
         "activations": activations,
         "context": CONTEXT,
     }
+    if blocks:
+        parts["recomputed"] = recomputed
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
@@ -70,9 +75,9 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
         given = (distill.teacher, distill.teacher_net, -(-trained_images // gpus), precision)
         parts["teacher"], parts["teacher_features"] = teacher_bytes(*given)
     parts["update"] = max(trained, head["update"])
-    backward = activations + max(parts["tile"], parts.get("encoder_features", 0))
-    working = max(parts.get("teacher_features", 0), backward, parts["update"])
-    passing = ("teacher_features", "activations", "tile", "encoder_features", "update")
+    in_turn = max(parts.get(name, 0) for name in ("tile", "encoder_features", "recomputed"))
+    working = max(parts.get("teacher_features", 0), activations + in_turn, parts["update"])
+    passing = ("teacher_features", "activations", "tile", "encoder_features", "recomputed", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
 
 
@@ -166,19 +171,37 @@ def largest_feature(module: Backbone, batch: int, precision: str) -> int:
 
 
 @lru_cache
-def backbone_bytes(net: Net, batch: int, precision: str) -> tuple[int, int]:
-    """Bytes of a backbone's float32 weights, and of what its forward pass saves for the backward pass.
+def backbone_bytes(net: Net, batch: int, precision: str, segment: int | None = None) -> tuple[int, int, int]:
+    """Bytes of a backbone's float32 weights, of what its forward pass saves for the backward pass, and of a segment.
 
     Runs the net on fake tensors, which have shapes and no memory.
+
+    Args:
+        segment: residual blocks that the backward pass makes anew at a time; None: it makes none.
     """
     with FakeTensorMode():
         module = build_net(net).train()
         images = torch.empty(batch, 3, net.input_size, net.input_size)
         weights = sum(p.nbytes for p in (*module.parameters(), *module.buffers()))
-        return weights, saved_bytes(module, images, precision)
+        if segment is None:
+            return weights, saved_bytes(module, images, precision), 0
+        recompute(module, segment)
+        return weights, saved_bytes(module, images, precision), segment_bytes(module, images, precision)
 
 
-def saved_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
+def segment_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
+    """Bytes that the largest recomputed segment keeps beside its input while its gradients are formed."""
+    segments = [s for stage in module.modules() if isinstance(stage, Stage) for s in stage.segments()]
+    inputs: dict[nn.Module, Tensor] = {}
+    for segment in segments:
+        segment[0].register_forward_pre_hook(lambda block, given: inputs.update({block: given[0]}))
+    with torch.no_grad():
+        saved_bytes(module, images_BCHW, precision)
+    kept = [saved_bytes(segment, inputs[segment[0]], precision) - inputs[segment[0]].nbytes for segment in segments]
+    return max(kept)
+
+
+def saved_bytes(module: nn.Module, images_BCHW: Tensor, precision: str) -> int:
     """Bytes that autograd keeps of one forward pass, each storage once, weights and buffers not counted."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     saved: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import DCQ, F2C, AttFC, BigFace, Config, VirtualFC, classes, distillation, total_steps
+from fr_core.config import (
+    DCQ,
+    F2C,
+    AttFC,
+    BigFace,
+    Config,
+    MoENet,
+    Residual,
+    VirtualFC,
+    classes,
+    distillation,
+    total_steps,
+)
 from fr_core.data.plan import Plan
 from fr_core.device import multiplies_bfloat16
 from fr_core.errors import UserError
@@ -23,6 +35,9 @@ from fr_core.heads.f2c import ClassPool
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.heads.streamed import Softmax
 from fr_core.heads.virtual_fc import Anchors
+from fr_core.nets.ghost import use_ghost_batches
+from fr_core.nets.iresnet import BLOCKS, recompute
+from fr_core.nets.moe import balance_of
 from fr_core.nets.open import Backbone, build_net, normalised, on_device
 from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
 from fr_core.optim.optimizers import make_optimizers, squared_norm
@@ -34,6 +49,7 @@ Head = ShardedFC | ClassQueue | ClassPool | Anchors
 
 FIRST_LOSS_SCALE = 2.0**16  # float16 only
 LOSS_SCALE_PATIENCE = 2000  # good steps until it doubles
+MAPS = 6  # that autograd keeps of a residual block
 
 
 @dataclass
@@ -77,7 +93,7 @@ class TrainState:
 def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device) -> TrainState:
     """Seeded weights, the same on every rank and for every number of ranks."""
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
-    backbone = on_device(build_net(config.net), device)
+    backbone = on_device(trained_net(config), device)
     head = make_head(config, classes(config, plan.dataset.manifest.identities), ranks, device).to(device)
     distill, teacher, adapter = distillation(config), None, None
     if distill:
@@ -87,7 +103,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
             adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
     optimizers = make_optimizers(config, nn.ModuleList([backbone, adapter] if adapter else [backbone]), head, ranks)
     total = total_steps(config, plan.steps_per_epoch)
-    state = TrainState(plan, device, backbone, _data_parallel(backbone, ranks), head, optimizers, total)
+    state = TrainState(plan, device, backbone, _data_parallel(config, backbone, ranks), head, optimizers, total)
     state.teacher, state.adapter = teacher, adapter
     state.watcher = watcher(config.schedule, total, config.train.global_batch)
     if config.train.ema:
@@ -101,6 +117,26 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     if config.train.precision == "float16":
         state.loss_scale = FIRST_LOSS_SCALE
     return state
+
+
+def trained_net(config: Config) -> Backbone:
+    """The backbone as training runs it: the published net, in what the recipe makes of its memory and batch norm."""
+    net = build_net(config.net)
+    if config.train.ghost_batch:
+        use_ghost_batches(net, config.train.ghost_batch)
+    if blocks := segment_blocks(config):
+        recompute(net, blocks)
+    return net
+
+
+def segment_blocks(config: Config) -> int | None:
+    """Residual blocks that the backward pass makes anew at a time; None: it makes none.
+
+    Of n blocks in segments of k, autograd keeps n / k inputs and, at a time, MAPS·k maps: least at k = √(n / MAPS).
+    """
+    if not (config.train.recompute and isinstance(config.net, Residual)):
+        return None
+    return config.train.recompute_blocks or round(math.sqrt(sum(BLOCKS[config.net.depth]) / MAPS))
 
 
 def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) -> Head:
@@ -211,6 +247,17 @@ def statistics(state: TrainState) -> list[Tensor]:
     return [buffer for net in nets for buffer in net.buffers()]
 
 
+def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> None:
+    """Gradients of a micro-batch's loss, at the loss scale.
+
+    A mixture of experts adds its load-balance term: the mean over ranks and micro-batches of theirs, to the gradient
+    alone; the loss that a run reports, and FastFace sees, stays that of the method.
+    """
+    if isinstance(config.net, MoENet):
+        loss = loss + config.net.balance * balance_of(state.backbone) / (config.train.accumulate * ranks.size)
+    (loss * state.loss_scale).backward()
+
+
 def update(
     config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
 ) -> dict[str, float]:
@@ -296,15 +343,20 @@ def _clip(params: Sequence[Tensor], norm: float, limit: float | None) -> None:
                 param.grad.mul_(limit / norm)
 
 
-def _data_parallel(backbone: nn.Module, ranks: Ranks) -> nn.Module:
+def _data_parallel(config: Config, backbone: nn.Module, ranks: Ranks) -> nn.Module:
     """DDP that *sums* gradients: the loss is already the mean over the global batch (``fr_core/ranks.py``)."""
     if ranks.size == 1:
         return backbone
     parallel = DistributedDataParallel(backbone, broadcast_buffers=False)
-    parallel.register_comm_hook(None, _summed)
+    parallel.register_comm_hook(getattr(torch, config.train.compress_gradients or "float32"), _summed)
     return parallel
 
 
-def _summed(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def _summed(precision: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The bucket summed over ranks in ``precision``.
+
+    bfloat16 has float32's range. Where float16 overflows, at the loss scale, all ranks see the same infinity and drop
+    the step, and the scale falls.
+    """
+    work = dist.all_reduce(bucket.buffer().to(precision), async_op=True)
+    return work.get_future().then(lambda future: bucket.buffer().copy_(future.value()[0]))

@@ -11,7 +11,7 @@ from fr_core.config import Config
 from fr_core.data.stream import Batch
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, autocast, begin_step, update
+from fr_core.train.state import TrainState, autocast, backward, begin_step, update
 
 
 def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
@@ -32,5 +32,5 @@ def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Rank
     with autocast(config, state.device):
         x_XD = state.parallel(normalised(images_XHWC, state.backbone.input_std))
     loss = state.head(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
-    (loss * state.loss_scale).backward()
+    backward(config, state, loss, ranks)
     return update(config, state, ranks.sum_(loss.detach().clone()), ranks) | {"lr": rate}

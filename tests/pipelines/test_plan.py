@@ -18,7 +18,11 @@ def test_what_fits_and_what_does_not():
     assert figures["fits"] == 0
     assert "method.update=fused" in advice
     _, advice, _ = plan(load_config("bigface_r50", R50), 1000, 1, 10)
-    assert "train.accumulate=2" in advice
+    assert "train.recompute=true" in advice
+    assert plan(load_config("bigface_r50", [*R50, "train.recompute=true"]), 1000, 1, 10)[2]["fits"] == 1
+    mobile = ["net={kind='mobilefacenet'}", "train.global_batch=4096"]
+    _, advice, _ = plan(load_config("bigface_r50", mobile), 1000, 1, 24)
+    assert "train.accumulate=" in advice
     _, advice, _ = plan(load_config("bigface_r50", R50), 40_000_000, 1, 24)
     assert "Partial FC" in advice or "cards" in advice
 

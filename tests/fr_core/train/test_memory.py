@@ -1,9 +1,14 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, load_config
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
+from fr_core.nets.iresnet import recompute
 from fr_core.nets.open import build_net
 from fr_core.ranks import Ranks
 from fr_core.train.memory import backbone_bytes, memory, saved_bytes
@@ -12,11 +17,20 @@ from fr_core.train.state import initial_state
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "net", [IResNetNet(depth=18, width=16, input_size=64), MobileFaceNetNet(input_size=64)], ids=lambda n: n.kind
+    ("net", "segment"),
+    [
+        (IResNetNet(depth=18, width=16, input_size=64), None),
+        (MobileFaceNetNet(input_size=64), None),
+        (MoENet(depth=18, width=16, input_size=64, experts=2), 2),
+    ],
+    ids=["iresnet", "mobilefacenet", "moe recomputed"],
 )
-def test_counts_on_fake_tensors_are_those_of_real_ones(net, precision):
-    _, fake = backbone_bytes(net, 6, precision)
-    real = saved_bytes(build_net(net).train(), torch.randn(6, 3, 64, 64), precision)
+def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
+    _, fake, _ = backbone_bytes(net, 6, precision, segment)
+    module = build_net(net).train()
+    if segment:
+        recompute(module, segment)
+    real = saved_bytes(module, torch.randn(6, 3, 64, 64), precision)
     assert fake == pytest.approx(real, rel=0.02)
 
 
@@ -39,6 +53,20 @@ def test_parts_by_hand():
         for n in ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")
     )
     assert plain["total"] == kept + max(plain["activations"] + plain["tile"], plain["update"])
+
+
+def test_parts_with_recomputation_by_hand():
+    """R50's 24 blocks go in segments of √(24 / 6) = 2; a mixture's further experts cost weights."""
+    config = load_config("bigface_r50", ["train.recompute=true", "method.update=fused"])
+    plain, parts = memory(load_config("bigface_r50"), 1000, 1), memory(config, 1000, 1)
+    given = memory(load_config("bigface_r50", ["train.recompute=true", "train.recompute_blocks=2"]), 1000, 1)
+    assert parts["activations"] == given["activations"] < 0.25 * plain["activations"]
+    assert parts["recomputed"] == given["recomputed"]
+    kept = sum(size for name, size in parts.items() if name not in ("tile", "update", "recomputed", "total"))
+    assert parts["total"] == kept + max(parts["recomputed"], parts["tile"])
+    mixture = memory(load_config("bigface_r50", ["net.kind=moe", "net.experts=2"]), 1000, 1)
+    last = sum(p.numel() for p in build_net(IResNetNet(depth=50, width=64)).layer4.parameters())
+    assert 4 * last < mixture["backbone_optimizer"] - plain["backbone_optimizer"] < 4.1 * last
 
 
 def test_parts_of_fixed_centres_by_hand():
@@ -74,3 +102,43 @@ def test_state_is_what_a_run_holds(dataset):
     assert parts["backbone"] + parts["backbone_optimizer"] == 3 * sum(
         t.nbytes for t in (*state.backbone.parameters(), *state.backbone.buffers())
     )
+
+
+class Watch(TorchDispatchMode):
+    """The most bytes that storages held at once, those of a net's own tensors left out."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(t.untyped_storage() for t in (*net.parameters(), *net.buffers()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage.nbytes())
+        return out
+
+    def forget(self, count):
+        self.now -= count
+
+
+def test_recomputation_against_a_step_that_is_watched():
+    """What is planned lives at the peak of a forward and backward pass; beside it gradients, and maps at work."""
+    net, peaks = IResNetNet(depth=34, width=8, input_size=64), []
+    for segment in (None, 3):
+        module = build_net(net).train()
+        if segment:
+            recompute(module, segment)
+        images = torch.randn(16, 3, 64, 64)
+        with Watch(module) as watch:
+            module(images).sum().backward()
+        _, saved, recomputed = backbone_bytes(net, 16, "float32", segment)
+        gradients = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        assert saved + recomputed < watch.peak < 1.15 * (saved + recomputed + gradients)
+        peaks.append(watch.peak - gradients)
+    assert peaks[1] < 0.7 * peaks[0]
