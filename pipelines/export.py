@@ -11,6 +11,7 @@ import torch
 
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
 from fr_core.nets.open import normalised, open_net
 from pipelines.latency import in_turns, least_cosine, one_thread
@@ -52,7 +53,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
         raise UserError(f"{ref}: the net's embeddings are not finite")
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_thread(), TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-        write_onnx(recogniser.net, Path(folder) / out.name, recogniser.threshold)
+        write_onnx(folded(recogniser.net), Path(folder) / out.name, recogniser.threshold)
         opened = open_onnx(Path(folder) / out.name)
         after_BD = opened(x_BCHW)
         cosine = least_cosine(before_BD, after_BD)

@@ -45,6 +45,7 @@ def bench_latency(
     """Nets in PyTorch as they train, folded, and folded in ONNX Runtime where it is installed; float32, one thread.
 
     An answer is a photo decoded, aligned by given points, normalised, and one forward (no mirrored image, no detector).
+    Deep random nets take much memory: three forms of 2.6 GiB for the deepest, and more while it is exported.
 
     Args:
         model, net: one given net, as :func:`fr_core.nets.open.open_net` takes them; without it ``nets`` with random
@@ -97,15 +98,18 @@ def one_thread() -> Iterator[None]:
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of calls that take turns, since a machine's speed drifts; each has one untimed turn first."""
+    """Milliseconds of calls that take turns, since a machine's speed drifts, after one turn each that is not timed.
+
+    It is the processor's time, which on an idle core is the time that passes: what else runs counts little.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = time.process_time()
             call()
-            taken[name].append(1e3 * (time.perf_counter() - started))
+            taken[name].append(1e3 * (time.process_time() - started))
     return taken
 
 
@@ -138,9 +142,9 @@ def _row(
 
 
 def _forms(net: Any, folder: Path) -> dict[str, nn.Module]:
-    forms = {"plain": net, "folded": on_device(folded(net), CPU)}
+    forms: dict[str, nn.Module] = {"plain": net, "folded": (inference := on_device(folded(net), CPU))}
     try:
-        write_onnx(net, folder / "net.onnx")
+        write_onnx(inference, folder / "net.onnx")
         return forms | {"onnx": open_onnx(folder / "net.onnx")}
     except UserError:  # bigface[export] is not installed
         return forms

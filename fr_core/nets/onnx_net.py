@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fr_core.errors import UserError
-from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 
@@ -57,9 +56,10 @@ class OnnxNet(nn.Module):
 
 
 def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None = None) -> None:
-    """Folds a net and writes it as ``path``, with ``path.data`` beside it where the weights are large.
+    """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
 
     Args:
+        net: on the CPU, as :func:`fr_core.nets.fold_bn.folded` makes it.
         threshold: of its training run, if it measured one.
 
     Raises:
@@ -71,7 +71,6 @@ def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     except ImportError:
         raise UserError(f"ONNX files need: {INSTALL}") from None
-    net = folded(net).cpu()
     facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
     x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
     with _quietly():
@@ -121,9 +120,10 @@ def open_onnx(path: Path) -> OnnxNet:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common
         raise UserError(f"{path}: not a model that ONNX Runtime opens: {_line(error)}") from None
-    wanted = [(INPUT, "tensor(float)", [3, facts.input_size, facts.input_size])]
-    wanted += [(OUTPUT, "tensor(float)", [facts.embedding])]
-    found = [(end.name, end.type, end.shape[1:]) for end in (*session.get_inputs(), *session.get_outputs())]
+    size = facts.input_size
+    wanted = [(INPUT, "tensor(float)", [None, 3, size, size]), (OUTPUT, "tensor(float)", [None, facts.embedding])]
+    ends = [*session.get_inputs(), *session.get_outputs()]
+    found = [(end.name, end.type, [side if isinstance(side, int) else None for side in end.shape]) for end in ends]
     if found != wanted:
         raise UserError(f"{path}: no net of bigface export: it maps {found}, not {wanted}")
     return OnnxNet(session, facts, _checksum(files))
