@@ -1,10 +1,9 @@
 """``bigface export``: a net as an ONNX file, which is compared with the net before it stands there."""
 
 import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +60,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
             raise UserError(
                 f"{ref}: ONNX Runtime's embeddings differ from the net's (cosine {cosine:.6f}): not written"
             )
-        calls: dict[str, Callable[[], Any]] = {
-            "net": lambda: recogniser.net(x_BCHW[:1]),
-            "onnx": lambda: opened(x_BCHW[:1]),
-        }
-        taken = in_turns(calls, REPEATS)
+        taken = in_turns({"net": partial(recogniser.net, x_BCHW[:1]), "onnx": partial(opened, x_BCHW[:1])}, REPEATS)
         files = sorted(Path(folder).iterdir(), reverse=True)  # the weights first
         mib = sum(file.stat().st_size for file in files) / 2**20
         for file in files:

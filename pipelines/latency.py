@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +22,6 @@ from fr_core.config import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.crops import encode, read_rgb, similarity, warped
 from fr_core.data.synthetic import render_face
 from fr_core.device import use_processor
-from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
@@ -129,7 +130,7 @@ def _row(
         first, *others = (form(x_BCHW) for form in forms.values())
         if any(least_cosine(first, other) < 0.999 for other in others):
             raise RuntimeError(f"embeddings of {name} differ: plain, folded, ONNX")
-        taken = in_turns({form: lambda call=call: call(x_BCHW) for form, call in forms.items()}, repeats)  # type: ignore[misc]
+        taken = in_turns({name: partial(form, x_BCHW) for name, form in forms.items()}, repeats)
     row: dict[str, Any] = {"net": name, "parameters": sum(weight.numel() for weight in net.parameters())}
     row |= {f"{form}_ms": statistics.median(times) for form, times in taken.items()}
     for form in [form for form in taken if form != "plain" and "plain" in taken]:
@@ -142,12 +143,12 @@ def _row(
 
 
 def _forms(net: Any, folder: Path) -> dict[str, nn.Module]:
-    forms: dict[str, nn.Module] = {"plain": net, "folded": (inference := on_device(folded(net), CPU))}
-    try:
+    inference = on_device(folded(net), CPU)
+    forms: dict[str, nn.Module] = {"plain": net, "folded": inference}
+    if find_spec("onnxruntime"):
         write_onnx(inference, folder / "net.onnx")
-        return forms | {"onnx": open_onnx(folder / "net.onnx")}
-    except UserError:  # bigface[export] is not installed
-        return forms
+        forms["onnx"] = open_onnx(folder / "net.onnx")
+    return forms
 
 
 def _align_ms(repeats: int) -> float:
