@@ -421,6 +421,23 @@ def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dic
 
 
 @app.command()
+def export(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    out: Annotated[Path, typer.Option(parser=local, help="FILE.onnx; weights beyond 1.5 GiB lie beside it.")],
+    net: NetName = None,
+    json: Json = None,
+) -> None:
+    """Fold a net's batch norm and write it as ONNX, compared with the net; needs bigface\\[export]."""
+    from pipelines.export import export as run
+
+    with writable(out):
+        figures = run(ckpt, out, net)
+    show("export", figures, json)
+    console.print(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
+    console.print(f"use it: bigface match A.jpg B.jpg --model {out}", markup=False)
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     identities: Annotated[int, typer.Option(min=1, help="Of the training set.")],
@@ -738,6 +755,23 @@ def bench_schedule(
     from pipelines.bench import bench_schedule as run
 
     show("bench schedule", run(steps), json)
+
+
+@bench.command("latency")
+def bench_latency(
+    model: Annotated[str | None, typer.Option(help="One net instead of all depths: as for verify.")] = None,
+    net: NetName = None,
+    budget_ms: Annotated[float, typer.Option(min=0, help="For an answer: FRUITS-1000's.")] = 1000.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns; figures are their medians.")] = 7,
+    json: Json = None,
+) -> None:
+    """One face on one core: nets as they train, with batch norm folded, and in ONNX Runtime; which fit a budget."""
+    from pipelines.latency import bench_latency as run
+    from pipelines.latency import table
+
+    rows, figures = run(model, net, budget_ms, repeats, console.log)
+    show_table(table(rows), "one thread, one image; an answer is decoding, alignment and the fastest form")
+    show("bench latency", figures, json, rows=rows)
 
 
 @app.command()

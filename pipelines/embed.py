@@ -15,6 +15,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, begin, to_path
 from fr_core.device import use_processor
 from fr_core.errors import UserError
+from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Recogniser, find_checkpoint, open_net
 from pipelines.on_ray import mapped, start_ray
 
@@ -104,6 +105,8 @@ def embed(
 
 def weights_checksum(recogniser: Recogniser) -> str:
     """Tells one net from another, wherever its weights lie."""
+    if isinstance(recogniser.net, OnnxNet):
+        return recogniser.net.checksum
     digest = hashlib.sha256()
     for name, tensor in sorted(recogniser.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())

@@ -47,6 +47,7 @@ class Mixture(nn.Module):
         weight_BE = probability_BE * chosen_BE
         if self.training:
             self.balance = load_balance(probability_BE, chosen_BE)
+        if self.training or torch.compiler.is_exporting():  # a file's shapes cannot depend on the images
             return reduce(torch.add, (by_image(weight_BE[:, e], f(x_BCHW)) for e, f in enumerate(self.experts)))
         rows = [chosen_B.nonzero()[:, 0] for chosen_B in chosen_BE.T]
         parts = [by_image(weight_BE[own, e], self.experts[e](x_BCHW[own])) for e, own in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Opens any backbone (a run, a checkpoint, bare safetensors with a net's name) as a callable; heads are never needed.
+"""Opens any backbone (a run, a checkpoint, bare weights with a net's name, ONNX) as a callable; heads are never needed.
 
 Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
@@ -23,6 +23,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
+from fr_core.nets.onnx_net import OnnxNet, open_onnx
 
 Backbone = IResNet | MobileFaceNet
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
@@ -60,7 +61,7 @@ def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
 class Recogniser:
     """A backbone ready for use, in eval mode."""
 
-    net: Backbone
+    net: Backbone | OnnxNet
     device: torch.device
     threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
 
@@ -108,15 +109,20 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     """Opens a backbone.
 
     Args:
-        ref: a run's folder, a checkpoint's folder, or a ``.safetensors`` file; local, or at a URL.
+        ref: a run's folder, a checkpoint's folder, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``
+            (it runs on the CPU); local, or at a URL.
         net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
             ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and embedding are read off the weights).
 
     Raises:
-        UserError: nothing there, weights that do not fit the net, or no net named.
+        UserError: nothing there, damaged, weights that do not fit the net, or no net named.
     """
     device = device or default_device()
     path = to_path(ref)
+    if path.is_file() and path.name.endswith(".onnx"):
+        with fetched(path) as local:
+            onnx_net = open_onnx(local)
+        return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
         module = build_net(_net_config(folder))

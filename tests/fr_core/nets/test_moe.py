@@ -5,7 +5,9 @@ from safetensors.torch import save_file
 
 from fr_core.config import IResNetNet, MoENet
 from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
 from fr_core.nets.moe import balance_of, load_balance
+from fr_core.nets.onnx_net import open_onnx, write_onnx
 from fr_core.nets.open import build_net, load_weights, open_net
 
 SHAPE = {"depth": 10, "width": 4, "input_size": 32, "embedding": 8}
@@ -42,6 +44,15 @@ def test_training_and_inference_compute_the_same_where_batch_norm_is_fixed():
     mixture.training = True  # the mixture alone: its norms stay at inference
     assert torch.allclose(mixture(x), routed, atol=1e-6)
     assert mixture.eval()(x[:1]).shape == (1, 32, 2, 2)
+
+
+def test_a_mixture_in_onnx_routes_every_image_as_here(tmp_path):
+    pytest.importorskip("onnxruntime")
+    net = mixture_net(experts=3).eval()
+    write_onnx(folded(net), tmp_path / "net.onnx")
+    x_BCHW = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(open_onnx(tmp_path / "net.onnx")(x_BCHW), net(x_BCHW), rtol=1e-3, atol=1e-4)
 
 
 def test_load_balance_is_switch_transformers():

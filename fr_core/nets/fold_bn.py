@@ -1,0 +1,125 @@
+"""Batch norm of a trained backbone, folded into its convolutions and linear layers (METHODS §5).
+
+In eval mode a norm is gain·x + shift in each channel. It folds exactly into the layer before it, and into the layer
+after it unless that one pads with zeros: the norm would not have shifted those. So a padded convolution gets, in
+place of a bias in each channel, its answer to an image that is the shift everywhere, borders as they are. That is
+exact for every gain, also 0, and faster than padding with −shift / gain, which is not.
+
+Legend: B batch, I input channels, O output channels, H W pixels, D embedding.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fr_core.nets.iresnet import IResBlock, IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.nets.moe import Mixture
+
+
+class BiasMapConv(nn.Module):
+    """conv3×3 of stride 1, padded with zeros, plus a bias for each channel and pixel."""
+
+    def __init__(self, weight_OI33: Tensor, bias_1OHW: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_OI33, requires_grad=False)
+        self.bias = nn.Parameter(bias_1OHW, requires_grad=False)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        return F.conv2d(x_BIHW, self.weight, padding=1).add_(self.bias)
+
+
+@torch.no_grad()
+def folded(net: IResNet | MobileFaceNet) -> IResNet | MobileFaceNet:
+    """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
+
+    The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
+    """
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    if isinstance(net, IResNet):
+        _fold_iresnet(net)
+    else:
+        _fold_mobilefacenet(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):
+            net.set_submodule(name, nn.Identity())
+    return net
+
+
+def _fold_iresnet(net: IResNet) -> None:
+    _fold_after(net.conv1, net.bn1)
+    side = -(-net.input_size // net.conv1.stride[0])
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        if isinstance(stage, Mixture):
+            _fold_before(stage.gate, *_affine(stage.norm))
+        for blocks in stage.experts if isinstance(stage, Mixture) else [stage]:
+            _fold_block(blocks[0], side)
+            for block in blocks[1:]:
+                _fold_block(block, -(-side // 2))
+        side = -(-side // 2)
+    gain_O, shift_O = _affine(net.bn2)
+    pixels = side**2  # the last linear layer reads channel after channel
+    _fold_before(net.fc, gain_O.repeat_interleave(pixels), shift_O.repeat_interleave(pixels))
+    _fold_after(net.fc, net.features)
+
+
+def _fold_block(block: IResBlock, side: int) -> None:
+    """``side``: pixels of its input."""
+    gain_I, shift_I = _affine(block.bn1)
+    gain_O, shift_O = _affine(block.bn2)
+    weight_OI33 = block.conv1.weight.double()
+    bias_OHW = gain_O[:, None, None] * _answer(weight_OI33, shift_I, side) + shift_O[:, None, None]
+    weight_OI33 = gain_O[:, None, None, None] * weight_OI33 * gain_I[:, None, None]
+    like = block.conv1.weight
+    block.set_submodule("conv1", BiasMapConv(weight_OI33.to(like), bias_OHW[None].to(like)))
+    _fold_after(block.conv2, block.bn3)
+    if block.downsample is not None:
+        convolution, norm = block.downsample
+        _fold_after(convolution, norm)
+
+
+def _answer(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:
+    """A padded convolution of the image that is ``shift_I`` everywhere: [O, side, side].
+
+    Only corners, edges and the inside differ, so three pixels a side tell all.
+    """
+    few = min(side, 3)
+    answer_OHW = F.conv2d(shift_I[:, None, None].expand(-1, few, few)[None], weight_OI33, padding=1)[0]
+    which = torch.arange(side, device=shift_I.device).clamp(max=1)
+    which[-1] = few - 1
+    return answer_OHW[:, which][:, :, which]
+
+
+def _fold_mobilefacenet(net: MobileFaceNet) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
+            _fold_after(module[0], module[1])
+    _fold_after(net.fc, net.features)
+
+
+def _fold_after(layer: Any, norm: Any) -> None:
+    """Folds the norm after a layer into it."""
+    gain_O, shift_O = _affine(norm)
+    weight = gain_O.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight.double()
+    _put(layer, weight, shift_O if layer.bias is None else gain_O * layer.bias.double() + shift_O)
+
+
+def _fold_before(linear: nn.Linear, gain_I: Tensor, shift_I: Tensor) -> None:
+    """Folds gain and shift of a linear layer's inputs into it."""
+    weight_OI = linear.weight.double()
+    _put(linear, weight_OI * gain_I, linear.bias.double() + weight_OI @ shift_I)
+
+
+def _put(layer: Any, weight: Tensor, bias_O: Tensor) -> None:
+    like = layer.weight
+    layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
+    layer.bias = nn.Parameter(bias_O.to(like), requires_grad=False)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Gain and shift of a norm in eval mode, float64."""
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return gain, norm.bias.double() - norm.running_mean.double() * gain

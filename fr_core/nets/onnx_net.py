@@ -1,0 +1,188 @@
+"""A backbone as an ONNX file: any runtime runs it, and ONNX Runtime opens it here again.
+
+The file holds the folded net in float32. Its input is ``x_BCHW`` [B, 3, size, size], normalised pixels, its output
+``embeddings_BD`` [B, D], not L2-normalised, for any B; what else one must know is in its metadata (:class:`Facts`).
+Weights beyond 1.5 GiB lie beside it in ``FILE.onnx.data``, since protobuf ends at 2 GiB.
+
+Legend: B batch, C channels, H W pixels, D embedding.
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from fr_core.errors import UserError
+from fr_core.nets.iresnet import IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet
+
+INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
+INSTALL = "pip install 'bigface[export]'"
+WHOLE = 3 * 2**29  # bytes of weights that lie in the file itself
+
+
+class Facts(BaseModel):
+    """The file's metadata, where all values are strings."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    input_size: int = Field(ge=1)  # pixels
+    input_std: float = Field(gt=0)
+    embedding: int = Field(ge=1)
+    normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
+    channels: Literal["RGB"] = "RGB"
+    threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
+
+
+class OnnxNet(nn.Module):
+    """A net in ONNX Runtime, on the CPU; its weights are not PyTorch's and get no gradient."""
+
+    def __init__(self, session: Any, facts: Facts, checksum: str) -> None:
+        super().__init__()
+        self.session, self.checksum, self.threshold = session, checksum, facts.threshold
+        self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        (embeddings_BD,) = self.session.run([OUTPUT], {INPUT: x_BCHW.float().contiguous().numpy(force=True)})
+        return torch.from_numpy(embeddings_BD).to(x_BCHW.device)
+
+
+def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None = None) -> None:
+    """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
+
+    Args:
+        net: on the CPU, as :func:`fr_core.nets.fold_bn.folded` makes it.
+        threshold: of its training run, if it measured one.
+
+    Raises:
+        UserError: the packages for it are not installed.
+        OSError: the path cannot be written.
+    """
+    try:
+        import onnxruntime  # noqa: F401  # whoever writes such a file opens it, too
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    except ImportError:
+        raise UserError(f"ONNX files need: {INSTALL}") from None
+    facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
+    x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
+    with _quietly():
+        program = torch.onnx.export(
+            net,
+            (x_BCHW,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("B")},),
+            verbose=False,
+        )
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # traces of this machine's source files
+    program.model.metadata_props.update({name: str(value) for name, value in facts if value is not None})
+    weights = sum(parameter.nbytes for parameter in net.parameters())
+    program.save(path, external_data=weights > WHOLE)
+
+
+def open_onnx(path: Path) -> OnnxNet:
+    """Opens a file that :func:`write_onnx` wrote. It reads nothing but that file and ``path.data``.
+
+    Raises:
+        UserError: unreadable, damaged, another kind of model, other files wanted, or ONNX Runtime not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        raise UserError(f"{path}: ONNX files need: {INSTALL}") from None
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{path}: not readable as ONNX: {error}") from None
+    try:
+        facts = Facts.model_validate({entry.key: entry.value for entry in model.metadata_props})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"{path}: no net of bigface export: metadata {wrong['loc'][0]}: {wrong['msg']}") from None
+    files = [path, *_external_files(model, path)]
+    del model
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 4  # what is wrong is raised, too
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common
+        raise UserError(f"{path}: not a model that ONNX Runtime opens: {_line(error)}") from None
+    size = facts.input_size
+    wanted = [(INPUT, "tensor(float)", [None, 3, size, size]), (OUTPUT, "tensor(float)", [None, facts.embedding])]
+    ends = [*session.get_inputs(), *session.get_outputs()]
+    found = [(end.name, end.type, [side if isinstance(side, int) else None for side in end.shape]) for end in ends]
+    if found != wanted:
+        raise UserError(f"{path}: no net of bigface export: it maps {found}, not {wanted}")
+    return OnnxNet(session, facts, _checksum(files))
+
+
+def _external_files(model: Any, path: Path) -> list[Path]:
+    """The file beside the model that holds weights of it, if any do.
+
+    Raises:
+        UserError: it is not there, or the model wants others.
+    """
+    import onnx
+
+    data = path.with_name(path.name + ".data")
+    wanted = {
+        entry.value
+        for tensor in _tensors(model)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    if wanted - {data.name}:
+        raise UserError(f"{path}: refused, since it reads other files than {data.name}: {sorted(wanted - {data.name})}")
+    if wanted and (data.is_symlink() or not data.is_file()):
+        raise UserError(f"{path}: its weights are in {data.name}, which must lie beside it on a local disk")
+    return [data] if wanted else []
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto in a protobuf message, however deep."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for child in [value] if hasattr(value, "ListFields") else value:
+            if field.message_type.name == "TensorProto":
+                yield child
+            yield from _tensors(child)
+
+
+def _checksum(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's word on torchvision, which is not needed, and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

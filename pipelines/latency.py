@@ -1,0 +1,180 @@
+"""``bigface bench latency``: milliseconds from a photo to its embedding, one image at a time on one core.
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fr_core.config import IResNetNet, MobileFaceNetNet, Net
+from fr_core.data.crops import encode, read_rgb, similarity, warped
+from fr_core.data.synthetic import render_face
+from fr_core.device import use_processor
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.iresnet import BLOCKS
+from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
+from fr_core.nets.open import build_net, normalised, on_device, open_net
+
+CPU = torch.device("cpu")
+NETS: tuple[Net, ...] = (MobileFaceNetNet(), *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS))
+PHOTO = (750, 1000)  # pixels
+FACE_SCALE = 2.5  # of the face in it, over the template
+SETTLING = 4  # images that a random net's norms are set by
+FORMS = ("plain", "folded", "onnx")
+
+
+def bench_latency(
+    model: str | None,
+    net: str | None,
+    budget_ms: float,
+    repeats: int,
+    say: Callable[[str], None],
+    nets: Sequence[Net] = NETS,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Nets in PyTorch as they train, folded, and folded in ONNX Runtime where it is installed; float32, one thread.
+
+    An answer is a photo decoded, aligned by given points, normalised, and one forward (no mirrored image, no detector).
+    Deep random nets take much memory: three forms of 2.6 GiB for the deepest, and more while it is exported.
+
+    Args:
+        model, net: one given net, as :func:`fr_core.nets.open.open_net` takes them; without it ``nets`` with random
+            weights.
+
+    Returns:
+        A row for each net: ``net``, ``parameters``, and of the forms that there are ``FORM_ms`` (median) and
+        ``plain_over_FORM`` (median over the turns), ``answer_ms`` of the fastest with decoding and alignment, ``fits``.
+        And the figures: budget_ms, align_ms, nets, fitting.
+
+    Raises:
+        UserError: no such net.
+        RuntimeError: the forms' embeddings differ.
+    """
+    with one_thread():
+        align_ms = _align_ms(repeats)
+        if model is not None:
+            rows = [_row(model, open_net(model, net, CPU).net, align_ms, budget_ms, repeats, say)]
+        else:
+            rows = [_row(name_of(config), settled(config), align_ms, budget_ms, repeats, say) for config in nets]
+    fitting = sum(row["fits"] for row in rows)
+    return rows, {"budget_ms": budget_ms, "align_ms": align_ms, "nets": len(rows), "fitting": fitting}
+
+
+def name_of(config: Net) -> str:
+    return f"iresnet{config.depth}" if isinstance(config, IResNetNet) else config.kind
+
+
+@torch.no_grad()
+def settled(config: Net) -> nn.Module:
+    """A random net whose norms have the statistics of a batch of noise, so that deep ones do not overflow."""
+    net = on_device(build_net(config), CPU)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
+    random = torch.Generator().manual_seed(0)
+    net.train()(torch.randn(SETTLING, 3, net.input_size, net.input_size, generator=random))
+    return net.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch, and the ONNX files that are opened in the block, on one core."""
+    threads = torch.get_num_threads()
+    use_processor(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of calls that take turns, since a machine's speed drifts, after one turn each that is not timed.
+
+    It is the processor's time, which on an idle core is the time that passes: what else runs counts little.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.process_time()
+            call()
+            taken[name].append(1e3 * (time.process_time() - started))
+    return taken
+
+
+def least_cosine(a_BD: Tensor, b_BD: Tensor) -> float:
+    """Of embeddings in pairs."""
+    return float(torch.cosine_similarity(a_BD.double(), b_BD.double()).min())
+
+
+@torch.inference_mode()
+def _row(
+    name: str, net: Any, align_ms: float, budget_ms: float, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    with TemporaryDirectory(prefix="bigface-") as folder:
+        forms = {"onnx": net} if isinstance(net, OnnxNet) else _forms(net, Path(folder))
+        faces_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.input_size)[0]]))
+        x_BCHW = normalised(faces_BHWC, net.input_std)
+        first, *others = (form(x_BCHW) for form in forms.values())
+        if any(least_cosine(first, other) < 0.999 for other in others):
+            raise RuntimeError(f"embeddings of {name} differ: plain, folded, ONNX")
+        taken = in_turns({name: partial(form, x_BCHW) for name, form in forms.items()}, repeats)
+    row: dict[str, Any] = {"net": name, "parameters": sum(weight.numel() for weight in net.parameters())}
+    row |= {f"{form}_ms": statistics.median(times) for form, times in taken.items()}
+    for form in [form for form in taken if form != "plain" and "plain" in taken]:
+        turns = zip(taken["plain"], taken[form], strict=True)
+        row[f"plain_over_{form}"] = statistics.median(plain / other for plain, other in turns)
+    row["answer_ms"] = align_ms + min(row[f"{form}_ms"] for form in taken)
+    row["fits"] = row["answer_ms"] <= budget_ms
+    say(f"{name}: " + ", ".join(f"{form} {row[f'{form}_ms']:,.1f} ms" for form in taken))
+    return row
+
+
+def _forms(net: Any, folder: Path) -> dict[str, nn.Module]:
+    inference = on_device(folded(net), CPU)
+    forms: dict[str, nn.Module] = {"plain": net, "folded": inference}
+    if find_spec("onnxruntime"):
+        write_onnx(inference, folder / "net.onnx")
+        forms["onnx"] = open_onnx(folder / "net.onnx")
+    return forms
+
+
+def _align_ms(repeats: int) -> float:
+    """A photo's JPEG, given its face's five points, to a normalised crop."""
+    face, points = render_face(0, 0)
+    image = np.full((*PHOTO, 3), 127, np.uint8)
+    place = np.array([[FACE_SCALE, 0, 300], [0, FACE_SCALE, 200]], np.float32)
+    cv2.warpAffine(face, place, PHOTO[::-1], dst=image, borderMode=cv2.BORDER_TRANSPARENT)
+    jpeg, points = encode(image), points @ place[:, :2].T + place[:, 2]
+
+    def aligned() -> Tensor:
+        crop = warped(read_rgb(jpeg), similarity(points, 112), 112)
+        return normalised(torch.from_numpy(crop[None]), 127.5)
+
+    return statistics.median(in_turns({"align": aligned}, repeats)["align"])
+
+
+def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Header first."""
+    cells: list[tuple[str, ...]] = [
+        ("net", "parameters", "plain ms", "folded ms", "ONNX ms", "plain/folded", "plain/ONNX", "answer ms", "fits")
+    ]
+    for row in rows:
+        times = [f"{row[f'{form}_ms']:,.1f}" if f"{form}_ms" in row else "" for form in FORMS]
+        names = [f"plain_over_{form}" for form in FORMS[1:]]
+        ratios = [f"{row[name]:.2f}" if name in row else "" for name in names]
+        end = (f"{row['answer_ms']:,.1f}", "yes" if row["fits"] else "no")
+        cells.append((row["net"], f"{row['parameters'] / 1e6:.1f} M", *times, *ratios, *end))
+    return cells

@@ -1,0 +1,121 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.iresnet import BLOCKS
+from fr_core.nets.open import build_net, open_net
+from tests.conftest import REAL_DATA, needs_real_data
+
+NORMS = nn.BatchNorm1d | nn.BatchNorm2d
+SMALL = [
+    *(IResNetNet(depth=depth, width=4, input_size=32, embedding=8) for depth in BLOCKS),
+    IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
+    IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # maps of 1 × 1 pixel at the end
+    IResNetNet(depth=10, width=4, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
+    MoENet(depth=18, width=4, input_size=32, embedding=8, experts=3, active=2),
+    MobileFaceNetNet(input_size=64, embedding=8),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small wait for threads most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def random_net(config, dtype=torch.float32):
+    """Random norms, gammas among them that are zero, tiny or negative; statistics near those of some noise."""
+    torch.manual_seed(0)
+    net = build_net(config).to(dtype)
+    norms = [module for module in net.modules() if isinstance(module, NORMS)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.normal_(1, 0.5)
+        norm.weight[::5] = 0
+        norm.weight[1::5] *= -1
+        norm.weight[2::5] *= 1e-7
+        norm.bias.normal_(0, 0.5)
+    x = torch.randn(4, 3, config.input_size, config.input_size, dtype=dtype)
+    net.features.float()  # as the forward pass wants it
+    net.fc.float()
+    net.train()(x)
+    for norm in norms:
+        norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+        norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
+    return net.eval()
+
+
+@torch.no_grad()
+def difference(net, other, images=3):
+    """Largest difference of embeddings over the largest of their values, and the least cosine."""
+    x = torch.randn(images, 3, net.input_size, net.input_size)
+    ours, theirs = net(x), other(x)
+    assert ours.isfinite().all()
+    cosine = torch.cosine_similarity(ours.double(), theirs.double())
+    return float((ours - theirs).abs().max() / ours.abs().max()), float(cosine.min())
+
+
+@pytest.mark.parametrize("config", SMALL, ids=lambda c: f"{c.kind}{getattr(c, 'depth', '')}-{c.input_size}")
+def test_the_folded_net_is_the_net_without_norms(config):
+    net = random_net(config)
+    inference = folded(net)
+    assert not any(isinstance(module, (NORMS, nn.Dropout)) for module in inference.modules())
+    told = (inference.input_size, inference.embedding, inference.input_std)
+    assert told == (net.input_size, net.embedding, net.input_std)
+    largest, cosine = difference(net, inference)
+    assert largest < 1e-4
+    assert cosine > 1 - 1e-7
+
+
+@pytest.mark.parametrize("config", SMALL[:2], ids=lambda c: f"iresnet{c.depth}")
+def test_folding_is_exact(config):
+    """In float64, where only the algebra is left; the last linear layer is always float32 and stays out."""
+    net = random_net(config, torch.float64)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plain, inference = (
+        nn.Sequential(one.conv1, one.bn1, one.prelu, one.layer1, one.layer2, one.layer3, one.layer4)
+        for one in (net, folded(net))
+    )
+    with torch.no_grad():
+        assert float((plain(x) - inference(x)).abs().max() / plain(x).abs().max()) < 1e-12
+
+
+def test_the_given_net_stays_as_it_is():
+    net = random_net(SMALL[0]).train()
+    before = copy.deepcopy(net.state_dict())
+    inference = folded(net)
+    assert net.training
+    assert not inference.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in inference.parameters()}
+
+
+def test_a_net_that_was_trained_folds():
+    torch.manual_seed(1)
+    net = build_net(IResNetNet(depth=10, width=8, input_size=48, embedding=8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(10):
+        x = torch.rand(16, 3, 48, 48)
+        loss = (net(x) - x.mean((1, 2, 3))[:, None]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    largest, cosine = difference(net.eval(), folded(net))
+    assert largest < 1e-4
+    assert cosine > 1 - 1e-7
+
+
+@needs_real_data
+def test_the_published_teacher_folds():
+    net = open_net(REAL_DATA / "teacher" / "mobilefacenet_y1.safetensors", "mobilefacenet", torch.device("cpu")).net
+    largest, cosine = difference(net, folded(net))
+    assert largest < 1e-4
+    assert cosine > 1 - 1e-7
