@@ -55,7 +55,8 @@ def _fold_iresnet(net: IResNet) -> None:
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         if isinstance(stage, Mixture):
             _fold_before(stage.gate, *_affine(stage.norm))
-        for blocks in stage.experts if isinstance(stage, Mixture) else [stage]:
+        alike: Any = stage.experts if isinstance(stage, Mixture) else [stage]
+        for blocks in alike:
             _fold_block(blocks[0], side)
             for block in blocks[1:]:
                 _fold_block(block, -(-side // 2))

@@ -18,6 +18,7 @@ from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
+from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Backbone, normalised, open_net
 
 
@@ -26,7 +27,7 @@ class Teacher:
     """Either a net, or embeddings of the labelled images and of the unlabelled ones if there are any."""
 
     embedding: int  # E
-    net: Backbone | None = None
+    net: Backbone | OnnxNet | None = None
     labelled: EmbeddingsById | None = None
     unlabelled: EmbeddingsById | None = None
 

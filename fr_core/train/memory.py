@@ -26,6 +26,7 @@ from fr_core.config import (
 )
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.iresnet import Stage, recompute
+from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Backbone, build_net, open_net
 from fr_core.ranks import Ranks
 from fr_core.train.state import centres_of, segment_blocks
@@ -148,6 +149,8 @@ def teacher_bytes(ref: str, net: str | None, batch: int, precision: str) -> tupl
         UserError: as :func:`fr_core.nets.open.open_net`.
     """
     module = open_net(ref, net, torch.device("cpu")).net
+    if isinstance(module, OnnxNet):  # it runs beside the card
+        return 0, 0
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     with FakeTensorMode(allow_non_fake_inputs=True):
         return weights, 3 * largest_feature(module, batch, precision)
