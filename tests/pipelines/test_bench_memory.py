@@ -4,7 +4,7 @@ import pipelines.bench_memory as bench
 from fr_core.config import load_config
 from fr_core.ranks import Ranks
 
-SMALL = ["net.depth=10", "net.width=4", "net.input_size=32", "train.global_batch=16", "train.precision=float32"]
+SMALL = ["net.depth=10", "net.width=8", "net.input_size=32", "train.global_batch=16", "train.precision=float32"]
 
 
 def test_settings_that_change_no_arithmetic_have_one_loss():

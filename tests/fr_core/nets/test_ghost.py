@@ -31,7 +31,7 @@ def test_ghost_batches_are_batch_norm_of_one_group_after_the_other(shape, size):
 
 
 def test_a_net_keeps_its_names_weights_and_memory_format():
-    net = IResNet(10, width=4, input_size=32, embedding=8).to(memory_format=torch.channels_last)
+    net = IResNet(10, width=8, input_size=32, embedding=8).to(memory_format=torch.channels_last)
     before = dict(net.state_dict())
     use_ghost_batches(net, 2)
     after = net.state_dict()
@@ -39,5 +39,5 @@ def test_a_net_keeps_its_names_weights_and_memory_format():
     assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
     assert not net.features.weight.requires_grad
     assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) for module in net.modules())
-    x = torch.randn(4, 4, 6, 6).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last)
     assert net.bn1(x).is_contiguous(memory_format=torch.channels_last)

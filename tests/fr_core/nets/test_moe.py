@@ -10,7 +10,7 @@ from fr_core.nets.moe import balance_of, load_balance
 from fr_core.nets.onnx_net import open_onnx, write_onnx
 from fr_core.nets.open import build_net, load_weights, open_net
 
-SHAPE = {"depth": 10, "width": 4, "input_size": 32, "embedding": 8}
+SHAPE = {"depth": 10, "width": 8, "input_size": 32, "embedding": 8}
 
 
 def mixture_net(**given):
@@ -24,7 +24,7 @@ def mixture_net(**given):
 def test_gate_and_routing_against_a_loop_over_images(active):
     net = mixture_net(experts=3, active=active).eval()
     mixture = net.layer4
-    x = torch.randn(9, 16, 4, 4)
+    x = torch.randn(9, 32, 4, 4)
     features = (x.mean((2, 3)) - mixture.norm.running_mean) / (mixture.norm.running_var + mixture.norm.eps).sqrt()
     logits = features @ mixture.gate.weight.T + mixture.gate.bias
     expected, picked = [], []
@@ -39,11 +39,11 @@ def test_gate_and_routing_against_a_loop_over_images(active):
 
 def test_training_and_inference_compute_the_same_where_batch_norm_is_fixed():
     net = mixture_net(experts=3)
-    mixture, x = net.layer4, torch.randn(9, 16, 4, 4)
+    mixture, x = net.layer4, torch.randn(9, 32, 4, 4)
     routed = mixture.eval()(x)
     mixture.training = True  # the mixture alone: its norms stay at inference
     assert torch.allclose(mixture(x), routed, atol=1e-6)
-    assert mixture.eval()(x[:1]).shape == (1, 32, 2, 2)
+    assert mixture.eval()(x[:1]).shape == (1, 64, 2, 2)
 
 
 def test_a_mixture_in_onnx_routes_every_image_as_here(tmp_path):
