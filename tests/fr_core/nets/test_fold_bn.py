@@ -12,11 +12,11 @@ from tests.conftest import REAL_DATA, needs_real_data
 
 NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 SMALL = [
-    *(IResNetNet(depth=depth, width=4, input_size=32, embedding=8) for depth in BLOCKS),
+    *(IResNetNet(depth=depth, width=8, input_size=32, embedding=8) for depth in BLOCKS),
     IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
     IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # maps of 1 × 1 pixel at the end
-    IResNetNet(depth=10, width=4, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
-    MoENet(depth=18, width=4, input_size=32, embedding=8, experts=3, active=2),
+    IResNetNet(depth=10, width=8, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
+    MoENet(depth=18, width=8, input_size=32, embedding=8, experts=3, active=2),
     MobileFaceNetNet(input_size=64, embedding=8),
 ]
 
