@@ -85,7 +85,7 @@ class Data(Section):
 
 class Residual(Section):
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
-    # Channels of the first stage; the next ones double. Below 8, channels-last kernels of PyTorch 2.13 write past memory.
+    # Channels of the first stage; the next ones double. Below 8, PyTorch 2.13 writes past memory (channels last).
     width: Annotated[int, Field(ge=8)] = 64
     stem_stride: Literal[1, 2] = 1  # 2: a quarter of the work per image, for small machines
     input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112  # pixels

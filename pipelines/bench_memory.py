@@ -5,6 +5,7 @@ Each setting runs in processes of its own, one for each rank, since peak memory 
 
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -108,6 +109,7 @@ def measured(config: Config, size: int, identities: int, repeats: int, threads: 
 
 def serve(questions: Connection, config: Config, ranks: Ranks, identities: int, threads: int, folder: str) -> None:
     use_processor(threads)
+    warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of collectives that are to be renamed
     if ranks.size > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=ranks.rank, world_size=ranks.size)
     small = {"depth": 10, "width": 8, "input_size": 32}

@@ -5,20 +5,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from fr_core import rng
 from fr_core.config import Masks
-from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb
+from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb, square
 from fr_core.data.masks import DRAWS, choose, masked
 from fr_core.data.sources import is_image, read_landmarks
 from fr_core.errors import UserError
 from fr_core.verify.pairs import Pairs, read_pairs
+from fr_core.verify.report import contact_sheet
 
 SETS = {  # name -> the folders that the two images of a pair are taken from
     "plain": ("standard", "standard"),
     "masked_plain": ("masked", "standard"),
     "masked_masked": ("masked", "masked"),
 }
-FIRST = 256  # images in flight
+PART = 256  # images in flight
+SHOWN = 32  # in masks.png
 
 
 def mask(
@@ -34,8 +38,8 @@ def mask(
 
     Without pairs: ``out`` is as ``source``, each image masked with ``masks.ratio`` and else copied. With pairs, a suite
     for ``bigface verify --suite``: images in ``standard/`` and, all masked, in ``masked/``, and the pairs three times
-    (:data:`SETS`). Beside the masked images ``masks.csv`` tells tool and kind of each, ``rejects.csv`` what was left
-    out.
+    (:data:`SETS`). ``masks.csv`` beside the masked images tells tool and kind of each, ``rejects.csv`` what was left
+    out, and ``masks.png`` shows some, each behind its original.
 
     Args:
         source: aligned crops; other photos need landmarks, by which they are aligned.
@@ -80,16 +84,23 @@ def mask(
         return choose(u[1:], masks) if worn else ("", "")
 
     with ThreadPoolExecutor() as threads:
-        for start in range(0, len(paths), FIRST):
-            part = paths[start : start + FIRST]
+        for start in range(0, len(paths), PART):
+            part = paths[start : start + PART]
             for path, done in zip(part, threads.map(one, part), strict=True):
                 if isinstance(done, str):
                     rejects.append((path, done))
                 else:
                     rows.append((path, *done))
-            progress(min(start + FIRST, len(paths)), len(paths))
+            progress(min(start + PART, len(paths)), len(paths))
     if not rows:
         raise UserError(f"{source}: none of the {len(paths)} images can be used, first {rejects[0]}")
+    shown = [path for path, tool, _ in rows if tool][:: max(1, len(rows) // SHOWN)][:SHOWN]
+    if shown:
+        both = [
+            [square(read_rgb((root / path).read_bytes()), TEMPLATE_SIZE) for root in (source, worn_in)]
+            for path in shown
+        ]
+        contact_sheet(np.concatenate(both), 8, "as they were, and masked").savefig(out / "masks.png")
     write_csv(worn_in / "masks.csv", ("path", "tool", "kind"), rows)
     write_csv(out / "rejects.csv", ("path", "reason"), rejects)
     if pairs:

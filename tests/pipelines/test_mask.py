@@ -38,6 +38,7 @@ def test_a_folder_is_copied_with_masks_on_its_share(photos, tmp_path):
     for path, tool in worn.items():
         same = (tmp_path / "out" / path).read_bytes() == (photos / path).read_bytes()
         assert same == (tool == "")
+    assert (tmp_path / "out" / "masks.png").stat().st_size > 10_000
     mask(photos, tmp_path / "again", Masks(ratio=0.5), seed=3)
     assert all((tmp_path / "again" / path).read_bytes() == (tmp_path / "out" / path).read_bytes() for path in worn)
 
@@ -81,7 +82,7 @@ def test_pairs_become_a_suite_of_masked_sets(photos, tmp_path):
 def save(path):
     from safetensors.torch import save_file
 
-    save_file(IResNet(10, 4, 1, 32, 8).state_dict(), path)
+    save_file(IResNet(10, 8, 1, 32, 8).state_dict(), path)
 
 
 def test_what_cannot_be_masked_is_listed(photos, tmp_path):
