@@ -1,0 +1,21 @@
+"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+from fr_core.errors import UserError
+
+from pipelines.cli import training, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
+from pipelines.cli.common import app
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]bigface:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,155 @@
+"""Commands on trained nets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.markup import escape
+
+from fr_core.data.store import to_path
+from fr_core.errors import UserError
+from pipelines.cli.common import (
+    Json,
+    NetName,
+    app,
+    bar,
+    console,
+    local,
+    show,
+    show_table,
+    writable,
+)
+
+if TYPE_CHECKING:
+    from pipelines.verify import Result
+
+
+VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
+
+
+@app.command(rich_help_panel="Trained nets")
+def verify(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; a .bin brings its own.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
+    ] = None,
+    ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
+    mfr: Annotated[
+        Path | None, typer.Option(parser=local, help="Masked faces: masked/NAME/*, standard/NAME/*.")
+    ] = None,
+    net: NetName = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=local, help="Folder for ROC, DET and score pictures, and results.md.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Score a net on pairs of faces, with 95 % intervals, or on templates: accuracy, TAR@FAR, ROC, DET, 1:N."""
+    from fr_core.nets.open import open_net
+    from fr_core.train.tracking import log_verification
+    from pipelines.verify import verify as run
+    from pipelines.verify import verify_suite
+    from pipelines.verify_mfr import mfr_figures, verify_mfr
+    from pipelines.verify_templates import template_figures, verify_templates
+
+    given = pairs or suite or ijb or mfr
+    if given is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
+        raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
+    recogniser = open_net(ckpt, net)
+    with bar("embed", None) as advance, writable(out or Path()):
+        if mfr:
+            masked = verify_mfr(recogniser, mfr, advance)
+            figures, missing = mfr_figures(masked), masked.failed
+            if masked.score is None:
+                console.print("[yellow]too few pairs of two people for an FMR of 1e-5: no MFR score[/]")
+        elif ijb:
+            templates = verify_templates(recogniser, ijb, out, advance)
+            figures, missing = template_figures(templates), templates.failed
+        else:
+
+            def embed(pixels: np.ndarray) -> np.ndarray:
+                return recogniser.embed(pixels, progress=advance)
+
+            results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
+            figures, missing = pair_figures(results, out if suite else None)
+    show("verify", figures, json, missing=missing)
+    made = [out / file for file in VERIFY_FILES if (out / file).is_file()] if out and not mfr else []
+    try:
+        run_id = log_verification(to_path(ckpt), given.stem, figures, made)
+        if run_id:
+            console.print(f"added to the MLflow run {run_id} that trained this net")
+    except UserError as error:
+        console.print(f"[yellow]{escape(str(error))}[/]")
+
+
+def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dict[str, float], dict[str, str]]:
+    """Prints a table of several sets, and what was left out; the figures of all, and image -> why it was left out.
+
+    Args:
+        out: folder for the table as ``results.md``.
+    """
+    from fr_core.verify.report import markdown, verification_figures
+    from pipelines.verify import suite_table
+
+    figures: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name, result in results.items():
+        prefix = f"{name}_" if name else ""
+        figures |= verification_figures(result.verification, prefix)
+        figures |= {f"{prefix}missing_images": len(result.failed), f"{prefix}skipped_pairs": result.skipped}
+        missing |= {f"{name}/{path}" if name else path: reason for path, reason in result.failed.items()}
+        for path, reason in sorted(result.failed.items()):
+            console.print(f"[yellow]{escape(path)}: {reason}[/]")
+        if result.failed:
+            console.print(f"[bold red]{name} {len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
+    if "" not in results:
+        table = suite_table(results)
+        if out:
+            (out / "results.md").write_text(markdown(table) + "\n")
+        show_table(table)
+    return figures, missing
+
+
+@app.command(rich_help_panel="Trained nets")
+def match(
+    a: Annotated[Path, typer.Argument(help="A face crop.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    model: Annotated[str, typer.Option(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")],
+    net: NetName = None,
+    json: Json = None,
+) -> None:
+    """Compare two faces."""
+    from fr_core.nets.open import open_net
+    from pipelines.verify import similarity
+
+    recogniser = open_net(model, net)
+    cosine, odd = similarity(recogniser.embed, a, b)
+    for path in odd:
+        console.print(f"[bold red]warning: {escape(str(path))} is no square crop; its centre was taken for the face[/]")
+    figures = {"cosine": cosine}
+    if recogniser.threshold is not None:
+        figures["threshold"] = recogniser.threshold
+        console.print("same person" if cosine >= recogniser.threshold else "different people")
+    show("match", figures, json)
+
+
+@app.command(rich_help_panel="Trained nets")
+def export(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    out: Annotated[Path, typer.Option(parser=local, help="FILE.onnx; weights beyond 1.5 GiB lie beside it.")],
+    net: NetName = None,
+    json: Json = None,
+) -> None:
+    """Fold a net's batch norm and write it as ONNX, compared with the net; needs bigface\\[export]."""
+    from pipelines.export import export as run
+
+    with writable(out):
+        figures = run(ckpt, out, net)
+    show("export", figures, json)
+    console.print(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
+    console.print(f"use it: bigface match A.jpg B.jpg --model {out}", markup=False)
