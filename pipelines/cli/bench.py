@@ -66,7 +66,7 @@ def bench_attfc(
 @bench.command("memory")
 def bench_memory(
     depth: Annotated[int, typer.Option(help="Of an IR-ResNet.")] = 100,
-    width: Annotated[int, typer.Option(min=4)] = 16,
+    width: Annotated[int, typer.Option(min=8)] = 16,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 64,
     batch: Annotated[int, typer.Option(min=16, help="Global; a multiple of 16.")] = 32,
     identities: Annotated[int, typer.Option(min=1000)] = 50_000,

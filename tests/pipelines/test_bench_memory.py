@@ -25,7 +25,15 @@ def test_the_table(monkeypatch):
         "measured",
         lambda config, size, *_: (100.0 / (1 + config.train.recompute) / size, 2.0 * (1 + config.train.recompute)),
     )
-    rows, figures = bench.bench_memory(10, 4, 32, 16, 1000, 1, 2, lambda line: None)
+    rows, figures = bench.bench_memory(10, 8, 32, 16, 1000, 1, 2, lambda line: None)
     assert rows[1] == ("plain", "100", "1.00", "2.00", "1.00")
     assert rows[2] == ("recompute", "50", "0.50", "4.00", "2.00")
     assert figures["two_ranks_all_mib"] == 25
+
+
+def test_two_ranks_are_measured_in_processes_of_their_own():
+    """More identities, more memory: of rank 0's half of the class matrix and its momentum."""
+    config = load_config("bigface_r100", [*SMALL, "method.update=fused"])
+    peak, seconds = bench.measured(config, 2, 20_000, 1, 1)
+    assert seconds > 0
+    assert 35 < peak < 120  # 10,000 rows of 512 numbers, twice, are 39 MiB
