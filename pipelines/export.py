@@ -13,7 +13,7 @@ from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
 from fr_core.nets.open import normalised, open_net
-from pipelines.latency import in_turns, least_cosine, one_thread
+from pipelines.bench.latency import in_turns, least_cosine, one_thread
 
 FACES = 8
 ALLOWED = 1e-3  # of 1 − cosine

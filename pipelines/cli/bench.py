@@ -33,7 +33,7 @@ def bench_head(
     json: Json = None,
 ) -> None:
     """The classifier's step: streamed and fused, against plain PyTorch and against its matrix products alone."""
-    from pipelines.bench import bench_head as run
+    from pipelines.bench.heads import bench_head as run
 
     show("bench head", run(identities, batch, embedding, repeats, threads, million, emulated, console.log), json)
 
@@ -52,8 +52,8 @@ def bench_attfc(
     json: Json = None,
 ) -> None:
     """AttFC's loss and queue: streamed, against the usual formulation; and class images from grouped shards."""
-    from pipelines.bench import bench_attfc as run
-    from pipelines.bench import bench_grouped
+    from pipelines.bench.data import bench_grouped
+    from pipelines.bench.heads import bench_attfc as run
 
     figures = run(slots, batch, embedding, identities, repeats, threads, emulated, console.log)
     if (flat is None) != (grouped is None):
@@ -75,7 +75,7 @@ def bench_memory(
     json: Json = None,
 ) -> None:
     """A training step's peak memory and time under each switch that trades one for the other."""
-    from pipelines.bench_memory import bench_memory as run
+    from pipelines.bench.memory import bench_memory as run
 
     rows, figures = run(depth, width, size, batch, identities, repeats, threads, console.log)
     show_table(rows, "Memory above the bare process, of rank 0")
@@ -89,7 +89,7 @@ def bench_ingest(
     json: Json = None,
 ) -> None:
     """Tar and RecordIO to shards: images a second, and memory on a tenth of the images and on all."""
-    from pipelines.bench import bench_ingest as run
+    from pipelines.bench.data import bench_ingest as run
 
     with writable(folder):
         show("bench ingest", run(images, folder, console.log), json)
@@ -101,7 +101,7 @@ def bench_masks(
     json: Json = None,
 ) -> None:
     """Masks a second on one core, by both tools, against a plain 2D one."""
-    from pipelines.bench import bench_masks as run
+    from pipelines.bench.data import bench_masks as run
 
     show("bench masks", run(images), json)
 
@@ -112,7 +112,7 @@ def bench_schedule(
     json: Json = None,
 ) -> None:
     """FastFace's time per step, against a window that is summed anew each step."""
-    from pipelines.bench import bench_schedule as run
+    from pipelines.bench.schedule import bench_schedule as run
 
     show("bench schedule", run(steps), json)
 
@@ -126,8 +126,8 @@ def bench_latency(
     json: Json = None,
 ) -> None:
     """One face on one core: nets as they train, with batch norm folded, and in ONNX Runtime; which fit a budget."""
-    from pipelines.latency import bench_latency as run
-    from pipelines.latency import table
+    from pipelines.bench.latency import bench_latency as run
+    from pipelines.bench.latency import table
 
     rows, figures = run(model, net, budget_ms, repeats, console.log)
     show_table(table(rows), "one thread, one image; an answer is decoding, alignment and the fastest form")

@@ -1,6 +1,7 @@
 import numpy as np
 
-from pipelines.bench import bench_attfc, bench_grouped, bench_head, bench_masks
+from pipelines.bench.data import bench_grouped, bench_masks
+from pipelines.bench.heads import bench_attfc, bench_head
 
 
 def test_bench_head_on_a_small_problem():
@@ -39,7 +40,7 @@ def test_bench_ingest_writes_what_ingest_reads(tmp_path):
 
     from fr_core.data.crops import encode
     from fr_core.data.sources import list_source, read_image
-    from pipelines.bench import _held_by, _write_rec, _write_tar
+    from pipelines.bench.data import _held_by, _write_rec, _write_tar
 
     jpegs = [encode(np.full((16, 16, 3), grey, np.uint8)) for grey in (0, 99, 200)]
     for name, write in (("faces.tar", _write_tar), ("faces.rec", _write_rec)):

@@ -1,6 +1,6 @@
 import pytest
 
-import pipelines.bench_memory as bench
+import pipelines.bench.memory as bench
 from fr_core.config import load_config
 from fr_core.ranks import Ranks
 

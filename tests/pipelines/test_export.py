@@ -10,7 +10,7 @@ from fr_core.errors import UserError
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import build_net, open_net
 from pipelines import export as pipeline
-from pipelines.latency import bench_latency, settled
+from pipelines.bench.latency import bench_latency, settled
 from tests.pipelines.test_cli import bigface, figures
 
 SMALL = IResNetNet(depth=10, width=8, input_size=32, embedding=16)

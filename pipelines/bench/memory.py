@@ -24,7 +24,7 @@ from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
 from fr_core.ranks import Ranks
 from fr_core.train.loop import step
 from fr_core.train.state import initial_state
-from pipelines.bench import CPU, answer, child
+from pipelines.bench.turns import CPU, answer, child
 
 
 @dataclass(frozen=True)

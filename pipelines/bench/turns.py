@@ -1,0 +1,59 @@
+"""Formulations that take turns, each in a process of its own, since peak memory is a high-water mark.
+
+A figure is the median of its turns.
+"""
+
+import multiprocessing as mp
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from fr_core.device import peak_memory
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def child(serve: Callable[..., None], *problem: Any) -> Iterator[Callable[[str], Any]]:
+    """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, *problem), daemon=True)
+    process.start()
+    theirs.close()
+
+    def turn(question: str) -> Any:
+        ours.send(question)
+        return ours.recv()
+
+    try:
+        yield turn
+    finally:
+        ours.close()
+        process.join(30)
+        process.kill()
+
+
+def answer(questions: Connection, step: Callable[[], float], base: int) -> None:
+    """Takes steps and tells of them, until nobody asks any more."""
+    while True:
+        try:
+            question = questions.recv()
+        except EOFError:
+            return
+        if question == "step":
+            started = time.perf_counter()
+            loss = step()
+            questions.send((time.perf_counter() - started, loss))
+        else:
+            questions.send((peak_memory(CPU), base))
+
+
+def ratio(seconds: list[float], reference: list[float]) -> float:
+    """Median over the turns, since a machine's speed drifts between them."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
