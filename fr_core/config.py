@@ -143,7 +143,7 @@ class Unlabelled(Section):
 class Distill(Section):
     """Distillation from a teacher's embeddings (METHODS §5). The teacher is named on the command line."""
 
-    teacher: str | None = None  # run, checkpoint or safetensors file; sees the images that the student sees
+    teacher: str | None = None  # run, checkpoint, safetensors or ONNX file; sees the images that the student sees
     teacher_net: str | None = None  # what bare weights are, such as mobilefacenet or iresnet50
     embeddings: str | None = None  # instead: folder of `bigface embed` on the training shards, of the plain images
     weight: Positive = 9.0  # λ
@@ -156,7 +156,10 @@ class Distill(Section):
         if self.teacher and self.embeddings:
             raise ValueError("give a teacher or its embeddings, not both")
         if self.unlabelled and bool(self.unlabelled.embeddings) != bool(self.embeddings):
-            raise ValueError("embeddings and unlabelled.embeddings stand for the teacher together: give both or none")
+            raise ValueError(
+                "the teacher's embeddings of labelled and unlabelled images go together: give "
+                "method.distill.embeddings and method.distill.unlabelled.embeddings, or a teacher"
+            )
         return self
 
 
@@ -539,7 +542,7 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in _union_tags())
-        message = f"unknown key{_nearest(where)}" if first["type"] == "extra_forbidden" else first["msg"]
+        message = f"unknown key{_nearest(where)}" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source}: {where or 'config'}: {message}") from None
 
 

@@ -22,6 +22,7 @@ from fr_core.config import Config, load_config
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
 from fr_core.train.tracking import Comparison
+from fr_core.verify.pairs import read_pairs
 from fr_core.verify.report import markdown
 from pipelines.train import checked_plan, train
 from pipelines.verify import find_sets, verify_suite
@@ -172,6 +173,8 @@ def compare(
         raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
     for config in configs.values():
         checked_plan(config, workers)
+    for _, pairs_file in find_sets(suite).values() if suite else ():
+        read_pairs(pairs_file)  # damaged? say so now
     columns = (*COLUMNS, *(suite_columns(suite) if suite else ()), *FACTS)
     started, rows = time.monotonic(), read_results(results, columns)
     tracking = next(iter(configs.values())).tracking
@@ -279,7 +282,7 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
 
 def heading(column: str) -> str:
     """Of a column of the summary; those of a suite's sets are called as the sets."""
-    return SHOWN[column][0] if column in SHOWN else column.removesuffix("_accuracy").replace("_", " – ") + " %"
+    return SHOWN[column][0] if column in SHOWN else f"{column.removesuffix('_accuracy')} %"
 
 
 def read_results(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -1,4 +1,7 @@
-"""``bigface export``: a net as an ONNX file, which is compared with the net before it stands there."""
+"""``bigface export``: a net as an ONNX file, which is compared with the net before it stands there.
+
+Of a mixture of experts every expert runs in such a file, for every image.
+"""
 
 import statistics
 from functools import partial

@@ -35,6 +35,7 @@ from fr_core.data.schema import (
 from fr_core.data.sources import (
     Listing,
     list_source,
+    list_unlabelled,
     match_landmarks,
     read_image,
     read_landmarks,
@@ -97,6 +98,7 @@ def ingest(
     on_ray: bool = True,
     seed: int = 0,
     align: bool = False,
+    unlabelled: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Makes a dataset of a source, or goes on with one that was begun.
@@ -108,6 +110,7 @@ def ingest(
         landmarks: CSV of 5 or 68 points per image; images are aligned by it, and those without points are left out.
         labels: list of the images and their identities, for a folder without identity folders.
         on_ray: work in Ray tasks; otherwise in this process.
+        unlabelled: all images below the folder ``source`` are one identity.
         align: find the points of the face in each image, align by these, and leave out images without a face.
         progress: called with images done and in all.
 
@@ -117,12 +120,14 @@ def ingest(
     """
     if align and landmarks:
         raise UserError(f"--align finds the points that {landmarks} holds; give one of them")
+    if unlabelled and labels:
+        raise UserError(f"--unlabelled has no use for {labels}; give one of them")
     if align:
         detector()  # not installed? say so now
     source, out = to_path(source), to_path(out).resolve()
     refuse_nested(source, out)
     scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # of Parquet alone
-    listing = list_source(source, labels, scratch)
+    listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, align, out, layout, image_size, seed)
     begin(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)

@@ -3,8 +3,9 @@
 import csv
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import cv2
 import numpy as np
 
 from fr_core import rng
@@ -36,10 +37,10 @@ def mask(
 ) -> dict[str, int]:
     """Writes a masked copy of every face below a folder, or of every face that a list of pairs names.
 
-    Without pairs: ``out`` is as ``source``, each image masked with ``masks.ratio`` and else copied. With pairs, a suite
-    for ``bigface verify --suite``: images in ``standard/`` and, all masked, in ``masked/``, and the pairs three times
-    (:data:`SETS`). ``masks.csv`` beside the masked images tells tool and kind of each, ``rejects.csv`` what was left
-    out, and ``masks.png`` shows some, each behind its original.
+    Without pairs: ``out`` is as ``source``, the share ``masks.ratio`` masked; what is no crop of 112×112 is made
+    one, as at ingest. With pairs, a suite for ``bigface verify --suite``: images in ``standard/`` and, all masked,
+    in ``masked/``, and the pairs three times (:data:`SETS`). ``masks.csv`` beside the masked images tells tool and
+    kind of each, ``rejects.csv`` what was left out, and ``masks.png`` shows some, each behind its original.
 
     Args:
         source: aligned crops; other photos need landmarks, by which they are aligned.
@@ -55,6 +56,9 @@ def mask(
     if pairs and pairs.images:
         raise UserError(f"{pairs_file}: a .bin cannot be masked; give pairs of image files")
     paths = sorted(pairs.paths if pairs else images_below(source))
+    outside = [path for path in paths if PurePath(path).is_absolute() or ".." in PurePath(path).parts]
+    if outside:
+        raise UserError(f"{pairs_file}: {outside[0]} leads out of {source}; pairs to mask name images below it")
     points = read_landmarks(landmarks) if landmarks else {}
     own = {path: points.get(path, points.get(f"{source.name}/{path}")) for path in paths}
     if points and all(known is None for known in own.values()):
@@ -77,10 +81,10 @@ def mask(
             return str(error) if isinstance(error, RejectedImage) else "missing"
         if odd:
             return "no square crop"
+        worn, plain = u[0] < ratio, read_rgb(jpeg)
         if pairs:
-            write(out / "standard" / path, jpeg)
-        worn = u[0] < ratio
-        write(worn_in / path, encode(masked(read_rgb(jpeg), face, u[1:], masks, seed)) if worn else jpeg)
+            write(out / "standard" / path, plain, jpeg)
+        write(worn_in / path, masked(plain, face, u[1:], masks, seed) if worn else plain, None if worn else jpeg)
         return choose(u[1:], masks) if worn else ("", "")
 
     with ThreadPoolExecutor() as threads:
@@ -127,9 +131,13 @@ def rows_of(pairs: Pairs, left: str, right: str) -> Iterable[tuple[str, str, int
         yield f"{left}/{pairs.paths[a]}", f"{right}/{pairs.paths[b]}", int(same), int(fold)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, image: np.ndarray, jpeg: bytes | None) -> None:
+    """Writes an image as its suffix says, from the JPEG that it was read from if there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    if path.suffix.lower() == ".png":
+        path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    else:
+        path.write_bytes(jpeg or encode(image))
 
 
 def write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from fr_core.config import AttFC, BigFace, Config, class_images, distillation
 from fr_core.errors import UserError
 from fr_core.train.memory import memory
+from pipelines.train import check_ghosts
 
 GIB = 2**30
 FUSED, WHOLE = {"update": "fused"}, {"accumulate": 1, "precision": "bfloat16"}
@@ -30,6 +31,7 @@ def plan(
             f"train.global_batch = {config.train.global_batch} is not a multiple of "
             f"{gpus} GPUs × train.accumulate = {config.train.accumulate}"
         )
+    check_ghosts(config, gpus)
     here = memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {
@@ -64,6 +66,7 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
     """The mildest change that makes the run fit."""
     for words, changes, cards in knobs(config, gpus):
         try:
+            check_ghosts(changed(config, changes), cards)
             parts = memory(changed(config, changes), identities, cards)
         except (ValueError, UserError):  # a knob that this recipe excludes
             continue
@@ -83,7 +86,8 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]
         accumulate = config.train.accumulate * factor
         if batch % (gpus * accumulate) == 0 and batch // (gpus * accumulate) > 1:
             changes: dict[str, Any] = {"train": {"accumulate": accumulate}}
-            words = f"train.accumulate={accumulate} (batch norm over {batch // gpus // accumulate} images)"
+            looked_at = config.train.ghost_batch or batch // gpus // accumulate
+            words = f"train.accumulate={accumulate} (batch norm over {looked_at} images)"
             if isinstance(method, BigFace):
                 changes["method"] = {"update": "plain"}
             if isinstance(method, AttFC) and method.order == "paper":

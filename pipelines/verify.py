@@ -65,7 +65,7 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
     """The sets of pairs in a folder: name -> images' folder and pairs file.
 
     A set is a ``.bin``; a folder with ``pairs.csv`` or ``pairs.txt`` and the images, in ``images/`` or beside it; or a
-    CSV of pairs whose images lie below the folder.
+    CSV of pairs whose images lie so.
 
     Raises:
         UserError: no such folder, or no sets in it.
@@ -74,7 +74,7 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
         raise UserError(f"{folder}: no such folder")
     found: dict[str, tuple[Path | None, Path]] = {}
     bins = [(entry.stem, None, entry) for entry in sorted(folder.glob("*.bin"))]
-    tables = [(entry.stem, folder, entry) for entry in sorted(folder.glob("*.csv")) if _lists_pairs(entry)]
+    tables = [(entry.stem, _images_of(folder), entry) for entry in sorted(folder.glob("*.csv")) if _lists_pairs(entry)]
     lists = [entry for name in PAIRS_FILES for entry in sorted(folder.glob(f"*/{name}"))]
     for name, images, pairs in [*bins, *tables, *((file.parent.name, _images_of(file.parent), file) for file in lists)]:
         if name in found:

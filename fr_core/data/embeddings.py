@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fr_core.data.schema import Dataset
-from fr_core.data.store import ahead_of, written
+from fr_core.data.store import ahead_of
 from fr_core.errors import UserError
 
 FACTS = "embeddings.json"
@@ -130,17 +131,18 @@ def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors:
             f"{root}: {len(missing)} images of {dataset.root} have no embedding there, first sample {missing[0]}; "
             "make them anew with: bigface embed … --overwrite"
         )
-    with written(vectors) as part:
-        shape, row = (len(ids_I), facts.embedding), 0
-        mapped = np.lib.format.open_memmap(part, "w+", np.float16, shape)
+    with TemporaryDirectory(dir=root, prefix=".by_id-") as folder:  # of one's own: others may do the same
+        scratch, row = Path(folder) / vectors.name, 0
+        mapped = np.lib.format.open_memmap(scratch, "w+", np.float16, (len(ids_I), facts.embedding))
         for file in files:
             for batch in pq.ParquetFile(file).iter_batches(columns=["embedding"]):
                 mapped[row : row + len(batch)] = batch["embedding"].flatten().to_numpy().reshape(-1, facts.embedding)
                 row += len(batch)
         mapped.flush()
-    order_I = np.argsort(ids_I)
-    with written(index) as part, part.open("wb") as whole:
-        np.save(whole, np.stack([ids_I[order_I], order_I]))
+        scratch.replace(vectors)
+        order_I = np.argsort(ids_I)
+        np.save(Path(folder) / index.name, np.stack([ids_I[order_I], order_I]))
+        (Path(folder) / index.name).replace(index)
 
 
 def _sample_ids(dataset: Dataset) -> np.ndarray:

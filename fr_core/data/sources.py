@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ Kind = Literal["files", "plain", "zip", "rec"]  # plain: as they are, in a tar o
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
 IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
+UNLABELLED = "(unlabelled)"  # name of the only identity of such a set
 LONGEST_CLASS = 1000  # bytes of an identity's name
 LANDMARK_COLUMNS = tuple(
     f"{point}_{axis}" for point in ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right") for axis in ("x", "y")
@@ -142,6 +143,20 @@ def list_folder(root: str | AnyPath) -> Listing:
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
     return _listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
+
+
+def list_unlabelled(root: str | AnyPath) -> Listing:
+    """All images below a folder, at any depth, as one identity: for distillation, which looks at no labels.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    place: Any = to_path(root)
+    found = [path for path in place.rglob("*") if is_image(path.name) and path.is_file()] if place.is_dir() else []
+    if not found:
+        raise UserError(f"{root}: no images in it" if place.is_dir() else f"{root}: no such folder")
+    paths = sorted(str(path.relative_to(place)) for path in found)
+    return _listing(place, "files", [str(place.resolve())], paths, [UNLABELLED] * len(paths))
 
 
 def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
@@ -336,9 +351,9 @@ def _listing(
     order = pc.sort_indices(coded.dictionary).to_numpy()
     names = [str(name) for name in coded.dictionary.take(pa.array(order)).to_pylist()]
     labels = np.argsort(order)[coded.indices.to_numpy()]
-    if len(names) == 1:
+    if len(names) == 1 and names != [UNLABELLED]:
         raise UserError(f"{root}: one identity only, {names[0]!r}; name what holds one folder per person")
-    if len(names) == len(paths):
+    if len(names) == len(paths) and names != [UNLABELLED]:
         raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
     order = np.argsort(labels, kind="stable")
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)

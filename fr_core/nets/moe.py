@@ -58,19 +58,24 @@ class Mixture(nn.Module):
         """A plain net's weights as those of the net with this mixture; a mixture's own stay as they are.
 
         Every expert starts as the plain net's last stage, the gate as it is here (Komatsuzaki et al., "Sparse
-        Upcycling", 2023).
+        Upcycling", 2023). The norm behind it learns that the sum of the active experts' chances is no longer 1.
         """
         if any(name.startswith("layer4.experts.") for name in state):
             return state
         last = {name.removeprefix("layer4."): tensor for name, tensor in state.items() if name.startswith("layer4.")}
         experts = {f"experts.{e}.{name}": last[name] for e in range(len(self.experts)) for name in last}
         mixture = {f"layer4.{name}": tensor for name, tensor in (self.state_dict() | experts).items()}
+        share = self.active / len(self.experts)
+        for name, factor in (("bn2.running_mean", share), ("bn2.running_var", share**2)):
+            mixture[name] = factor * state[name]
         return {name: tensor for name, tensor in state.items() if not name.startswith("layer4.")} | mixture
 
 
-def balance_of(net: nn.Module) -> Tensor:
-    """The load-balance term of a net's last batch in training: a scalar with gradient."""
-    return next(module for module in net.modules() if isinstance(module, Mixture)).balance
+def take_balance(net: nn.Module) -> Tensor:
+    """The load-balance term of a net's last batch in training: a scalar with gradient, which the net then forgets."""
+    mixture = next(module for module in net.modules() if isinstance(module, Mixture))
+    balance, mixture.balance = mixture.balance, mixture.balance.detach()
+    return balance
 
 
 def load_balance(probability_BE: Tensor, chosen_BE: Tensor) -> Tensor:

@@ -44,10 +44,13 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
             with autocast(config, state.device):
                 x_XD = state.parallel(normalised(images_AXHWC[a], state.backbone.input_std))
                 student_XE = state.adapter(x_XD) if state.adapter else x_XD
-            loss = state.head(ranks.gather(x_XD[:labelled]), labels_AG[a], rows_S, sgd) / micro
-            total += loss.detach()
+            faces_BD, apart = x_XD[:labelled], torch.zeros_like(total)
             if distill:  # each rank its own faces' share
                 apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
+                faces_BD = faces_BD + 0 * apart.detach()  # a fused head sees by it that the step is not finite
+            loss = state.head(ranks.gather(faces_BD), labels_AG[a], rows_S, sgd) / micro
+            total += loss.detach()
+            if distill:
                 distance += apart.detach()
                 loss = loss + distill.weight * apart
             backward(config, state, loss, ranks)

@@ -227,6 +227,9 @@ def _copy(source: AnyPath, path: AnyPath) -> dict[str, Any]:
         return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 
+MOVABLE = {f"method.distill.{name}" for name in ("teacher", "embeddings", "unlabelled.embeddings")}
+
+
 def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: AnyPath) -> None:
     now, then = config.model_dump(mode="json"), summary["config"]
     facts: dict[str, tuple[Any, Any]] = {
@@ -242,7 +245,7 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
     }
     for section in ("net", "method"):
         new, old = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
-        facts |= {name: (new.get(name), old.get(name)) for name in new | old}
+        facts |= {name: (new.get(name), old.get(name)) for name in new | old if name not in MOVABLE}
     for name, (ours, theirs) in facts.items():
         if ours != theirs:
             raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another --out")

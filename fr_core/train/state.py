@@ -37,7 +37,7 @@ from fr_core.heads.streamed import Softmax
 from fr_core.heads.virtual_fc import Anchors
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import BLOCKS, recompute
-from fr_core.nets.moe import balance_of
+from fr_core.nets.moe import take_balance
 from fr_core.nets.open import Backbone, build_net, normalised, on_device
 from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
 from fr_core.optim.optimizers import make_optimizers, squared_norm
@@ -254,7 +254,7 @@ def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> N
     alone; the loss that a run reports, and FastFace sees, stays that of the method.
     """
     if isinstance(config.net, MoENet):
-        loss = loss + config.net.balance * balance_of(state.backbone) / (config.train.accumulate * ranks.size)
+        loss = loss + config.net.balance * take_balance(state.backbone) / (config.train.accumulate * ranks.size)
     (loss * state.loss_scale).backward()
 
 

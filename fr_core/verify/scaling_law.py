@@ -24,6 +24,7 @@ SIZES, SIZES_FOR_OFFSET = 3, 4  # different ones, at least
 STEEPEST = 10.0  # exponent of a law with an offset, beyond which only the smallest size would matter
 STARTS = np.array([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])  # offsets, of the smallest error
 TOLERANCE = 1e-12  # relative, of the fit with an offset
+LARGEST_CONDITION = 1e6  # of the derivatives of a law with an offset
 ROUNDING = 1e-10  # residuals of ln E below it are none
 
 
@@ -99,7 +100,9 @@ def fit_scaling_law(sizes_R: np.ndarray, errors_R: np.ndarray) -> ScalingLaw:
     if count >= SIZES_FOR_OFFSET:
         bent_K = _with_offset(x_R, y_R)
         offset_p = _p_of_the_last(_squares(theta_K, x_R, y_R), _squares(bent_K, x_R, y_R), len(x_R) - len(bent_K))
-        theta_K = bent_K if offset_p < 1 - LEVEL else theta_K
+        slopes_RK = _law(bent_K, x_R)[1]
+        told = np.linalg.cond(slopes_RK) < LARGEST_CONDITION  # else the runs do not tell offset and exponent apart
+        theta_K = bent_K if told and offset_p < 1 - LEVEL else theta_K
     squares, freedom = _squares(theta_K, x_R, y_R), len(x_R) - len(theta_K)
     slopes_RK = _law(theta_K, x_R)[1]
     variance = squares / freedom

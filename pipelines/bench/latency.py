@@ -128,7 +128,7 @@ def _row(
         faces_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.input_size)[0]]))
         x_BCHW = normalised(faces_BHWC, net.input_std)
         first, *others = (form(x_BCHW) for form in forms.values())
-        if any(least_cosine(first, other) < 0.999 for other in others):
+        if any(not least_cosine(first, other) >= 0.999 for other in others):
             raise RuntimeError(f"embeddings of {name} differ: plain, folded, ONNX")
         taken = in_turns({name: partial(form, x_BCHW) for name, form in forms.items()}, repeats)
     row: dict[str, Any] = {"net": name, "parameters": sum(weight.numel() for weight in net.parameters())}

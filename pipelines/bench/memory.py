@@ -68,7 +68,7 @@ def bench_memory(
     """Steps of an IR-ResNet with a class matrix on random images, one setting after the other.
 
     Args:
-        batch: global, a multiple of 16: ranks share it.
+        batch: global, a multiple of 4.
         threads: of all ranks together.
 
     Returns:

@@ -68,7 +68,7 @@ def bench_memory(
     depth: Annotated[int, typer.Option(help="Of an IR-ResNet.")] = 100,
     width: Annotated[int, typer.Option(min=8)] = 16,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 64,
-    batch: Annotated[int, typer.Option(min=16, help="Global; a multiple of 16.")] = 32,
+    batch: Annotated[int, typer.Option(min=8, help="Global; a multiple of 4.")] = 32,
     identities: Annotated[int, typer.Option(min=1000)] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 2,
     threads: Annotated[int, typer.Option(min=1)] = 2,

@@ -30,8 +30,9 @@ def local(ref: str | Path) -> Path:
 
 
 Json = Annotated[Path | None, typer.Option("--json", parser=local, help="Write the figures to this JSON file.")]
+NET = "A run, a checkpoint, FILE.onnx, or weights.safetensors with --net."
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
-Model = Annotated[str, typer.Option(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")]
+Model = Annotated[str, typer.Option(help=NET)]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray.")]
 OneWorker = Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

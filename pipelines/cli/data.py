@@ -11,6 +11,7 @@ from rich.markup import escape
 from fr_core.data.schema import Layout
 from fr_core.data.store import to_path
 from pipelines.cli.common import (
+    NET,
     InProcess,
     Json,
     Model,
@@ -65,6 +66,9 @@ def ingest(
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
     labels: Annotated[str | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="A folder of faces of nobody known: for distillation.")
+    ] = False,
     size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
@@ -76,7 +80,17 @@ def ingest(
     started = time.monotonic()
     with bar("ingest", None) as advance:
         manifest = run(
-            src, out, layout, size, landmarks, labels, overwrite, not in_process, align=align, progress=growing(advance)
+            src,
+            out,
+            layout,
+            size,
+            landmarks,
+            labels,
+            overwrite,
+            not in_process,
+            align=align,
+            unlabelled=unlabelled,
+            progress=growing(advance),
         )
     rejected, listed = sum(manifest.rejects.values()), escape(str(to_path(out) / "rejects.csv"))
     for reason, count in manifest.rejects.items():
@@ -133,7 +147,7 @@ def unpack(
 
 @app.command(rich_help_panel="Faces and datasets")
 def embed(
-    model: Annotated[str, typer.Argument(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")],
+    model: Annotated[str, typer.Argument(help=NET)],
     data: Annotated[str, typer.Option(help="Shards, as bigface ingest leaves them.")],
     out: Annotated[Path, typer.Option(parser=local, help="Folder for Parquet files of sample_id, label, embedding.")],
     net: NetName = None,

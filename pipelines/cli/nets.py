@@ -11,6 +11,7 @@ from rich.markup import escape
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from pipelines.cli.common import (
+    NET,
     Json,
     NetName,
     app,
@@ -31,13 +32,14 @@ VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 
 @app.command(rich_help_panel="Trained nets")
 def verify(
-    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")],
+    ckpt: Annotated[str, typer.Argument(help=NET)],
     pairs: Annotated[
         Path | None, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; a .bin brings its own.")] = None,
     suite: Annotated[
-        Path | None, typer.Option(help="Folder of sets instead: NAME.bin, or NAME/pairs.csv or .txt with images.")
+        Path | None,
+        typer.Option(help="Folder of sets instead: NAME.bin, NAME.csv, NAME/pairs.csv or .txt with images."),
     ] = None,
     ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C instead: meta/ and loose_crop/.")] = None,
     mfr: Annotated[
@@ -119,7 +121,7 @@ def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dic
 def match(
     a: Annotated[Path, typer.Argument(help="A face crop.")],
     b: Annotated[Path, typer.Argument(help="Another.")],
-    model: Annotated[str, typer.Option(help="A run, a checkpoint, FILE.onnx, or weights.safetensors with --net.")],
+    model: Annotated[str, typer.Option(help=NET)],
     net: NetName = None,
     json: Json = None,
 ) -> None:

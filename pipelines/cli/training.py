@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,7 @@ def train(
 def distill(
     recipe: Recipe,
     overrides: Overrides = None,
-    teacher: Annotated[str | None, typer.Option(help="A run, a checkpoint, or weights.safetensors.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A run, a checkpoint, FILE.onnx, or weights.safetensors.")] = None,
     teacher_net: Annotated[str | None, typer.Option(help="For bare weights: mobilefacenet or iresnetDEPTH.")] = None,
     embeddings: Annotated[str | None, typer.Option(help="Instead of --teacher: what bigface embed made of it.")] = None,
     unlabelled: Annotated[str | None, typer.Option(help="More flat shards, whose labels are not looked at.")] = None,
@@ -81,7 +82,7 @@ def distill(
 ) -> None:
     """Train a recipe that also follows a teacher; the options are its method.distill, and key.path=value the rest."""
     options = {"teacher": teacher, "teacher_net": teacher_net, "embeddings": embeddings, "unlabelled.path": unlabelled}
-    given = [*(overrides or []), *(f"method.distill.{name}={value}" for name, value in options.items() if value)]
+    given = [*(overrides or []), *(f"method.distill.{name}={dumps(value)}" for name, value in options.items() if value)]
     if (method := load_config(recipe).method).kind != "bigface":
         raise UserError(f"{recipe}: only bigface, the method with a class matrix, distils, not {method.kind}")
     if distillation(load_config(recipe, given)) is None:

@@ -200,3 +200,11 @@ def test_real_faces_in_photos_land_on_the_template(tmp_path):
             errors.append(np.linalg.norm(photo @ back[:, :2].T + back[:, 2] - TEMPLATE, axis=1).mean())
     assert np.median(errors) < 3
     assert np.mean(np.array(errors) < 8) > 0.97
+
+
+def test_loose_images_of_nobody_known_are_one_identity(photos, tmp_path):
+    manifest = ingest(photos, tmp_path / "shards", on_ray=False, unlabelled=True)
+    assert (manifest.images, manifest.identities) == (30, 1)
+    assert open_dataset(tmp_path / "shards").identity_names() == ["(unlabelled)"]
+    with pytest.raises(UserError, match="give one of them"):
+        ingest(photos, tmp_path / "more", on_ray=False, unlabelled=True, labels="list.csv")

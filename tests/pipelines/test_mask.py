@@ -100,6 +100,28 @@ def test_what_cannot_be_masked_is_listed(photos, tmp_path):
     assert np.abs(out - out.mean(2, keepdims=True)).max() <= 3
 
 
+@pytest.mark.parametrize("outside", ["{photos}/person0/0.jpg", "../people/person0/0.jpg"])
+def test_nothing_is_written_where_pairs_lead_out(photos, tmp_path, outside):
+    before = {path: path.read_bytes() for path in photos.rglob("*.jpg")}
+    pairs = tmp_path / "pairs.csv"
+    rows = [f"{outside.format(photos=photos)},person0/1.jpg,1,0", "person0/0.jpg,person1/0.jpg,0,1"]
+    pairs.write_text("image_a,image_b,same,fold\n" + "\n".join(rows))
+    with pytest.raises(UserError, match="leads out of"):
+        mask(photos, tmp_path / "out", ALL, pairs_file=pairs)
+    assert {path: path.read_bytes() for path in photos.rglob("*.jpg")} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_what_their_names_say(photos, tmp_path):
+    source = tmp_path / "faces"
+    source.mkdir()
+    cv2.imwrite(str(source / "a.png"), cv2.imread(str(photos / "person0" / "0.jpg")))
+    mask(source, tmp_path / "worn", ALL)
+    mask(source, tmp_path / "bare", Masks(ratio=0))
+    for name in ("worn", "bare"):
+        assert (tmp_path / name / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_mistakes(photos, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")

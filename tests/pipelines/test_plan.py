@@ -44,6 +44,14 @@ def test_attfc_fits_where_the_class_matrix_does_not():
     assert "method.order=reference" in advice
 
 
+def test_ghost_batches_are_kept_whole():
+    given = ["train.ghost_batch=96", "train.recompute=true"]
+    advice = plan(load_config("bigface_r50", [*R50, *given]), 1_029_950, 1, 8)[1]
+    assert "train.accumulate=8" not in advice  # 48 images at once
+    with pytest.raises(UserError, match="does not divide"):
+        plan(load_config("bigface_r50", [*R50, "train.ghost_batch=100"]), 1000, 1, 24)
+
+
 def test_a_batch_that_the_cards_cannot_share():
     with pytest.raises(UserError, match="not a multiple"):
         plan(load_config("bigface_r50", R50), 1000, 7, 24)

@@ -67,6 +67,9 @@ def test_sets_may_share_their_images_which_are_embedded_once(sets, tmp_path):
         seen.append(len(pixels))
         return raw_pixels(pixels)
 
+    shutil.copytree(sets / "cfp" / "images", sets / "images")  # as `bigface split` leaves them
+    shutil.copy(sets / "cfp" / "pairs.csv", sets / "pairs.csv")
+    assert find_sets(sets)["pairs"] == (sets / "images", sets / "pairs.csv")
     results = verify_suite(embed, suite)
     assert list(results) == ["one", "two"]
     assert seen[1] == len(results["two"].failed) == 1  # what could be read is known

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from fr_core.config import IResNetNet, MoENet
 from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
-from fr_core.nets.moe import balance_of, load_balance
+from fr_core.nets.moe import load_balance, take_balance
 from fr_core.nets.onnx_net import open_onnx, write_onnx
 from fr_core.nets.open import build_net, load_weights, open_net
 
@@ -68,6 +68,28 @@ def test_load_balance_is_switch_transformers():
     assert float(load_balance(torch.full((8, 4), 0.25), torch.ones(8, 4))) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("active", [1, 2])
+def test_a_plain_net_with_few_active_experts_keeps_its_embeddings_directions(tmp_path, active):
+    """The chances of the active ones do not sum to 1; the norm behind them knows."""
+    plain = build_net(IResNetNet(**SHAPE))
+    x = torch.randn(32, 3, 32, 32)
+    for _ in range(60):
+        plain.train()(x)
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    torch.manual_seed(0)
+    net = build_net(MoENet(**SHAPE, experts=4, active=active))
+    load_weights(net, tmp_path / "plain.safetensors")
+    with torch.no_grad():
+        assert torch.cosine_similarity(net.eval()(x), plain.eval()(x)).min() > 0.98
+
+
+def test_a_mixture_that_trains_can_be_copied_and_folded():
+    net = mixture_net(experts=2)
+    net.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert float(take_balance(net).detach()) > 0
+    folded(net)
+
+
 def test_every_expert_has_a_gradient_in_training():
     net = mixture_net(experts=4)
     torch.nn.init.constant_(net.layer4.gate.bias[0], 100.0)
@@ -75,7 +97,7 @@ def test_every_expert_has_a_gradient_in_training():
     grads = [expert[0].conv1.weight.grad.abs().sum() for expert in net.layer4.experts]
     assert grads[0] > 0
     assert [float(grad) for grad in grads[1:]] == [0, 0, 0]
-    assert float(balance_of(net).detach()) == pytest.approx(4)
+    assert float(take_balance(net).detach()) == pytest.approx(4)
 
 
 def test_a_plain_net_becomes_a_mixture_and_one_expert_is_the_plain_net(tmp_path):

@@ -86,6 +86,20 @@ def test_a_step_is_the_formula(dataset, more, teacher):
     assert torch.allclose(state.head.weight, head.weight - head.weight.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("update", ["plain", "fused"])
+def test_a_distance_that_is_not_finite_leaves_no_trace(dataset, teacher, update):
+    config = config_of(dataset, *teacher, f"method.update={update}")
+    state, stream = begun(config)
+    batch = next(stream)
+    stream.close()
+    state.teacher.net.fc.weight.data.fill_(torch.nan)
+    head, backbone = state.head.weight.detach().clone(), state.backbone.fc.weight.detach().clone()
+    bigface_step(config, config.method, state, batch, Ranks())
+    assert state.bad_steps == 1
+    assert torch.equal(state.head.weight, head)
+    assert torch.equal(state.backbone.fc.weight, backbone)
+
+
 def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, more, tmp_path, monkeypatch):
     """8 steps, with unlabelled images, an adapter and optimiser state that is shared out."""
     with monkeypatch.context() as patch:
@@ -227,7 +241,7 @@ def test_mistakes(dataset, more, grouped, tmp_path):
         open_teacher(config, distill, opened, cpu)
     with pytest.raises(UserError, match="not both"):
         config_of(dataset, "method.distill.teacher=a", "method.distill.embeddings=b")
-    with pytest.raises(UserError, match="give both or none"):
+    with pytest.raises(UserError, match="unlabelled images go together"):
         config_of(dataset, "method.distill.embeddings=b", *unlabelled_of(more))
     with pytest.raises(UserError, match=r"give method\.distill\.teacher"):
         config_of(dataset, "method.distill.embeddings=b", "data.variants=2")

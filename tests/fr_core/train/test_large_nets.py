@@ -10,7 +10,7 @@ from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
-from fr_core.nets.moe import balance_of
+from fr_core.nets.moe import take_balance
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.state import initial_state
@@ -171,7 +171,7 @@ def test_the_balance_term_is_trained_whatever_the_method(dataset, grouped, metho
         stream = batches(heavy, plan, Ranks(), 0, 6, blocks_in_process)
         for batch in stream:
             loop.step(heavy, state, batch, Ranks())
-        found.append(float(balance_of(state.backbone).detach()))
+        found.append(float(take_balance(state.backbone).detach()))
     assert found[0] > 1.3
     assert found[1] < found[0] - 0.2
 
