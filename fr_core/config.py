@@ -542,7 +542,9 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in _union_tags())
-        message = f"unknown key{_nearest(where)}" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key{_nearest(where)}"
         raise UserError(f"{source}: {where or 'config'}: {message}") from None
 
 
