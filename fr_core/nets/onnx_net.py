@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 
 INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install 'bigface[export]'"
 WHOLE = 3 * 2**29  # bytes of weights that lie in the file itself
 
@@ -55,6 +57,11 @@ class OnnxNet(nn.Module):
         return torch.from_numpy(embeddings_BD).to(x_BCHW.device)
 
 
+def installed() -> bool:
+    """Whether the packages of ``bigface[export]`` are there."""
+    return all(find_spec(name) for name in PACKAGES)
+
+
 def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None = None) -> None:
     """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
 
@@ -66,11 +73,10 @@ def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None
         UserError: the packages for it are not installed.
         OSError: the path cannot be written.
     """
-    try:
-        import onnxruntime  # noqa: F401  # whoever writes such a file opens it, too
-        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    except ImportError:
-        raise UserError(f"ONNX files need: {INSTALL}") from None
+    if not installed():
+        raise UserError(f"ONNX files need: {INSTALL}")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
     x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
     with _quietly():
@@ -96,12 +102,12 @@ def open_onnx(path: Path) -> OnnxNet:
     Raises:
         UserError: unreadable, damaged, another kind of model, other files wanted, or ONNX Runtime not installed.
     """
-    try:
-        import onnx
-        import onnxruntime
-        from google.protobuf.message import DecodeError
-    except ImportError:
-        raise UserError(f"{path}: ONNX files need: {INSTALL}") from None
+    if not installed():
+        raise UserError(f"{path}: ONNX files need: {INSTALL}")
+    import onnx
+    import onnxruntime
+    from google.protobuf.message import DecodeError
+
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +23,7 @@ from fr_core.data.synthetic import render_face
 from fr_core.device import use_processor
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import BLOCKS
-from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
+from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
 from fr_core.nets.open import build_net, normalised, on_device, open_net
 
 CPU = torch.device("cpu")
@@ -145,7 +144,7 @@ def _row(
 def _forms(net: Any, folder: Path) -> dict[str, nn.Module]:
     inference = on_device(folded(net), CPU)
     forms: dict[str, nn.Module] = {"plain": net, "folded": inference}
-    if find_spec("onnxruntime"):
+    if installed():
         write_onnx(inference, folder / "net.onnx")
         forms["onnx"] = open_onnx(folder / "net.onnx")
     return forms
@@ -176,5 +175,7 @@ def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         names = [f"plain_over_{form}" for form in FORMS[1:]]
         ratios = [f"{row[name]:.2f}" if name in row else "" for name in names]
         end = (f"{row['answer_ms']:,.1f}", "yes" if row["fits"] else "no")
-        cells.append((row["net"], f"{row['parameters'] / 1e6:.1f} M", *times, *ratios, *end))
+        cells.append(
+            (row["net"], f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "", *times, *ratios, *end)
+        )
     return cells

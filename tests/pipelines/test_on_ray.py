@@ -14,10 +14,12 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from safetensors.torch import save_file
 
 from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
+from fr_core.nets.iresnet import IResNet
 from fr_core.train.checkpoint import checkpoints
 from fr_core.train.tracking import read_metrics
 from pipelines.ingest import ingest
@@ -46,6 +48,19 @@ def kill_a_worker_after_the_first_checkpoint(out: Path, killed: list[int]) -> No
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     workers[-1].send_signal(signal.SIGKILL)
     killed.append(workers[-1].pid)
+
+
+def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
+    """Two streams of Ray Data for each of two workers, the teacher on both: one process but for batch norm."""
+    save_file(IResNet(10, 8, 1, 32, 32).state_dict(), tmp_path / "teacher.safetensors")
+    distill = f"{{teacher='{tmp_path}/teacher.safetensors',teacher_net='iresnet10',unlabelled={{path='{dataset}'}}}}"
+    config = load_config("debug_distill", [f"data.path={dataset}", f"method.distill={distill}", "tracking.uri=off"])
+    for name, workers in (("one", 1), ("two", 2)):
+        train(config, tmp_path / name, workers=workers, in_process=workers == 1)
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 20
+    assert two[0]["distill_loss"] == pytest.approx(one[0]["distill_loss"], abs=0.1)
+    assert two[-1]["distill_loss"] < 0.9 * two[0]["distill_loss"]
 
 
 def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
