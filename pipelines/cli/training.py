@@ -102,10 +102,12 @@ def plan(
     """Say before a run whether it fits the card: memory by part, per head and mode, and the first knob to turn."""
     from pipelines.plan import plan as run
 
+    config = load_config(recipe, overrides or [])
+    auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
     console.print(
-        f"{recipe}, {identities:,} identities, {gpus} × {gpu_gib:g} GiB. Computed, not yet checked on a card."
+        f"{recipe}, {identities:,} identities, {gpus} × {gpu_gib:g} GiB. Computed, not yet checked on a card.{auto}"
     )
-    rows, advice, figures = run(load_config(recipe, overrides or []), identities, gpus, gpu_gib)
+    rows, advice, figures = run(config, identities, gpus, gpu_gib)
     show_table(rows, "GiB per card")
     console.print(advice)
     show("plan", figures, json)
