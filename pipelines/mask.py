@@ -12,7 +12,7 @@ from fr_core import rng
 from fr_core.config import Masks
 from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb, square
 from fr_core.data.masks import DRAWS, choose, masked
-from fr_core.data.sources import is_image, read_landmarks
+from fr_core.data.sources import list_unlabelled, read_landmarks
 from fr_core.errors import UserError
 from fr_core.verify.pairs import Pairs, read_pairs
 from fr_core.verify.report import contact_sheet
@@ -55,7 +55,7 @@ def mask(
     pairs = read_pairs(pairs_file) if pairs_file else None
     if pairs and pairs.images:
         raise UserError(f"{pairs_file}: a .bin cannot be masked; give pairs of image files")
-    paths = sorted(pairs.paths if pairs else images_below(source))
+    paths = sorted(pairs.paths) if pairs else list_unlabelled(source).paths
     outside = [path for path in paths if PurePath(path).is_absolute() or ".." in PurePath(path).parts]
     if outside:
         raise UserError(f"{pairs_file}: {outside[0]} leads out of {source}; pairs to mask name images below it")
@@ -111,18 +111,6 @@ def mask(
         for name, folders in SETS.items():
             write_csv(out / f"{name}.csv", ("image_a", "image_b", "same", "fold"), rows_of(pairs, *folders))
     return {"images": len(paths), "masked": sum(tool != "" for _, tool, _ in rows), "rejected": len(rejects)}
-
-
-def images_below(folder: Path) -> list[str]:
-    """Paths of the images in a folder, at any depth.
-
-    Raises:
-        UserError: no such folder, or no images in it.
-    """
-    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if is_image(path.name) and path.is_file()]
-    if not found:
-        raise UserError(f"{folder}: no images in it" if folder.is_dir() else f"{folder}: no such folder")
-    return found
 
 
 def rows_of(pairs: Pairs, left: str, right: str) -> Iterable[tuple[str, str, int, int]]:

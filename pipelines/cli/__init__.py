@@ -8,7 +8,7 @@ from rich.markup import escape
 from fr_core.errors import UserError
 
 from pipelines.cli import training, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
-from pipelines.cli.common import app
+from pipelines.cli.app import app
 
 
 def main() -> None:

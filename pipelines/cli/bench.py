@@ -6,16 +6,9 @@ from typing import Annotated
 import typer
 
 from fr_core.errors import UserError
-from pipelines.cli.common import (
-    Json,
-    NetName,
-    app,
-    console,
-    local,
-    show,
-    show_table,
-    writable,
-)
+from pipelines.cli.app import app
+from pipelines.cli.options import Json, NetName, local
+from pipelines.cli.output import console, show, show_table, writable
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory against plain references, in one run.")
 app.add_typer(bench, name="bench", rich_help_panel="Measuring")

@@ -10,21 +10,9 @@ from rich.markup import escape
 
 from fr_core.data.schema import Layout
 from fr_core.data.store import to_path
-from pipelines.cli.common import (
-    NET,
-    InProcess,
-    Json,
-    Model,
-    NetName,
-    Overwrite,
-    app,
-    bar,
-    console,
-    growing,
-    local,
-    show,
-    writable,
-)
+from pipelines.cli.app import app
+from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, local
+from pipelines.cli.output import bar, console, growing, show, writable
 from pipelines.unpack import Form
 
 

@@ -10,18 +10,9 @@ from rich.markup import escape
 
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
-from pipelines.cli.common import (
-    NET,
-    Json,
-    NetName,
-    app,
-    bar,
-    console,
-    local,
-    show,
-    show_table,
-    writable,
-)
+from pipelines.cli.app import app
+from pipelines.cli.options import NET, Json, NetName, local
+from pipelines.cli.output import bar, console, show, show_table, writable
 
 if TYPE_CHECKING:
     from pipelines.verify import Result

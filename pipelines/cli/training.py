@@ -13,22 +13,9 @@ from rich.table import Table
 from fr_core.config import distillation, load_config
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
-from pipelines.cli.common import (
-    Json,
-    OneWorker,
-    Overrides,
-    Overwrite,
-    Recipe,
-    Resume,
-    RunFolder,
-    Workers,
-    app,
-    console,
-    local,
-    show,
-    show_table,
-    writable,
-)
+from pipelines.cli.app import app
+from pipelines.cli.options import Json, OneWorker, Overrides, Overwrite, Recipe, Resume, RunFolder, Workers, local
+from pipelines.cli.output import console, show, show_table, writable
 
 
 @app.command(rich_help_panel="Training")

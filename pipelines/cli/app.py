@@ -1,0 +1,8 @@
+"""Face recognition: a folder of photos in, a verified net out.
+
+Exit codes: 0 done, 2 your mistake (one line says what and the mend), 130 Ctrl-C, 1 anything else.
+"""
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)

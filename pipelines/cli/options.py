@@ -1,0 +1,30 @@
+"""Options and arguments that several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fr_core.config import recipes
+from fr_core.errors import UserError
+
+
+def local(ref: str | Path) -> Path:
+    """Of what is written here and not at a URL."""
+    if "://" in str(ref):
+        raise UserError(f"{ref}: this can only lie on a local disk")
+    return Path(ref)
+
+
+Json = Annotated[Path | None, typer.Option("--json", parser=local, help="Write the figures to this JSON file.")]
+NET = "A run, a checkpoint, FILE.onnx, or weights.safetensors with --net."
+NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
+Model = Annotated[str, typer.Option(help=NET)]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray.")]
+OneWorker = Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Recipe = Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
+RunFolder = Annotated[str | None, typer.Option("--out", help="Folder of the run, or a URL; default runs/RECIPE-DATE.")]
+Workers = Annotated[int, typer.Option(min=1, help="Ray Train workers.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
