@@ -75,6 +75,7 @@ class Recogniser:
     net: Backbone | OnnxNet
     device: torch.device
     threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
+    config: Net | None = None  # what the net is; an ONNX file does not say
 
     @torch.inference_mode()
     def embed(
@@ -136,15 +137,17 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
-        module = build_net(_net_config(folder))
+        config = _net_config(folder)
+        module = build_net(config)
         load_weights(module, folder / "backbone.safetensors")
         threshold = _threshold(folder.parent.parent / "report.json")
     elif path.is_file():
-        module, threshold = _open_bare(path, net), None
+        config, module = _open_bare(path, net)
+        threshold = None
     else:
         raise UserError(f"{path}: no such run, checkpoint or weights file")
     on_device(module, device).eval().requires_grad_(False)
-    return Recogniser(module, device, threshold)
+    return Recogniser(module, device, threshold, config)
 
 
 def find_checkpoint(folder: AnyPath) -> AnyPath:
@@ -209,7 +212,7 @@ def _net_config(checkpoint: AnyPath) -> Net:
         raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
 
 
-def _open_bare(path: AnyPath, net: str | None) -> Backbone:
+def _open_bare(path: AnyPath, net: str | None) -> tuple[Net, Backbone]:
     name = (net or "").lower()
     with fetched(path) as local:
         state = read_weights(local)
@@ -233,7 +236,7 @@ def _open_bare(path: AnyPath, net: str | None) -> Backbone:
         raise UserError(f"{path}: the weights are not those of {net}") from None
     module = build_net(config)
     load_weights(module, path)
-    return module
+    return config, module
 
 
 def _threshold(report: AnyPath) -> float | None:

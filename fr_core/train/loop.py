@@ -8,7 +8,19 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, Masks, QuantisedNet, VirtualFC, unlabelled_batch
+from fr_core.config import (
+    DCQ,
+    F2C,
+    AttFC,
+    Augment,
+    BigFace,
+    Config,
+    Masks,
+    QuantFace,
+    QuantisedNet,
+    VirtualFC,
+    unlabelled_batch,
+)
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
@@ -23,6 +35,7 @@ from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
 from fr_core.train.dcq import dcq_step
 from fr_core.train.f2c import f2c_step
+from fr_core.train.quantface import quantface_step
 from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
@@ -95,7 +108,7 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
         plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
         if isinstance(config.net, QuantisedNet) and config.net.scheme == "integer":
             steps = min(config.net.calibration_batches, plan.steps_per_epoch)
-            calibrate(config, state, plain(stop=steps), ranks)
+            calibrate(config, state, partial(plain, stop=steps), ranks)
         if config.init.head != "random":
             prototypes(config, state, plain(stop=plan.steps_per_epoch), ranks)
         if config.init.head == "names":
@@ -104,7 +117,8 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
 
 
 def without_augmentation(config: Config) -> Config:
-    data = config.data.model_copy(update={"augment": Augment(flip=0), "masks": Masks(), "progressive": None})
+    plain = {"augment": Augment(flip=0), "masks": Masks(), "progressive": None, "views": 1}
+    data = config.data.model_copy(update=plain)
     return config.model_copy(update={"data": data})
 
 
@@ -134,6 +148,8 @@ def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[
             return f2c_step(config, method, state, batch, ranks)
         case VirtualFC():
             return virtual_fc_step(config, state, batch, ranks)
+        case QuantFace() as method:
+            return quantface_step(config, method, state, batch, ranks)
 
 
 def due(every: int, state: TrainState) -> bool:

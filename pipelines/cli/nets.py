@@ -1,5 +1,6 @@
 """Commands on trained nets."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from rich.markup import escape
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, Json, NetName, local
+from pipelines.cli.options import NET, Json, NetName, OneWorker, Overrides, Overwrite, Workers, local
 from pipelines.cli.output import bar, console, show, show_table, writable
 
 if TYPE_CHECKING:
@@ -146,3 +147,38 @@ def export(
     show("export", figures, json)
     console.print(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
     console.print(f"use it: bigface match A.jpg B.jpg --model {out}", markup=False)
+
+
+@app.command(rich_help_panel="Trained nets")
+def quantize(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    data: Annotated[str, typer.Option(help="Flat shards; some 14,000 faces are enough.")],
+    overrides: Overrides = None,
+    weights: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
+    activations: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=local, help="FILE.onnx, in integers.")] = None,
+    net: NetName = None,
+    recipe: Annotated[str, typer.Option(help="quantize_ekd, quantize_mse, or a TOML file.")] = "quantize_ekd",
+    data_share: Annotated[float, typer.Option(help="Of one epoch, such as 0.25.")] = 1.0,
+    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="No training: set ranges alone.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Verify before and after: folder of the pairs' images.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="The pairs, as bigface verify takes them.")] = None,
+    run: Annotated[str | None, typer.Option(help="Folder of the run; default runs/quantize_NAME-DATE.")] = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --run.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Quantise a net in one epoch of few faces, and write it in integers; needs bigface\\[compress,export]."""
+    from pipelines.quantize import quantised_config, table
+    from pipelines.quantize import quantize as quantised
+
+    fields = {"data__path": data, "net__weights": weights, "net__activations": activations}
+    verified = {"verify__images": images and str(images), "verify__pairs": pairs and str(pairs)}
+    config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], **fields, **verified)
+    run = run or f"runs/quantize_{Path(ckpt).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    figures = quantised(config, to_path(run), out, workers, in_process, resume, overwrite)
+    show("quantize", figures, json)
+    show_table(table(figures))
+    console.print(f"run: {run}   use it: bigface match A.jpg B.jpg --model {out or run}", markup=False)
