@@ -38,7 +38,8 @@ class BiasMapConv(nn.Module):
 def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet | MobileFaceNet:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
-    The net that is given stays as it is; a quantised one, which has no norm, is just copied. Folding is done in float64; the weights that come out are of the net's type.
+    The net that is given stays as it is; a quantised one, which has no norm, is just copied. Folding is done in
+    float64; the weights that come out are of the net's type.
 
     Args:
         channelwise: make of a norm before a padded convolution a depthwise conv1×1 instead; for any ``input_size``.

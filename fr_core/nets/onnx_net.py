@@ -1,8 +1,9 @@
 """A backbone as an ONNX file: any runtime runs it, and ONNX Runtime opens it here again.
 
-The file holds the folded net in float32, or a quantised net's integers (:mod:`fr_core.nets.qdq`). Its input is ``x_BCHW`` [B, 3, size, size], normalised pixels, its output
-``embeddings_BD`` [B, D], not L2-normalised, for any B; what else one must know is in its metadata (:class:`Facts`).
-Weights beyond 1.5 GiB lie beside it in ``FILE.onnx.data``, since protobuf ends at 2 GiB.
+The file holds the folded net in float32, or a quantised net's integers (:mod:`fr_core.nets.qdq`). Its input is
+``x_BCHW`` [B, 3, size, size], normalised pixels, its output ``embeddings_BD`` [B, D], not L2-normalised, for any B;
+what else one must know is in its metadata (:class:`Facts`). Weights beyond 1.5 GiB lie beside it in
+``FILE.onnx.data``, since protobuf ends at 2 GiB.
 
 Legend: B batch, C channels, H W pixels, D embedding.
 """

@@ -1,5 +1,8 @@
 """int8 files: what ONNX Runtime computes with integer kernels is what the quantised net computes in PyTorch."""
 
+import copy
+import functools
+
 import onnx
 import onnxruntime
 import pytest
@@ -20,15 +23,20 @@ NETS = {
     "iresnet": IResNetNet(depth=10, width=8, input_size=32, embedding=16),
     "mobilefacenet": MobileFaceNetNet(input_size=32, embedding=16),
 }
-BITS = [(8, 8), (6, 6), (4, 4), (8, 5)]
+FORMS = [("mobilefacenet", 8, 8), *(("iresnet", *bits) for bits in ((8, 8), (6, 6), (4, 4), (8, 5)))]
 
 
 def noise(images, seed=1):
     return torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
 
 
-@torch.no_grad()
 def quantised(kind, weights=8, activations=8):
+    return copy.deepcopy(calibrated(kind, weights, activations))
+
+
+@functools.cache
+@torch.no_grad()
+def calibrated(kind, weights, activations):
     """A random net, calibrated on noise, with slopes below 0 and above 1."""
     torch.manual_seed(0)
     net = build_net(NETS[kind])
@@ -38,7 +46,8 @@ def quantised(kind, weights=8, activations=8):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = 1.0
     net.train()(noise(16))
-    config = QuantisedNet(net=NETS[kind], weights=weights, activations=activations)
+    bits = {"weights": weights, "activations": activations}
+    config = QuantisedNet(net=NETS[kind], ranges="extremes", equalise=False, **bits)
     out = Quantised(net.eval(), config)
     calibrate(out, lambda: [noise(16)], Ranks(), config)
     return out.requires_grad_(False)
@@ -52,8 +61,7 @@ def outputs_of(model, operator):
     return session.run(names, {INPUT: 3 * noise(4, 2).numpy()})
 
 
-@pytest.mark.parametrize(("weights", "activations"), BITS)
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize(("kind", "weights", "activations"), FORMS)
 def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_path):
     net = quantised(kind, weights, activations)
     write_onnx(net, tmp_path / "net.onnx", threshold=0.3)
@@ -86,16 +94,15 @@ def test_every_layer_runs_in_integers(kind, tmp_path):
 
 @pytest.mark.parametrize("activations", [6, 4])
 def test_codes_of_fewer_bits_end_where_they_must(activations):
-    model = qdq_model(quantised("mobilefacenet", 8, activations), INPUT, OUTPUT)
+    model = qdq_model(quantised("iresnet", activations, activations), INPUT, OUTPUT)
     highest = [int(codes.max()) for codes in outputs_of(model, "Min")]
     assert max(highest) == 2**activations - 1
     uncapped = [int(codes.max()) for codes in outputs_of(model, "Max")]
     assert max(uncapped) > 2**activations - 1
 
 
-@pytest.mark.parametrize("kind", NETS)
-def test_integers_differ_from_the_float_simulation_by_rounding_alone(kind):
-    net = quantised(kind, 8, 6)
+def test_integers_differ_from_the_float_simulation_by_rounding_alone():
+    net = quantised("iresnet", 6, 6)
     layers = [layer for layer in net.modules() if isinstance(layer, QuantConv | QuantPReLU | QuantAdd)]
     seen = []
     hooks = [layer.register_forward_hook(lambda layer, x, y: seen.append((layer, x, y))) for layer in layers]
@@ -111,7 +118,7 @@ def test_integers_differ_from_the_float_simulation_by_rounding_alone(kind):
 
 
 def test_a_channel_whose_weights_are_next_to_nothing_keeps_its_bias(tmp_path):
-    net = quantised("mobilefacenet")
+    net = quantised("iresnet")
     conv = net.layers[1].conv
     conv.weight[0] = 1e-9
     conv.weight[1] = 0
@@ -128,7 +135,7 @@ def test_slopes_that_training_pushes_beyond_1_count_as_1(tmp_path):
     prelu = net.layers[2]
     prelu.slope[:4] = 3.0
     codes, scale = prelu.int_slope()
-    assert float((codes * scale).max()) == pytest.approx(1)
+    assert float((codes * scale).max()) == pytest.approx(1, abs=0.01)
     write_onnx(net, tmp_path / "net.onnx")
     x = noise(2, 2)
     assert torch.allclose(open_onnx(tmp_path / "net.onnx")(x), net(x), rtol=1e-4, atol=1e-4)
