@@ -40,6 +40,37 @@ SHARES = 24  # candidates for either end of a range
 LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
 
 
+class _OnGrid(torch.autograd.Function):
+    """Clips to low … high, multiples of ``scale``, and rounds to such; the gradient ends where it clips."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.range = low, high
+        return F.hardtanh(x, low, high).div_(scale).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.range), None, None, None
+
+
+class _PReLU(torch.autograd.Function):
+    """PReLU whose backward pass, a quarter of a step on CPUs with PyTorch's, takes a third of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, slope_C: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BCHW, slope_C)
+        return F.prelu(x_BCHW, slope_C)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x_BCHW, slope_C = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(gradient, x_BCHW, 0)
+        below = gradient - above
+        to_x = torch.addcmul(above, below, slope_C[:, None, None])
+        return to_x, below.mul_(x_BCHW).sum((0, 2, 3))
+
+
 class ActQuant(nn.Module):
     """Puts activations on a grid of 2^bits values, zero among them.
 
@@ -60,7 +91,11 @@ class ActQuant(nn.Module):
         if self.seen is not None:
             self.seen.append(_sample(x))
             return x
-        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, 2**self.bits - 1)
+        most = 2**self.bits - 1
+        if x.device.type == "cpu":  # where PyTorch's operator takes seven times as long
+            scale, zero = self.scale.item(), self.zero_point.item()
+            return _OnGrid.apply(x.float(), scale, -zero * scale, (most - zero) * scale)
+        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, most)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Lets the codes span ``low`` … ``high``, widened to hold 0."""
@@ -150,7 +185,7 @@ class QuantPReLU(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         most = self.most
         slope_C = torch.fake_quantize_per_tensor_affine(self.slope, self._scale(), self.zero_point, -most, most)
-        return self.out(F.prelu(x_BCHW, slope_C))
+        return self.out(_PReLU.apply(x_BCHW, slope_C))
 
     def int_slope(self) -> tuple[Tensor, Tensor]:
         """int8 [C] and its scale, float32 scalar."""
