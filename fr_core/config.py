@@ -300,7 +300,7 @@ class RelativeSimilarity(PairLoss):
     """EKD's general form: pairs lie as far from the thresholds as they do for the teacher."""
 
     kind: Literal["relative_similarity"] = "relative_similarity"
-    lambda_pos: NonNegative = 1.0
+    lambda_pos: NonNegative = 1.0  # weights as EKD's, of squared cosines instead of squared numbers of thresholds
     lambda_neg: NonNegative = 1.0
 
 
@@ -316,7 +316,7 @@ AgreementLoss = Annotated[EKD | RelativeSimilarity | EmbeddingMSE, Field(discrim
 class CrossEntropy(MarginOfItsOwn):
     """A class matrix beside the teacher, with its margin softmax: EKD's ablation."""
 
-    weight: Positive = 1.0
+    weight: Positive = 1.0  # beside the agreement with the teacher
     margin: Margin = Margin(m2=0.4, m3=0)
 
 
@@ -328,9 +328,9 @@ class QuantFace(Taught):
 
     kind: Literal["quantface"] = "quantface"
     named: ClassVar[str] = "method.teacher"
-    loss: AgreementLoss = EKD()
+    loss: AgreementLoss = EKD()  # a section, or its kind alone: loss = "mse"
     labels: bool = True  # False: every image is an identity of its own, which its views alone share
-    cross_entropy: CrossEntropy | None = None
+    cross_entropy: CrossEntropy | None = None  # best with init.head = "prototypes"
 
     @model_validator(mode="before")
     @classmethod
