@@ -305,7 +305,10 @@ class RelativeSimilarity(PairLoss):
 
 
 class EmbeddingMSE(Section):
-    """QuantFace's own loss: the mean squared difference of normalised embeddings, which have one width."""
+    """QuantFace's own loss: the squared distance of normalised embeddings, which have one width; mean over images.
+
+    A sum over dimensions: the mean over them too would make its gradient vanish beside EKD's at the same rate.
+    """
 
     kind: Literal["mse"] = "mse"
 
