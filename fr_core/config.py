@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -168,11 +168,18 @@ class Unlabelled(Section):
     embeddings: str | None = None  # of these shards, where the teacher's are given as embeddings too
 
 
-class Distill(Section):
-    """Distillation from a teacher's embeddings (METHODS §5). The teacher is named on the command line."""
+class Taught(Section):
+    """Who teaches."""
 
+    named: ClassVar[str]  # where a recipe names the teacher
     teacher: str | None = None  # run, checkpoint, safetensors or ONNX file; sees the images that the student sees
     teacher_net: str | None = None  # what bare weights are, such as mobilefacenet or iresnet50
+
+
+class Distill(Taught):
+    """Distillation from a teacher's embeddings (METHODS §5). The teacher is named on the command line."""
+
+    named: ClassVar[str] = "method.distill.teacher"
     embeddings: str | None = None  # instead: folder of `bigface embed` on the training shards, of the plain images
     weight: Positive = 9.0  # λ
     form: Literal["euclidean", "angular"] = "euclidean"  # ‖t − s‖² of unit vectors, or ShrinkTeaNet's (1 − cos)²
@@ -205,19 +212,22 @@ class BigFace(Section):
     distill: Distill | None = None
 
 
-class FixedCentres(Section):
+class MarginOfItsOwn(Section):
+    """A section whose margin is not that of ``Margin``: parts of it that are not given are the section's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_not_given(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("margin"), dict):
+            tree = tree | {"margin": cls.model_fields["margin"].default.model_dump() | tree["margin"]}
+        return tree
+
+
+class FixedCentres(MarginOfItsOwn):
     """What the methods have in common whose class centres carry no gradient."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the centres; auto: as the backbone trains
     tile: Annotated[int, Field(ge=1)] | None = None  # centres computed at once; None: what fits cache or card
-
-    @model_validator(mode="before")
-    @classmethod
-    def _margin_of_the_method(cls, tree: Any) -> Any:
-        """Parts of the margin that are not given are the method's, not those of ``Margin``."""
-        if isinstance(tree, dict) and isinstance(tree.get("margin"), dict):
-            tree = tree | {"margin": cls.model_fields["margin"].default.model_dump() | tree["margin"]}
-        return tree
 
 
 class AttFC(FixedCentres):
@@ -260,7 +270,76 @@ class VirtualFC(FixedCentres):
     class_images: Annotated[int, Field(ge=1, le=16)] = 1  # K: other images of the same person, trained on too
 
 
-Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC, Field(discriminator="kind")]
+class PairLoss(Section):
+    """What the losses have in common that compare pairs with thresholds (``fr_core/losses/ekd.py``)."""
+
+    hardest: Annotated[int, Field(ge=1)] = 2000  # negative pairs of a batch, by the student's cosine, that count
+    pool: Annotated[int, Field(ge=1)] = 2**16  # newest negative pairs that the thresholds are read off
+    threshold_momentum: Momentum = 0.99  # of the thresholds' moving average; 0: they are the pool's
+
+
+class EKD(PairLoss):
+    """Evaluation-oriented knowledge distillation: pairs stand among the thresholds as they do for the teacher."""
+
+    kind: Literal["ekd"] = "ekd"
+    lambda_pos: NonNegative = 0.02  # weight of pairs of one identity
+    lambda_neg: NonNegative = 0.01  # weight of the hardest pairs of two
+    temperature: Positive = 0.01  # width of a threshold's edge, in cosine
+
+
+class RelativeSimilarity(PairLoss):
+    """EKD's general form: pairs lie as far from the thresholds as they do for the teacher."""
+
+    kind: Literal["relative_similarity"] = "relative_similarity"
+    lambda_pos: NonNegative = 1.0
+    lambda_neg: NonNegative = 1.0
+
+
+class EmbeddingMSE(Section):
+    """QuantFace's own loss: the mean squared difference of normalised embeddings, which have one width."""
+
+    kind: Literal["mse"] = "mse"
+
+
+AgreementLoss = Annotated[EKD | RelativeSimilarity | EmbeddingMSE, Field(discriminator="kind")]
+
+
+class CrossEntropy(MarginOfItsOwn):
+    """A class matrix beside the teacher, with its margin softmax: EKD's ablation."""
+
+    weight: Positive = 1.0
+    margin: Margin = Margin(m2=0.4, m3=0)
+
+
+class QuantFace(Taught):
+    """A net follows a teacher, by the pairs of a batch and without a classifier (METHODS §6).
+
+    Made for a quantised or pruned copy of the teacher, which ``init.backbone`` starts; any net may follow any other.
+    """
+
+    kind: Literal["quantface"] = "quantface"
+    named: ClassVar[str] = "method.teacher"
+    loss: AgreementLoss = EKD()
+    labels: bool = True  # False: every image is an identity of its own, which its views alone share
+    cross_entropy: CrossEntropy | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ekd_unless_told(cls, tree: Any) -> Any:
+        """Takes a bare word for the loss's kind."""
+        loss = tree.get("loss") if isinstance(tree, dict) else None
+        if isinstance(loss, str | dict):
+            tree = tree | {"loss": {"kind": loss} if isinstance(loss, str) else {"kind": "ekd"} | loss}
+        return tree
+
+    @model_validator(mode="after")
+    def _classes_are_labels(self) -> "QuantFace":
+        if self.cross_entropy and not self.labels:
+            raise ValueError("method.cross_entropy needs labels: method.labels = true, or leave it out")
+        return self
+
+
+Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC | QuantFace, Field(discriminator="kind")]
 
 
 class ClassMatrix(Section):
@@ -374,7 +453,7 @@ class Init(Section):
 
 
 class Train(Section):
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Annotated[int, Field(ge=0)] = 20  # 0, for quantface: the net as it starts, calibrated but not trained
     max_steps: Annotated[int, Field(ge=1)] | None = None  # stop early, with the schedule shortened to fit
     global_batch: Annotated[int, Field(ge=2)] = 128
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
@@ -458,6 +537,12 @@ class Config(Section):
             )
         if isinstance(self.method, DCQ) and self.train.ema:
             raise ValueError("dcq ships its key encoder: leave train.ema out")
+        if isinstance(self.method, QuantFace) and accumulate > 1:
+            raise ValueError("quantface compares the pairs of the whole batch: train.accumulate = 1")
+        if self.train.epochs == 0 and not isinstance(self.method, QuantFace):
+            raise ValueError(
+                f"train.epochs = 0 calibrates a net, which is for quantface; {self.method.kind} takes 1 or more"
+            )
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:
             raise ValueError(f"{self.method.kind} writes its centres once per batch: train.accumulate = 1")
         if isinstance(self.method, BigFace) and self.method.update == "fused":
@@ -480,7 +565,7 @@ class Config(Section):
             )
         if self.init.head != "random" and not self.init.backbone:
             raise ValueError(f'init.head = "{self.init.head}" needs init.backbone')
-        if self.init.head != "random" and not isinstance(self.method, BigFace):
+        if self.init.head != "random" and class_matrix(self) is None:
             raise ValueError(f'init.head = "{self.init.head}" is for a class matrix; {self.method.kind} has none')
         return self
 
@@ -513,7 +598,7 @@ def classes(config: Config, identities: int) -> int:
 def class_images(config: Config) -> int:
     """Class images that come with each image of a batch; 0 where the method needs none."""
     match config.method:
-        case BigFace():
+        case BigFace() | QuantFace():
             return 0
         case DCQ() | F2C() | AttFC(strategy="single"):
             return 1
@@ -521,9 +606,25 @@ def class_images(config: Config) -> int:
             return method.class_images
 
 
+def class_matrix(config: Config) -> BigFace | None:
+    """The settings of the run's class matrix, if it trains one."""
+    match config.method:
+        case BigFace() as method:
+            return method
+        case QuantFace(cross_entropy=CrossEntropy(margin=margin)):
+            return BigFace(margin=margin)
+        case _:
+            return None
+
+
 def distillation(config: Config) -> Distill | None:
-    """What the run distils from, if it does."""
+    """What a run with a class matrix distils from beside it, if it does."""
     return config.method.distill if isinstance(config.method, BigFace) else None
+
+
+def taught(config: Config) -> Distill | QuantFace | None:
+    """Who teaches the run, if anybody does."""
+    return config.method if isinstance(config.method, QuantFace) else distillation(config)
 
 
 def unlabelled_batch(config: Config) -> int:
@@ -632,7 +733,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _union_tags() -> set[str]:
-    members = (member for union in (Net, Method, Optim, Schedule) for member in get_args(get_args(union)[0]))
+    members = (
+        member for union in (Net, Method, AgreementLoss, Optim, Schedule) for member in get_args(get_args(union)[0])
+    )
     return {member.model_fields["kind"].default for member in members}
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fr_core.config import AttFC, BigFace, Config, class_images, distillation
+from fr_core.config import AttFC, BigFace, Config, Distill, QuantFace, class_images, taught
 from fr_core.errors import UserError
 from fr_core.train.memory import memory
 from pipelines.train import check_ghosts
@@ -34,12 +34,13 @@ def plan(
     check_ghosts(config, gpus)
     here = memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
-    modes = {
-        "as written": config,
-        "full FC, plain": changed(config, {"method": matrix}),
-        "full FC, fused": changed(config, {"method": matrix | FUSED, "train": WHOLE}),
-        "Partial FC 0.1, plain": changed(config, {"method": matrix | {"sample_rate": 0.1}}),
-    }
+    modes = {"as written": config}
+    if not isinstance(config.method, QuantFace):  # which has no classes to stand for
+        modes |= {
+            "full FC, plain": changed(config, {"method": matrix}),
+            "full FC, fused": changed(config, {"method": matrix | FUSED, "train": WHOLE}),
+            "Partial FC 0.1, plain": changed(config, {"method": matrix | {"sample_rate": 0.1}}),
+        }
     columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
     for part in [name for name in dict.fromkeys(itertools.chain(*columns.values())) if name != "total"] + ["total"]:
@@ -51,9 +52,9 @@ def plan(
         advice = f"It fits, with {spare:.2f} GiB to spare."
     else:
         advice = f"It does not fit: {-spare:.2f} GiB too much. {first_knob(config, identities, gpus, gpu_gib)}"
-    distill = distillation(config)
-    if distill and not distill.teacher and not distill.embeddings:
-        advice += " No teacher is counted: method.distill.teacher names one."
+    given = taught(config)
+    if given and not given.teacher and not (isinstance(given, Distill) and given.embeddings):
+        advice += f" No teacher is counted: {given.named} names one."
     figures = {"fits": float(spare >= 0), "spare_gib": spare} | {f"{k}_gib": v / GIB for k, v in here.items()}
     return table, advice, figures
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import F2C, Config, classes, distillation, total_steps, unlabelled_batch
+from fr_core.config import F2C, Config, classes, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
@@ -115,8 +115,7 @@ def checked_plan(config: Config, workers: int) -> Plan:
                 f"{workers} workers × train.accumulate = {config.train.accumulate}"
             )
         other[1].lanes_of(0, workers)
-    if distill := distillation(config):
-        open_teacher(config, distill, plan.dataset, torch.device("cpu"))
+    open_teacher(config, plan.dataset, torch.device("cpu"))
     centres_of(config, classes(config, identities))
     if config.verify.pairs:
         read_pairs(config.verify.pairs)
@@ -144,15 +143,16 @@ def with_absolute_paths(config: Config) -> Config:
         UserError: a teacher's run without a checkpoint.
     """
     tree = config.model_dump()
-    distill = tree["method"].get("distill") or {}
+    method, distill = tree["method"], tree["method"].get("distill") or {}
     places = [(tree["data"], "path"), (tree["init"], "backbone"), (tree["verify"], "images"), (tree["verify"], "pairs")]
-    places += [(distill, "teacher"), (distill, "embeddings")]
+    places += [(method, "teacher"), (distill, "teacher"), (distill, "embeddings")]
     places += [(distill.get("unlabelled") or {}, name) for name in ("path", "embeddings")]
     for section, name in places:
         if section.get(name):
             section[name] = str(to_path(section[name]).resolve())
-    if distill.get("teacher") and (run := to_path(distill["teacher"])).is_dir():
-        distill["teacher"] = str(find_checkpoint(run))
+    for section in (method, distill):
+        if section.get("teacher") and (run := to_path(section["teacher"])).is_dir():
+            section["teacher"] = str(find_checkpoint(run))
     scheme, _, database = (tree["tracking"]["uri"] or "").partition("sqlite:///")
     if database and not scheme:
         tree["tracking"]["uri"] = f"sqlite:///{Path(database).resolve()}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import LARS, SGD, AdamW, BigFace, Config
+from fr_core.config import LARS, SGD, AdamW, BigFace, Config, class_matrix
 from fr_core.heads.streamed import TileSGD
 from fr_core.ranks import Ranks
 
@@ -108,8 +108,8 @@ def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks:
     else:
         body = made(groups, **given)
     optimizers = {"backbone": body}
-    if isinstance(config.method, BigFace):
-        optimizers["head"] = head_optimizer(config, config.method, head, scale)
+    if matrix := class_matrix(config):
+        optimizers["head"] = head_optimizer(config, matrix, head, scale)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

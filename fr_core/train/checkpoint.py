@@ -2,8 +2,9 @@
 
 ``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
 ``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
-something else is shipped, a momentum encoder, an adapter to a teacher's width), ``head_RANK.safetensors`` (rows of the
-class matrix and their optimiser; or once, what all ranks have in common in its place), ``identities.parquet`` (whose
+something else is shipped, a momentum encoder, an adapter to a teacher's width, the thresholds of quantface beside a
+class matrix), ``head_RANK.safetensors`` (rows of the class matrix and their optimiser; or once, what all ranks have in
+common in its place), ``identities.parquet`` (whose
 rows they are) and ``checkpoint.json``, which is written last: a folder without it is no checkpoint, on a disk as on an
 object store, where nothing can be renamed. Nothing random is saved: every draw is a function of (seed, step, rank or
 sample id), and the data position is the step.
@@ -210,7 +211,8 @@ def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
 
 def _other_nets(state: TrainState) -> dict[str, nn.Module]:
     nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
-    return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
+    nets["agreement"] = state.agreement
+    return {name: net for name, net in nets.items() if net is not None and net not in (state.usable, state.head)}
 
 
 def _write(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def _copy(source: AnyPath, path: AnyPath) -> dict[str, Any]:
         return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 
-MOVABLE = {f"method.distill.{name}" for name in ("teacher", "embeddings", "unlabelled.embeddings")}
+MOVABLE = {"method.teacher"} | {f"method.distill.{name}" for name in ("teacher", "embeddings", "unlabelled.embeddings")}
 
 
 def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: AnyPath) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import Config, Distill
+from fr_core.config import Config, Distill, EmbeddingMSE, taught
 from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
@@ -45,32 +45,40 @@ class Teacher:
         return [known.to(device) for known in _shared_out(known_BE, more_UE, len(images_AXHWC))]
 
 
-def open_teacher(config: Config, distill: Distill, dataset: Dataset, device: torch.device) -> Teacher:
-    """The teacher of a run on ``dataset``.
+def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teacher | None:
+    """The teacher of a run on ``dataset``; None where nobody teaches.
 
     Raises:
         UserError: none named, one that does not open, embeddings of other images, or of another width than the
-            student's without an adapter.
+            student's where the two are compared.
     """
-    if distill.teacher:
-        net = open_net(distill.teacher, distill.teacher_net, device).net
+    given = taught(config)
+    if given is None:
+        return None
+    if given.teacher:
+        net = open_net(given.teacher, given.teacher_net, device).net
         teacher = Teacher(net.embedding, net)
-    elif distill.embeddings:
-        known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None
-        if distill.unlabelled and distill.unlabelled.embeddings:
-            other = by_id(open_embeddings(Path(distill.unlabelled.embeddings)), open_dataset(distill.unlabelled.path))
+    elif isinstance(given, Distill) and given.embeddings:
+        known, other = by_id(open_embeddings(Path(given.embeddings)), dataset), None
+        if given.unlabelled and given.unlabelled.embeddings:
+            other = by_id(open_embeddings(Path(given.unlabelled.embeddings)), open_dataset(given.unlabelled.path))
         teacher = Teacher(known.embeddings_ID.shape[1], None, known, other)
     else:
-        raise UserError("nobody to learn from: give method.distill.teacher=RUN or method.distill.embeddings=FOLDER")
+        embeddings = " or method.distill.embeddings=FOLDER" if isinstance(given, Distill) else ""
+        raise UserError(f"nobody to learn from: give {given.named}=RUN{embeddings}")
     if teacher.unlabelled and teacher.unlabelled.embeddings_ID.shape[1] != teacher.embedding:
         raise UserError(
             f"method.distill.unlabelled.embeddings have {teacher.unlabelled.embeddings_ID.shape[1]} dimensions, "
             f"method.distill.embeddings {teacher.embedding}: they are of two teachers"
         )
-    if teacher.embedding != config.net.embedding and not distill.adapter:
+    if isinstance(given, Distill):
+        one_width, mend = not given.adapter, "method.distill.adapter=true"
+    else:
+        one_width, mend = isinstance(given.loss, EmbeddingMSE), "method.loss.kind=ekd, which compares cosines"
+    if teacher.embedding != config.net.embedding and one_width:
         raise UserError(
             f"the teacher's embedding has {teacher.embedding} dimensions, the student's {config.net.embedding}: "
-            f"net.embedding={teacher.embedding}, or method.distill.adapter=true"
+            f"net.embedding={teacher.embedding}, or {mend}"
         )
     return teacher
 

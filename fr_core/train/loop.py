@@ -7,7 +7,18 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import DCQ, F2C, AttFC, Augment, BigFace, Config, Masks, VirtualFC, unlabelled_batch
+from fr_core.config import (
+    DCQ,
+    F2C,
+    AttFC,
+    Augment,
+    BigFace,
+    Config,
+    Masks,
+    QuantFace,
+    VirtualFC,
+    unlabelled_batch,
+)
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
@@ -22,6 +33,7 @@ from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
 from fr_core.train.dcq import dcq_step
 from fr_core.train.f2c import f2c_step
+from fr_core.train.quantface import quantface_step
 from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
@@ -128,6 +140,8 @@ def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[
             return f2c_step(config, method, state, batch, ranks)
         case VirtualFC():
             return virtual_fc_step(config, state, batch, ranks)
+        case QuantFace() as method:
+            return quantface_step(config, method, state, batch, ranks)
 
 
 def due(every: int, state: TrainState) -> bool:

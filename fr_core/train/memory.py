@@ -17,11 +17,15 @@ from fr_core.config import (
     AttFC,
     BigFace,
     Config,
+    FixedCentres,
     Net,
+    PairLoss,
+    QuantFace,
     VirtualFC,
     class_images,
+    class_matrix,
     classes,
-    distillation,
+    taught,
     unlabelled_batch,
 )
 from fr_core.heads.streamed import tile_size
@@ -35,6 +39,8 @@ FLOAT = 4  # bytes
 GPU = torch.device("cuda")
 CONTEXT = 3 * 2**28  # bytes that CUDA, its libraries and the allocator's rounding take: assumed, not computed
 LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
+POOL_COPIES = 4  # of the negatives: as they are, as they were before the step, joined and sorted
+PAIR_TEMPORARIES = 3  # tensors of a global batch's pairs that live at once
 
 
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
@@ -55,9 +61,10 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
     moments = 2 if isinstance(config.optim, AdamW) else 1
     method = config.method
-    if isinstance(method, BigFace):
-        head = matrix_bytes(config, method, rows, gpus)
-    else:
+    head = {"update": 0}
+    if matrix := class_matrix(config):
+        head = matrix_bytes(config, matrix, rows, gpus)
+    elif isinstance(method, FixedCentres):
         head = centre_bytes(config, method, rows, images // gpus)
     parts = {
         "backbone": trained * (2 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, buckets, average
@@ -71,9 +78,10 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
-    distill = distillation(config)
-    if distill and distill.teacher:
-        given = (distill.teacher, distill.teacher_net, -(-trained_images // gpus), precision)
+    if isinstance(method, QuantFace) and isinstance(method.loss, PairLoss):
+        parts["pairs"] = FLOAT * 2 * (POOL_COPIES * method.loss.pool + PAIR_TEMPORARIES * images**2)
+    if (who := taught(config)) and who.teacher:
+        given = (who.teacher, who.teacher_net, -(-trained_images // gpus), precision)
         parts["teacher"], parts["teacher_features"] = teacher_bytes(*given)
     parts["update"] = max(trained, head["update"])
     in_turn = max(parts.get(name, 0) for name in ("tile", "encoder_features", "recomputed"))

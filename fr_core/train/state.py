@@ -17,11 +17,13 @@ from fr_core.config import (
     DCQ,
     F2C,
     AttFC,
-    BigFace,
     Config,
+    FixedCentres,
     MoENet,
+    QuantFace,
     Residual,
     VirtualFC,
+    class_matrix,
     classes,
     distillation,
     total_steps,
@@ -35,6 +37,7 @@ from fr_core.heads.f2c import ClassPool
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.heads.streamed import Softmax
 from fr_core.heads.virtual_fc import Anchors
+from fr_core.losses.ekd import Agreement
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import BLOCKS, recompute
 from fr_core.nets.moe import take_balance
@@ -45,7 +48,7 @@ from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
 from fr_core.train.distill import Teacher, open_teacher
 
-Head = ShardedFC | ClassQueue | ClassPool | Anchors
+Head = ShardedFC | ClassQueue | ClassPool | Anchors | Agreement
 
 FIRST_LOSS_SCALE = 2.0**16  # float16 only
 LOSS_SCALE_PATIENCE = 2000  # good steps until it doubles
@@ -68,13 +71,14 @@ class TrainState:
     ships_encoder: bool = False
     teacher: Teacher | None = None
     adapter: Any = None  # nn.Linear to the teacher's width; trained with the backbone, not shipped
+    agreement: Any = None  # Agreement, of quantface; its head too where it has no class matrix
     watcher: Recurrence | HaarWindow | None = None  # FastFace: what cuts the rate
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0
     good_steps: int = 0  # since the loss scale changed
     bad_steps: int = 0  # non-finite steps in a row
     run_id: str | None = None  # of MLflow
-    buffers: list[Tensor] = field(default_factory=list)  # batch-norm statistics before this step
+    buffers: list[Tensor] = field(default_factory=list)  # statistics before this step
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -95,16 +99,16 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
     backbone = on_device(trained_net(config), device)
     head = make_head(config, classes(config, plan.dataset.manifest.identities), ranks, device).to(device)
-    distill, teacher, adapter = distillation(config), None, None
-    if distill:
-        teacher = open_teacher(config, distill, plan.dataset, device)
-        if distill.adapter:
-            torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
-            adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
+    distill, teacher, adapter = distillation(config), open_teacher(config, plan.dataset, device), None
+    if distill and distill.adapter and teacher:
+        torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
+        adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
     optimizers = make_optimizers(config, nn.ModuleList([backbone, adapter] if adapter else [backbone]), head, ranks)
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(config, backbone, ranks), head, optimizers, total)
     state.teacher, state.adapter = teacher, adapter
+    if isinstance(config.method, QuantFace):
+        state.agreement = head if isinstance(head, Agreement) else Agreement(config.method.loss).to(device)
     state.watcher = watcher(config.schedule, total, config.train.global_batch)
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
@@ -142,12 +146,17 @@ def segment_blocks(config: Config) -> int | None:
 def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) -> Head:
     """What stands for the classes: this rank's rows of the class matrix, or all ranks' common centres.
 
+    Where nothing does, what the ranks have in common to compare the student with its teacher.
+
     Raises:
         UserError: fewer centres than a batch needs.
     """
     method, embedding, seed = config.method, config.net.embedding, config.seed
-    if isinstance(method, BigFace):
-        return ShardedFC(classes, embedding, method, ranks, seed)
+    if matrix := class_matrix(config):
+        return ShardedFC(classes, embedding, matrix, ranks, seed)
+    if isinstance(method, QuantFace):
+        return Agreement(method.loss)
+    assert isinstance(method, FixedCentres)
     precision = autocast_precision(config, device) if method.precision == "auto" else getattr(torch, method.precision)
     precision = torch.float32 if precision == torch.float16 else precision
     softmax = Softmax(method.margin, precision=precision, tile=method.tile)
@@ -192,7 +201,7 @@ def parameter_figures(config: Config, identities: int) -> dict[str, int]:
     """Parameters of a run's backbone and of its classifier, the class matrix; centres without a gradient are none."""
     with torch.device("meta"):
         backbone = sum(param.numel() for param in build_net(config.net).parameters())
-    matrix = classes(config, identities) * config.net.embedding if isinstance(config.method, BigFace) else 0
+    matrix = classes(config, identities) * config.net.embedding if class_matrix(config) else 0
     return {"backbone_parameters": backbone, "classifier_parameters": matrix}
 
 
@@ -229,7 +238,7 @@ def without_sync(state: TrainState) -> Any:
 def begin_step(config: Config, state: TrainState) -> float:
     """Sets the learning rates and returns the backbone's.
 
-    Remembers the batch-norm statistics, so that a step that is not finite can leave no trace.
+    Remembers the :func:`statistics`, so that a step that is not finite can leave no trace.
     """
     share = learning_rate(config.schedule, state.step, state.total_steps, state.plan.steps_per_epoch)
     if state.watcher:
@@ -242,9 +251,9 @@ def begin_step(config: Config, state: TrainState) -> float:
 
 
 def statistics(state: TrainState) -> list[Tensor]:
-    """What batch norm has gathered, of the backbone and of a momentum encoder."""
-    nets = [state.backbone, *([state.encoder] if state.encoder is not None else [])]
-    return [buffer for net in nets for buffer in net.buffers()]
+    """What batch norm has gathered, of the backbone and of a momentum encoder, and the thresholds of quantface."""
+    modules = (state.backbone, state.encoder, state.agreement)
+    return [buffer for module in modules if module is not None for buffer in module.buffers()]
 
 
 def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> None:
@@ -285,8 +294,8 @@ def update(
     metrics = dict(zip(("loss", "grad_norm", "head_grad_norm", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
         _clip(backbone, metrics["grad_norm"], config.optim.clip)
-        if isinstance(config.method, BigFace):
-            _clip(head, metrics["head_grad_norm"], config.method.clip_head)
+        if matrix := class_matrix(config):
+            _clip(head, metrics["head_grad_norm"], matrix.clip_head)
         for optimizer in state.optimizers.values():
             optimizer.step()
         if state.watcher:

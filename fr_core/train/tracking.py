@@ -20,18 +20,22 @@ from fr_core.config import Config, Tracking, flat, parse_config
 from fr_core.data.store import AnyPath, RemotePath, fetched, write_text_atomically, written
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
+from fr_core.losses.ekd import THRESHOLDS
 from fr_core.train.state import parameter_figures
 from fr_core.verify.report import contact_sheet
 
 COLUMNS = (
     *("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm"),
     *("margin_loss", "distill_loss"),  # of a distilled run
+    *("positive_loss", "negative_loss", *THRESHOLDS),  # of quantface
     *("detector", "stationary"),  # of FastFace
     *("images_per_second", "data_wait"),
 )
 PANELS = {
     "loss": "loss",
     "distill_loss": "distance to the teacher",
+    "positive_loss": "positives' loss",
+    "negative_loss": "negatives' loss",
     "detector": "fall of the loss",
     "lr": "learning rate",
     "images_per_second": "images/s",
@@ -238,7 +242,9 @@ def read_metrics(out: AnyPath) -> list[dict[str, float]]:
         for row in csv.DictReader(file):
             try:
                 if row["data_wait"]:  # the last column: a row without it is half written
-                    rows.append({name: float(row[name]) for name in COLUMNS if row[name]} | {"step": int(row["step"])})
+                    rows.append(
+                        {name: float(row[name]) for name in COLUMNS if row.get(name)} | {"step": int(row["step"])}
+                    )
             except (TypeError, ValueError, KeyError):
                 continue
     return rows
