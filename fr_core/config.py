@@ -146,7 +146,28 @@ class MobileFaceNetNet(Section):
         return self.widths or MOBILEFACENET
 
 
-Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet, Field(discriminator="kind")]
+class QuantisedNet(Section):
+    """A net in integers (METHODS §6; ``fr_core/nets/quantised.py``), made of the trained one in ``init.backbone``."""
+
+    kind: Literal["quantised"] = "quantised"
+    net: Annotated[IResNetNet | MobileFaceNetNet, Field(discriminator="kind")]
+    weights: Annotated[int, Field(ge=2, le=8)] = 8  # bits
+    activations: Annotated[int, Field(ge=2, le=8)] = 8  # bits
+    scheme: Literal["integer", "quantface"] = "integer"  # what integer kernels run, or QuantFace's simulation
+    # How activations get their ranges in scheme integer: by the least squared error, or by the extremes seen ...
+    ranges: Literal["least_error", "extremes"] = "least_error"
+    calibration_batches: Annotated[int, Field(ge=1)] = 32  # ... in this many batches, without augmentation
+
+    @property
+    def input_size(self) -> int:
+        return self.net.input_size
+
+    @property
+    def embedding(self) -> int:
+        return self.net.embedding
+
+
+Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | QuantisedNet, Field(discriminator="kind")]
 
 
 class Margin(Section):
@@ -563,6 +584,8 @@ class Config(Section):
                 "method.distill.embeddings are those of the plain faces, of which data.variants makes others: "
                 "give method.distill.teacher"
             )
+        if isinstance(self.net, QuantisedNet) and not self.init.backbone:
+            raise ValueError('net.kind = "quantised" needs init.backbone, the trained net')
         if self.init.head != "random" and not self.init.backbone:
             raise ValueError(f'init.head = "{self.init.head}" needs init.backbone')
         if self.init.head != "random" and class_matrix(self) is None:
@@ -581,6 +604,7 @@ def lanes(config: Config) -> int:
 
 def net_stride(net: Net) -> int:
     """Pixels of the input to a pixel of the last feature map; every halving rounds up."""
+    net = net.net if isinstance(net, QuantisedNet) else net
     return 16 * net.stem_stride if isinstance(net, Residual) else 16
 
 

@@ -33,14 +33,17 @@ class BiasMapConv(nn.Module):
 
 
 @torch.no_grad()
-def folded(net: IResNet | MobileFaceNet) -> IResNet | MobileFaceNet:
+def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet | MobileFaceNet:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
     The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
+
+    Args:
+        channelwise: make of a norm before a padded convolution a depthwise conv1×1 instead; for any ``input_size``.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     if isinstance(net, IResNet):
-        _fold_iresnet(net)
+        _fold_iresnet(net, channelwise)
     else:
         _fold_mobilefacenet(net)
     for name, module in list(net.named_modules()):
@@ -49,7 +52,7 @@ def folded(net: IResNet | MobileFaceNet) -> IResNet | MobileFaceNet:
     return net
 
 
-def _fold_iresnet(net: IResNet) -> None:
+def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
     _fold_after(net.conv1, net.bn1)
     side = -(-net.input_size // net.conv1.stride[0])
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -57,9 +60,15 @@ def _fold_iresnet(net: IResNet) -> None:
             _fold_before(stage.gate, *_affine(stage.norm))
         alike: Any = stage.experts if isinstance(stage, Mixture) else [stage]
         for blocks in alike:
-            _fold_block(blocks[0], side)
-            for block in blocks[1:]:
-                _fold_block(block, -(-side // 2))
+            for i, block in enumerate(blocks):
+                if channelwise:
+                    block.set_submodule("bn1", _depthwise(block.bn1))
+                    _fold_after(block.conv1, block.bn2)
+                else:
+                    _fold_into_conv1(block, side if i == 0 else -(-side // 2))
+                _fold_after(block.conv2, block.bn3)
+                if block.downsample is not None:
+                    _fold_after(*block.downsample)
         side = -(-side // 2)
     gain_O, shift_O = _affine(net.bn2)
     pixels = side**2  # the last linear layer reads channel after channel
@@ -67,8 +76,17 @@ def _fold_iresnet(net: IResNet) -> None:
     _fold_after(net.fc, net.features)
 
 
-def _fold_block(block: IResBlock, side: int) -> None:
-    """``side``: pixels of its input."""
+def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A norm as a convolution."""
+    channels = norm.num_features
+    conv = nn.Conv2d(channels, channels, 1, groups=channels).to(norm.weight)
+    gain_C, shift_C = _affine(norm)
+    _put(conv, gain_C[:, None, None, None], shift_C)
+    return conv
+
+
+def _fold_into_conv1(block: IResBlock, side: int) -> None:
+    """Folds both norms around a block's padded convolution; ``side``: pixels of its input."""
     gain_I, shift_I = _affine(block.bn1)
     gain_O, shift_O = _affine(block.bn2)
     weight_OI33 = block.conv1.weight.double()
@@ -76,10 +94,6 @@ def _fold_block(block: IResBlock, side: int) -> None:
     weight_OI33 = gain_O[:, None, None, None] * weight_OI33 * gain_I[:, None, None]
     like = block.conv1.weight
     block.set_submodule("conv1", BiasMapConv(weight_OI33.to(like), bias_OHW[None].to(like)))
-    _fold_after(block.conv2, block.bn3)
-    if block.downsample is not None:
-        convolution, norm = block.downsample
-        _fold_after(convolution, norm)
 
 
 def _answer(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:

@@ -6,7 +6,7 @@ Legend: N images, B batch, C channels, H W pixels, D embedding.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, Residual
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
@@ -25,21 +25,32 @@ from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 
-Backbone = IResNet | MobileFaceNet
+if TYPE_CHECKING:
+    from fr_core.nets.quantised import Quantised  # its packages are an extra
+
+Backbone = Union[IResNet, MobileFaceNet, "Quantised"]
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
 
 
 def build_net(config: Net) -> Backbone:
     """An untrained backbone."""
     match config:
-        case IResNetNet():
-            return build_residual(config)
         case MoENet():
             net = build_residual(config)
             net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
             return net
-        case MobileFaceNetNet():
-            return MobileFaceNet(config.input_size, config.embedding, config.channels)
+        case QuantisedNet():
+            from fr_core.nets.quantised import Quantised
+
+            return Quantised(build_float_net(config.net), config)
+        case _:
+            return build_float_net(config)
+
+
+def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
+    if isinstance(config, MobileFaceNetNet):
+        return MobileFaceNet(config.input_size, config.embedding, config.channels)
+    return build_residual(config)
 
 
 def build_residual(config: Residual) -> IResNet:

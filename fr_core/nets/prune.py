@@ -51,7 +51,9 @@ def narrower(config: Net, ratios: Sequence[float], round_to: int = 1) -> IResNet
     each = ratios if len(ratios) > 1 else [*ratios] * len(stages)
     shares = [ratio for ratio, widths in zip(each, stages, strict=True) for _ in range(widths)]
     left = [int(width * (1 - share) + 1e-9) for width, share in zip(config.channels, shares, strict=True)]
-    widths = [channels - channels % round_to if share else channels for channels, share in zip(left, shares, strict=True)]
+    widths = [
+        channels - channels % round_to if share else channels for channels, share in zip(left, shares, strict=True)
+    ]
     if min(widths) < FEWEST:
         raise UserError(f"ratio: leaves layers of {min(widths)} channels, less than {FEWEST}: prune less")
     kept = config.model_dump(exclude={"width", "widths"})

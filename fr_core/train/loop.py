@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from fr_core.config import (
     Config,
     Masks,
     QuantFace,
+    QuantisedNet,
     VirtualFC,
     unlabelled_batch,
 )
@@ -37,7 +39,7 @@ from fr_core.train.quantface import quantface_step
 from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
-from fr_core.train.warm_start import load_backbone, prototypes, rows_by_name
+from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
 from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
 
@@ -103,15 +105,20 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
         load_checkpoint(config, state, newest[0], ranks)
     else:
         load_backbone(config, state)
+        plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
+        if isinstance(config.net, QuantisedNet) and config.net.scheme == "integer":
+            steps = min(config.net.calibration_batches, plan.steps_per_epoch)
+            calibrate(config, state, plain(stop=steps), ranks)
         if config.init.head != "random":
-            plain_data = config.data.model_copy(
-                update={"augment": Augment(flip=0), "masks": Masks(), "progressive": None}
-            )
-            plain = config.model_copy(update={"data": plain_data})
-            prototypes(config, state, batches(plain, plan, ranks, 0, plan.steps_per_epoch, blocks), ranks)
+            prototypes(config, state, plain(stop=plan.steps_per_epoch), ranks)
         if config.init.head == "names":
             rows_by_name(config, state)
     return state
+
+
+def without_augmentation(config: Config) -> Config:
+    data = config.data.model_copy(update={"augment": Augment(flip=0), "masks": Masks(), "progressive": None})
+    return config.model_copy(update={"data": data})
 
 
 def rest_of_run(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:

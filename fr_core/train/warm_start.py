@@ -4,16 +4,17 @@ Legend: B batch, G global batch, D embedding, S this rank's rows of the class ma
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import Config
+from fr_core.config import Config, QuantisedNet
 from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD
-from fr_core.nets.open import find_checkpoint, load_weights, normalised
+from fr_core.nets.open import build_float_net, find_checkpoint, load_weights, normalised
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import known_rows, read_identities
 from fr_core.train.state import TrainState, autocast
@@ -30,10 +31,33 @@ def load_backbone(config: Config, state: TrainState) -> None:
     path = to_path(config.init.backbone)
     if path.is_dir():
         path = find_checkpoint(path) / "backbone.safetensors"
-    load_weights(state.backbone, path)
+    if isinstance(config.net, QuantisedNet):
+        from fr_core.nets.quantised import Quantised
+
+        plain = build_float_net(config.net.net)
+        load_weights(plain, path)
+        state.backbone.load_state_dict(Quantised(plain, config.net).state_dict())
+    else:
+        load_weights(state.backbone, path)
     for copied in (state.average, state.encoder):
         if copied is not None:
             copied.load_state_dict(state.backbone.state_dict())
+
+
+def calibrate(config: Config, state: TrainState, start: Iterable[Batch], ranks: Ranks) -> None:
+    """Sets the ranges of a quantised net's activations by the images that ``start`` holds.
+
+    Raises:
+        UserError: as :func:`fr_core.nets.quantised.calibrate`.
+    """
+    from fr_core.nets import quantised
+
+    assert isinstance(config.net, QuantisedNet)
+    net: Any = state.backbone
+    images_BCHW = (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start)
+    quantised.calibrate(net, images_BCHW, ranks, config.net.ranges)
+    if state.average is not None:
+        state.average.load_state_dict(net.state_dict())
 
 
 @torch.no_grad()

@@ -1,0 +1,322 @@
+"""Quantised nets: integer arithmetic, simulated in floating point so that it can be trained (METHODS §6).
+
+A net's batch norm is folded first. Then every layer's weights lie on a grid of ``weights`` bits, and what layers read
+on one of ``activations`` bits; rounding passes gradients straight through, clipping stops them. What a convolution
+leaves before a PReLU or an addition has 8 bits whatever the rest has: integer kernels hold it so. The pixels have 8
+bits too, the embedding is float.
+
+Scheme ``integer`` is what integer kernels run: weights symmetric per output channel (their range is that of the
+moment), activations asymmetric per tensor (their range is measured once, by :func:`calibrate`). Scheme ``quantface``
+is the paper's simulation: asymmetric weights; running ranges of activations; batch norm, shortcuts and what is left
+before a PReLU or an addition in float.
+
+Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding, V values.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fr_core.config import QuantisedNet
+from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.iresnet import IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.ranks import Ranks
+
+try:
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8WeightPerChannelFloat, ShiftedUint8WeightPerChannelFloat
+except ImportError:
+    raise UserError("quantised nets need: pip install 'bigface[compress]'") from None
+
+POSITIONS = 256  # of each image's map that calibration looks at
+BINS = 2048  # of the histogram that a range is chosen by
+SHARES = 24  # candidates for either end of a range
+LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
+
+
+class ActQuant(nn.Module):
+    """Puts activations on a grid of 2^bits values, zero among them.
+
+    code = clamp(round(x / scale) + zero_point, 0, 2^bits − 1), halves to even.
+    """
+
+    scale: Tensor  # float32 scalar
+    zero_point: Tensor  # int32 scalar
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.seen: list[Tensor] | None = None  # while calibration looks: some of the values that passed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen is not None:
+            self.seen.append(_sample(x))
+            return x
+        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, 2**self.bits - 1)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Lets the codes span ``low`` … ``high``, widened to hold 0."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        self.scale.copy_((high - low) / (2**self.bits - 1))
+        self.zero_point.copy_((-low / self.scale).round())
+
+
+class RunningActQuant(ActQuant):
+    """QuantFace's: the range is the least and greatest value of the first 300 training steps."""
+
+    low: Tensor
+    high: Tensor
+    steps: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.steps < LIVE_STEPS:
+            self.low, self.high = (
+                torch.minimum(self.low, x.detach().amin()),
+                torch.maximum(self.high, x.detach().amax()),
+            )
+            self.set_range(self.low, self.high)
+            self.steps += 1
+        return super().forward(x)
+
+
+class QuantConv(nn.Module):
+    """A convolution with quantised weights, and the quantiser of what it leaves."""
+
+    def __init__(self, conv: nn.Conv2d, config: QuantisedNet, out: nn.Module) -> None:
+        super().__init__()
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        self.conv = qnn.QuantConv2d(
+            *shape, groups=conv.groups, weight_quant=_weight_quant(config), weight_bit_width=config.weights
+        )
+        self.conv.load_state_dict(conv.state_dict())
+        self.out = out
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        return self.out(self.conv(x_BIHW))
+
+    def int_weight(self) -> tuple[Tensor, Tensor]:
+        """int8 [O, I / groups, H, W] and its scale, float32 [O]."""
+        return _integers(self.conv)
+
+
+class QuantLinear(nn.Module):
+    """The last layer: quantised weights, float embeddings."""
+
+    def __init__(self, linear: nn.Linear, config: QuantisedNet) -> None:
+        super().__init__()
+        self.linear = qnn.QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            weight_quant=_weight_quant(config),
+            weight_bit_width=config.weights,
+        )
+        self.linear.load_state_dict(linear.state_dict())
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        with torch.autocast(x_BI.device.type, enabled=False):
+            return self.linear(x_BI.float())
+
+    def int_weight(self) -> tuple[Tensor, Tensor]:
+        """int8 [D, I] and its scale, float32 [D]."""
+        return _integers(self.linear)
+
+
+class QuantPReLU(nn.Module):
+    """PReLU with quantised slopes, symmetric, of one scale; and the quantiser of what it leaves."""
+
+    zero_point: Tensor
+
+    def __init__(self, prelu: nn.PReLU, config: QuantisedNet, out: nn.Module) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(prelu.weight.detach().clone())
+        self.most = 2 ** (config.weights - 1) - 1
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32), persistent=False)
+        self.out = out
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        most = self.most
+        slope_C = torch.fake_quantize_per_tensor_affine(self.slope, self._scale(), self.zero_point, -most, most)
+        return self.out(F.prelu(x_BCHW, slope_C))
+
+    def int_slope(self) -> tuple[Tensor, Tensor]:
+        """int8 [C] and its scale, float32 scalar."""
+        scale = self._scale()
+        return (self.slope.detach() / scale).round().to(torch.int8), scale
+
+    def _scale(self) -> Tensor:
+        return self.slope.detach().abs().amax().clamp(min=1e-8) / self.most
+
+
+class QuantAdd(nn.Module):
+    """The sum of a residual block's two ways, and its quantiser."""
+
+    def __init__(self, out: nn.Module) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        return self.out(a_BCHW + b_BCHW)
+
+
+class ResidualPath(nn.Module):
+    """A residual block: what ``branch`` makes of the input, plus the input itself or what ``skip`` makes of it."""
+
+    def __init__(self, branch: nn.Sequential, skip: nn.Module | None, add: QuantAdd) -> None:
+        super().__init__()
+        self.branch, self.skip, self.add = branch, skip, add
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.add(self.branch(x_BCHW), x_BCHW if self.skip is None else self.skip(x_BCHW))
+
+
+class Quantised(nn.Module):
+    """A net in integers, from normalised pixels to float embeddings.
+
+    Args:
+        net: the float net that it copies. The ranges of activations are to be set, by :func:`calibrate` or from a
+            checkpoint; those of scheme ``quantface`` set themselves in training.
+    """
+
+    def __init__(self, net: IResNet | MobileFaceNet, config: QuantisedNet) -> None:
+        super().__init__()
+        self.input_size, self.embedding, self.input_std = net.input_size, net.embedding, net.input_std
+        self.scheme, self.weights, self.activations = config.scheme, config.weights, config.activations
+        plain: Any = folded(net, channelwise=True)
+        layers = _iresnet_layers(plain, config) if isinstance(net, IResNet) else _mobilefacenet_layers(plain, config)
+        self.layers = nn.Sequential(
+            _pixels(self.input_std, config), *layers, nn.Flatten(), QuantLinear(plain.fc, config)
+        )
+        self.requires_grad_(True)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        return self.layers(x_BCHW)
+
+    def ranges(self) -> dict[str, ActQuant]:
+        """The quantisers of activations whose ranges are measured, by name."""
+        return {name: module for name, module in self.layers[1:].named_modules() if isinstance(module, ActQuant)}
+
+
+@torch.no_grad()
+def calibrate(
+    net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks, ranges: Literal["least_error", "extremes"]
+) -> None:
+    """Sets the ranges of activations by what images give rise to in float; all ranks come to the same.
+
+    Args:
+        images_BCHW: batches of normalised pixels, of equal sizes on all ranks.
+        ranges: ``extremes`` of what was seen, or the range whose rounding and clipping have the ``least_error``
+            in the mean square, between a histogram's extremes and 1 / 24 of them.
+
+    Raises:
+        UserError: a layer that leaves nothing but 0.
+    """
+    quantisers = net.ranges()
+    for quantiser in quantisers.values():
+        quantiser.seen = []
+    net.eval()
+    for x_BCHW in images_BCHW:
+        net(x_BCHW)
+    for name, quantiser in quantisers.items():
+        seen_V = ranks.gather(torch.cat(quantiser.seen or []))
+        quantiser.seen = None
+        low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
+        if low == high:
+            raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
+        quantiser.set_range(*(_least_error(seen_V, quantiser.bits) if ranges == "least_error" else (low, high)))
+
+
+def _least_error(seen_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The range of 2^bits codes that leaves the least mean squared error."""
+    low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
+    counts_V = torch.histc(seen_V, BINS, float(low), float(high))
+    middle_V = low + (high - low) * (torch.arange(BINS, device=seen_V.device) + 0.5) / BINS
+    shares_S = torch.arange(1, SHARES + 1, device=seen_V.device) / SHARES
+    low_SS1, high_SS1 = (low * shares_S)[:, None, None], (high * shares_S)[None, :, None]
+    scale_SS1 = (high_SS1 - low_SS1) / (2**bits - 1)
+    zero_SS1 = (-low_SS1 / scale_SS1).round()
+    codes_SSV = ((middle_V / scale_SS1).round() + zero_SS1).clamp(0, 2**bits - 1)
+    error_SS = (((codes_SSV - zero_SS1) * scale_SS1 - middle_V).square() * counts_V).sum(2)
+    best_low, best_high = divmod(int(error_SS.argmin()), SHARES)
+    return low * shares_S[best_low], high * shares_S[best_high]
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Values [V]: of every image the least, the greatest, and those at fixed positions."""
+    x_BV = x.detach().float().flatten(1)
+    positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([x_BV[:, positions.to(x.device)], torch.stack(x_BV.aminmax(dim=1), 1)], 1).flatten()
+
+
+def _iresnet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]:
+    yield from _conv_prelu(net.conv1, net.prelu, config)
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for block in stage:
+            norm = QuantConv(block.bn1, config, _read(config)) if config.scheme == "integer" else block.bn1
+            branch = [
+                norm,
+                *_conv_prelu(block.conv1, block.prelu, config),
+                QuantConv(block.conv2, config, _left(config)),
+            ]
+            skip = block.downsample and block.downsample[0]
+            if skip and config.scheme == "integer":
+                skip = QuantConv(skip, config, _left(config))
+            yield ResidualPath(nn.Sequential(*branch), skip, QuantAdd(_read(config)))
+
+
+def _mobilefacenet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]:
+    yield from _conv_prelu(net.stem.conv, net.stem.prelu, config)
+    yield from _conv_prelu(net.stem_depthwise.conv, net.stem_depthwise.prelu, config)
+    for block in (*net.stage3, *net.stage4, *net.stage5):
+        inside = (block.expand, block.depthwise)
+        branch = [layer for part in inside for layer in _conv_prelu(part.conv, part.prelu, config)]
+        out = _left(config) if block.residual else _read(config)
+        branch.append(QuantConv(block.project.conv, config, out))
+        yield from [ResidualPath(nn.Sequential(*branch), None, QuantAdd(_read(config)))] if block.residual else branch
+    yield from _conv_prelu(net.expand.conv, net.expand.prelu, config)
+    yield QuantConv(net.pool.conv, config, _read(config))
+
+
+def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU, config: QuantisedNet) -> list[nn.Module]:
+    return [QuantConv(conv, config, _left(config)), QuantPReLU(prelu, config, _read(config))]
+
+
+def _read(config: QuantisedNet) -> nn.Module:
+    """The quantiser of what a layer with weights reads."""
+    return ActQuant(config.activations) if config.scheme == "integer" else RunningActQuant(config.activations)
+
+
+def _left(config: QuantisedNet) -> nn.Module:
+    """The quantiser of what is left before a PReLU or an addition."""
+    return ActQuant(8) if config.scheme == "integer" else nn.Identity()
+
+
+def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
+    """The quantiser of normalised pixels: zero is code 127, and 255 pixel values of 256 keep a code of their own."""
+    if config.scheme != "integer":
+        return nn.Identity()
+    quantiser, end = ActQuant(8), torch.tensor(127.5 / input_std)
+    quantiser.set_range(-end, end * 128 / 127)
+    return quantiser
+
+
+def _weight_quant(config: QuantisedNet) -> Any:
+    return Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
+
+
+def _integers(layer: Any) -> tuple[Tensor, Tensor]:
+    weight = layer.quant_weight()
+    return weight.int().detach(), weight.scale.detach().flatten()
