@@ -109,7 +109,7 @@ class Residual(Section):
         return self
 
     @property
-    def channels(self) -> tuple[int, ...]:
+    def channels(self) -> tuple[int, int, int, int]:
         """Of the four stages; the stem has the first's."""
         return self.widths or (self.width, 2 * self.width, 4 * self.width, 8 * self.width)
 

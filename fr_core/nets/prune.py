@@ -8,7 +8,6 @@ wants fine-tuning.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +16,7 @@ from fr_core.config import IResNetNet, MobileFaceNetNet, Net
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.nets.open import build_net
-
-Importance = Literal["l2", "l1", "bn"]
+from fr_core.nets.open import build_float_net
 
 FEWEST = 8  # channels
 STAGES = {"iresnet": (1, 1, 1, 1), "mobilefacenet": (3, 2, 4)}  # how many of the net's widths belong to each
@@ -61,7 +58,7 @@ def narrower(config: Net, ratios: Sequence[float], round_to: int = 1) -> IResNet
 
 
 def pruned(
-    net: IResNet | MobileFaceNet, config: IResNetNet | MobileFaceNetNet, importance: Importance = "l2"
+    net: IResNet | MobileFaceNet, config: IResNetNet | MobileFaceNetNet, importance: str = "l1"
 ) -> IResNet | MobileFaceNet:
     """A net of the section that :func:`narrower` made, with the most important channels of ``net``.
 
@@ -69,32 +66,35 @@ def pruned(
 
     Args:
         net: stays as it is.
-        importance: ``l2`` and ``l1``, the sum of squared or absolute weights and gains; ``bn``, gains of norms alone
+        importance: ``l1`` or ``l2``, the sum of absolute or squared weights and gains; ``bn``, gains of norms alone
             (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017).
 
     Raises:
-        UserError: torch-pruning is not installed.
+        UserError: another importance, or torch-pruning is not installed.
     """
     try:
         import torch_pruning as tp
     except ImportError:
         raise UserError("pruning needs: pip install 'bigface[compress]'") from None
 
-    target = build_net(config)
-    net = copy.deepcopy(net).cpu().eval().requires_grad_(True)
-    scores: Any = {
-        "l2": tp.importance.GroupMagnitudeImportance(p=2),
+    scores = {
         "l1": tp.importance.GroupMagnitudeImportance(p=1),
+        "l2": tp.importance.GroupMagnitudeImportance(p=2),
         "bn": tp.importance.BNScaleImportance(),
-    }[importance]
+    }
+    if importance not in scores:
+        raise UserError(f"importance {importance}: give one of {', '.join(scores)}")
+    target = build_float_net(config)
+    net = copy.deepcopy(net).cpu().eval().requires_grad_(True)
     images = torch.zeros(1, 3, net.input_size, net.input_size)
     with torch.enable_grad():  # the graph is autograd's
         graph = tp.DependencyGraph().build_dependency(net, images)
     names = {module: name for name, module in net.named_modules()}
-    for group in graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]):
-        root = group[0].dep.target.module
-        surplus = root.out_channels - target.get_submodule(names[root]).out_channels
+    groups = list(graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]))
+    worth = [scores[importance](group) for group in groups]  # in the whole net
+    for group, worth_C in zip(groups, worth, strict=True):
+        surplus = len(worth_C) - target.get_submodule(names[group[0].dep.target.module]).out_channels
         if surplus:
-            group.prune(scores(group).argsort()[:surplus].tolist())
+            group.prune(worth_C.argsort(stable=True)[:surplus].tolist())
     target.load_state_dict(net.state_dict())
     return target
