@@ -74,6 +74,17 @@ class Progressive(Section):
     share: Annotated[float, Field(gt=0, lt=1)]  # of train.epochs, whatever train.max_steps says
 
 
+class Balanced(Section):
+    """Batches of which one part is groups of one person's images, and the other random.
+
+    Every image still comes once in an epoch. Groups are made within ``shuffle_window``; a window whose whole groups
+    are used up goes on at random.
+    """
+
+    images: Annotated[int, Field(ge=2, le=64)] = 4  # of one person together
+    share: Ratio = 0.5  # of the batch
+
+
 class Data(Section):
     path: str = ""  # folder of shards, as `bigface ingest` leaves it
     lanes: Annotated[int, Field(ge=1)] | None = None  # None: the batch's largest divisor to 64; with class images, 16
@@ -82,6 +93,10 @@ class Data(Section):
     augment: Augment = Augment()
     masks: Masks = Masks()
     progressive: Progressive | None = None
+    balanced: Balanced | None = None
+    # Augmented copies of each image in a batch, side by side; a batch of 64 then takes 32 images, and an epoch twice as
+    # many steps.
+    views: Literal[1, 2] = 1
     variants: Annotated[int, Field(ge=1, le=64)] = 1  # identities made of each real one (fr_core/data/virtual.py)
     variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side
 
@@ -526,13 +541,37 @@ class Config(Section):
                 tree = tree | {section: {"kind": kind} | tree[section]}
         return tree
 
+    def _check_balance(self, balanced: Balanced) -> None:
+        batch, wanted = self.train.global_batch, groups(self)
+        if self.data.views > 1:
+            raise ValueError("data.balanced and data.views = 2 are two ways to positive pairs: leave one out")
+        if abs(wanted * balanced.images - batch * balanced.share) > 1e-6 * batch or wanted == 0:
+            raise ValueError(
+                f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is no whole number of groups of "
+                f"{balanced.images} images: set share to a multiple of {balanced.images / batch:.6g}"
+            )
+        if self.data.lanes and wanted % self.data.lanes:
+            raise ValueError(
+                f"data.lanes = {self.data.lanes} does not divide the {wanted} groups that data.balanced puts in a "
+                f"batch: leave it out, or use {math.gcd(wanted, self.data.lanes)}"
+            )
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         batch, accumulate = self.train.global_batch, self.train.accumulate
         if batch % accumulate:
             raise ValueError(f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}")
-        if self.data.lanes and batch % self.data.lanes:
-            raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}")
+        if batch % self.data.views:
+            raise ValueError(f"data.views = 2 shows each image twice: train.global_batch = {batch} must be even")
+        rows = step_rows(self)
+        if self.data.lanes and rows % self.data.lanes:
+            halved = "" if rows == batch else f", which takes {rows} images"
+            raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}{halved}")
+        if class_images(self) and (self.data.balanced or self.data.views > 1):
+            name = "data.balanced" if self.data.balanced else "data.views = 2"
+            raise ValueError(f"{name} is for flat shards, and {self.method.kind} reads grouped ones: leave it out")
+        if self.data.balanced:
+            self._check_balance(self.data.balanced)
         if self.data.progressive:
             size, full, stride = self.data.progressive.size, self.net.input_size, net_stride(self.net)
             if not full - (full - 1) % stride <= size < full:
@@ -597,9 +636,22 @@ def lanes(config: Config) -> int:
     """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64.
 
     With class images to 16: at the ends of a lane's window, chunks are decoded of which a part is not needed yet.
+    Each of them has equally many of a batch's groups of images of one person.
     """
-    batch, most = config.train.global_batch, MAX_LANES if class_images(config) == 0 else MAX_LANES // 4
-    return config.data.lanes or max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
+    most = MAX_LANES if class_images(config) == 0 else MAX_LANES // 4
+    shared = math.gcd(step_rows(config), groups(config))
+    return config.data.lanes or max(n for n in range(1, min(most, shared) + 1) if shared % n == 0)
+
+
+def step_rows(config: Config) -> int:
+    """Rows of the dataset that a step takes, over all ranks."""
+    return config.train.global_batch // config.data.views
+
+
+def groups(config: Config) -> int:
+    """Groups of images of one person in a global batch; 0 where ``data.balanced`` is not asked for."""
+    balanced = config.data.balanced
+    return round(config.train.global_batch * balanced.share / balanced.images) if balanced else 0
 
 
 def net_stride(net: Net) -> int:

@@ -70,6 +70,11 @@ def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     return rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
 
 
+def second_view_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """As :func:`draws`, for a second augmented copy of each image, independent of the first: float64 [B, 19]."""
+    return rng.uniforms(seed, "augment second view", epoch, sample_ids, _DRAWS)
+
+
 def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
     """As :func:`draws` for the K class images of each sample, independent of its own: float64 [B, K, 19]."""
     numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * _DRAWS)

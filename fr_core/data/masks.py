@@ -117,6 +117,11 @@ def mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     return rng.uniforms(seed, "masks", epoch, sample_ids, 1 + DRAWS)
 
 
+def second_view_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """As :func:`mask_draws`, for a second augmented copy of each image: float64 [B, 1 + DRAWS]."""
+    return rng.uniforms(seed, "masks of second view", epoch, sample_ids, 1 + DRAWS)
+
+
 def class_image_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
     """As :func:`mask_draws` for the K class images of each sample: float64 [B, K, 1 + DRAWS]."""
     numbers = rng.uniforms(seed, "masks of class images", epoch, sample_ids, class_images * (1 + DRAWS))

@@ -5,9 +5,12 @@ Each lane is shuffled window by window. Step t takes G/L rows from every lane, l
 L/R neighbouring lanes. So the global batch of a step, and even its order, does not depend on R, and a rank reads its
 own lanes only. A *block* is one window of a rank's lanes: a whole number of steps, the unit of reading.
 In the grouped layout the rows of this plan are still the single images, and whole chunks of an identity are read.
+Balanced batches shuffle all lanes' windows together: their labels decide which images of one identity come side by
+side, so every rank reads the labels of the whole window, and the images of its own lanes.
 No PyTorch here: the processes that only read start without it.
 
-Legend: G global batch, L lanes, g = G/L rows per lane and step.
+Legend: G rows of a step over all ranks, L lanes, g = G/L rows per lane and step; N rows of a window over all lanes,
+T its steps.
 """
 
 from dataclasses import dataclass
@@ -37,16 +40,23 @@ class Plan:
 
     dataset: Dataset
     seed: int
-    global_batch: int
+    global_batch: int  # rows that a step takes over all ranks
     lanes: int
     shuffle_window: int  # rows over all lanes
+    groups: int = 0  # of images of one identity in a step; a multiple of the lanes
+    group_images: int = 1
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"train.global_batch = {self.global_batch} with {self.lanes} lanes needs more than the "
-                f"{self.rows} images of {self.dataset.root}; lower train.global_batch"
+                f"a step of {self.global_batch} images in {self.lanes} lanes needs more than the {self.rows} images of "
+                f"{self.dataset.root}: lower train.global_batch"
             )
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What makes this plan again, of the same dataset."""
+        return self.seed, self.global_batch, self.lanes, self.shuffle_window, self.groups, self.group_images
 
     @cached_property
     def rows(self) -> int:
@@ -97,19 +107,63 @@ class Plan:
         Returns:
             int64 [rows, 2]: row group (index into ``dataset.row_groups``), row within it.
         """
-        order, ends = _epoch_order(self, epoch)
         first = block * self.steps_per_block
         steps = min(self.steps_per_block, self.steps_per_epoch - first)
         start = first * self.rows_per_step
         window = min(self.steps_per_block * self.rows_per_step, self.lane_rows - start)
+        own = self.lanes_of(rank, size)
+        if self.groups:
+            positions_N = (self.lane_rows * np.arange(self.lanes)[:, None] + start + np.arange(window)).ravel()
+            labels_N = read_rows(self.dataset, self._rows_at(epoch, positions_N), ["label"])["label"].to_numpy()
+            random = rng.generator(self.seed, "balanced", epoch, block)
+            shape = (steps, self.lanes, self.rows_per_step)
+            order_TLg = balanced_order(labels_N, shape, self.groups // self.lanes, self.group_images, random)
+            return self._rows_at(epoch, positions_N[order_TLg[skip_steps:, own.start : own.stop]].ravel())
         lanes = []
-        for lane in self.lanes_of(rank, size):
+        for lane in own:
             shuffled = rng.generator(self.seed, "window", epoch, block, lane).permutation(window)
             lanes.append(lane * self.lane_rows + start + shuffled[: steps * self.rows_per_step])
         positions = np.stack(lanes).reshape(len(lanes), steps, self.rows_per_step)[:, skip_steps:]
-        positions = positions.transpose(1, 0, 2).ravel()
+        return self._rows_at(epoch, positions.transpose(1, 0, 2).ravel())
+
+    def _rows_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Row group and row within it, of positions in the epoch's sequence of rows."""
+        order, ends = _epoch_order(self, epoch)
         slot = np.searchsorted(ends, positions, side="right")
         return np.column_stack([order[slot], positions - (ends[slot] - self.dataset.row_groups[order[slot], 2])])
+
+
+def balanced_order(
+    labels_N: np.ndarray, shape: tuple[int, int, int], groups: int, images: int, random: np.random.Generator
+) -> np.ndarray:
+    """An order of a window's rows in which every lane of every step begins with groups of one identity each.
+
+    Each identity's rows are cut at random into whole groups; what is left over, and groups beyond those wanted, come
+    at random. Where there are fewer groups than wanted, the last steps are random throughout.
+
+    Args:
+        labels_N: of the rows of all lanes.
+        shape: T, L, g; T·L·g of the N rows are taken, each once.
+        groups: of ``images`` rows, in every lane of every step.
+
+    Returns:
+        int64 [T, L, g], indices of rows.
+    """
+    shuffled_N = random.permutation(len(labels_N))
+    by_label_N = shuffled_N[np.argsort(labels_N[shuffled_N], kind="stable")]
+    _, first, count = np.unique(labels_N[by_label_N], return_index=True, return_counts=True)
+    place_N = np.arange(len(labels_N)) - np.repeat(first, count)  # among the rows of its identity
+    whole_N = place_N < np.repeat(count // images * images, count)
+    together = random.permutation(by_label_N[whole_N].reshape(-1, images))
+    slots = np.zeros(shape, bool)
+    slots[:, :, : groups * images] = True
+    slots = np.flatnonzero(slots)[: together.size]
+    chosen, spare = np.split(together, [len(slots) // images])
+    order = np.empty(np.prod(shape), np.int64)
+    order[slots] = chosen.ravel()
+    others = np.delete(np.arange(len(order)), slots)
+    order[others] = random.permutation(np.concatenate([spare.ravel(), by_label_N[~whole_N]]))[: len(others)]
+    return order.reshape(shape)
 
 
 def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> pa.Table:
@@ -124,16 +178,15 @@ def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_st
     return read_rows(plan.dataset, rows, COLUMNS)
 
 
-def read_task(
-    root: str, stamp: str, seed: int, global_batch: int, lanes: int, window: int, block: tuple[int, ...]
-) -> pa.Table:
+def read_task(root: str, stamp: str, order: tuple[int, ...], block: tuple[int, ...]) -> pa.Table:
     """:func:`read_block` for another process, which makes the plan again from these few values.
 
     Args:
         stamp: of the dataset, so that a new one under the same name is not taken for the old.
+        order: of the plan, as :attr:`Plan.order` tells it.
         block: epoch, block, rank, size, skip_steps.
     """
-    return read_block(_plan_of(root, stamp, seed, global_batch, lanes, window), *block)
+    return read_block(_plan_of(root, stamp, order), *block)
 
 
 def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
@@ -168,8 +221,8 @@ def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) 
 
 
 @lru_cache(maxsize=4)
-def _plan_of(root: str, stamp: str, seed: int, global_batch: int, lanes: int, window: int) -> Plan:
-    return Plan(open_dataset(root), seed, global_batch, lanes, window)
+def _plan_of(root: str, stamp: str, order: tuple[int, ...]) -> Plan:
+    return Plan(open_dataset(root), *order)
 
 
 @lru_cache(maxsize=4)

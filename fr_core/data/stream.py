@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 
 from fr_core import rng
-from fr_core.config import Config, class_images, distillation, input_size, lanes, unlabelled_batch
+from fr_core.config import (
+    Config,
+    class_images,
+    distillation,
+    groups,
+    input_size,
+    lanes,
+    step_rows,
+    unlabelled_batch,
+)
 from fr_core.data.class_images import Pool
-from fr_core.data.decode import augmented_batch, class_image_draws, draws
-from fr_core.data.masks import class_image_mask_draws, mask_draws, masking
+from fr_core.data.decode import augmented_batch, class_image_draws, decoded, draws, second_view_draws
+from fr_core.data.masks import class_image_mask_draws, mask_draws, masking, second_view_mask_draws
 from fr_core.data.plan import Plan, read_block, read_task
 from fr_core.data.schema import Dataset, open_dataset, points_of
 from fr_core.data.virtual import displacements, variants
@@ -37,7 +46,10 @@ DECODERS = 2  # threads that decode
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step. Legend: B rank batch, K class images of each, H W pixels."""
+    """What one rank trains on in one step. Legend: B rank batch, K class images of each, H W pixels.
+
+    With ``data.views`` = 2, images 2i and 2i + 1 are of the same sample.
+    """
 
     epoch: int
     sample_ids: np.ndarray  # int64 [B]
@@ -65,8 +77,9 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
             f"{config.method.kind} takes {class_images(config)} other images of a person, but no identity of "
             f"{dataset.root} has more than {most}: lower method.class_images"
         )
-    data, train = config.data, config.train
-    return Plan(dataset, config.seed, train.global_batch, lanes(config), data.shuffle_window)
+    together = config.data.balanced.images if config.data.balanced else 1
+    order = (config.seed, step_rows(config), lanes(config), config.data.shuffle_window, groups(config), together)
+    return Plan(dataset, *order)
 
 
 def unlabelled(config: Config) -> tuple[Config, Plan] | None:
@@ -87,7 +100,8 @@ def unlabelled(config: Config) -> tuple[Config, Plan] | None:
             f"{dataset.root} holds {dataset.manifest.images} images, a step takes {batch}: lower "
             "method.distill.unlabelled.batch"
         )
-    data = config.data.model_copy(update={"lanes": None, "progressive": None, "variants": 1})
+    plain = {"lanes": None, "progressive": None, "balanced": None, "views": 1, "variants": 1}
+    data = config.data.model_copy(update=plain)
     train = config.train.model_copy(update={"global_batch": batch})
     seed = rng.torch_seed(config.seed, "unlabelled")
     own = config.model_copy(update={"data": data, "train": train, "seed": seed})
@@ -146,11 +160,23 @@ def _flat_batches(
         step = rows.slice(start, batch)
         ids = step["sample_id"].to_numpy()
         labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
-        numbers = draws(config.seed, epoch, ids)
-        mask = masking(config, points_of(step["landmarks"]), mask_draws(config.seed, epoch, ids))
-        images = augmented_batch(step["image"].to_pylist(), numbers, size, augment, threads, fields, small, mask)
+        numbers, masked = draws(config.seed, epoch, ids), mask_draws(config.seed, epoch, ids)
+        points, sources = points_of(step["landmarks"]), step["image"].to_pylist()
+        if config.data.views == 2:
+            numbers = _alternating(numbers, second_view_draws(config.seed, epoch, ids))
+            masked = _alternating(masked, second_view_mask_draws(config.seed, epoch, ids))
+            sources = [image for image in decoded(sources, threads) for _ in range(2)]
+            ids, labels, points = (np.repeat(own, 2, axis=0) for own in (ids, labels, points))
+            fields = None if fields is None else np.repeat(fields, 2, axis=0)
+        mask = masking(config, points, masked)
+        images = augmented_batch(sources, numbers, size, augment, threads, fields, small, mask)
         none = torch.empty((len(ids), 0, *images.shape[1:]), dtype=torch.uint8)
         yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
+
+
+def _alternating(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
+    """[2B, U]: row 2i of the first, row 2i + 1 of the second."""
+    return np.stack([first_BU, second_BU], 1).reshape(-1, first_BU.shape[1])
 
 
 def _grouped_batches(
@@ -218,9 +244,7 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
     context.target_max_block_size = None  # a block stays whole, however large
-    root = str(plan.dataset.root)
-    stamp = plan.dataset.stamp
-    read = partial(read_task, root, stamp, plan.seed, plan.global_batch, plan.lanes, plan.shuffle_window)
+    read = partial(read_task, str(plan.dataset.root), plan.dataset.stamp, plan.order)
     rows = plan.global_batch // ranks.size
     blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _blocks(plan, step, stop)]
     each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))

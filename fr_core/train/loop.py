@@ -117,7 +117,8 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
 
 
 def without_augmentation(config: Config) -> Config:
-    data = config.data.model_copy(update={"augment": Augment(flip=0), "masks": Masks(), "progressive": None})
+    plain = {"augment": Augment(flip=0), "masks": Masks(), "progressive": None, "views": 1}
+    data = config.data.model_copy(update=plain)
     return config.model_copy(update={"data": data})
 
 

@@ -27,7 +27,7 @@ def quantface_step(
     """
     assert state.teacher is not None
     (images_BHWC,) = micro_batches(batch, 1, state.device)
-    labels_B = batch.labels_B if method.labels else torch.from_numpy(batch.sample_ids)
+    labels_B = batch.labels_B if method.labels else torch.tensor(batch.sample_ids)
     labels_G = ranks.gather(labels_B.to(state.device))
     with autocast(config, state.device):
         (target_BE,) = state.teacher.targets(batch, [images_BHWC])

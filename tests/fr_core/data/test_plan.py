@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fr_core.data import decode, schema
-from fr_core.data.plan import Plan, read_rows
+from fr_core.data.plan import Plan, balanced_order, read_rows
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
@@ -85,5 +85,63 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_names_the_nearest(plan
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(dataset):
-    with pytest.raises(UserError, match=r"train\.global_batch = 2048 .* 1500 images"):
+    with pytest.raises(UserError, match=r"a step of 2048 images .* 1500 images .* lower train\.global_batch"):
         Plan(open_dataset(dataset), 0, 2048, 64, 16384)
+
+
+@pytest.fixture(scope="module")
+def balanced(dataset):
+    """8 groups of 3 and 8 random rows in a step of 32, 4 lanes; windows of 8 steps."""
+    return Plan(open_dataset(dataset), 3, 32, 4, 256, groups=8, group_images=3)
+
+
+def labels_of(plan):
+    tables = [
+        plan.dataset.read_row_group(shard, group, ["sample_id", "label"])
+        for shard, group, _ in plan.dataset.row_groups.tolist()
+    ]
+    return {i: label for t in tables for i, label in zip(*(t[c].to_pylist() for c in t.column_names), strict=True)}
+
+
+def test_balanced_batches_take_each_sample_once_in_groups_of_one_identity(balanced):
+    label_of = labels_of(balanced)
+    ids = np.array(ids_of_steps(balanced, 1, 0, balanced.steps_per_epoch))
+    assert len(np.unique(ids)) == ids.size == 1500 // 4 // 8 * 32
+    labels = np.vectorize(label_of.get)(ids).reshape(-1, 4, 8)
+    first, second = labels[:, :, :3], labels[:, :, 3:6]
+    assert (first == first[:, :, :1]).all()  # 1,500 images of 40 identities: groups for every step
+    assert (second == second[:, :, :1]).all()
+    others = labels[:, :, 6:].reshape(-1, 8)
+    assert np.mean([len(set(row)) for row in others.tolist()]) > 6  # random: 7.3 of 8 expected
+    assert len(np.unique(labels[0, :, [0, 3]])) > 4  # and so are the groups' identities
+
+
+def test_balanced_batches_are_equal_for_every_number_of_ranks_and_after_a_resume_in_mid_block(balanced):
+    alone = ids_of_steps(balanced, 1, 0, 60)
+    assert ids_of_steps(balanced, 2, 0, 60) == alone
+    assert ids_of_steps(balanced, 4, 0, 60) == alone
+    assert ids_of_steps(balanced, 4, 13, 30) + ids_of_steps(balanced, 2, 30, 60) == alone[13:]
+    assert ids_of_steps(balanced, 1, 46, 48)[0] != alone[0]  # the next epoch
+
+
+def test_of_identities_with_few_images_every_whole_group_is_made_and_no_row_is_lost():
+    random = np.random.default_rng(0)
+    labels = np.concatenate([np.zeros(9), np.ones(4), np.arange(2, 57).repeat(3)]).astype(np.int64)
+    labels = random.permutation(labels)
+    order = balanced_order(labels, (5, 2, 16), 2, 4, random)
+    assert order.shape == (5, 2, 16)
+    assert len(np.unique(order)) == 160
+    groups = labels[order[:, :, :8]].reshape(-1, 4)
+    whole = (groups == groups[:, :1]).all(1)
+    assert whole[:3].all()  # 2 of nine images, 1 of four
+    assert sorted(groups[:3, 0]) == [0, 0, 1]
+    assert not whole[3:].any()
+
+
+def test_a_large_window_is_arranged_without_quadratic_work():
+    """A million rows in few passes; n² of them would take hours."""
+    labels = np.random.default_rng(0).integers(0, 100_000, 1_000_000)
+    order = balanced_order(labels, (15_625, 8, 8), 1, 4, np.random.default_rng(1))
+    first = labels[order[:, :, :4]]
+    assert np.array_equal(np.sort(order.ravel()), np.arange(1_000_000))
+    assert (first == first[:, :, :1]).all()

@@ -131,3 +131,68 @@ def test_progressive_resizing_shrinks_the_first_epochs_only(dataset, grouped, la
         expected = whole.images_BHWC.numpy().astype(float)
         shrunk = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in expected]
         assert np.abs(np.stack(shrunk) - batch.images_BHWC.numpy()).max() <= 1
+
+
+def test_balanced_batches_come_from_the_config(dataset):
+    config = config_of(dataset, "train.global_batch=64", "data.balanced={}")
+    plan = make_plan(config, open_dataset(dataset))
+    assert (plan.lanes, plan.groups, plan.group_images) == (8, 8, 4)
+    alone = list(batches(config, plan, Ranks(), 3, 6, blocks_in_process))
+    shared = [list(batches(config, plan, Ranks(rank, 4), 3, 6, blocks_in_process)) for rank in range(4)]
+    for whole, *parts in zip(alone, *shared, strict=True):
+        assert np.array_equal(whole.images_BHWC, np.concatenate([part.images_BHWC for part in parts]))
+        labels = whole.labels_B.reshape(8, 8)
+        assert (labels[:, :4] == labels[:, :1]).all()
+
+
+def test_two_views_of_an_image_stand_side_by_side(dataset, monkeypatch):
+    given = ("train.global_batch=64", "data.augment.flip=0", "data.augment.shift=0.2", "data.variants=2")
+    config, plain = config_of(dataset, *given, "data.views=2"), config_of(dataset, *given)
+    plan = make_plan(config, open_dataset(dataset))
+    assert (plan.global_batch, plan.steps_per_epoch) == (32, 46)
+    alone = list(batches(config, plan, Ranks(), 3, 6, blocks_in_process))
+    shared = [list(batches(config, plan, Ranks(rank, 2), 3, 6, blocks_in_process)) for rank in range(2)]
+    once = batches(plain, plan, Ranks(), 3, 6, blocks_in_process)
+    for whole, single, *parts in zip(alone, once, *shared, strict=True):
+        assert np.array_equal(whole.images_BHWC, np.concatenate([part.images_BHWC for part in parts]))
+        first, second = whole.images_BHWC[::2], whole.images_BHWC[1::2]
+        assert np.array_equal(whole.sample_ids, np.repeat(single.sample_ids, 2))
+        assert np.array_equal(whole.labels_B, np.repeat(single.labels_B, 2))
+        assert np.array_equal(first, single.images_BHWC)  # the first view is what one view would be
+        assert (first != second).flatten(1).any(1).all()
+    ids = np.concatenate([batch.sample_ids for batch in batches(config, plan, Ranks(), 0, 46, blocks_in_process)])
+    assert (np.unique(ids, return_counts=True)[1] == 2).all()
+    assert len(ids) == 46 * 64
+
+
+def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
+    monkeypatch.setattr(masks, "masked", lambda image, *more: 255 - image)
+    given = ("train.global_batch=64", "data.augment.flip=0", "data.views=2")
+    config = config_of(dataset, *given, "data.masks.ratio=0.5")
+    plan = make_plan(config, open_dataset(dataset))
+    (worn,) = batches(config, plan, Ranks(), 0, 1, blocks_in_process)
+    (bare,) = batches(config_of(dataset, *given), plan, Ranks(), 0, 1, blocks_in_process)
+    changed = (worn.images_BHWC != bare.images_BHWC).flatten(1).any(1).reshape(32, 2)
+    assert 10 < changed.sum() < 54
+    assert 5 < (changed[:, 0] != changed[:, 1]).sum() < 27
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["data.balanced={images=3}"], "is no whole number of groups of 3 images: set share to a multiple of 0.046875"),
+        (["data.balanced={}", "data.lanes=16"], "does not divide the 8 groups .* leave it out, or use 8"),
+        (["data.balanced={}", "data.views=2"], "two ways to positive pairs"),
+        (["data.views=2", "train.global_batch=63"], "train.global_batch = 63 must be even"),
+        (["data.views=2", "data.lanes=64"], "data.lanes = 64 does not divide .* which takes 32 images"),
+        (
+            ["data.balanced={}", "method={kind='attfc'}"],
+            "data.balanced is for flat shards, and attfc reads grouped ones",
+        ),
+        (["data.views=2", "method={kind='f2c'}"], "data.views = 2 is for flat shards, and f2c reads grouped ones"),
+        (["data.balanced={images=128,share=1}"], "data.balanced.images: Input should be less than or equal to 64"),
+    ],
+)
+def test_batches_that_cannot_be_made(given, message):
+    with pytest.raises(UserError, match=message):
+        load_config("bigface_small", ["train.global_batch=64", *given])

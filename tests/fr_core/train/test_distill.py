@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import fr_core.train.loop as loop
-from fr_core.config import Distill, load_config, unlabelled_batch
+from fr_core.config import load_config, unlabelled_batch
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process, make_plan, unlabelled
 from fr_core.errors import UserError
@@ -231,14 +231,12 @@ def test_mistakes(dataset, more, grouped, tmp_path):
     opened, cpu = open_dataset(dataset), torch.device("cpu")
     config = config_of(dataset)
     with pytest.raises(UserError, match=r"nobody to learn from: give method\.distill\.teacher"):
-        open_teacher(config, config.method.distill, opened, cpu)
+        open_teacher(config, opened, cpu)
     embedded(tmp_path / "e", opened, dimensions=32)
     embedded(tmp_path / "f", open_dataset(more), dimensions=30)
-    distill = Distill.model_validate(
-        {"embeddings": str(tmp_path / "e"), "unlabelled": {"path": str(more), "embeddings": str(tmp_path / "f")}}
-    )
+    two = [f"method.distill.embeddings={tmp_path / 'e'}", *unlabelled_of(more, f"embeddings={tmp_path / 'f'}")]
     with pytest.raises(UserError, match=r"have 30 dimensions, .* 32: they are of two teachers"):
-        open_teacher(config, distill, opened, cpu)
+        open_teacher(config_of(dataset, *two), opened, cpu)
     with pytest.raises(UserError, match="not both"):
         config_of(dataset, "method.distill.teacher=a", "method.distill.embeddings=b")
     with pytest.raises(UserError, match="unlabelled images go together"):

@@ -135,13 +135,13 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
 def interrupted(config, out, at, monkeypatch, ranks=None):
     """Runs until just after step ``at``, then dies without saving."""
 
-    def dying(config, method, state, batch, ranks):
+    def dying(config, state, batch, ranks, step=loop.step):
         if state.step == at:
             raise KeyboardInterrupt
-        return bigface_step(config, method, state, batch, ranks)
+        return step(config, state, batch, ranks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "bigface_step", dying)
+        patch.setattr(loop, "step", dying)
         with pytest.raises(KeyboardInterrupt):
             run(config, out, ranks)
 
