@@ -19,7 +19,7 @@ RESNET = IResNetNet(depth=18, width=16, input_size=48, embedding=8, dropout=0.2)
 NETS = [
     RESNET,
     IResNetNet(depth=10, width=16, stem_stride=2, input_size=32, embedding=8),
-    MobileFaceNetNet(embedding=8),
+    MobileFaceNetNet(input_size=64, embedding=8),
 ]
 
 
