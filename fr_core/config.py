@@ -82,7 +82,7 @@ class Balanced(Section):
     """
 
     images: Annotated[int, Field(ge=2, le=64)] = 4  # of one person together
-    share: Ratio = 0.5  # of the batch
+    share: Probability = 0.5  # of the batch; 0: none
 
 
 class Data(Section):
@@ -172,6 +172,7 @@ class QuantisedNet(Section):
     # How activations get their ranges in scheme integer: by the least squared error, or by the extremes seen ...
     ranges: Literal["least_error", "extremes"] = "least_error"
     calibration_batches: Annotated[int, Field(ge=1)] = 32  # ... in this many batches, without augmentation
+    equalise: bool = True  # like ranges for the channels between two layers, before ranges are measured
 
     @property
     def input_size(self) -> int:
@@ -544,7 +545,7 @@ class Config(Section):
     def _check_balance(self, balanced: Balanced) -> None:
         batch, wanted = self.train.global_batch, groups(self)
         if self.data.views > 1:
-            raise ValueError("data.balanced and data.views = 2 are two ways to positive pairs: leave one out")
+            raise ValueError("data.balanced and data.views = 2 are two ways to positive pairs: data.balanced.share = 0")
         if abs(wanted * balanced.images - batch * balanced.share) > 1e-6 * batch or wanted == 0:
             raise ValueError(
                 f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is no whole number of groups of "
@@ -567,11 +568,12 @@ class Config(Section):
         if self.data.lanes and rows % self.data.lanes:
             halved = "" if rows == batch else f", which takes {rows} images"
             raise ValueError(f"data.lanes = {self.data.lanes} does not divide train.global_batch = {batch}{halved}")
-        if class_images(self) and (self.data.balanced or self.data.views > 1):
-            name = "data.balanced" if self.data.balanced else "data.views = 2"
+        balanced = self.data.balanced if self.data.balanced and self.data.balanced.share else None
+        if class_images(self) and (balanced or self.data.views > 1):
+            name = "data.balanced" if balanced else "data.views = 2"
             raise ValueError(f"{name} is for flat shards, and {self.method.kind} reads grouped ones: leave it out")
-        if self.data.balanced:
-            self._check_balance(self.data.balanced)
+        if balanced:
+            self._check_balance(balanced)
         if self.data.progressive:
             size, full, stride = self.data.progressive.size, self.net.input_size, net_stride(self.net)
             if not full - (full - 1) % stride <= size < full:
@@ -623,8 +625,6 @@ class Config(Section):
                 "method.distill.embeddings are those of the plain faces, of which data.variants makes others: "
                 "give method.distill.teacher"
             )
-        if isinstance(self.net, QuantisedNet) and not self.init.backbone:
-            raise ValueError('net.kind = "quantised" needs init.backbone, the trained net')
         if self.init.head != "random" and not self.init.backbone:
             raise ValueError(f'init.head = "{self.init.head}" needs init.backbone')
         if self.init.head != "random" and class_matrix(self) is None:

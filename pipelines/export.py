@@ -23,6 +23,14 @@ ALLOWED = 1e-3  # of 1 − cosine
 REPEATS = 5
 
 
+def check_name(out: Path) -> None:
+    """Raises: UserError: no file that may be called ONNX."""
+    if out.suffix != ".onnx":
+        raise UserError(f"{out}: call it FILE.onnx; a checkpoint's backbone.safetensors already holds bare weights")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder")
+
+
 @torch.inference_mode()
 def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
     """Folds a net's batch norm and writes it as ONNX.
@@ -40,10 +48,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
             finite or differ; or the packages are not installed.
         OSError: ``out`` cannot be written.
     """
-    if out.suffix != ".onnx":
-        raise UserError(f"{out}: call it FILE.onnx; a checkpoint's backbone.safetensors already holds bare weights")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder")
+    check_name(out)
     recogniser = open_net(ref, net, torch.device("cpu"))
     if isinstance(recogniser.net, OnnxNet):
         raise UserError(f"{ref} is an ONNX file already")

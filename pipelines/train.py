@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import F2C, Config, classes, total_steps, unlabelled_batch
+from fr_core.config import F2C, Config, QuantisedNet, classes, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
@@ -87,11 +87,15 @@ def checked_plan(config: Config, workers: int) -> Plan:
     """The plan of a run that can be launched.
 
     Raises:
-        UserError: bad data, pairs that cannot be read, a teacher that does not fit, or a number of workers, batch and
-            centres that do not fit.
+        UserError: bad data, pairs that cannot be read, a teacher that does not fit, a quantised net made of nothing, or
+            a number of workers, batch and centres that do not fit.
     """
     if not config.data.path:
         raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
+    if isinstance(config.net, QuantisedNet) and not config.init.backbone:
+        raise UserError(
+            'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
+        )
     plan = make_plan(config, open_dataset(config.data.path))
     plan.lanes_of(0, workers)
     batch, identities = config.train.global_batch, plan.dataset.manifest.identities

@@ -76,7 +76,7 @@ class Recogniser:
     net: Backbone | OnnxNet
     device: torch.device
     threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
-    config: Net | None = None  # of the net; of an ONNX file there is none
+    config: Net | None = None  # what the net is; an ONNX file does not say
 
     @torch.inference_mode()
     def embed(

@@ -1,5 +1,6 @@
 """Commands on trained nets."""
 
+import time
 from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
@@ -161,10 +162,8 @@ def prune(
     importance: Annotated[str, typer.Option(help="Of channels: weights by l1 or l2, or bn, gains of norms.")] = "l1",
     data: Annotated[str | None, typer.Option(help="Shards to fine-tune on, with the whole net as teacher.")] = None,
     recipe: Annotated[str, typer.Option(help="Of the fine-tuning.")] = "prune_sp02",
-    images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images.")] = None,
-    pairs: Annotated[
-        Path | None, typer.Option(help="To verify on before and after, as bigface verify takes them.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Verify before and after: folder of the pairs' images.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="The pairs, as bigface verify takes them.")] = None,
     net: NetName = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
@@ -195,3 +194,38 @@ def prune(
     show_table(table(found), "prune")
     show("prune", {f"{form}_{name}": value for form, one in found.items() for name, value in one.items()}, json)
     console.print(f"use it: bigface verify {out} …", markup=False)
+
+
+@app.command(rich_help_panel="Trained nets")
+def quantize(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    data: Annotated[str, typer.Option(help="Flat shards; some 14,000 faces are enough.")],
+    overrides: Overrides = None,
+    weights: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
+    activations: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=local, help="FILE.onnx, in integers.")] = None,
+    net: NetName = None,
+    recipe: Annotated[str, typer.Option(help="quantize_ekd, quantize_mse, or a TOML file.")] = "quantize_ekd",
+    data_share: Annotated[float, typer.Option(help="Of one epoch, such as 0.25.")] = 1.0,
+    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="No training: set ranges alone.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Verify before and after: folder of the pairs' images.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="The pairs, as bigface verify takes them.")] = None,
+    run: Annotated[str | None, typer.Option(help="Folder of the run; default runs/quantize_NAME-DATE.")] = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --run.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Quantise a net in one epoch of few faces, and write it in integers; needs bigface\\[compress,export]."""
+    from pipelines.quantize import quantised_config, table
+    from pipelines.quantize import quantize as quantised
+
+    fields = {"data__path": data, "net__weights": weights, "net__activations": activations}
+    verified = {"verify__images": images and str(images), "verify__pairs": pairs and str(pairs)}
+    config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], **fields, **verified)
+    run = run or f"runs/quantize_{Path(ckpt).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    figures = quantised(config, to_path(run), out, workers, in_process, resume, overwrite)
+    show("quantize", figures, json)
+    show_table(table(figures))
+    console.print(f"run: {run}   use it: bigface match A.jpg B.jpg --model {out or run}", markup=False)
