@@ -1,7 +1,7 @@
 """``bigface prune``: a net with fewer channels, as it is or fine-tuned by the net that it was."""
 
+import json
 from collections.abc import Iterable, Sequence
-from json import dumps
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.open import Recogniser, open_net
 from fr_core.nets.prune import narrower, pruned
-from fr_core.verify.report import verification_figures
+from fr_core.train.tracking import log_verification
+from fr_core.verify.report import verification_figures, write_report
 from pipelines.train import train
 from pipelines.verify import verify
 
@@ -43,8 +44,8 @@ def prune(
         images, pairs: to verify both nets on.
 
     Returns:
-        Of ``whole`` and ``pruned``: parameters, mmac (millions of multiplications and additions for an image), mib
-        (of the weights in float32), and a verification's figures where there are pairs.
+        Of ``whole`` and ``pruned``: parameters, mmac (multiplications in convolutions and linear layers for an image,
+        in millions), mib (of weights and statistics), and a verification's figures where there are pairs.
 
     Raises:
         UserError: no such net, one that cannot be pruned so, another kind of file asked for, pairs that cannot be
@@ -54,8 +55,9 @@ def prune(
     if not out.name.endswith(".safetensors"):
         raise UserError(f"{out}: call it FILE.safetensors; a run's folder needs data to fine-tune on: --data SHARDS")
     whole, section = _open(ref, net, ratios, round_to)
+    found = {"whole": _figures(whole, images, pairs)}
     _write(whole, section, importance, out)
-    return {form: _figures(one, images, pairs) for form, one in (("whole", whole), ("pruned", open_net(out)))}
+    return found | {"pruned": _figures(open_net(out), images, pairs)}
 
 
 def prune_and_tune(
@@ -90,10 +92,12 @@ def prune_and_tune(
     overrides = list(overrides)
     decided = {"method.teacher": ref, "method.teacher_net": net, "init.backbone": str(out / WEIGHTS)}
     for override in overrides:
-        if override.startswith(("net.", *(f"{key}=" for key in decided))):
+        if override.startswith(("net.", "net=", *(f"{key}=" for key in decided))):
             raise UserError(f"{override}: pruning decides that itself")
     whole, section = _open(ref, net, ratios, round_to)
-    config = load_config(recipe, [*overrides, *(f"{key}={dumps(value)}" for key, value in decided.items() if value)])
+    config = load_config(
+        recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in decided.items() if value)]
+    )
     config = parse_config(config.model_dump() | {"net": section.model_dump()}, recipe)
     if overwrite or not (out / "run.json").is_file():
         _write(whole, section, importance, out / WEIGHTS)
@@ -103,13 +107,22 @@ def prune_and_tune(
     found = {form: _figures(one, images, pairs) for form, one in nets.items()}
     found["tuned"] = found["pruned"] | {name: value for name, value in run.items() if name in found["pruned"]}
     found["tuned"]["seconds"] = run["seconds"]
+    content = json.loads((out / "report.json").read_text())
+    write_report(out / "report.json", content | {"command": "prune", "figures": run | flat(found)})
+    log_verification(out, "prune", flat(found))
     return found
+
+
+def flat(found: Figures) -> dict[str, float]:
+    """whole_parameters, pruned_parameters, …"""
+    return {f"{form}_{name}": value for form, one in found.items() for name, value in one.items()}
 
 
 def table(found: Figures) -> list[tuple[str, ...]]:
     """Header first."""
-    scores = [name for name in ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3") if name in found["whole"]]
-    rows: list[tuple[str, ...]] = [("net", "parameters", "MMAC", "MiB", *scores)]
+    columns = {"accuracy": "accuracy", "tar_at_far_1e-2": "TAR@1e-2", "tar_at_far_1e-3": "TAR@1e-3"}
+    scores = [name for name in columns if name in found["whole"]]
+    rows: list[tuple[str, ...]] = [("net", "parameters", "MMAC", "MiB", *(columns[name] for name in scores))]
     for form, one in found.items():
         size = (f"{one['parameters']:,}", f"{one['mmac']:,.1f}", f"{one['mib']:.2f}")
         rows.append((form, *size, *(f"{one[name]:.4f}" for name in scores)))

@@ -172,8 +172,8 @@ def prune(
     json: Json = None,
 ) -> None:
     """Drop a net's least important channels, and fine-tune what is left; needs bigface\\[compress]."""
+    from pipelines.prune import flat, prune_and_tune, table
     from pipelines.prune import prune as run
-    from pipelines.prune import prune_and_tune, table
 
     try:
         ratios = [float(share) for share in ratio.split(",")]
@@ -192,7 +192,7 @@ def prune(
         else:
             found = run(*what, round_to, importance, net, images, pairs)
     show_table(table(found), "prune")
-    show("prune", {f"{form}_{name}": value for form, one in found.items() for name, value in one.items()}, json)
+    show("prune", flat(found), json)
     console.print(f"use it: bigface verify {out} …", markup=False)
 
 

@@ -6,10 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+import pipelines.prune as pipeline
 from fr_core.config import IResNetNet, MoENet
 from fr_core.errors import UserError
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import Recogniser, build_net, open_net
 from tests.pipelines.test_cli import bigface, figures
 
 pytest.importorskip("torch_pruning")
@@ -78,7 +80,10 @@ def test_the_whole_net_teaches_what_is_left(weights, dataset, photos, pairs, tmp
     found = figures(tmp_path / "p.json")
     assert found["tuned_parameters"] == found["pruned_parameters"] < found["whole_parameters"]
     assert {f"{form}_accuracy" for form in ("whole", "pruned", "tuned")} <= found.keys()
-    config = json.loads((run / "report.json").read_text())["config"]
+    report = json.loads((run / "report.json").read_text())
+    assert report["figures"]["whole_accuracy"] == found["whole_accuracy"]
+    assert report["figures"]["tuned_accuracy"] == report["figures"]["accuracy"]
+    config = report["config"]
     assert config["net"]["widths"] == list(LEFT)
     assert config["method"]["teacher"] == str(weights)
     before, after = open_net(run / "pruned.safetensors"), open_net(run)
@@ -96,7 +101,6 @@ def test_the_whole_net_teaches_what_is_left(weights, dataset, photos, pairs, tmp
 
 def test_mistakes_are_told_in_one_line(weights, dataset, tmp_path):
     out = tmp_path / "p.safetensors"
-    (tmp_path / "net.onnx").write_bytes(b"")
     moe = MoENet(depth=10, width=16, input_size=32, embedding=8)
     save_file(build_net(moe).state_dict(), tmp_path / "moe.safetensors", {"net": moe.model_dump_json()})
     net = (weights, "--net", "iresnet10")
@@ -117,3 +121,9 @@ def test_mistakes_are_told_in_one_line(weights, dataset, tmp_path):
             bigface("prune", *args)
         assert "\n" not in str(caught.value)
     assert not out.exists()
+
+
+def test_an_onnx_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "open_net", lambda ref, net: Recogniser(nn.Identity(), torch.device("cpu")))
+    with pytest.raises(UserError, match="an ONNX file is not pruned"):
+        bigface("prune", "net.onnx", "--out", tmp_path / "p.safetensors")
