@@ -111,8 +111,8 @@ def quantize(
     Returns:
         Those of the training, and data_share, float_mib and nominal_mib (parameters by their bits; the quantised net's
         by net.weights), minutes_per_epoch where steps were timed, before_… and after_… of both verifications where
-        there are verify.pairs; and of an ONNX file: int8_cosine (:func:`pipelines.export.export`'s least), int8_file_mib
-        and those of :func:`timed`.
+        there are verify.pairs; and of an ONNX file: int8_cosine (:func:`pipelines.export.export`'s least),
+        int8_file_mib and those of :func:`timed`.
 
     Raises:
         UserError: a file that cannot be written, a scheme that cannot be exported, and what training refuses.

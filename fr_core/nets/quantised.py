@@ -44,6 +44,37 @@ LARGEST_BIAS = 2**30  # as a code
 LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
 
 
+class _OnGrid(torch.autograd.Function):
+    """Clips to low … high, multiples of ``scale``, and rounds to such; the gradient ends where it clips."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.range = low, high
+        return F.hardtanh(x, low, high).div_(scale).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.range), None, None, None
+
+
+class _PReLU(torch.autograd.Function):
+    """PReLU whose backward pass, a quarter of a step on CPUs with PyTorch's, takes a third of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, slope_C: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BCHW, slope_C)
+        return F.prelu(x_BCHW, slope_C)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x_BCHW, slope_C = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(gradient, x_BCHW, 0)
+        below = gradient - above
+        to_x = torch.addcmul(above, below, slope_C[:, None, None])
+        return to_x, below.mul_(x_BCHW).sum((0, 2, 3))
+
+
 class ActQuant(nn.Module):
     """Puts activations on a grid of 2^bits values, zero among them.
 
@@ -64,7 +95,11 @@ class ActQuant(nn.Module):
         if self.seen is not None:
             self.seen.append(_sample(x))
             return x
-        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, 2**self.bits - 1)
+        most = 2**self.bits - 1
+        if x.device.type == "cpu":  # where PyTorch's operator takes seven times as long
+            scale, zero = self.scale.item(), self.zero_point.item()
+            return _OnGrid.apply(x.float(), scale, -zero * scale, (most - zero) * scale)
+        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, most)
 
     def codes(self, x: Tensor) -> Tensor:
         """Of values on the grid: integers in float32, 0 for the value 0."""
@@ -200,7 +235,7 @@ class QuantPReLU(IntegerLayer):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.exact():
-            return self.out(F.prelu(x_BCHW, self._slopes()))
+            return self.out(_PReLU.apply(x_BCHW, self._slopes()))
         (read,), (slope_C, scale) = self.reads, self.int_slope()
         codes_BCHW = read.codes(x_BCHW)
         scaled_BCHW = self.out.of_sums(codes_BCHW * slope_C[:, None, None], read.scale * scale)
