@@ -35,7 +35,7 @@ class BiasMapConv(nn.Module):
 
 
 @torch.no_grad()
-def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet | MobileFaceNet:
+def folded(net: Any, channelwise: bool = False) -> Any:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
     The net that is given stays as it is; a quantised one, which has no norm, is just copied. Folding is done in
@@ -71,7 +71,7 @@ def bound_slopes(net: IResNet | MobileFaceNet) -> None:
             layer.weight.mul_(factor_C.sign().view((-1, 1, 1, 1) if layer.groups > 1 else (1, -1, 1, 1)))
 
 
-def _around_prelu(net: Any) -> Iterator[tuple[nn.Conv2d, nn.PReLU, list[nn.Conv2d]]]:
+def _around_prelu(net: Any) -> Iterator[tuple[Any, nn.PReLU, list[Any]]]:
     """Every PReLU, with the convolution before it and those that read it."""
     if isinstance(net, IResNet):
         first: Any = net.layer1[0]

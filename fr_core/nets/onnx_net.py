@@ -41,8 +41,10 @@ class Facts(BaseModel):
     embedding: int = Field(ge=1)
     normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
     channels: Literal["RGB"] = "RGB"
-    weight_bits: int | None = Field(None, ge=2, le=8)  # of a quantised net, whose integers lie in bytes all the same
-    activation_bits: int | None = Field(None, ge=2, le=8)
+    weight_bits: int | None = Field(
+        default=None, ge=2, le=8
+    )  # of a quantised net, whose integers lie in bytes all the same
+    activation_bits: int | None = Field(default=None, ge=2, le=8)
     threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
 
 
@@ -121,8 +123,9 @@ def _write_float(net: nn.Module, path: Path, facts: dict[str, Any], translations
 
 def _prelu(x_BCHW: Any, slope_C: Any) -> Any:
     """slope·x + (1 − slope)·max(x, 0): ONNX Runtime has a slow PRelu, and fuses these with the convolutions around."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18
     slope_C11 = op.Unsqueeze(slope_C, op.Constant(value_ints=[1, 2]))
     one = op.Constant(value_float=1.0)
     return op.Add(op.Mul(op.Relu(x_BCHW), op.Sub(one, slope_C11)), op.Mul(x_BCHW, slope_C11))

@@ -11,7 +11,7 @@ Legend: B batch, C channels, I O input and output channels, H W pixels, D embedd
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def qdq_model(net: Quantised, input_name: str, output_name: str) -> ModelProto:
             'which integer kernels refuse; train it with net.scheme = "integer"'
         )
     graph = Graph()
-    pixels, *layers, linear = net.layers
+    pixels, *layers, linear = cast(Any, net.layers)
     codes = _chain(graph, layers, graph.quantised(input_name, pixels))
     graph.weighted("Gemm", codes, linear, transB=1)
     graph.nodes[-1].output[0] = output_name

@@ -55,7 +55,8 @@ def bench_quant(
     """
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
-    rows, figures = [], {}
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float] = {}
     with one_thread():
         for config, name, plain in _nets(model, net, nets):
             quantised: Any = _calibrated(plain, QuantisedNet(net=config, weights=weights, activations=activations))

@@ -53,9 +53,8 @@ def calibrated(kind, weights, activations):
     return out.requires_grad_(False)
 
 
-def outputs_of(model, operator):
-    """The model with the outputs of all its nodes of a kind as outputs, in ONNX Runtime."""
-    names = [node.output[0] for node in model.graph.node if node.op_type == operator]
+def computed(model, names):
+    """What ONNX Runtime computes as tensors of codes inside a model."""
     model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(names, {INPUT: 3 * noise(4, 2).numpy()})
@@ -95,10 +94,10 @@ def test_every_layer_runs_in_integers(kind, tmp_path):
 @pytest.mark.parametrize("activations", [6, 4])
 def test_codes_of_fewer_bits_end_where_they_must(activations):
     model = qdq_model(quantised("iresnet", activations, activations), INPUT, OUTPUT)
-    highest = [int(codes.max()) for codes in outputs_of(model, "Min")]
-    assert max(highest) == 2**activations - 1
-    uncapped = [int(codes.max()) for codes in outputs_of(model, "Max")]
-    assert max(uncapped) > 2**activations - 1
+    caps = [node for node in model.graph.node if node.op_type == "Min"]
+    codes = computed(model, [name for node in caps for name in (node.input[0], node.output[0])])
+    assert max(int(before.max()) for before in codes[::2]) > 2**activations - 1
+    assert max(int(after.max()) for after in codes[1::2]) == 2**activations - 1
 
 
 def test_integers_differ_from_the_float_simulation_by_rounding_alone():
@@ -114,7 +113,7 @@ def test_integers_differ_from_the_float_simulation_by_rounding_alone():
     for layer, inputs, exact in seen:
         steps = ((layer(*inputs) - exact) / layer.out.scale).abs()
         assert float(steps.max()) < 1.01
-        assert float((steps > 0.5).float().mean()) < 0.01
+        assert float((steps > 0.5).float().mean()) < 0.03  # halves
 
 
 def test_a_channel_whose_weights_are_next_to_nothing_keeps_its_bias(tmp_path):
