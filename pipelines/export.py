@@ -33,7 +33,7 @@ def check_name(out: Path) -> None:
 
 @torch.inference_mode()
 def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
-    """Folds a net's batch norm and writes it as ONNX.
+    """Folds a net's batch norm and writes it as ONNX; a quantised net in integers.
 
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.

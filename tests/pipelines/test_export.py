@@ -1,14 +1,18 @@
 import csv
 import json
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fr_core.config import IResNetNet
+from fr_core.config import IResNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import build_net, open_net
+from fr_core.nets.quantised import Quantised, calibrate
+from fr_core.ranks import Ranks
 from pipelines import export as pipeline
 from pipelines.bench.latency import bench_latency, settled
 from tests.pipelines.test_cli import bigface, figures
@@ -101,6 +105,19 @@ def test_nets_that_are_not_finite_or_come_out_otherwise_are_refused(run, exporte
     with pytest.raises(UserError, match="not written"):
         pipeline.export(str(run), tmp_path / "net.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+def test_a_quantised_net_is_exported_in_integers(tmp_path):
+    config = QuantisedNet(net=SMALL, ranges="extremes", equalise=False)
+    net = Quantised(settled(SMALL), config)
+    calibrate(net, lambda: [torch.randn(8, 3, 32, 32)], Ranks(), config)
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(weights, tmp_path / "net.safetensors", {"net": config.model_dump_json()})
+    bigface("export", tmp_path / "net.safetensors", "--out", tmp_path / "net.onnx", "--json", tmp_path / "e.json")
+    assert figures(tmp_path / "e.json")["least_cosine"] > 1 - 1e-6
+    used = {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= used
+    assert open_net(tmp_path / "net.onnx").embed(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 16)
 
 
 def test_bench_latency_measures_every_form(exported):
