@@ -144,6 +144,7 @@ class QuantisedNet(Section):
     # How activations get their ranges in scheme integer: by the least squared error, or by the extremes seen ...
     ranges: Literal["least_error", "extremes"] = "least_error"
     calibration_batches: Annotated[int, Field(ge=1)] = 32  # ... in this many batches, without augmentation
+    equalise: bool = True  # like ranges for the channels between two layers, before ranges are measured
 
     @property
     def input_size(self) -> int:

@@ -108,7 +108,7 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
         plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
         if isinstance(config.net, QuantisedNet) and config.net.scheme == "integer":
             steps = min(config.net.calibration_batches, plan.steps_per_epoch)
-            calibrate(config, state, plain(stop=steps), ranks)
+            calibrate(config, state, partial(plain, stop=steps), ranks)
         if config.init.head != "random":
             prototypes(config, state, plain(stop=plan.steps_per_epoch), ranks)
         if config.init.head == "names":

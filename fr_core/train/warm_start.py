@@ -3,10 +3,11 @@
 Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core.config import Config, QuantisedNet
@@ -44,8 +45,8 @@ def load_backbone(config: Config, state: TrainState) -> None:
             copied.load_state_dict(state.backbone.state_dict())
 
 
-def calibrate(config: Config, state: TrainState, start: Iterable[Batch], ranks: Ranks) -> None:
-    """Sets the ranges of a quantised net's activations by the images that ``start`` holds.
+def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Batch]], ranks: Ranks) -> None:
+    """Sets the ranges of a quantised net's activations by the images of ``start``, which begins anew at every call.
 
     Raises:
         UserError: as :func:`fr_core.nets.quantised.calibrate`.
@@ -54,8 +55,11 @@ def calibrate(config: Config, state: TrainState, start: Iterable[Batch], ranks: 
 
     assert isinstance(config.net, QuantisedNet)
     net: Any = state.backbone
-    images_BCHW = (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start)
-    quantised.calibrate(net, images_BCHW, ranks, config.net.ranges)
+
+    def images() -> Iterator[Tensor]:
+        return (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start())
+
+    quantised.calibrate(net, images, ranks, config.net)
     if state.average is not None:
         state.average.load_state_dict(net.state_dict())
 
