@@ -96,6 +96,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(dataset, trained, 
     quantize(trained, dataset, *given, "--run", tmp_path / "parts", "--resume")
     ours, theirs = (open_net(tmp_path / name).net.state_dict() for name in ("whole", "parts"))
     assert all(ours[name].equal(theirs[name]) for name in ours)
+    with pytest.raises(UserError, match=r"data\.balanced differs: .*0\.5.* there, .*0\.0.* now"):
+        quantize(trained, dataset, *given, "--run", tmp_path / "parts", "--resume", "data.balanced.share=0")
 
 
 def test_faces_without_labels_and_the_simulation_of_quantface(dataset, trained, tmp_path):
