@@ -22,7 +22,10 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]  # share of the old that a moving average keeps
 
+Channels = Annotated[int, Field(ge=8)]  # below, PyTorch 2.13 writes past memory (conv1×1 of stride 2, channels last)
+
 MAX_LANES = 64
+MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)  # widths of the published net
 
 
 class Section(BaseModel):
@@ -100,12 +103,30 @@ class Data(Section):
 
 class Residual(Section):
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
-    # Channels of the first stage; the next ones double. Below 8, PyTorch 2.13 writes past memory (channels last).
-    width: Annotated[int, Field(ge=8)] = 64
+    width: Channels = 64  # of the first stage; the next ones double
+    widths: tuple[Channels, Channels, Channels, Channels] | None = None  # of all stages instead: pruned nets
     stem_stride: Literal[1, 2] = 1  # 2: a quarter of the work per image, for small machines
     input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112  # pixels
     embedding: Annotated[int, Field(ge=2)] = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the last linear layer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _width_of_widths(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("widths"), list | tuple) and tree["widths"]:
+            tree = {"width": tree["widths"][0]} | tree
+        return tree
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> "Residual":
+        if self.widths and self.width != self.widths[0]:
+            raise ValueError(f"net.width = {self.width} is not the first of net.widths = {list(self.widths)}")
+        return self
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Of the four stages; the stem has the first's."""
+        return self.widths or (self.width, 2 * self.width, 4 * self.width, 8 * self.width)
 
 
 class IResNetNet(Residual):
@@ -131,6 +152,13 @@ class MobileFaceNetNet(Section):
     kind: Literal["mobilefacenet"] = "mobilefacenet"
     input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
     embedding: Annotated[int, Field(ge=2)] = 128
+    # Channels in the order of the layers, None: MOBILEFACENET. E are inside a bottleneck, O leave it: stem · E and O of
+    # stage 3 · E and O of stage 4 · E of stage 5's first, of its others, and O · the last convolution.
+    widths: Annotated[tuple[Channels, ...], Field(min_length=9, max_length=9)] | None = None
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return self.widths or MOBILEFACENET
 
 
 class QuantisedNet(Section):
@@ -300,12 +328,15 @@ class RelativeSimilarity(PairLoss):
     """EKD's general form: pairs lie as far from the thresholds as they do for the teacher."""
 
     kind: Literal["relative_similarity"] = "relative_similarity"
-    lambda_pos: NonNegative = 1.0
+    lambda_pos: NonNegative = 1.0  # weights as EKD's, of squared cosines instead of squared numbers of thresholds
     lambda_neg: NonNegative = 1.0
 
 
 class EmbeddingMSE(Section):
-    """QuantFace's own loss: the mean squared difference of normalised embeddings, which have one width."""
+    """QuantFace's own loss: the squared distance of normalised embeddings, which have one width; mean over images.
+
+    A sum over dimensions: the mean over them too would make its gradient vanish beside EKD's at the same rate.
+    """
 
     kind: Literal["mse"] = "mse"
 
@@ -316,7 +347,7 @@ AgreementLoss = Annotated[EKD | RelativeSimilarity | EmbeddingMSE, Field(discrim
 class CrossEntropy(MarginOfItsOwn):
     """A class matrix beside the teacher, with its margin softmax: EKD's ablation."""
 
-    weight: Positive = 1.0
+    weight: Positive = 1.0  # beside the agreement with the teacher
     margin: Margin = Margin(m2=0.4, m3=0)
 
 
@@ -328,9 +359,9 @@ class QuantFace(Taught):
 
     kind: Literal["quantface"] = "quantface"
     named: ClassVar[str] = "method.teacher"
-    loss: AgreementLoss = EKD()
+    loss: AgreementLoss = EKD()  # a section, or its kind alone: loss = "mse"
     labels: bool = True  # False: every image is an identity of its own, which its views alone share
-    cross_entropy: CrossEntropy | None = None
+    cross_entropy: CrossEntropy | None = None  # best with init.head = "prototypes"
 
     @model_validator(mode="before")
     @classmethod

@@ -53,7 +53,7 @@ class Agreement(nn.Module):
         """
         form = self.form
         if isinstance(form, EmbeddingMSE):
-            loss = distillation_loss("euclidean", student_GD, teacher_GE) / student_GD.shape[1]
+            loss = distillation_loss("euclidean", student_GD, teacher_GE)
             return loss, {"distill_loss": loss.detach()}
         one, other = torch.triu_indices(len(labels_G), len(labels_G), 1, device=labels_G.device)
         cosines_NP = torch.stack([cosines(x)[one, other] for x in (teacher_GE, student_GD)])

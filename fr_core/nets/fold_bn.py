@@ -9,6 +9,8 @@ Legend: B batch, I input channels, O output channels, H W pixels, D embedding.
 """
 
 import copy
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +52,37 @@ def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet |
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):
             net.set_submodule(name, nn.Identity())
     return net
+
+
+@torch.no_grad()
+def bound_slopes(net: IResNet | MobileFaceNet) -> None:
+    """Lets no PReLU of a net that is folded ``channelwise`` have a slope above 1; it computes the same.
+
+    PReLU of slope a is −PReLU of slope 1 / a of −a·x: the layer before takes the factor, those after it the sign.
+    """
+    for before, prelu, after in _around_prelu(net):
+        steep_C = prelu.weight > 1
+        factor_C = torch.where(steep_C, -prelu.weight, 1.0)
+        prelu.weight.copy_(torch.where(steep_C, 1 / prelu.weight, prelu.weight))
+        before.weight.mul_(factor_C[:, None, None, None])
+        before.bias.mul_(factor_C)
+        for layer in after:
+            layer.weight.mul_(factor_C.sign().view((-1, 1, 1, 1) if layer.groups > 1 else (1, -1, 1, 1)))
+
+
+def _around_prelu(net: Any) -> Iterator[tuple[nn.Conv2d, nn.PReLU, list[nn.Conv2d]]]:
+    """Every PReLU, with the convolution before it and those that read it."""
+    if isinstance(net, IResNet):
+        first: Any = net.layer1[0]
+        yield net.conv1, net.prelu, [first.bn1, first.downsample[0]]
+        for block in (*net.layer1, *net.layer2, *net.layer3, *net.layer4):
+            yield block.conv1, block.prelu, [block.conv2]
+    else:
+        blocks = (*net.stage3, *net.stage4, *net.stage5)
+        inside = [part for block in blocks for part in (block.expand, block.depthwise, block.project)]
+        for part, following in pairwise([net.stem, net.stem_depthwise, *inside, net.expand, net.pool]):
+            if hasattr(part, "prelu"):
+                yield part.conv, part.prelu, [following.conv]
 
 
 def _fold_iresnet(net: IResNet, channelwise: bool) -> None:

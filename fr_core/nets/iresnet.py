@@ -4,7 +4,7 @@ Module names are those of the widely published IR-ResNet weights, which load as 
 112×112 and 512 dimensions). Legend: B batch, C channels, H W pixels, D embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -120,7 +120,7 @@ class IResNet(nn.Module):
 
     Args:
         depth: a key of :data:`BLOCKS`.
-        width: channels of the first stage; each stage doubles them.
+        width: channels of the first stage, each stage doubles them; or of all four. The stem has the first's.
         stem_stride: 1 as published; 2 halves every map.
         input_size: side of the square input, pixels; a multiple of 16.
     """
@@ -130,7 +130,7 @@ class IResNet(nn.Module):
     def __init__(
         self,
         depth: int = 50,
-        width: int = 64,
+        width: int | Sequence[int] = 64,
         stem_stride: int = 1,
         input_size: int = 112,
         embedding: int = 512,
@@ -138,19 +138,19 @@ class IResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.input_size, self.embedding = input_size, embedding
-        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width, eps=BN_EPS)
-        self.prelu = nn.PReLU(width)
+        first, second, third, fourth = (width << i for i in range(4)) if isinstance(width, int) else width
+        self.conv1 = nn.Conv2d(3, first, 3, stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first, eps=BN_EPS)
+        self.prelu = nn.PReLU(first)
         one, two, three, four = BLOCKS[depth]
-        self.layer1 = make_stage(width, width, one)
-        self.layer2 = make_stage(width, 2 * width, two)
-        self.layer3 = make_stage(2 * width, 4 * width, three)
-        self.layer4: Any = make_stage(4 * width, 8 * width, four)  # or a mixture (fr_core/nets/moe.py)
-        channels = 8 * width
-        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
+        self.layer1 = make_stage(first, first, one)
+        self.layer2 = make_stage(first, second, two)
+        self.layer3 = make_stage(second, third, three)
+        self.layer4: Any = make_stage(third, fourth, four)  # or a mixture (fr_core/nets/moe.py)
+        self.bn2 = nn.BatchNorm2d(fourth, eps=BN_EPS)
         self.dropout = nn.Dropout(dropout)
         side = -(-input_size // (STAGE_STRIDES * stem_stride))  # each halving rounds up
-        self.fc = nn.Linear(channels * side**2, embedding)
+        self.fc = nn.Linear(fourth * side**2, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=BN_EPS)
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter

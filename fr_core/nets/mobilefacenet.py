@@ -5,12 +5,21 @@ fc – bn1d; PReLU after every convolution but the linear ones. Legend: B batch,
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fr_core.config import MOBILEFACENET
+
 BN_EPS = 1e-3
 STRIDES = 16  # input pixels per pixel of the last feature map
+LAYERS = (  # whose output channels the net's widths are
+    "stem.conv",
+    *(f"stage{stage}.0.{part}.conv" for stage in (3, 4) for part in ("expand", "project")),
+    *("stage5.0.expand.conv", "stage5.1.expand.conv", "stage5.0.project.conv"),
+    "expand.conv",
+)
 
 
 def conv(
@@ -41,23 +50,35 @@ class Bottleneck(nn.Module):
         return out + x_BCHW if self.residual else out
 
 
+def stage(inputs: int, first: int, inside: int, outputs: int, blocks: int) -> nn.Sequential:
+    """Bottlenecks; the first halves the map and has an expanded width of its own."""
+    others = (Bottleneck(outputs, inside, outputs, 1) for _ in range(blocks - 1))
+    return nn.Sequential(Bottleneck(inputs, first, outputs, 2), *others)
+
+
 class MobileFaceNet(nn.Module):
-    """Images to embeddings, about a million parameters."""
+    """Images to embeddings, about a million parameters.
+
+    Args:
+        input_size: side of the square input, pixels; a multiple of 16.
+        widths: channels, as :class:`fr_core.config.MobileFaceNetNet` orders them.
+    """
 
     input_std = 128.0  # x = (pixel − 127.5) / input_std
 
-    def __init__(self, input_size: int = 112, embedding: int = 128) -> None:
+    def __init__(self, input_size: int = 112, embedding: int = 128, widths: Sequence[int] = MOBILEFACENET) -> None:
         super().__init__()
         self.input_size, self.embedding = input_size, embedding
         side = input_size // STRIDES
-        self.stem = conv(3, 64, 3, 2)
-        self.stem_depthwise = conv(64, 64, 3, groups=64)
-        self.stage3 = nn.Sequential(Bottleneck(64, 128, 64, 2), *(Bottleneck(64, 128, 64, 1) for _ in range(4)))
-        self.stage4 = nn.Sequential(Bottleneck(64, 256, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(6)))
-        self.stage5 = nn.Sequential(Bottleneck(128, 512, 128, 2), *(Bottleneck(128, 256, 128, 1) for _ in range(2)))
-        self.expand = conv(128, 512, 1)
-        self.pool = conv(512, 512, side, groups=512, act=False, pad=False)
-        self.fc = nn.Linear(512, embedding)
+        stem, inside3, out3, inside4, out4, first5, inside5, out5, last = widths
+        self.stem = conv(3, stem, 3, 2)
+        self.stem_depthwise = conv(stem, stem, 3, groups=stem)
+        self.stage3 = stage(stem, inside3, inside3, out3, 5)
+        self.stage4 = stage(out3, inside4, inside4, out4, 7)
+        self.stage5 = stage(out4, first5, inside5, out5, 3)
+        self.expand = conv(out5, last, 1)
+        self.pool = conv(last, last, side, groups=last, act=False, pad=False)
+        self.fc = nn.Linear(last, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=2e-5)
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False

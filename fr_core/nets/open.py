@@ -21,7 +21,7 @@ from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
-from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
+from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 
@@ -36,8 +36,8 @@ def build_net(config: Net) -> Backbone:
     """An untrained backbone."""
     match config:
         case MoENet():
-            net, width = build_residual(config), config.width
-            net.layer4 = Mixture(net.layer4, 4 * width, 8 * width, config.experts, config.active)
+            net = build_residual(config)
+            net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
             return net
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
@@ -49,12 +49,13 @@ def build_net(config: Net) -> Backbone:
 
 def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
     if isinstance(config, MobileFaceNetNet):
-        return MobileFaceNet(config.input_size, config.embedding)
+        return MobileFaceNet(config.input_size, config.embedding, config.channels)
     return build_residual(config)
 
 
 def build_residual(config: Residual) -> IResNet:
-    return IResNet(config.depth, config.width, config.stem_stride, config.input_size, config.embedding, config.dropout)
+    sizes = (config.stem_stride, config.input_size, config.embedding, config.dropout)
+    return IResNet(config.depth, config.channels, *sizes)
 
 
 def on_device(net: Backbone, device: torch.device) -> Backbone:
@@ -124,7 +125,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         ref: a run's folder, a checkpoint's folder, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``
             (it runs on the CPU); local, or at a URL.
         net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
-            ``iresnetDEPTH`` such as ``iresnet50`` (width, input size and embedding are read off the weights).
+            ``iresnetDEPTH`` such as ``iresnet50`` (widths, input size and embedding are read off the weights).
 
     Raises:
         UserError: nothing there, damaged, weights that do not fit the net, or no net named.
@@ -137,15 +138,14 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
-        config = _net_config(folder)
-        module = build_net(config)
-        load_weights(module, folder / "backbone.safetensors")
+        config, weights = _net_config(folder), folder / "backbone.safetensors"
         threshold = _threshold(folder.parent.parent / "report.json")
     elif path.is_file():
-        config, module = _open_bare(path, net)
-        threshold = None
+        config, weights, threshold = _bare_config(path, net), path, None
     else:
         raise UserError(f"{path}: no such run, checkpoint or weights file")
+    module = build_net(config)
+    load_weights(module, weights)
     on_device(module, device).eval().requires_grad_(False)
     return Recogniser(module, device, threshold, config)
 
@@ -212,31 +212,30 @@ def _net_config(checkpoint: AnyPath) -> Net:
         raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
 
 
-def _open_bare(path: AnyPath, net: str | None) -> tuple[Net, Backbone]:
+def _bare_config(path: AnyPath, net: str | None) -> Net:
     name = (net or "").lower()
     with fetched(path) as local:
         state = read_weights(local)
         with safe_open(local, "pt") as file:
             told = (file.metadata() or {}).get("net")
+
+    def channels(layer: str) -> int:
+        return state[f"{layer}.weight"].shape[0]
+
     try:
         if told:
-            config: Net = TypeAdapter(Net).validate_json(told)
-        elif name == "mobilefacenet":
-            embedding, _ = state["fc.weight"].shape
-            config = MobileFaceNetNet(input_size=16 * state["pool.conv.weight"].shape[2], embedding=embedding)
-        elif name.startswith("iresnet"):
-            width = state["conv1.weight"].shape[0]
-            embedding, inputs = state["fc.weight"].shape
-            side = round((inputs / (8 * width)) ** 0.5)
-            facts = {"depth": int(name[7:]), "width": width, "input_size": 16 * side, "embedding": embedding}
-            config = IResNetNet.model_validate(facts)
-        else:
-            raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
-    except (KeyError, ValueError, ValidationError):
+            return TypeAdapter(Net).validate_json(told)
+        if name == "mobilefacenet":
+            sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
+            return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
+        if name.startswith("iresnet"):
+            widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
+            side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
+            sizes = {"input_size": 16 * side, "embedding": channels("fc")}
+            return IResNetNet.model_validate(sizes | {"depth": int(name[7:]), "widths": widths})
+    except (KeyError, IndexError, ValueError, ValidationError):
         raise UserError(f"{path}: the weights are not those of {net}") from None
-    module = build_net(config)
-    load_weights(module, path)
-    return config, module
+    raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
 
 
 def _threshold(report: AnyPath) -> float | None:

@@ -5,16 +5,19 @@ on one of ``activations`` bits; rounding passes gradients straight through, clip
 leaves before a PReLU or an addition has 8 bits whatever the rest has: integer kernels hold it so. The pixels have 8
 bits too, the embedding is float.
 
-Scheme ``integer`` is what integer kernels run: weights symmetric per output channel (their range is that of the
-moment), activations asymmetric per tensor (their range is measured once, by :func:`calibrate`). Scheme ``quantface``
-is the paper's simulation: asymmetric weights; running ranges of activations; batch norm, shortcuts and what is left
-before a PReLU or an addition in float.
+Scheme ``integer`` is what integer kernels run, and in eval mode the net computes what they do, to the last code: sums
+of products of codes, a float32 factor, rounding. It must: where one code falls on the other side of a half, the layers
+after it make of that, in the end, an error as large as quantisation's own. Weights are symmetric per output channel
+(their range is that of the moment), activations asymmetric per tensor (their range is measured once, by
+:func:`calibrate`). Scheme ``quantface`` is the paper's simulation: asymmetric weights; running ranges of activations;
+batch norm, shortcuts and what is left before a PReLU or an addition in float.
 
 Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding, V values.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch.nn import functional as F
 
 from fr_core.config import QuantisedNet
 from fr_core.errors import UserError
-from fr_core.nets.fold_bn import folded
+from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.ranks import Ranks
@@ -37,6 +40,7 @@ except ImportError:
 POSITIONS = 256  # of each image's map that calibration looks at
 BINS = 2048  # of the histogram that a range is chosen by
 SHARES = 24  # candidates for either end of a range
+LARGEST_BIAS = 2**30  # as a code
 LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
 
 
@@ -97,6 +101,17 @@ class ActQuant(nn.Module):
             return _OnGrid.apply(x.float(), scale, -zero * scale, (most - zero) * scale)
         return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, most)
 
+    def codes(self, x: Tensor) -> Tensor:
+        """Of values on the grid: integers in float32, 0 for the value 0."""
+        return (x / self.scale).round()
+
+    def of_sums(self, sums: Tensor, unit: Tensor) -> Tensor:
+        """Puts integer ``sums`` of that ``unit`` on the grid, in the arithmetic of integer kernels."""
+        return self.of_codes((sums * (unit / self.scale)).round() + self.zero_point)
+
+    def of_codes(self, codes: Tensor) -> Tensor:
+        return (codes.clamp(0, 2**self.bits - 1) - self.zero_point) * self.scale
+
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Lets the codes span ``low`` … ``high``, widened to hold 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -128,7 +143,17 @@ class RunningActQuant(ActQuant):
         return super().forward(x)
 
 
-class QuantConv(nn.Module):
+class IntegerLayer(nn.Module):
+    """A layer that knows the quantisers of what it reads, once it stands in a net of scheme ``integer``."""
+
+    reads: tuple[ActQuant, ...] = ()
+
+    def exact(self) -> bool:
+        """Whether to compute with integers: not in training, which needs gradients."""
+        return not self.training and bool(self.reads)
+
+
+class QuantConv(IntegerLayer):
     """A convolution with quantised weights, and the quantiser of what it leaves."""
 
     def __init__(self, conv: nn.Conv2d, config: QuantisedNet, out: nn.Module) -> None:
@@ -138,17 +163,26 @@ class QuantConv(nn.Module):
             *shape, groups=conv.groups, weight_quant=_weight_quant(config), weight_bit_width=config.weights
         )
         self.conv.load_state_dict(conv.state_dict())
-        self.out = out
+        self.out: Any = out
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
-        return self.out(self.conv(x_BIHW))
+        if not self.exact():
+            return self.out(self.conv(x_BIHW))
+        (read,), conv, (weight, scale_O) = self.reads, self.conv, self.int_weight()
+        sums_BOHW = F.conv2d(read.codes(x_BIHW), weight.float(), None, conv.stride, conv.padding, 1, conv.groups)
+        unit_O = read.scale * scale_O
+        return self.out.of_sums(sums_BOHW + _int_bias(conv, unit_O)[:, None, None], unit_O[:, None, None])
 
     def int_weight(self) -> tuple[Tensor, Tensor]:
         """int8 [O, I / groups, H, W] and its scale, float32 [O]."""
-        return _integers(self.conv)
+        return _int_weight(self.conv, self.reads[0])
+
+    def int_bias(self) -> Tensor:
+        """int32 [O], in units of the input's scale times the weights'."""
+        return _int_bias(self.conv, self.reads[0].scale * self.int_weight()[1])
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(IntegerLayer):
     """The last layer: quantised weights, float embeddings."""
 
     def __init__(self, linear: nn.Linear, config: QuantisedNet) -> None:
@@ -162,49 +196,89 @@ class QuantLinear(nn.Module):
         self.linear.load_state_dict(linear.state_dict())
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        with torch.autocast(x_BI.device.type, enabled=False):
-            return self.linear(x_BI.float())
+        if not self.exact():
+            with torch.autocast(x_BI.device.type, enabled=False):
+                return self.linear(x_BI.float())
+        (read,), (weight, scale_O) = self.reads, self.int_weight()
+        unit_O = read.scale * scale_O
+        return (F.linear(read.codes(x_BI), weight.float()) + _int_bias(self.linear, unit_O)) * unit_O
 
     def int_weight(self) -> tuple[Tensor, Tensor]:
         """int8 [D, I] and its scale, float32 [D]."""
-        return _integers(self.linear)
+        return _int_weight(self.linear, self.reads[0])
+
+    def int_bias(self) -> Tensor:
+        """int32 [D], in units of the input's scale times the weights'."""
+        return _int_bias(self.linear, self.reads[0].scale * self.int_weight()[1])
 
 
-class QuantPReLU(nn.Module):
-    """PReLU with quantised slopes, symmetric, of one scale; and the quantiser of what it leaves."""
+class QuantPReLU(IntegerLayer):
+    """PReLU with quantised slopes, symmetric, of one scale, at most 1; and the quantiser of what it leaves.
+
+    Args:
+        out: None for that of what it reads.
+    """
 
     zero_point: Tensor
 
-    def __init__(self, prelu: nn.PReLU, config: QuantisedNet, out: nn.Module) -> None:
+    def __init__(self, prelu: nn.PReLU, config: QuantisedNet, out: nn.Module | None) -> None:
         super().__init__()
         self.slope = nn.Parameter(prelu.weight.detach().clone())
         self.most = 2 ** (config.weights - 1) - 1
+        self.bounded = config.scheme == "integer"
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32), persistent=False)
-        self.out = out
+        self.own = out
+
+    @property
+    def out(self) -> Any:
+        return self.own or self.reads[0]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        most = self.most
-        slope_C = torch.fake_quantize_per_tensor_affine(self.slope, self._scale(), self.zero_point, -most, most)
-        return self.out(_PReLU.apply(x_BCHW, slope_C))
+        if not self.exact():
+            return self.out(_PReLU.apply(x_BCHW, self._slopes()))
+        (read,), (slope_C, scale) = self.reads, self.int_slope()
+        codes_BCHW = read.codes(x_BCHW)
+        scaled_BCHW = self.out.of_sums(codes_BCHW * slope_C[:, None, None], read.scale * scale)
+        return torch.maximum(self.out.of_sums(codes_BCHW, read.scale), scaled_BCHW)
 
     def int_slope(self) -> tuple[Tensor, Tensor]:
         """int8 [C] and its scale, float32 scalar."""
-        scale = self._scale()
-        return (self.slope.detach() / scale).round().to(torch.int8), scale
+        slope_C = self._bounded_slope().detach()
+        scale = self._scale(slope_C)
+        return (slope_C / scale).round().to(torch.int8), scale
 
-    def _scale(self) -> Tensor:
-        return self.slope.detach().abs().amax().clamp(min=1e-8) / self.most
+    def _slopes(self) -> Tensor:
+        slope_C = self._bounded_slope()
+        scale = self._scale(slope_C.detach())
+        return torch.fake_quantize_per_tensor_affine(slope_C, scale, self.zero_point, -self.most, self.most)
+
+    def _bounded_slope(self) -> Tensor:
+        return self.slope.clamp(max=1) if self.bounded else self.slope
+
+    def _scale(self, slope_C: Tensor) -> Tensor:
+        return slope_C.abs().amax().clamp(min=1e-8) / self.most
 
 
-class QuantAdd(nn.Module):
+class QuantAdd(IntegerLayer):
     """The sum of a residual block's two ways, and its quantiser."""
 
     def __init__(self, out: nn.Module) -> None:
         super().__init__()
-        self.out = out
+        self.out: Any = out
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-        return self.out(a_BCHW + b_BCHW)
+        if not self.exact():
+            return self.out(a_BCHW + b_BCHW)
+        a, b = self.reads
+        ratio_a, ratio_b = a.scale / self.out.scale, b.scale / self.out.scale
+        offset = self.out.zero_point - _fused(ratio_a, a.zero_point, ratio_b * b.zero_point)
+        sum_BCHW = _fused(b.codes(b_BCHW) + b.zero_point, ratio_b, offset)
+        return self.out.of_codes(_fused(a.codes(a_BCHW) + a.zero_point, ratio_a, sum_BCHW).round())
+
+
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a·b + c, rounded to float32 once."""
+    return (a.double() * b.double() + c.double()).float()
 
 
 class ResidualPath(nn.Module):
@@ -231,19 +305,38 @@ class Quantised(nn.Module):
         self.input_size, self.embedding, self.input_std = net.input_size, net.embedding, net.input_std
         self.scheme, self.weights, self.activations = config.scheme, config.weights, config.activations
         plain: Any = folded(net, channelwise=True)
+        if config.scheme == "integer":
+            bound_slopes(plain)
         layers = _iresnet_layers(plain, config) if isinstance(net, IResNet) else _mobilefacenet_layers(plain, config)
         self.layers = nn.Sequential(
             _pixels(self.input_std, config), *layers, nn.Flatten(), QuantLinear(plain.fc, config)
         )
         self.requires_grad_(True)
+        if config.scheme == "integer":
+            _connect(self.layers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
-        return self.layers(x_BCHW)
+        with nullcontext() if self.training else torch.autocast(x_BCHW.device.type, enabled=False):
+            return self.layers(x_BCHW)
 
     def ranges(self) -> dict[str, ActQuant]:
         """The quantisers of activations whose ranges are measured, by name."""
         return {name: module for name, module in self.layers[1:].named_modules() if isinstance(module, ActQuant)}
+
+
+def _connect(layers: Any, read: Any = None) -> Any:
+    """Tells the layers of a chain the quantisers of what they read; the quantiser of what the last one leaves."""
+    for layer in layers:
+        if isinstance(layer, ResidualPath):
+            layer.add.reads = (_connect(layer.branch, read), _connect([layer.skip], read) if layer.skip else read)
+            read = layer.add.out
+        elif isinstance(layer, ActQuant):
+            read = layer
+        elif isinstance(layer, IntegerLayer):
+            layer.reads = (read,)
+            read = getattr(layer, "out", None)
+    return read
 
 
 @torch.no_grad()
@@ -256,7 +349,7 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
     Raises:
         UserError: a layer that leaves nothing but 0.
     """
-    net.eval()
+    net.train()  # in float
     quantisers = net.ranges()
     for quantiser in quantisers.values():
         quantiser.seen = []
@@ -274,6 +367,7 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
             raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
         least_error = config.ranges == "least_error"
         quantiser.set_range(*(_least_error(seen_V, quantiser.bits) if least_error else (low, high)))
+    net.eval()
 
 
 def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> None:
@@ -366,7 +460,9 @@ def _mobilefacenet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]
 
 
 def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU, config: QuantisedNet) -> list[nn.Module]:
-    return [QuantConv(conv, config, _left(config)), QuantPReLU(prelu, config, _read(config))]
+    """With one quantiser for both where it may have 8 bits: slopes are at most 1, so what goes in spans more."""
+    alike = config.scheme == "integer" and config.activations == 8
+    return [QuantConv(conv, config, _left(config)), QuantPReLU(prelu, config, None if alike else _read(config))]
 
 
 def _read(config: QuantisedNet) -> nn.Module:
@@ -392,6 +488,14 @@ def _weight_quant(config: QuantisedNet) -> Any:
     return Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
 
 
-def _integers(layer: Any) -> tuple[Tensor, Tensor]:
+def _int_weight(layer: Any, read: ActQuant) -> tuple[Tensor, Tensor]:
+    """Codes int8, and a scale for each row, which is raised where the bias would not fit: the row is all but 0."""
     weight = layer.quant_weight()
-    return weight.int().detach(), weight.scale.detach().flatten()
+    own_O = weight.scale.detach().flatten()
+    scale_O = torch.maximum(own_O, layer.bias.detach().abs() / (read.scale * LARGEST_BIAS))
+    ratio_O = (own_O / scale_O).view(-1, *[1] * (layer.weight.ndim - 1))
+    return (weight.int().detach() * ratio_O).round().to(torch.int8), scale_O
+
+
+def _int_bias(layer: Any, unit_O: Tensor) -> Tensor:
+    return (layer.bias.detach().double() / unit_O.double()).round().int()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, Json, NetName, OneWorker, Overrides, Overwrite, Workers, local
+from pipelines.cli.options import NET, Json, NetName, OneWorker, Overrides, Overwrite, Resume, Workers, local
 from pipelines.cli.output import bar, console, show, show_table, writable
 
 if TYPE_CHECKING:
@@ -147,6 +148,52 @@ def export(
     show("export", figures, json)
     console.print(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
     console.print(f"use it: bigface match A.jpg B.jpg --model {out}", markup=False)
+
+
+@app.command(rich_help_panel="Trained nets")
+def prune(
+    ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
+    out: Annotated[str, typer.Option(help="FILE.safetensors; with --data the folder of the run.")],
+    overrides: Overrides = None,
+    ratio: Annotated[
+        str, typer.Option(help="Share of the channels to drop, or one for each stage: .1,.2,.2,.3.")
+    ] = "0.2",
+    round_to: Annotated[int, typer.Option(min=1, help="Keep multiples of this many channels; 8 is fast.")] = 1,
+    importance: Annotated[str, typer.Option(help="Of channels: weights by l1 or l2, or bn, gains of norms.")] = "l1",
+    data: Annotated[str | None, typer.Option(help="Shards to fine-tune on, with the whole net as teacher.")] = None,
+    recipe: Annotated[str, typer.Option(help="Of the fine-tuning.")] = "prune_sp02",
+    images: Annotated[Path | None, typer.Option(help="Verify before and after: folder of the pairs' images.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="The pairs, as bigface verify takes them.")] = None,
+    net: NetName = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Drop a net's least important channels, and fine-tune what is left; needs bigface\\[compress]."""
+    from pipelines.prune import flat, prune_and_tune, table
+    from pipelines.prune import prune as run
+
+    try:
+        ratios = [float(share) for share in ratio.split(",")]
+    except ValueError:
+        raise UserError(f"--ratio {ratio}: give a number, or one for each stage, such as 0.1,0.2,0.2,0.3") from None
+    what = (ckpt, to_path(out), ratios)
+    with writable(Path(out)):
+        if data:
+            options = {"data.path": data, "verify.images": images and str(images), "verify.pairs": pairs and str(pairs)}
+            given = [*(overrides or []), *(f"{name}={dumps(value)}" for name, value in options.items() if value)]
+            found = prune_and_tune(
+                *what, recipe, given, round_to, importance, net, workers, in_process, resume, overwrite
+            )
+        elif overrides or workers > 1 or in_process or resume or overwrite:
+            raise UserError("these are options of a fine-tuning: give --data SHARDS, or leave them out")
+        else:
+            found = run(*what, round_to, importance, net, images, pairs)
+    show_table(table(found), "prune")
+    show("prune", flat(found), json)
+    console.print(f"use it: bigface verify {out} …", markup=False)
 
 
 @app.command(rich_help_panel="Trained nets")

@@ -97,12 +97,12 @@ def test_gradient_at_thresholds_that_stand_still(form, monkeypatch):
     assert torch.autograd.gradcheck(lambda x: agreement(x, teacher, labels)[0], student)
 
 
-def test_mse_is_the_mean_over_images_and_dimensions():
+def test_mse_is_the_mean_over_images_of_the_squared_distance():
     student, teacher, labels = features(0)
     teacher = teacher[:, :5]
     loss, terms = Agreement(EmbeddingMSE())(*tensors(student, teacher, labels))
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (student, teacher)]
-    assert loss.item() == pytest.approx(np.mean((unit[0] - unit[1]) ** 2), rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(np.sum((unit[0] - unit[1]) ** 2, axis=1)), rel=1e-5)
     assert terms == {"distill_loss": loss}
 
 

@@ -55,6 +55,8 @@ def test_state_dict_names_are_the_published_ones():
         IResNetNet(depth=10, width=8, input_size=48, embedding=24),
         IResNetNet(depth=10, width=8, stem_stride=2, input_size=112),
         MobileFaceNetNet(input_size=64),
+        IResNetNet(depth=10, widths=(8, 9, 20, 16), input_size=48, embedding=24),
+        MobileFaceNetNet(input_size=64, widths=(8, 9, 10, 11, 12, 13, 14, 15, 16)),
     ],
 )
 def test_nets_map_images_to_embeddings(config):
@@ -132,6 +134,21 @@ def test_bare_weights_open_with_the_net_named(weights):
     assert np.allclose(flipped, fr_core.open_net(path, "iresnet10").embed(images[:, :, ::-1]), atol=1e-4)
     larger = np.kron(images, np.ones((1, 2, 2, 1), np.uint8))
     assert (fr_core.open_net(path, "iresnet10").embed(larger) * flipped).sum(1).min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (IResNetNet(depth=10, widths=(8, 9, 20, 16), input_size=48, embedding=24), "iresnet10"),
+        (MobileFaceNetNet(input_size=64, widths=(8, 9, 10, 11, 12, 13, 14, 15, 16)), "mobilefacenet"),
+    ],
+)
+def test_widths_are_read_off_the_weights(config, name, tmp_path):
+    net = build_net(config)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    opened = open_net(tmp_path / "net.safetensors", name)
+    assert opened.config.model_dump(exclude={"width"}) == config.model_dump(exclude={"width"})
+    assert torch.equal(opened.net.fc.weight.cpu(), net.fc.weight)
 
 
 def test_weights_that_tell_their_net_need_no_name(tmp_path):

@@ -89,6 +89,12 @@ def test_the_file_is_a_recogniser_like_the_net(written):
     assert [path.name for path in path.parent.iterdir()] == ["net.onnx"]
 
 
+def test_prelu_is_made_of_operators_that_run_fast(written):
+    used = {node.op_type for node in onnx.load(written[1]).graph.node}
+    assert "Relu" in used
+    assert "PRelu" not in used
+
+
 def test_the_file_tells_nothing_of_where_it_was_made(written):
     assert b".py" not in written[1].read_bytes()
 
