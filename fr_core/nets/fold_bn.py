@@ -38,7 +38,8 @@ class BiasMapConv(nn.Module):
 def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet | MobileFaceNet:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
-    The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
+    The net that is given stays as it is; a quantised one, which has no norm, is just copied. Folding is done in
+    float64; the weights that come out are of the net's type.
 
     Args:
         channelwise: make of a norm before a padded convolution a depthwise conv1×1 instead; for any ``input_size``.
@@ -46,7 +47,7 @@ def folded(net: IResNet | MobileFaceNet, channelwise: bool = False) -> IResNet |
     net = copy.deepcopy(net).eval().requires_grad_(False)
     if isinstance(net, IResNet):
         _fold_iresnet(net, channelwise)
-    else:
+    elif isinstance(net, MobileFaceNet):
         _fold_mobilefacenet(net)
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):

@@ -1,8 +1,9 @@
 """A backbone as an ONNX file: any runtime runs it, and ONNX Runtime opens it here again.
 
-The file holds the folded net in float32. Its input is ``x_BCHW`` [B, 3, size, size], normalised pixels, its output
-``embeddings_BD`` [B, D], not L2-normalised, for any B; what else one must know is in its metadata (:class:`Facts`).
-Weights beyond 1.5 GiB lie beside it in ``FILE.onnx.data``, since protobuf ends at 2 GiB.
+The file holds the folded net in float32, or a quantised net's integers (:mod:`fr_core.nets.qdq`). Its input is
+``x_BCHW`` [B, 3, size, size], normalised pixels, its output ``embeddings_BD`` [B, D], not L2-normalised, for any B;
+what else one must know is in its metadata (:class:`Facts`). Weights beyond 1.5 GiB lie beside it in
+``FILE.onnx.data``, since protobuf ends at 2 GiB.
 
 Legend: B batch, C channels, H W pixels, D embedding.
 """
@@ -40,6 +41,8 @@ class Facts(BaseModel):
     embedding: int = Field(ge=1)
     normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
     channels: Literal["RGB"] = "RGB"
+    weight_bits: int | None = Field(None, ge=2, le=8)  # of a quantised net, whose integers lie in bytes all the same
+    activation_bits: int | None = Field(None, ge=2, le=8)
     threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
 
 
@@ -62,23 +65,42 @@ def installed() -> bool:
     return all(find_spec(name) for name in PACKAGES)
 
 
-def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None = None) -> None:
+def write_onnx(net: Any, path: Path, threshold: float | None = None, plain: bool = False) -> None:
     """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
 
     Args:
         net: on the CPU, as :func:`fr_core.nets.fold_bn.folded` makes it.
         threshold: of its training run, if it measured one.
+        plain: leave a float net's PReLU as PyTorch exports it, to measure against.
 
     Raises:
-        UserError: the packages for it are not installed.
+        UserError: the packages for it are not installed, or a quantised net that integer kernels do not run.
         OSError: the path cannot be written.
     """
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
+    if isinstance(net, IResNet | MobileFaceNet):
+        _write_float(net, path, _facts(net, threshold), {} if plain else {torch.ops.aten.prelu.default: _prelu})
+    else:
+        from fr_core.nets.qdq import qdq_model
+
+        bits = {"weight_bits": net.weights, "activation_bits": net.activations}
+        model = qdq_model(net, INPUT, OUTPUT)
+        for key, value in (_facts(net, threshold) | bits).items():
+            model.metadata_props.add(key=key, value=str(value))
+        path.write_bytes(model.SerializeToString())
+
+
+def _facts(net: Any, threshold: float | None) -> dict[str, Any]:
+    facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
+    return facts.model_dump(exclude_none=True)
+
+
+def _write_float(net: nn.Module, path: Path, facts: dict[str, Any], translations: dict[Any, Any]) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
-    x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
+    size = facts["input_size"]
+    x_BCHW = torch.zeros(2, 3, size, size)  # a single one would be taken for a constant
     with _quietly():
         program = torch.onnx.export(
             net,
@@ -87,12 +109,12 @@ def write_onnx(net: IResNet | MobileFaceNet, path: Path, threshold: float | None
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("B")},),
-            custom_translation_table={torch.ops.aten.prelu.default: _prelu},
+            custom_translation_table=translations,
             verbose=False,
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # traces of this machine's source files
-    program.model.metadata_props.update({name: str(value) for name, value in facts if value is not None})
+    program.model.metadata_props.update({name: str(value) for name, value in facts.items()})
     weights = sum(parameter.nbytes for parameter in net.parameters())
     program.save(path, external_data=weights > WHOLE)
 
@@ -132,6 +154,8 @@ def open_onnx(path: Path) -> OnnxNet:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 4  # what is wrong is raised, too
+    if saturates(facts.weight_bits):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common
@@ -143,6 +167,15 @@ def open_onnx(path: Path) -> OnnxNet:
     if found != wanted:
         raise UserError(f"{path}: no net of bigface export: it maps {found}, not {wanted}")
     return OnnxNet(session, facts, _checksum(files))
+
+
+def saturates(weight_bits: int | None) -> bool:
+    """Whether this machine's fastest kernels would clip sums of two products of codes, and slower ones must run.
+
+    x86 without VNNI holds such sums in 16 bits: two products of 255 · 63 fit, two of 255 · 127 do not. Elsewhere ONNX
+    Runtime ignores what this decides.
+    """
+    return weight_bits == 8 and not torch.cpu._is_vnni_supported()
 
 
 def _external_files(model: Any, path: Path) -> list[Path]:

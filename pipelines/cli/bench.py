@@ -125,3 +125,22 @@ def bench_latency(
     rows, figures = run(model, net, budget_ms, repeats, console.log)
     show_table(table(rows), "one thread, one image; an answer is decoding, alignment and the fastest form")
     show("bench latency", figures, json, rows=rows)
+
+
+@bench.command("quant")
+def bench_quant(
+    model: Annotated[str | None, typer.Option(help="One float net instead of MobileFaceNet and R18.")] = None,
+    net: NetName = None,
+    weights: Annotated[int, typer.Option(min=2, max=8, help="Bits.")] = 8,
+    activations: Annotated[int, typer.Option(min=2, max=8, help="Bits.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns; figures are their medians.")] = 15,
+    json: Json = None,
+) -> None:
+    """One face on one core in ONNX Runtime: nets in integers against float32, by time and file size."""
+    from pipelines.bench.quant import bench_quant as run
+    from pipelines.bench.quant import table
+
+    rows, figures, processor = run(model, net, weights, activations, repeats, console.log)
+    told = ", ".join(f"{name} {value}" for name, value in processor.items())
+    show_table(table(rows), f"one thread, one image; plain: PReLU as PyTorch exports it; {told}")
+    show("bench quant", figures, json, rows=rows, processor=processor)

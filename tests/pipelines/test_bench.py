@@ -51,3 +51,17 @@ def test_bench_ingest_writes_what_ingest_reads(tmp_path):
         assert found == jpegs * 40
         assert np.bincount(listing.labels).tolist() == [50, 50, 20]
     assert _held_by(os.getpid()) > 2**20
+
+
+def test_bench_quant_measures_every_form():
+    from fr_core.config import IResNetNet
+    from pipelines.bench.quant import bench_quant
+
+    net = IResNetNet(depth=10, width=8, input_size=32, embedding=16)
+    (row,), figures, processor = bench_quant(None, None, 8, 8, 1, lambda line: None, [net])
+    assert row["net"] == "r10"
+    assert all(row[f"{form}_ms"] > 0 for form in ("int8", "float", "plain"))
+    assert figures["size_ratio_r10"] == row["int8_mib"] / row["float_mib"]
+    assert figures["least_cosine_r10"] > 0.99999
+    assert {"speedup_r10", "speedup_over_plain_r10"} <= figures.keys()
+    assert {"kernels", "vnni", "exact_kernels"} == processor.keys()

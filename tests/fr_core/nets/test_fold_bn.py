@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet
-from fr_core.nets.fold_bn import folded
+from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.open import build_net, open_net
 from tests.conftest import REAL_DATA, needs_real_data
@@ -119,3 +119,18 @@ def test_the_published_teacher_folds():
     largest, cosine = difference(net, folded(net))
     assert largest < 1e-4
     assert cosine > 1 - 1e-7
+
+
+@pytest.mark.parametrize("config", [SMALL[1], SMALL[-1]])
+def test_slopes_above_1_are_bounded_and_the_net_computes_the_same(config):
+    net = random_net(config)
+    for module in net.modules():
+        if isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, -1.5, 2.5)
+    before = folded(net, channelwise=True)
+    after = copy.deepcopy(before)
+    bound_slopes(after)
+    slopes = torch.cat([module.weight for module in after.modules() if isinstance(module, nn.PReLU)])
+    assert slopes.max() <= 1
+    assert slopes.min() < -1
+    assert difference(before, after)[0] < 1e-4

@@ -1,0 +1,127 @@
+"""``bigface bench quant``: nets in integers against float32, in ONNX Runtime on one core.
+
+Legend: B batch, C channels, H W pixels.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
+from fr_core.data.synthetic import render_face
+from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, saturates, write_onnx
+from fr_core.nets.open import normalised, open_net
+from fr_core.ranks import Ranks
+from pipelines.bench.latency import CPU, in_turns, least_cosine, name_of, one_thread, settled
+
+FloatNet = IResNetNet | MobileFaceNetNet
+NETS: tuple[FloatNet, ...] = (MobileFaceNetNet(), IResNetNet(depth=18))
+FACES = 16
+FORMS = ("int8", "float", "plain")
+
+
+def bench_quant(
+    model: str | None,
+    net: str | None,
+    weights: int,
+    activations: int,
+    repeats: int,
+    say: Callable[[str], None],
+    nets: Sequence[FloatNet] = NETS,
+) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, Any]]:
+    """Nets as three ONNX files that take turns: integers, calibrated on drawn faces; float32 as ``bigface export``
+    writes it; and ``plain`` float32, whose PReLU is one operator, as PyTorch exports it.
+
+    Args:
+        model, net: one given net, as :func:`fr_core.nets.open.open_net` takes them; without it ``nets`` with random
+            weights.
+        weights, activations: bits.
+
+    Returns:
+        A row for each net: ``net``, and ``FORM_ms``, ``FORM_mib``; figures of each: ``speedup_NET`` over float,
+        ``speedup_over_plain_NET``, ``size_ratio_NET`` to float, ``least_cosine_NET`` to the quantised net in PyTorch;
+        and what of the processor matters.
+
+    Raises:
+        UserError: no such net, one that is quantised or a mixture of experts, or packages that are not installed.
+    """
+    if not installed():
+        raise UserError(f"ONNX files need: {INSTALL}")
+    rows, figures = [], {}
+    with one_thread():
+        for config, name, plain in _nets(model, net, nets):
+            quantised: Any = _calibrated(plain, QuantisedNet(net=config, weights=weights, activations=activations))
+            row, found = _row(plain, quantised, repeats)
+            say(f"{name}: " + ", ".join(f"{form} {row[f'{form}_ms']:,.2f} ms" for form in FORMS))
+            rows.append({"net": name} | row)
+            figures |= {f"{figure}_{name}": value for figure, value in found.items()}
+    processor = {
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "vnni": torch.cpu._is_vnni_supported(),
+        "exact_kernels": saturates(weights),  # x64quantprecision, since the fastest ones would clip
+    }
+    return rows, figures, processor
+
+
+def _nets(model: str | None, net: str | None, nets: Sequence[FloatNet]) -> Any:
+    """Config, name and module of each."""
+    if model is None:
+        yield from ((config, short_name(config), settled(config)) for config in nets)
+        return
+    opened = open_net(model, net, CPU)
+    if not isinstance(opened.config, FloatNet):
+        raise UserError(f"{model}: to be measured in integers, it must be an IR-ResNet or MobileFaceNet in float")
+    yield opened.config, short_name(opened.config), opened.net
+
+
+def short_name(config: FloatNet) -> str:
+    return name_of(config).replace("iresnet", "r")
+
+
+def _calibrated(plain: Any, config: QuantisedNet) -> Any:
+    from fr_core.nets.quantised import Quantised, calibrate
+
+    net = Quantised(plain, config)
+    calibrate(net, lambda: [_faces(net.input_size, net.input_std)], Ranks(), config)
+    return net.requires_grad_(False)
+
+
+def _faces(size: int, std: float) -> torch.Tensor:
+    faces_BHWC = np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)])
+    return normalised(torch.from_numpy(faces_BHWC), std)
+
+
+@torch.inference_mode()
+def _row(plain: Any, quantised: Any, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    x_BCHW = _faces(plain.input_size, plain.input_std)
+    with TemporaryDirectory(prefix="bigface-") as folder:
+        files = {form: Path(folder) / f"{form}.onnx" for form in FORMS}
+        write_onnx(quantised, files["int8"])
+        write_onnx(folded(plain), files["float"])
+        write_onnx(folded(plain), files["plain"], plain=True)
+        opened = {form: open_onnx(file) for form, file in files.items()}
+        taken = in_turns({form: partial(net, x_BCHW[:1]) for form, net in opened.items()}, repeats)
+        row = {f"{form}_ms": statistics.median(times) for form, times in taken.items()}
+        row |= {f"{form}_mib": file.stat().st_size / 2**20 for form, file in files.items()}
+        cosine = least_cosine(quantised(x_BCHW), opened["int8"](x_BCHW))
+
+    def ratio(form: str) -> float:
+        return statistics.median(a / b for a, b in zip(taken[form], taken["int8"], strict=True))
+
+    found = {"speedup": ratio("float"), "speedup_over_plain": ratio("plain")}
+    return row, found | {"size_ratio": row["int8_mib"] / row["float_mib"], "least_cosine": cosine}
+
+
+def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Header first."""
+    header = ("net", *(f"{form} {unit}" for unit in ("ms", "MiB") for form in FORMS))
+    names = [f"{form}_{unit}" for unit in ("ms", "mib") for form in FORMS]
+    return [header, *((row["net"], *(f"{row[name]:,.2f}" for name in names)) for row in rows)]
