@@ -60,14 +60,14 @@ def quantised_config(
     given = {name.replace("__", "."): value for name, value in fields.items()}
     given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
     given |= {"train.epochs": 0} if calibrate_only else {}
-    section = open_float(ckpt, net).config
+    written, section = load_config(recipe), open_float(ckpt, net).config
     assert section is not None
-    parts = ", ".join(f"{name} = {_toml(value)}" for name, value in section if value is not None)
-    options = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
-    options = ["net.kind=quantised", f"net.net={{{parts}}}", *options]
-    config = load_config(recipe, [*options, *overrides])
-    if not isinstance(config.net, QuantisedNet) or not isinstance(config.method, QuantFace):
+    if not isinstance(written.method, QuantFace):
         raise UserError(f'{recipe}: no recipe of a quantisation, which has method.kind = "quantface"')
+    bits = written.net.model_dump(exclude={"net"}) if isinstance(written.net, QuantisedNet) else {"kind": "quantised"}
+    given = {"net": bits | {"net": section.model_dump()}} | given
+    options = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
+    config = load_config(recipe, [*options, *overrides])
     if not 0 < data_share <= 1:
         raise UserError(f"a data share of {data_share:g} is not in 0 … 1; for no training, calibrate only")
     if data_share < 1:
@@ -111,7 +111,7 @@ def quantize(
     Returns:
         Those of the training, and data_share, float_mib and nominal_mib (parameters by their bits; the quantised net's
         by net.weights), minutes_per_epoch where steps were timed, before_… and after_… of both verifications where
-        there are verify.pairs; and of an ONNX file: int8_cosine (:func:`pipelines.export.export`'s least),
+        there are verify.pairs; and of an ONNX file: int8_cosine (least_cosine of :func:`pipelines.export.export`),
         int8_file_mib and those of :func:`timed`.
 
     Raises:
@@ -188,7 +188,7 @@ def timed(net: Recogniser, int8: Path) -> dict[str, float]:
 
 
 def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
-    """The net before and after, header first; a cell is empty where nothing was measured."""
+    """The net before and after in what was measured, header first."""
     columns = {
         "accuracy %": ("before_accuracy", "after_accuracy"),
         "TAR@FAR 1e-3 %": ("before_tar_at_far_1e-3", "after_tar_at_far_1e-3"),
@@ -196,13 +196,16 @@ def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
         "file MiB": ("float_file_mib", "int8_file_mib"),
         "ms on one core": ("float_ms", "int8_ms"),
     }
+    columns = {column: names for column, names in columns.items() if names[0] in figures}
     rows: list[tuple[str, ...]] = [("net", *columns)]
     for place, net in enumerate(("float", "quantised")):
-        values = {column: figures.get(names[place]) for column, names in columns.items()}
         shares = {column: 100 if column.endswith("%") else 1 for column in columns}
-        rows.append((net, *("" if v is None else f"{shares[column] * v:.2f}" for column, v in values.items())))
+        rows.append((net, *(f"{shares[column] * figures[names[place]]:.2f}" for column, names in columns.items())))
     return rows
 
 
 def _toml(value: Any) -> str:
+    """A value as it stands in a recipe; what is None is left out."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items() if part is not None) + "}"
     return json.dumps(value, ensure_ascii=False)

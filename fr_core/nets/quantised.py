@@ -38,8 +38,8 @@ except ImportError:
     raise UserError("quantised nets need: pip install 'bigface[compress]'") from None
 
 POSITIONS = 256  # of each image's map that calibration looks at
-BINS = 2048  # of the histogram that a range is chosen by
-SHARES = 24  # candidates for either end of a range
+BINS = 1024  # of the histogram that a range is chosen by
+SHARES = 20  # candidates for either end of a range
 LARGEST_BIAS = 2**30  # as a code
 LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
 
