@@ -54,7 +54,7 @@ class _OnGrid(torch.autograd.Function):
         return F.hardtanh(x, low, high).div_(scale).round_().mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
@@ -67,7 +67,7 @@ class _PReLU(torch.autograd.Function):
         return F.prelu(x_BCHW, slope_C)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x_BCHW, slope_C = ctx.saved_tensors
         above = torch.ops.aten.threshold_backward(gradient, x_BCHW, 0)
         below = gradient - above
