@@ -16,7 +16,7 @@ from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface, figures
 
 pytest.importorskip("brevitas")
-FEW = ("--in-process", "net.calibration_batches=2", "train.global_batch=16", "tracking.uri=off")
+SMALL = ("--in-process", "net.calibration_batches=2", "train.global_batch=16")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def pairs(tmp_path_factory):
 
 
 def quantize(ckpt, data, *args):
-    return bigface("quantize", ckpt, "--data", data, *FEW, *args)
+    return bigface("quantize", ckpt, "--data", data, *SMALL, "tracking.uri=off", *args)
 
 
 def test_the_config_is_the_recipe_with_the_net_of_the_checkpoint(dataset, trained):
@@ -56,8 +56,20 @@ def test_a_run_reports_the_net_before_and_after(dataset, trained, pairs, tmp_pat
     from mlflow import MlflowClient
 
     run = tmp_path / "run"
-    given = ["--run", run, "--data-share", 0.03, "train.log_every=1", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    said = quantize(trained, dataset, *pairs, *given, "--out", tmp_path / "q.onnx", "--json", tmp_path / "q.json")
+    given = ["--run", run, "--data-share", 0.03, "train.log_every=1"]
+    said = bigface(
+        "quantize",
+        trained,
+        "--data",
+        dataset,
+        *SMALL,
+        *pairs,
+        *given,
+        "--out",
+        tmp_path / "q.onnx",
+        "--json",
+        tmp_path / "q.json",
+    )
     found = figures(tmp_path / "q.json")
     assert (found["steps"], found["data_share"]) == (3, pytest.approx(3 / 93))
     assert found["nominal_mib"] == found["float_mib"] / 4
