@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fr_core.config import AttFC, BigFace, Config, Distill, QuantFace, class_images, taught
+from fr_core.config import AttFC, BigFace, Config, Distill, QuantFace, QuantisedNet, class_images, taught
 from fr_core.errors import UserError
 from fr_core.train.memory import memory
 from pipelines.train import check_ghosts
@@ -23,8 +23,12 @@ def plan(
         part of the recipe as it stands in GiB.
 
     Raises:
-        UserError: a batch that the cards cannot share equally.
+        UserError: a batch that the cards cannot share equally, or a quantised net.
     """
+    if isinstance(config.net, QuantisedNet):
+        raise UserError(
+            "the memory of a quantised net in training is not counted: plan the float net, net.kind=iresnet"
+        )
     share = gpus * config.train.accumulate
     if config.train.global_batch % share:
         raise UserError(
