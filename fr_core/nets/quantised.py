@@ -37,6 +37,7 @@ try:
 except ImportError:
     raise UserError("quantised nets need: pip install 'bigface[compress]'") from None
 
+EQUALISING = 8  # batches that equalisation looks at
 POSITIONS = 256  # of each image's map that calibration looks at
 BINS = 1024  # of the histogram that a range is chosen by
 SHARES = 20  # candidates for either end of a range
@@ -354,7 +355,7 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
     for quantiser in quantisers.values():
         quantiser.seen = []
     if config.equalise:
-        _equalise(net, images(), ranks)
+        _equalise(net, itertools.islice(images(), EQUALISING), ranks)
         for quantiser in quantisers.values():
             quantiser.seen = []
     for x_BCHW in images():
