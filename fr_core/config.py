@@ -169,7 +169,7 @@ class QuantisedNet(Section):
     weights: Annotated[int, Field(ge=2, le=8)] = 8  # bits
     activations: Annotated[int, Field(ge=2, le=8)] = 8  # bits
     scheme: Literal["integer", "quantface"] = "integer"  # what integer kernels run, or QuantFace's simulation
-    # How activations get their ranges in scheme integer: by the least squared error, or by the extremes seen ...
+    # How activations get their ranges: by the least squared error, or by the extremes seen ...
     ranges: Literal["least_error", "extremes"] = "least_error"
     calibration_batches: Annotated[int, Field(ge=1)] = 32  # ... in this many batches, without augmentation
     equalise: bool = True  # like ranges for the channels between two layers, before ranges are measured
@@ -549,6 +549,10 @@ class Config(Section):
         batch, wanted = self.train.global_batch, groups(self)
         if self.data.views > 1:
             raise ValueError("data.balanced and data.views = 2 are two ways to positive pairs: data.balanced.share = 0")
+        if self.data.variants > 1:
+            raise ValueError(
+                "data.balanced groups images of one person, of whom data.variants makes several: leave it out"
+            )
         if abs(wanted * balanced.images - batch * balanced.share) > 1e-6 * batch or wanted == 0:
             raise ValueError(
                 f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is no whole number of groups of "
@@ -604,6 +608,10 @@ class Config(Section):
             raise ValueError("dcq ships its key encoder: leave train.ema out")
         if isinstance(self.method, QuantFace) and accumulate > 1:
             raise ValueError("quantface compares the pairs of the whole batch: train.accumulate = 1")
+        if isinstance(self.method, QuantFace) and not self.method.labels and self.data.views == 1:
+            raise ValueError("method.labels = false has no positive pairs but two views of an image: data.views = 2")
+        if self.train.ghost_batch and isinstance(self.net, QuantisedNet):
+            raise ValueError("train.ghost_batch is for batch norm, and a quantised net has none: leave it out")
         if self.train.epochs == 0 and not isinstance(self.method, QuantFace):
             raise ValueError(
                 f"train.epochs = 0 calibrates a net, which is for quantface; {self.method.kind} takes 1 or more"

@@ -1,7 +1,7 @@
 """``bigface quantize``: a trained net in integers, after one epoch of few images in which it follows itself in float.
 
-The training is a run like any other (METHODS §6): net.kind = "quantised", method.kind = "quantface". Before it the
-float net is verified, after it the ONNX file, in the runtime that ships it.
+The training is a run like any other (METHODS §6): net.kind = "quantised", method.kind = "quantface". Beside
+the float net, the ONNX file is verified in the runtime that ships it.
 """
 
 import json
@@ -23,10 +23,10 @@ from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, write_onnx
-from fr_core.nets.open import Recogniser, normalised, open_net
+from fr_core.nets.open import Recogniser, normalised, open_float, open_net
 from fr_core.train.tracking import log_verification
 from fr_core.verify.report import verification_figures, write_report
-from pipelines.bench.latency import in_turns, one_thread
+from pipelines.bench.latency import CPU, in_turns, one_thread
 from pipelines.export import check_name, export
 from pipelines.train import train
 from pipelines.verify import verify
@@ -60,7 +60,7 @@ def quantised_config(
     given = {name.replace("__", "."): value for name, value in fields.items()}
     given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
     given |= {"train.epochs": 0} if calibrate_only else {}
-    written, section = load_config(recipe), open_float(ckpt, net).config
+    written, section = load_config(recipe), float_net(ckpt, net).config
     assert section is not None
     if not isinstance(written.method, QuantFace):
         raise UserError(f'{recipe}: no recipe of a quantisation, which has method.kind = "quantface"')
@@ -76,7 +76,7 @@ def quantised_config(
     return config
 
 
-def open_float(ckpt: str, net: str | None) -> Recogniser:
+def float_net(ckpt: str, net: str | None) -> Recogniser:
     """The net that is to be quantised, on the CPU.
 
     Raises:
@@ -117,13 +117,11 @@ def quantize(
     Raises:
         UserError: a file that cannot be written, a scheme that cannot be exported, and what training refuses.
     """
-    method = config.method
     assert isinstance(config.net, QuantisedNet)
-    assert isinstance(method, QuantFace)
-    assert method.teacher
+    assert config.init.backbone
     if out:
         check_target(out, config.net)
-    before = open_float(method.teacher, method.teacher_net)
+    before = Recogniser(open_float(config.net.net, config.init.backbone).eval().requires_grad_(False), CPU)
     trained = train(config, run, workers, in_process, resume, overwrite)
     parameters = sum(weight.numel() for weight in before.net.parameters())
     figures = {"float_mib": parameters * 4 / MIB, "nominal_mib": parameters * config.net.weights / 8 / MIB}

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import F2C, Config, QuantisedNet, classes, total_steps, unlabelled_batch
+from fr_core.config import F2C, Config, QuantisedNet, classes, taught, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
@@ -62,11 +62,12 @@ def train(
         if other := unlabelled(config):
             other[1].dataset.check_sha256()
     if resume and not checkpoints(out):
-        raise UserError(f"--resume: {out} holds no whole checkpoint; name the run with --out")
+        raise UserError(f"--resume: {out} holds no whole checkpoint: name the run's folder")
     if (out / "run.json").is_file() and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
     try:
         if overwrite:
+            check_kept(config, out)
             clear_run(out)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / "probe"
@@ -126,6 +127,14 @@ def checked_plan(config: Config, workers: int) -> Plan:
         if config.verify.images and not Path(config.verify.images).is_dir():
             raise UserError(f"verify.images: {config.verify.images}: no such folder")
     return plan
+
+
+def check_kept(config: Config, out: AnyPath) -> None:
+    """Raises: UserError: a run that is to be overwritten holds the weights that this one starts from or learns from."""
+    method, folder = taught(config), str(out.resolve())
+    for place in (config.init.backbone, method and method.teacher):
+        if place == folder or (place and place.startswith(f"{folder}/checkpoints/")):
+            raise UserError(f"{out} holds {place}, which this run needs: use another folder")
 
 
 def check_ghosts(config: Config, workers: int) -> None:

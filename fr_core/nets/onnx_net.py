@@ -41,9 +41,8 @@ class Facts(BaseModel):
     embedding: int = Field(ge=1)
     normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
     channels: Literal["RGB"] = "RGB"
-    weight_bits: int | None = Field(
-        default=None, ge=2, le=8
-    )  # of a quantised net, whose integers lie in bytes all the same
+    # Of a quantised net; its integers lie in bytes all the same.
+    weight_bits: int | None = Field(default=None, ge=2, le=8)
     activation_bits: int | None = Field(default=None, ge=2, le=8)
     threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
 

@@ -204,6 +204,20 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
         raise UserError(f"{path}: weights do not fit the net: {first}") from None
 
 
+def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:
+    """The float net of a section, with the weights of a run, a checkpoint or a file.
+
+    Raises:
+        UserError: no such weights, or weights of another net.
+    """
+    path = to_path(ref)
+    if path.is_dir():
+        path = find_checkpoint(path) / "backbone.safetensors"
+    net = build_float_net(config)
+    load_weights(net, path)
+    return net
+
+
 def _net_config(checkpoint: AnyPath) -> Net:
     try:
         tree: Any = json.loads((checkpoint / "checkpoint.json").read_text())

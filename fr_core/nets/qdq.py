@@ -76,9 +76,9 @@ class Graph:
 
     def weighted(self, operator: str, x: Codes, layer: QuantConv | QuantLinear, **attributes: Any) -> str:
         """A convolution or a linear layer: its float values."""
-        codes, scale_O = layer.int_weight()
+        codes, scale_O, bias_codes = layer.integers()
         weight = self.integers(codes, scale_O)
-        bias_O = self.integers(layer.int_bias(), torch.tensor(x.scale) * scale_O)
+        bias_O = self.integers(bias_codes, torch.tensor(x.scale) * scale_O)
         return self.node(operator, self.dequantised(x), weight, bias_O, **attributes)
 
 
@@ -117,7 +117,7 @@ def _chain(graph: Graph, layers: Iterable[nn.Module], x: Codes) -> Codes:
 def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
     match layer:
         case QuantConv():
-            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer.conv)), layer.out)
+            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer.layer)), layer.out)
         case QuantPReLU():
             return _prelu(graph, layer, x)
         case ResidualPath():

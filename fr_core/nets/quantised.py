@@ -5,18 +5,17 @@ on one of ``activations`` bits; rounding passes gradients straight through, clip
 leaves before a PReLU or an addition has 8 bits whatever the rest has: integer kernels hold it so. The pixels have 8
 bits too, the embedding is float.
 
-Scheme ``integer`` is what integer kernels run, and in eval mode the net computes what they do, to the last code: sums
-of products of codes, a float32 factor, rounding. It must: where one code falls on the other side of a half, the layers
-after it make of that, in the end, an error as large as quantisation's own. Weights are symmetric per output channel
-(their range is that of the moment), activations asymmetric per tensor (their range is measured once, by
-:func:`calibrate`). Scheme ``quantface`` is the paper's simulation: asymmetric weights; running ranges of activations;
-batch norm, shortcuts and what is left before a PReLU or an addition in float.
+Scheme ``integer`` is what integer kernels run, and in eval mode the net computes what they do: sums of products of
+codes, a float32 factor, rounding. It must: where one code falls on the other side of a half, the layers after it make
+of that, in the end, an error as large as quantisation's own. Weights are symmetric per output channel (their range is
+that of the moment), activations asymmetric per tensor (their range is measured once, ``fr_core/nets/calibration.py``).
+Scheme ``quantface`` is the paper's simulation: asymmetric weights; batch norm, shortcuts and what is left before a
+PReLU or an addition in float.
 
-Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding, V values.
+Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +28,6 @@ from fr_core.errors import UserError
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.ranks import Ranks
 
 try:
     import brevitas.nn as qnn
@@ -37,12 +35,8 @@ try:
 except ImportError:
     raise UserError("quantised nets need: pip install 'bigface[compress]'") from None
 
-EQUALISING = 8  # batches that equalisation looks at
-POSITIONS = 256  # of each image's map that calibration looks at
-BINS = 1024  # of the histogram that a range is chosen by
-SHARES = 20  # candidates for either end of a range
 LARGEST_BIAS = 2**30  # as a code
-LIVE_STEPS = 300  # in which QuantFace's ranges follow what they see
+SMALLEST = 1e-8  # scale of nothing but 0
 
 
 class _OnGrid(torch.autograd.Function):
@@ -90,11 +84,11 @@ class ActQuant(nn.Module):
         self.bits = bits
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
-        self.seen: list[Tensor] | None = None  # while calibration looks: some of the values that passed
+        self.observer: Callable[[Tensor], None] | None = None  # sees values, which then pass unchanged
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.seen is not None:
-            self.seen.append(_sample(x))
+        if self.observer:
+            self.observer(x)
             return x
         most = 2**self.bits - 1
         if x.device.type == "cpu":  # where PyTorch's operator takes seven times as long
@@ -116,32 +110,8 @@ class ActQuant(nn.Module):
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Lets the codes span ``low`` … ``high``, widened to hold 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)
-        self.scale.copy_((high - low) / (2**self.bits - 1))
+        self.scale.copy_(((high - low) / (2**self.bits - 1)).clamp(min=SMALLEST))
         self.zero_point.copy_((-low / self.scale).round())
-
-
-class RunningActQuant(ActQuant):
-    """QuantFace's: the range is the least and greatest value of the first 300 training steps."""
-
-    low: Tensor
-    high: Tensor
-    steps: Tensor
-
-    def __init__(self, bits: int) -> None:
-        super().__init__(bits)
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.steps < LIVE_STEPS:
-            self.low, self.high = (
-                torch.minimum(self.low, x.detach().amin()),
-                torch.maximum(self.high, x.detach().amax()),
-            )
-            self.set_range(self.low, self.high)
-            self.steps += 1
-        return super().forward(x)
 
 
 class IntegerLayer(nn.Module):
@@ -154,63 +124,55 @@ class IntegerLayer(nn.Module):
         return not self.training and bool(self.reads)
 
 
-class QuantConv(IntegerLayer):
+class Weighted(IntegerLayer):
+    """A layer with quantised weights: Brevitas's ``layer`` for the float one, with its weights and bias."""
+
+    def __init__(self, layer: Any, plain: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.layer.load_state_dict(plain.state_dict())
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights int8 [O, …], their scale float32 [O], and the bias int32 [O] in units of it times the input's scale.
+
+        A scale is raised where the bias would not fit: that row is all but 0.
+        """
+        (read,), layer, weight = self.reads, self.layer, self.layer.quant_weight()
+        own_O, bias_O = weight.scale.detach().flatten(), layer.bias.detach()
+        scale_O = torch.maximum(own_O, bias_O.abs() / (read.scale * LARGEST_BIAS))
+        ratio_O = (own_O / scale_O).view(-1, *[1] * (layer.weight.ndim - 1))
+        codes = (weight.int().detach() * ratio_O).round().to(torch.int8)
+        return codes, scale_O, (bias_O.double() / (read.scale * scale_O).double()).round().int()
+
+
+class QuantConv(Weighted):
     """A convolution with quantised weights, and the quantiser of what it leaves."""
 
     def __init__(self, conv: nn.Conv2d, config: QuantisedNet, out: nn.Module) -> None:
-        super().__init__()
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        self.conv = qnn.QuantConv2d(
-            *shape, groups=conv.groups, weight_quant=_weight_quant(config), weight_bit_width=config.weights
-        )
-        self.conv.load_state_dict(conv.state_dict())
+        super().__init__(qnn.QuantConv2d(*shape, groups=conv.groups, **_weight_quant(config)), conv)
         self.out: Any = out
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
         if not self.exact():
-            return self.out(self.conv(x_BIHW))
-        (read,), conv, (weight, scale_O) = self.reads, self.conv, self.int_weight()
+            return self.out(self.layer(x_BIHW))
+        (read,), conv, (weight, scale_O, bias_O) = self.reads, self.layer, self.integers()
         sums_BOHW = F.conv2d(read.codes(x_BIHW), weight.float(), None, conv.stride, conv.padding, 1, conv.groups)
-        unit_O = read.scale * scale_O
-        return self.out.of_sums(sums_BOHW + _int_bias(conv, unit_O)[:, None, None], unit_O[:, None, None])
-
-    def int_weight(self) -> tuple[Tensor, Tensor]:
-        """int8 [O, I / groups, H, W] and its scale, float32 [O]."""
-        return _int_weight(self.conv, self.reads[0])
-
-    def int_bias(self) -> Tensor:
-        """int32 [O], in units of the input's scale times the weights'."""
-        return _int_bias(self.conv, self.reads[0].scale * self.int_weight()[1])
+        return self.out.of_sums(sums_BOHW + bias_O[:, None, None], (read.scale * scale_O)[:, None, None])
 
 
-class QuantLinear(IntegerLayer):
+class QuantLinear(Weighted):
     """The last layer: quantised weights, float embeddings."""
 
     def __init__(self, linear: nn.Linear, config: QuantisedNet) -> None:
-        super().__init__()
-        self.linear = qnn.QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            weight_quant=_weight_quant(config),
-            weight_bit_width=config.weights,
-        )
-        self.linear.load_state_dict(linear.state_dict())
+        super().__init__(qnn.QuantLinear(linear.in_features, linear.out_features, **_weight_quant(config)), linear)
 
     def forward(self, x_BI: Tensor) -> Tensor:
         if not self.exact():
             with torch.autocast(x_BI.device.type, enabled=False):
-                return self.linear(x_BI.float())
-        (read,), (weight, scale_O) = self.reads, self.int_weight()
-        unit_O = read.scale * scale_O
-        return (F.linear(read.codes(x_BI), weight.float()) + _int_bias(self.linear, unit_O)) * unit_O
-
-    def int_weight(self) -> tuple[Tensor, Tensor]:
-        """int8 [D, I] and its scale, float32 [D]."""
-        return _int_weight(self.linear, self.reads[0])
-
-    def int_bias(self) -> Tensor:
-        """int32 [D], in units of the input's scale times the weights'."""
-        return _int_bias(self.linear, self.reads[0].scale * self.int_weight()[1])
+                return self.layer(x_BI.float())
+        (read,), (weight, scale_O, bias_O) = self.reads, self.integers()
+        return (F.linear(read.codes(x_BI), weight.float()) + bias_O) * (read.scale * scale_O)
 
 
 class QuantPReLU(IntegerLayer):
@@ -244,20 +206,18 @@ class QuantPReLU(IntegerLayer):
 
     def int_slope(self) -> tuple[Tensor, Tensor]:
         """int8 [C] and its scale, float32 scalar."""
-        slope_C = self._bounded_slope().detach()
-        scale = self._scale(slope_C)
-        return (slope_C / scale).round().to(torch.int8), scale
+        slope_C, scale = self._bounded()
+        return (slope_C.detach() / scale).round().to(torch.int8), scale
 
     def _slopes(self) -> Tensor:
-        slope_C = self._bounded_slope()
-        scale = self._scale(slope_C.detach())
+        slope_C, scale = self._bounded()
         return torch.fake_quantize_per_tensor_affine(slope_C, scale, self.zero_point, -self.most, self.most)
 
-    def _bounded_slope(self) -> Tensor:
-        return self.slope.clamp(max=1) if self.bounded else self.slope
-
-    def _scale(self, slope_C: Tensor) -> Tensor:
-        return slope_C.abs().amax().clamp(min=1e-8) / self.most
+    def _bounded(self) -> tuple[Tensor, Tensor]:
+        """Slopes that no rounding brings above 1 in scheme ``integer``, and their scale."""
+        slope_C = self.slope.clamp(max=1) if self.bounded else self.slope
+        scale = slope_C.detach().abs().amax().clamp(min=SMALLEST) / self.most
+        return (slope_C.clamp(max=(1 / scale + 1e-3).floor() * scale) if self.bounded else slope_C), scale
 
 
 class QuantAdd(IntegerLayer):
@@ -297,8 +257,8 @@ class Quantised(nn.Module):
     """A net in integers, from normalised pixels to float embeddings.
 
     Args:
-        net: the float net that it copies. The ranges of activations are to be set, by :func:`calibrate` or from a
-            checkpoint; those of scheme ``quantface`` set themselves in training.
+        net: the float net that it copies. The ranges of activations are to be set, by
+            :func:`fr_core.nets.calibration.calibrate` or from a checkpoint.
     """
 
     def __init__(self, net: IResNet | MobileFaceNet, config: QuantisedNet) -> None:
@@ -340,97 +300,6 @@ def _connect(layers: Any, read: Any = None) -> Any:
     return read
 
 
-@torch.no_grad()
-def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ranks, config: QuantisedNet) -> None:
-    """Sets the ranges of activations by what images give rise to in float; all ranks come to the same.
-
-    Args:
-        images: begins anew, at every call, batches of normalised pixels [B, 3, H, W], of equal sizes on all ranks.
-
-    Raises:
-        UserError: a layer that leaves nothing but 0.
-    """
-    net.train()  # in float
-    quantisers = net.ranges()
-    for quantiser in quantisers.values():
-        quantiser.seen = []
-    if config.equalise:
-        _equalise(net, itertools.islice(images(), EQUALISING), ranks)
-        for quantiser in quantisers.values():
-            quantiser.seen = []
-    for x_BCHW in images():
-        net(x_BCHW)
-    for name, quantiser in quantisers.items():
-        seen_V = ranks.gather(torch.cat(quantiser.seen or []))
-        quantiser.seen = None
-        low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
-        if low == high:
-            raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
-        least_error = config.ranges == "least_error"
-        quantiser.set_range(*(_least_error(seen_V, quantiser.bits) if least_error else (low, high)))
-    net.eval()
-
-
-def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> None:
-    """Gives the channels between two layers like ranges, so that one range fits all; the net computes the same.
-
-    A positive factor passes a PReLU: one layer's outputs are divided by it, the next one's inputs multiplied (Nagel
-    et al., "Data-free quantization", 2019). Weights have a scale for each output channel, so the first layer does not
-    feel it, nor a depthwise next one; a dense next one meets it half-way (Xiao et al., "SmoothQuant", 2023).
-    """
-    pairs = list(_neighbours(net))
-    largest: list[list[Tensor]] = [[] for _ in pairs]
-    hooks = [
-        before.conv.register_forward_hook(lambda _, __, x, seen=seen: seen.append(x.abs().amax((2, 3)).mean(0)))
-        for (before, _), seen in zip(pairs, largest, strict=True)
-    ]
-    for x_BCHW in images_BCHW:
-        net(x_BCHW)
-    for hook in hooks:
-        hook.remove()
-    for (before, after), seen in zip(pairs, largest, strict=True):
-        range_C = ranks.sum_(torch.stack(seen).mean(0)) / ranks.size
-        weight = after.weight  # [O, I / groups, …]
-        depthwise = weight.shape[1] == 1
-        reach_I = weight.abs().transpose(0, 1).flatten(1).amax(1)
-        factor_C = range_C if depthwise else (range_C / reach_I.clamp(min=1e-8)).sqrt()
-        factor_C = (factor_C / factor_C.mean()).clamp(min=1e-2)  # a channel that is nearly dead stays so
-        before.conv.weight.div_(factor_C[:, None, None, None])
-        before.conv.bias.div_(factor_C)
-        weight.mul_(factor_C.view(-1, 1, 1, 1) if depthwise else factor_C.view(1, -1, *[1] * (weight.ndim - 2)))
-
-
-def _neighbours(net: Quantised) -> Iterator[tuple[QuantConv, Any]]:
-    """Convolutions whose output one layer alone reads, and that layer's convolution or linear."""
-    for chain in (module for module in net.modules() if isinstance(module, nn.Sequential)):
-        layers = [layer for layer in chain if not isinstance(layer, QuantPReLU | nn.Flatten)]
-        for before, after in itertools.pairwise(layers):
-            if isinstance(before, QuantConv) and isinstance(after, QuantConv | QuantLinear):
-                yield before, after.conv if isinstance(after, QuantConv) else after.linear
-
-
-def _least_error(seen_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The range of 2^bits codes that leaves the least mean squared error."""
-    low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
-    counts_V = torch.histc(seen_V, BINS, float(low), float(high))
-    middle_V = low + (high - low) * (torch.arange(BINS, device=seen_V.device) + 0.5) / BINS
-    shares_S = torch.arange(1, SHARES + 1, device=seen_V.device) / SHARES
-    low_SS1, high_SS1 = (low * shares_S)[:, None, None], (high * shares_S)[None, :, None]
-    scale_SS1 = (high_SS1 - low_SS1) / (2**bits - 1)
-    zero_SS1 = (-low_SS1 / scale_SS1).round()
-    codes_SSV = ((middle_V / scale_SS1).round() + zero_SS1).clamp(0, 2**bits - 1)
-    error_SS = (((codes_SSV - zero_SS1) * scale_SS1 - middle_V).square() * counts_V).sum(2)
-    best_low, best_high = divmod(int(error_SS.argmin()), SHARES)
-    return low * shares_S[best_low], high * shares_S[best_high]
-
-
-def _sample(x: Tensor) -> Tensor:
-    """Values [V]: of every image the least, the greatest, and those at fixed positions."""
-    x_BV = x.detach().float().movedim(1, -1).flatten(1)  # a view where channels come last
-    positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0))
-    return torch.cat([x_BV[:, positions.to(x.device)], torch.stack(x_BV.aminmax(dim=1), 1)], 1).flatten()
-
-
 def _iresnet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]:
     yield from _conv_prelu(net.conv1, net.prelu, config)
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -468,7 +337,7 @@ def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU, config: QuantisedNet) -> list[
 
 def _read(config: QuantisedNet) -> nn.Module:
     """The quantiser of what a layer with weights reads."""
-    return ActQuant(config.activations) if config.scheme == "integer" else RunningActQuant(config.activations)
+    return ActQuant(config.activations)
 
 
 def _left(config: QuantisedNet) -> nn.Module:
@@ -485,18 +354,6 @@ def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
     return quantiser
 
 
-def _weight_quant(config: QuantisedNet) -> Any:
-    return Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
-
-
-def _int_weight(layer: Any, read: ActQuant) -> tuple[Tensor, Tensor]:
-    """Codes int8, and a scale for each row, which is raised where the bias would not fit: the row is all but 0."""
-    weight = layer.quant_weight()
-    own_O = weight.scale.detach().flatten()
-    scale_O = torch.maximum(own_O, layer.bias.detach().abs() / (read.scale * LARGEST_BIAS))
-    ratio_O = (own_O / scale_O).view(-1, *[1] * (layer.weight.ndim - 1))
-    return (weight.int().detach() * ratio_O).round().to(torch.int8), scale_O
-
-
-def _int_bias(layer: Any, unit_O: Tensor) -> Tensor:
-    return (layer.bias.detach().double() / unit_O.double()).round().int()
+def _weight_quant(config: QuantisedNet) -> dict[str, Any]:
+    scheme = Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
+    return {"weight_quant": scheme, "weight_bit_width": config.weights}

@@ -252,7 +252,7 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
         facts |= {name: (new.get(name), old.get(name)) for name in new | old if name not in MOVABLE}
     for name, (ours, theirs) in facts.items():
         if ours != theirs:
-            raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another --out")
+            raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another folder")
 
 
 def _read_head_rows(folder: AnyPath, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:

@@ -106,8 +106,8 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     else:
         load_backbone(config, state)
         plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
-        if isinstance(config.net, QuantisedNet) and config.net.scheme == "integer":
-            steps = min(config.net.calibration_batches, plan.steps_per_epoch)
+        if isinstance(config.net, QuantisedNet):
+            steps = min(config.net.calibration_batches, state.total_steps or plan.steps_per_epoch)
             calibrate(config, state, partial(plain, stop=steps), ranks)
         if config.init.head != "random":
             prototypes(config, state, plain(stop=plan.steps_per_epoch), ranks)

@@ -320,8 +320,8 @@ def average_statistics(state: TrainState, ranks: Ranks) -> None:
     """Gives all ranks the mean of their batch-norm statistics, before these are verified or saved."""
     if ranks.size > 1:
         for module in (state.backbone, state.average, state.encoder):
-            for buffer in module.buffers() if module is not None else ():
-                if buffer.is_floating_point():
+            for name, buffer in module.named_buffers() if module is not None else ():
+                if name.endswith(("running_mean", "running_var")):
                     ranks.sum_(buffer).div_(ranks.size)
 
 

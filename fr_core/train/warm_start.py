@@ -15,7 +15,7 @@ from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD
-from fr_core.nets.open import build_float_net, find_checkpoint, load_weights, normalised
+from fr_core.nets.open import find_checkpoint, load_weights, normalised, open_float
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import known_rows, read_identities
 from fr_core.train.state import TrainState, autocast
@@ -29,29 +29,26 @@ def load_backbone(config: Config, state: TrainState) -> None:
     """
     if config.init.backbone is None:
         return
-    path = to_path(config.init.backbone)
-    if path.is_dir():
-        path = find_checkpoint(path) / "backbone.safetensors"
     if isinstance(config.net, QuantisedNet):
         from fr_core.nets.quantised import Quantised
 
-        plain = build_float_net(config.net.net)
-        load_weights(plain, path)
-        state.backbone.load_state_dict(Quantised(plain, config.net).state_dict())
+        made = Quantised(open_float(config.net.net, config.init.backbone), config.net)
+        state.backbone.load_state_dict(made.state_dict())
     else:
+        path = to_path(config.init.backbone)
+        if path.is_dir():
+            path = find_checkpoint(path) / "backbone.safetensors"
         load_weights(state.backbone, path)
-    for copied in (state.average, state.encoder):
-        if copied is not None:
-            copied.load_state_dict(state.backbone.state_dict())
+    _copy_weights(state)
 
 
 def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Batch]], ranks: Ranks) -> None:
     """Sets the ranges of a quantised net's activations by the images of ``start``, which begins anew at every call.
 
     Raises:
-        UserError: as :func:`fr_core.nets.quantised.calibrate`.
+        UserError: as :func:`fr_core.nets.calibration.calibrate`.
     """
-    from fr_core.nets import quantised
+    from fr_core.nets.calibration import calibrate as calibrated
 
     assert isinstance(config.net, QuantisedNet)
     net: Any = state.backbone
@@ -59,9 +56,14 @@ def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Ba
     def images() -> Iterator[Tensor]:
         return (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start())
 
-    quantised.calibrate(net, images, ranks, config.net)
-    if state.average is not None:
-        state.average.load_state_dict(net.state_dict())
+    calibrated(net, images, ranks, config.net)
+    _copy_weights(state)
+
+
+def _copy_weights(state: TrainState) -> None:
+    for copied in (state.average, state.encoder):
+        if copied is not None:
+            copied.load_state_dict(state.backbone.state_dict())
 
 
 @torch.no_grad()

@@ -88,7 +88,8 @@ def short_name(config: FloatNet) -> str:
 
 
 def _calibrated(plain: Any, config: QuantisedNet) -> Any:
-    from fr_core.nets.quantised import Quantised, calibrate
+    from fr_core.nets.calibration import calibrate
+    from fr_core.nets.quantised import Quantised
 
     net = Quantised(plain, config)
     calibrate(net, lambda: [_faces(net.input_size, net.input_std)], Ranks(), config)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pipelines.verify import Result
 
 
+KERNELS = (
+    "opened elsewhere: on CPUs without VNNI, ONNX Runtime's fastest kernels clip 8-bit weights' sums; set the session "
+    "option session.x64quantprecision=1 there (bigface does), or use --weights 7"
+)
 VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 
 
@@ -217,10 +221,12 @@ def quantize(
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Quantise a net in one epoch of few faces, and write it in integers; needs bigface\\[compress,export]."""
+    """Quantise a net in one epoch of few faces, and write it in integers; needs bigface\\[compress]."""
     from pipelines.quantize import quantised_config, table
     from pipelines.quantize import quantize as quantised
 
+    if resume and run is None:
+        raise UserError("--resume: name the run with --run")
     fields = {"data__path": data, "net__weights": weights, "net__activations": activations}
     verified = {"verify__images": images and str(images), "verify__pairs": pairs and str(pairs)}
     config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], **fields, **verified)
@@ -229,3 +235,5 @@ def quantize(
     show("quantize", figures, json)
     show_table(table(figures))
     console.print(f"run: {run}   use it: bigface match A.jpg B.jpg --model {out or run}", markup=False)
+    if out and getattr(config.net, "weights", 0) == 8:
+        console.print(KERNELS, markup=False)

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from fr_core.config import IResNetNet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.calibration import calibrate
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import build_net, open_net
-from fr_core.nets.quantised import Quantised, calibrate
+from fr_core.nets.quantised import Quantised
 from fr_core.ranks import Ranks
 from pipelines import export as pipeline
 from pipelines.bench.latency import bench_latency, settled

@@ -13,10 +13,11 @@ from torch import nn
 from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
+from fr_core.nets.calibration import calibrate
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, saturates, write_onnx
 from fr_core.nets.open import build_net, open_net
 from fr_core.nets.qdq import qdq_model
-from fr_core.nets.quantised import QuantAdd, QuantConv, Quantised, QuantPReLU, calibrate
+from fr_core.nets.quantised import QuantAdd, QuantConv, Quantised, QuantPReLU
 from fr_core.ranks import Ranks
 
 NETS = {

@@ -8,20 +8,9 @@ from torch import nn
 
 from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.calibration import SHARES, calibrate, least_error
 from fr_core.nets.open import build_net
-from fr_core.nets.quantised import (
-    LIVE_STEPS,
-    SHARES,
-    ActQuant,
-    QuantConv,
-    Quantised,
-    QuantLinear,
-    QuantPReLU,
-    RunningActQuant,
-    _least_error,
-    _PReLU,
-    calibrate,
-)
+from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted, _PReLU
 from fr_core.ranks import Ranks
 from tests.conftest import run_ranks
 from tests.fr_core.nets.test_fold_bn import random_net
@@ -90,14 +79,10 @@ def test_eight_bits_are_near_the_float_net_and_fewer_are_farther(config):
 def test_without_rounding_it_is_the_float_net(config, scheme):
     """Folding, slopes above 1 and equalised channels change nothing but the grid."""
     net = random_net(config) if config.kind == "mobilefacenet" else trained(config)
-    made = (
-        quantised(net, config, scheme=scheme)
-        if scheme == "integer"
-        else Quantised(net, QuantisedNet(net=config, scheme=scheme))
-    )
+    made = quantised(net, config, scheme=scheme)
     for module in list(made.modules()):
-        if isinstance(module, QuantConv | QuantLinear):
-            layer = module.conv if isinstance(module, QuantConv) else module.linear
+        if isinstance(module, Weighted):
+            layer = module.layer
             layer.weight_quant.disable_quant = True
             layer.forward = _plain(layer)
         if isinstance(module, QuantPReLU):
@@ -147,7 +132,7 @@ def test_least_error_finds_what_trying_all_ranges_finds(bits):
     low, high = values.amin(), values.amax()
     shares = torch.arange(1, SHARES + 1) / SHARES
     best = min(error(low * a, high * b) for a in shares for b in shares)
-    assert error(*_least_error(values, bits)) <= 1.02 * best  # it looks at a histogram
+    assert error(*least_error(values, bits)) <= 1.02 * best  # it looks at a histogram
     if bits < 8:
         assert best < 0.9 * error(low, high)
 
@@ -158,10 +143,9 @@ def test_weights_are_symmetric_integers_per_output_channel(bits):
     made = quantised(trained(config), config, weights=bits)
     most = 2 ** (bits - 1) - 1
     for module in made.modules():
-        if isinstance(module, QuantConv | QuantLinear):
-            codes, scale_O = module.int_weight()
-            layer = module.conv if isinstance(module, QuantConv) else module.linear
-            weight = layer.weight.detach()
+        if isinstance(module, Weighted):
+            codes, scale_O, _ = module.integers()
+            weight = module.layer.weight.detach()
             assert codes.abs().flatten(1).amax(1).eq(most).all()
             assert torch.allclose(scale_O, weight.abs().flatten(1).amax(1) / most)
             steps = weight / scale_O.view(-1, *[1] * (weight.ndim - 1))
@@ -184,36 +168,45 @@ def test_prelu_has_pytorchs_gradients():
 
 
 @torch.no_grad()
-def test_quantfaces_ranges_follow_training_and_then_stand():
-    quantiser = RunningActQuant(8).train()
-    for step in range(LIVE_STEPS):
-        quantiser(torch.tensor([-1.0, step / 100]))
-    assert (quantiser.low.item(), quantiser.high.item()) == (-1, pytest.approx((LIVE_STEPS - 1) / 100))
-    quantiser(torch.tensor([-9.0, 9.0]))
-    assert quantiser.low.item() == -1
-    assert quantiser.eval()(torch.tensor([9.0])).item() == pytest.approx(2.99, abs=0.02)
-
-
-@torch.no_grad()
 def test_quantfaces_weights_reach_from_least_to_greatest():
     config = NETS["iresnet"]
     made = Quantised(trained(config), QuantisedNet(net=config, weights=4, scheme="quantface"))
-    conv = made.layers[1].conv
+    conv = made.layers[1].layer
     on_grid = conv.quant_weight().value
     assert torch.allclose(on_grid.amax((1, 2, 3)), conv.weight.amax((1, 2, 3)), atol=0.02)
     assert torch.allclose(on_grid.amin((1, 2, 3)), conv.weight.amin((1, 2, 3)), atol=0.02)
     assert all(len(row.unique()) <= 16 for row in on_grid)
 
 
-def test_a_dead_layer_is_named():
+@pytest.mark.parametrize(("norms", "layer"), [(["bn3", "downsample.1"], "4.branch.3.out"), (["bn2"], "4.branch.1.out")])
+def test_a_dead_layer_is_named(norms, layer):
     config = NETS["iresnet"]
     net = trained(config)
-    block = net.layer2[0]
-    for norm in (block.bn3, block.downsample[1]):
-        nn.init.zeros_(norm.weight)
-        nn.init.zeros_(norm.bias)
-    with pytest.raises(UserError, match=r"layer 3\.add\.out|layer .* leaves nothing but 0 on \d+ values: a dead net"):
+    for norm in norms:
+        nn.init.zeros_(net.layer2[0].get_submodule(norm).weight)
+        nn.init.zeros_(net.layer2[0].get_submodule(norm).bias)
+    with pytest.raises(UserError, match=rf"layer {layer} leaves nothing but 0 on \d+ values: a dead net"):
         quantised(net, config)
+
+
+def test_broken_weights_are_named():
+    config = NETS["iresnet"]
+    net = trained(config)
+    net.layer3[0].conv2.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"what layer \S+ leaves is not finite"):
+        quantised(net, config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_slope_rounds_above_one(bits):
+    """The maximum of x and slope·x, which integer kernels take, would not be a PReLU."""
+    prelu = nn.PReLU(4)
+    prelu.weight.copy_(torch.tensor([-1.26, 0.995, 1.0, 0.3]))
+    module = QuantPReLU(prelu, QuantisedNet(net=NETS["iresnet"], weights=bits), ActQuant(8))
+    codes_C, scale = module.int_slope()
+    assert (codes_C * scale).max() <= 1 + 1e-6
+    assert torch.allclose(codes_C * scale, module._slopes())
 
 
 @pytest.mark.parametrize("field", ["weights", "activations"])

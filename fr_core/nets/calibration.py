@@ -1,0 +1,116 @@
+"""The ranges of a quantised net's activations, measured in passes without a gradient (METHODS §6).
+
+Legend: B batch, C channels, I input and O output channels, H W pixels, V values, S candidates for an end of a range.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fr_core.config import QuantisedNet
+from fr_core.errors import UserError
+from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, Weighted
+from fr_core.ranks import Ranks
+
+EQUALISING = 8  # batches that equalisation looks at
+POSITIONS = 256  # of each image's map that ranges are chosen by
+BINS = 1024  # of their histogram
+SHARES = 20  # candidates for either end of a range
+
+
+@torch.no_grad()
+def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ranks, config: QuantisedNet) -> None:
+    """Sets the ranges of activations by what images give rise to; all ranks come to the same.
+
+    Weights lie on their grid meanwhile, activations do not.
+
+    Args:
+        images: begins anew, at every call, batches of normalised pixels [B, 3, H, W], of equal sizes on all ranks.
+
+    Raises:
+        UserError: a layer that leaves nothing but 0, or what is not finite.
+    """
+    net.train()
+    if config.equalise:
+        _equalise(net, itertools.islice(images(), EQUALISING), ranks)
+    quantisers = net.ranges()
+    seen: dict[str, list[Tensor]] = {name: [] for name in quantisers}
+    for name, quantiser in quantisers.items():
+        quantiser.observer = lambda x, parts=seen[name]: parts.append(_sample(x))
+    for x_BCHW in images():
+        net(x_BCHW)
+    for name, quantiser in quantisers.items():
+        quantiser.observer = None
+        seen_V = ranks.gather(torch.cat(seen.pop(name)))
+        low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
+        if not seen_V.isfinite().all():
+            raise UserError(f"calibration: what layer {name} leaves is not finite: broken weights?")
+        if low == high:
+            raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
+        quantiser.set_range(*((low, high) if config.ranges == "extremes" else least_error(seen_V, quantiser.bits)))
+    net.eval()
+
+
+def least_error(seen_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The range of 2^bits codes that leaves the least mean squared error, its ends shares of the extremes."""
+    low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
+    counts_V = torch.histc(seen_V, BINS, float(low), float(high))
+    middle_V = low + (high - low) * (torch.arange(BINS, device=seen_V.device) + 0.5) / BINS
+    shares_S = torch.arange(1, SHARES + 1, device=seen_V.device) / SHARES
+    low_SS1, high_SS1 = (low * shares_S)[:, None, None], (high * shares_S)[None, :, None]
+    scale_SS1 = (high_SS1 - low_SS1) / (2**bits - 1)
+    zero_SS1 = (-low_SS1 / scale_SS1).round()
+    codes_SSV = ((middle_V / scale_SS1).round() + zero_SS1).clamp(0, 2**bits - 1)
+    error_SS = (((codes_SSV - zero_SS1) * scale_SS1 - middle_V).square() * counts_V).sum(2)
+    best_low, best_high = divmod(int(error_SS.argmin()), SHARES)
+    return low * shares_S[best_low], high * shares_S[best_high]
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Values [V]: of every image the least, the greatest, and those at fixed positions."""
+    x_BV = x.float().movedim(1, -1).flatten(1)  # a view where channels come last
+    positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([x_BV[:, positions.to(x.device)], torch.stack(x_BV.aminmax(dim=1), 1)], 1).flatten()
+
+
+def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> None:
+    """Gives the channels between two layers like ranges, so that one range fits all; in float the net stays the same.
+
+    A positive factor passes a PReLU: one layer's outputs are divided by it, the next one's inputs multiplied (Nagel
+    et al., "Data-free quantization", 2019). Weights have a scale for each output channel, so the first layer does not
+    feel it, nor a depthwise next one; a dense next one meets it half-way (Xiao et al., "SmoothQuant", 2023).
+    """
+    pairs = list(_neighbours(net))
+    largest: list[list[Tensor]] = [[] for _ in pairs]
+    for quantiser in net.ranges().values():
+        quantiser.observer = lambda x: None
+    hooks = [
+        before.layer.register_forward_hook(lambda _, __, x, seen=seen: seen.append(x.abs().amax((2, 3)).mean(0)))
+        for (before, _), seen in zip(pairs, largest, strict=True)
+    ]
+    for x_BCHW in images_BCHW:
+        net(x_BCHW)
+    for hook in hooks:
+        hook.remove()
+    for (before, after), seen in zip(pairs, largest, strict=True):
+        range_C = ranks.sum_(torch.stack(seen).mean(0)) / ranks.size
+        weight = after.layer.weight  # [O, I / groups, …]
+        depthwise = weight.shape[1] == 1
+        reach_I = weight.abs().transpose(0, 1).flatten(1).amax(1)
+        factor_C = range_C if depthwise else (range_C / reach_I.clamp(min=1e-8)).sqrt()
+        # A channel that is nearly dead stays so, and a dead layer is left for others to name.
+        factor_C = (factor_C / factor_C.mean().clamp(min=1e-8)).clamp(min=1e-2)
+        before.layer.weight.div_(factor_C[:, None, None, None])
+        before.layer.bias.div_(factor_C)
+        weight.mul_(factor_C.view(-1, 1, 1, 1) if depthwise else factor_C.view(1, -1, *[1] * (weight.ndim - 2)))
+
+
+def _neighbours(net: Quantised) -> Iterator[tuple[QuantConv, Weighted]]:
+    """Convolutions whose output one layer with weights alone reads, and that layer."""
+    for chain in (module for module in net.modules() if isinstance(module, nn.Sequential)):
+        layers = [layer for layer in chain if not isinstance(layer, QuantPReLU | nn.Flatten)]
+        for before, after in itertools.pairwise(layers):
+            if isinstance(before, QuantConv) and isinstance(after, Weighted):
+                yield before, after
