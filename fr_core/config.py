@@ -608,7 +608,8 @@ class Config(Section):
             raise ValueError("dcq ships its key encoder: leave train.ema out")
         if isinstance(self.method, QuantFace) and accumulate > 1:
             raise ValueError("quantface compares the pairs of the whole batch: train.accumulate = 1")
-        if isinstance(self.method, QuantFace) and not self.method.labels and self.data.views == 1:
+        paired = isinstance(self.method, QuantFace) and not isinstance(self.method.loss, EmbeddingMSE)
+        if paired and self.data.views == 1 and not getattr(self.method, "labels", True):
             raise ValueError("method.labels = false has no positive pairs but two views of an image: data.views = 2")
         if self.train.ghost_batch and isinstance(self.net, QuantisedNet):
             raise ValueError("train.ghost_batch is for batch norm, and a quantised net has none: leave it out")

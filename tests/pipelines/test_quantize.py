@@ -171,3 +171,30 @@ def test_the_summary_has_a_column_for_what_was_measured():
     head, *rows = pipeline.table(found)
     assert head == ("net", "accuracy %", "TAR@FAR 1e-3 %", "params × bits MiB")
     assert rows == [("float", "90.00", "50.00", "4.00"), ("quantised", "89.00", "25.00", "1.00")]
+
+
+@pytest.mark.ray
+def test_two_ray_workers_quantise_as_one_process(dataset, trained, tmp_path):
+    small = ["--data", dataset, "net.calibration_batches=2", "train.global_batch=16", "tracking.uri=off"]
+    short = ["--data-share", 0.03, "train.log_every=1", "method.loss=mse"]
+    bigface("quantize", trained, *small, *short, "--in-process", "--run", tmp_path / "one")
+    bigface("quantize", trained, *small, *short, "--workers", 2, "--run", tmp_path / "two")
+    one, two = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=0.1)  # codes that round otherwise
+
+
+def test_a_pruned_net_is_quantised_and_exported(dataset, trained, tmp_path):
+    bigface("prune", trained, "--ratio", "0,0,0.2,0.2", "--out", tmp_path / "pruned.safetensors")
+    given = [
+        "--run",
+        tmp_path / "run",
+        "--calibrate-only",
+        "--out",
+        tmp_path / "net.onnx",
+        "--json",
+        tmp_path / "found",
+    ]
+    quantize(tmp_path / "pruned.safetensors", dataset, *given)
+    assert open_net(tmp_path / "run").config.net.widths == open_net(tmp_path / "pruned.safetensors").config.widths
+    assert figures(tmp_path / "found")["int8_cosine"] > 0.999

@@ -119,7 +119,7 @@ def test_integers_differ_from_the_float_simulation_by_rounding_alone():
 
 def test_a_channel_whose_weights_are_next_to_nothing_keeps_its_bias(tmp_path):
     net = quantised("iresnet")
-    conv = net.layers[1].conv
+    conv = net.layers[1].layer
     conv.weight[0] = 1e-9
     conv.weight[1] = 0
     conv.bias[:2] = 0.5
