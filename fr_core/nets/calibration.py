@@ -1,6 +1,7 @@
 """The ranges of a quantised net's activations, measured in passes without a gradient (METHODS §6).
 
-Legend: B batch, C channels, I input and O output channels, H W pixels, V values, S candidates for an end of a range.
+Legend: B batch, C channels, I input and O output channels, H W pixels, V values, S candidates for an
+end of a range (SS1, SSV: for both ends, of V values).
 """
 
 import itertools

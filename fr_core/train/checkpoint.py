@@ -4,10 +4,9 @@
 ``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
 something else is shipped, a momentum encoder, an adapter to a teacher's width, the thresholds of quantface beside a
 class matrix), ``head_RANK.safetensors`` (rows of the class matrix and their optimiser; or once, what all ranks have in
-common in its place), ``identities.parquet`` (whose
-rows they are) and ``checkpoint.json``, which is written last: a folder without it is no checkpoint, on a disk as on an
-object store, where nothing can be renamed. Nothing random is saved: every draw is a function of (seed, step, rank or
-sample id), and the data position is the step.
+common in its place), ``identities.parquet`` (whose rows they are) and ``checkpoint.json``, which is written last: a
+folder without it is no checkpoint, on a disk as on an object store, where nothing can be renamed. Nothing random is
+saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
 """
 
 import json

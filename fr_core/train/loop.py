@@ -204,6 +204,7 @@ def finish(
     peak = peak_memory(state.device)
     result = verify(config, state, ranks, tracker)
     manifest = state.plan.dataset.manifest
+    classes = {} if state.head is state.agreement else state.head.state_dict()
     figures = {
         "steps": state.step,
         "epochs": epoch_of(state),
@@ -213,7 +214,7 @@ def finish(
         "workers": ranks.size,
         "seconds": seconds,
         "peak_memory_mib": peak / 2**20,  # of rank 0 in training: its card, or its process
-        "classes_mib": sum(tensor.nbytes for tensor in state.head.state_dict().values()) / 2**20,  # of rank 0
+        "classes_mib": sum(tensor.nbytes for tensor in classes.values()) / 2**20,  # of rank 0
     }
     if tracker:
         tracker.log_figures(state.step, figures)
