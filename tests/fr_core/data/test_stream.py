@@ -183,6 +183,7 @@ def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
         (["data.balanced={images=3}"], "is no whole number of groups of 3 images: set share to a multiple of 0.046875"),
         (["data.balanced={}", "data.lanes=16"], "does not divide the 8 groups .* leave it out, or use 8"),
         (["data.balanced={}", "data.views=2"], "two ways to positive pairs: data.balanced.share = 0"),
+        (["data.balanced={}", "data.variants=2"], "of whom data.variants makes several"),
         (["data.views=2", "train.global_batch=63"], "train.global_batch = 63 must be even"),
         (["data.views=2", "data.lanes=64"], "data.lanes = 64 does not divide .* which takes 32 images"),
         (
@@ -195,4 +196,4 @@ def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
 )
 def test_batches_that_cannot_be_made(given, message):
     with pytest.raises(UserError, match=message):
-        load_config("bigface_small", ["train.global_batch=64", *given])
+        load_config("bigface_small", ["train.global_batch=64", "data.variants=1", *given])
