@@ -210,12 +210,19 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
     Raises:
         UserError: no such weights, or weights of another net.
     """
-    path = to_path(ref)
-    if path.is_dir():
-        path = find_checkpoint(path) / "backbone.safetensors"
     net = build_float_net(config)
-    load_weights(net, path)
+    load_weights(net, weights_file(ref))
     return net
+
+
+def weights_file(ref: str) -> AnyPath:
+    """The weights of a run, of a checkpoint, or the file itself.
+
+    Raises:
+        UserError: a folder without a checkpoint.
+    """
+    path = to_path(ref)
+    return find_checkpoint(path) / "backbone.safetensors" if path.is_dir() else path
 
 
 def _net_config(checkpoint: AnyPath) -> Net:

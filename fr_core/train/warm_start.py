@@ -15,7 +15,7 @@ from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD
-from fr_core.nets.open import find_checkpoint, load_weights, normalised, open_float
+from fr_core.nets.open import find_checkpoint, load_weights, normalised, open_float, weights_file
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import known_rows, read_identities
 from fr_core.train.state import TrainState, autocast
@@ -35,10 +35,7 @@ def load_backbone(config: Config, state: TrainState) -> None:
         made = Quantised(open_float(config.net.net, config.init.backbone), config.net)
         state.backbone.load_state_dict(made.state_dict())
     else:
-        path = to_path(config.init.backbone)
-        if path.is_dir():
-            path = find_checkpoint(path) / "backbone.safetensors"
-        load_weights(state.backbone, path)
+        load_weights(state.backbone, weights_file(config.init.backbone))
     _copy_weights(state)
 
 

@@ -21,15 +21,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for threads most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def random_net(config, dtype=torch.float32):
     """Random norms, gammas among them that are zero, tiny or negative; statistics near those of some noise."""

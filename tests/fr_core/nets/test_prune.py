@@ -23,15 +23,6 @@ NETS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for threads most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("depth", MILLIONS)
 def test_a_fifth_less_leaves_the_published_parameters(depth):
     """All of them: convolutions, the last linear layer, norms and PReLUs."""

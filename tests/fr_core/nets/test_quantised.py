@@ -21,15 +21,6 @@ NETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for threads most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def images(count=16, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
 
