@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz format clean
+.PHONY: demo test check fuzz soak format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
@@ -13,6 +13,9 @@ test: check
 
 fuzz: $(VENV)/.installed  # minutes; make test runs the same with 100 cases a test
 	$(BIN)/pytest -m fuzz --hypothesis-profile=fuzz
+
+soak: $(VENV)/.installed  # minutes of jobs, searches, killed workers and nodes; make test leaves it out
+	$(BIN)/pytest -m soak
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -599,6 +599,10 @@ class Config(Section):
             )
         if self.verify.pairs and not self.verify.images and not self.verify.pairs.endswith(".bin"):
             raise ValueError("verify.pairs needs verify.images, the folder that its paths are relative to")
+        if self.train.verify_every and not self.verify.pairs:
+            raise ValueError("train.verify_every needs verify.pairs: name them, or leave it out")
+        if self.verify.images and not self.verify.pairs:
+            raise ValueError("verify.images needs verify.pairs, which names the images to compare")
         if isinstance(self.method, AttFC) and self.method.order == "paper" and accumulate > 1:
             raise ValueError(
                 'method.order = "paper" puts the whole batch\'s centres in the queue first: train.accumulate = 1, '
@@ -617,6 +621,17 @@ class Config(Section):
             raise ValueError(
                 f"train.epochs = 0 calibrates a net, which is for quantface; {self.method.kind} takes 1 or more"
             )
+        if self.train.epochs == 0:
+            for name, asked in (
+                ("data.masks", self.data.masks.ratio > 0),
+                (f'schedule.kind = "{self.schedule.kind}"', isinstance(self.schedule, FastFace | FastFaceHaar)),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"
+                    )
+        if self.optim.head != ClassMatrix() and class_matrix(self) is None:
+            raise ValueError(f"optim.head moves a class matrix, and {self.method.kind} has none: leave it out")
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:
             raise ValueError(f"{self.method.kind} writes its centres once per batch: train.accumulate = 1")
         if isinstance(self.method, BigFace) and self.method.update == "fused":

@@ -10,3 +10,11 @@ class UserError(Exception):
 
 class StorageError(UserError):
     """Storage at a URL that refuses or does not answer; another try may succeed, where other mistakes stay."""
+
+
+class Left(Exception):
+    """A run that was asked to leave before its end and did, after it saved a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"left at step {step}; --resume goes on")
+        self.step = step

@@ -2,30 +2,43 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fr_core.config import Config, parse_config
 from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_atomically
-from fr_core.errors import StorageError, UserError
+from fr_core.errors import Left, StorageError, UserError
+from pipelines.gauges import Gauges
+from pipelines.leave import on_sigterm
+from pipelines.logs import log, start_logging, tell
 
 START_ATTEMPTS = 3
-MAX_FAILURES = 5  # lives that a run has after its first
+MAX_FAILURES = 5  # deaths of workers after which there must be a new checkpoint
+LEAVE = "leave"  # a file in the run's folder: the driver was asked to leave
+LOOK_EVERY = 2.0  # seconds
+RESIZE_EVERY = 60.0  # seconds between looks for more machines
 
 
-def start_ray() -> None:
+def start_ray(dashboard: bool = False) -> None:
     """Joins the cluster of ``RAY_ADDRESS``, or starts a node of its own that ends with this process."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets any other process starve the training
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
-    dashboard = None if address != "local" else False
     for attempt in range(START_ATTEMPTS):
         if ray.is_initialized():
             return
         try:
-            ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                include_dashboard=dashboard if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except Exception as error:  # Ray has no class for it: a busy machine needs more than the 30 s that it waits
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
@@ -59,33 +72,80 @@ def worker_cpus(cluster_cpus: float, workers: int) -> float:
     return min(1.0, cluster_cpus / (2 * workers))
 
 
-def train_on_ray(config: Config, out: AnyPath, workers: int) -> dict[str, float]:
-    """Trains on ``workers`` Ray Train workers; killed ones are replaced and go on from the newest checkpoint.
+def one_a_node() -> float:
+    """CPUs that a worker reserves so that each node, if all are alike, has room for one and for a task of Ray Data.
+
+    Raises:
+        UserError: no node, or one with less than 2 CPUs.
+    """
+    import ray
+
+    least = min(
+        (node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"]), default=0
+    )
+    if least < 2:
+        raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, and one has {least:g}: give one number")
+    return least / 2 + 0.5
+
+
+def capacity() -> dict[str, float]:
+    """What the cluster has, or may come to have where it grows when asked."""
+    import ray
+    from ray._private.state import state
+
+    grown: Any = state.get_max_resources_from_cluster_config()
+    return grown or ray.cluster_resources()
+
+
+def train_on_ray(
+    config: Config,
+    out: AnyPath,
+    workers: int | tuple[int, int],
+    cpus: float | None = None,
+    callbacks: list[Any] | None = None,
+) -> dict[str, float]:
+    """Trains on Ray Train workers, spread over the nodes; after a death those that are left, and those that replace
+    the dead, go on from the newest checkpoint.
 
     Checkpoints go straight to ``out``, which all nodes must see, in the form that ``--in-process`` writes too.
 
+    Args:
+        workers: their number; or the least and the most, of which as many run as there are cards, or nodes where there
+            are none, at the time.
+        cpus: of each worker; None: as if the cluster were this run's alone.
+        callbacks: Ray Train's, which hear of every checkpoint.
+
     Raises:
         UserError: what the loop refuses, named in one line.
+        Left: SIGTERM came, and a checkpoint was saved.
     """
     start_ray()
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources: dict[str, float] = ray.cluster_resources()
+    from fr_core.train.checkpoint import checkpoints
+
+    resources, (least, most) = capacity(), workers if isinstance(workers, tuple) else (workers, workers)
     gpus = resources.get("GPU", 0)
-    if 0 < gpus < workers:
-        raise UserError(f"{workers} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
+    if 0 < gpus < least:
+        raise UserError(f"{least} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
     use_gpu = gpus > 0
-    for old in find(out, "mistake_*"):
+    if not use_gpu and resources.get("CPU", 0) == 0:
+        raise UserError("no node of this cluster has a CPU or a GPU to give: start workers")
+    if cpus is None:
+        whole = least == most or use_gpu
+        cpus = worker_cpus(resources.get("CPU", 0), most) if whole else one_a_node()
+    for old in [*find(out, "mistake_*"), *find(out, LEAVE)]:
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve())},
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": worker_cpus(resources["CPU"], workers), **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+            placement_strategy="SPREAD",
+            elastic_resize_monitor_interval_s=RESIZE_EVERY,  # type: ignore[call-arg]
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
@@ -93,20 +153,32 @@ def train_on_ray(config: Config, out: AnyPath, workers: int) -> dict[str, float]
             storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=callbacks,
         ),
     )
-    try:
-        result: Any = trainer.fit()
-    except TrainingFailedError as error:
-        raise _told(out) or error from None
+    with on_sigterm(partial(write_text_atomically, out / LEAVE, "")):
+        while True:
+            before = checkpoints(out)[-1:]
+            try:
+                result: Any = trainer.fit()
+                break
+            except TrainingFailedError as error:
+                if told := _told(out) or _said_by(error):
+                    raise told from None
+                if checkpoints(out)[-1:] == before:
+                    raise
+                log.warning("%d lives ended; there are new checkpoints: going on", MAX_FAILURES + 1)
     told = _told(out)
     if told:
         raise told
+    if isinstance(result.return_value, int):
+        (out / LEAVE).unlink(missing_ok=True)
+        raise Left(result.return_value)
     return result.return_value
 
 
 def train_worker(launch: dict[str, Any]) -> Any:
-    """What each Ray Train worker runs. Rank 0's return value is the run's figures."""
+    """What each Ray Train worker runs. Rank 0's return value is the run's figures, or the step at which it left."""
     import ray.train
 
     from fr_core.data.stream import blocks_by_ray
@@ -118,15 +190,46 @@ def train_worker(launch: dict[str, Any]) -> Any:
     if find(out, "mistake_*.txt"):  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
+    start_logging("json", run=out.name, rank=ranks.rank)
+    log.info("worker started", extra={"facts": {"ranks": ranks.size}})
     use_processor((os.cpu_count() or 1) // context.get_local_world_size())
     try:
         config = parse_config(launch["config"], "launch")
-        return train_loop(config, out, ranks, blocks_by_ray, ray.train.report)
+        to_hear = partial(heard, Gauges(out.name, ranks.rank))
+        return train_loop(config, out, ranks, blocks_by_ray, to_hear, asked_to_leave(out, ranks.rank))
+    except Left as left:
+        return left.step
     except StorageError:  # may have passed when the workers are started again
         raise
     except UserError as error:
-        write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
+        log.error(str(error))
+        with suppress(OSError, StorageError):  # the error itself says the same, after more lives
+            write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
         raise
+
+
+def asked_to_leave(out: AnyPath, rank: int) -> Callable[[], bool]:
+    """What says on rank 0 whether the driver asked the run to leave, and looks for its file every few seconds."""
+    looked = 0.0
+
+    def leaving() -> bool:
+        nonlocal looked
+        if rank != 0 or time.monotonic() - looked < LOOK_EVERY:
+            return False
+        looked = time.monotonic()
+        return (out / LEAVE).is_file()
+
+    return leaving
+
+
+def heard(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> None:
+    """Tells Ray's metrics and the log, and Ray Train of checkpoints alone: a report costs two seconds."""
+    import ray.train
+
+    gauges.set(metrics)
+    tell(metrics, saved)
+    if saved is not None:
+        ray.train.report(metrics)
 
 
 def _told(out: AnyPath) -> UserError | None:
@@ -135,3 +238,9 @@ def _told(out: AnyPath) -> UserError | None:
     for path in messages:
         path.unlink()
     return UserError(next(iter(messages.values()))) if messages else None
+
+
+def _said_by(error: Any) -> UserError | None:
+    """The user's mistake among the failures of the workers' last lives."""
+    causes = (getattr(failure, "cause", failure) for failure in getattr(error, "worker_failures", {}).values())
+    return next((UserError(str(cause).splitlines()[0]) for cause in causes if isinstance(cause, UserError)), None)

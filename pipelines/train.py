@@ -13,23 +13,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fr_core.config import F2C, Config, QuantisedNet, classes, taught, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, RemotePath, to_path, write_text_atomically
+from fr_core.data.store import AnyPath, RemotePath, find, to_path, writable, write_text_atomically
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import StorageError, UserError
-from fr_core.nets.open import find_checkpoint
+from fr_core.nets.open import CHECKPOINTS, find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
 from fr_core.train.memory import step_images
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
+from pipelines.leave import on_sigterm
+from pipelines.logs import log, start_logging, tell
 
 POLL = 2.0  # seconds
+JOB_COPIES = "working_dir_files"  # where Ray unpacks the folder that a job was submitted with
 
 
 def train(
     config: Config,
     out: AnyPath,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     in_process: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -38,34 +41,38 @@ def train(
 
     Args:
         out: the run's folder, local or at a URL: checkpoints, metrics.csv, pictures, report.json.
+        workers: on Ray; their number, or the least and the most.
         in_process: without Ray, one rank.
         resume: go on from the newest checkpoint in ``out``.
         overwrite: drop what an earlier run left in ``out``.
 
     Raises:
         UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
+        Left: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
-    from fr_core.train.checkpoint import checkpoints
     from fr_core.train.loop import clear_run, train_loop
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
+    check_lasts(out)
+    start_logging(run=out.name)
     config = with_absolute_paths(config)
     if isinstance(out, RemotePath) and config.tracking.uri is None:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
         Console(stderr=True).print("without MLflow, whose database cannot lie at a URL; tracking.uri names a server")
-    plan = checked_plan(config, workers)
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    plan = checked_plan(config, *range(least, most + 1))
     if config.data.check_sha256:
         plan.dataset.check_sha256()
         if other := unlabelled(config):
             other[1].dataset.check_sha256()
-    if resume and not checkpoints(out):
+    if resume and not find(out, CHECKPOINTS):
         raise UserError(f"--resume: {out} holds no whole checkpoint: name the run's folder")
     if (out / "run.json").is_file() and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
-    try:
+    with writable(out):
         if overwrite:
             check_kept(config, out)
             clear_run(out)
@@ -73,19 +80,21 @@ def train(
         probe = out / "probe"
         write_text_atomically(probe, "")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    with progress_line(out, total_steps(config, plan.steps_per_epoch)):
+    total = total_steps(config, plan.steps_per_epoch)
+    log.info("training", extra={"facts": {"method": config.method.kind, "steps": total, "workers": workers}})
+    with progress_line(out, total):
         if in_process:
             use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that this process may use
-            return train_loop(config, out, Ranks(), blocks_in_process, lambda metrics: None)
+            leave = threading.Event()
+            with on_sigterm(leave.set):
+                return train_loop(config, out, Ranks(), blocks_in_process, tell, leave.is_set)
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)
 
 
-def checked_plan(config: Config, workers: int) -> Plan:
-    """The plan of a run that can be launched.
+def checked_plan(config: Config, *workers: int) -> Plan:
+    """The plan of a run that can be launched on any of these numbers of workers.
 
     Raises:
         UserError: bad data, pairs that cannot be read, a teacher that does not fit, a quantised net made of nothing, or
@@ -98,6 +107,19 @@ def checked_plan(config: Config, workers: int) -> Plan:
             'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
         )
     plan = make_plan(config, open_dataset(config.data.path))
+    for number in workers:
+        check_workers(config, plan, number)
+    open_teacher(config, plan.dataset, torch.device("cpu"))
+    centres_of(config, classes(config, plan.dataset.manifest.identities))
+    if config.verify.pairs:
+        read_pairs(config.verify.pairs)
+        if config.verify.images and not Path(config.verify.images).is_dir():
+            raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    return plan
+
+
+def check_workers(config: Config, plan: Plan, workers: int) -> None:
+    """Raises: UserError: lanes, batches, identities or ghost batches that do not fit so many workers."""
     plan.lanes_of(0, workers)
     batch, identities = config.train.global_batch, plan.dataset.manifest.identities
     if workers > identities:
@@ -120,13 +142,15 @@ def checked_plan(config: Config, workers: int) -> Plan:
                 f"{workers} workers × train.accumulate = {config.train.accumulate}"
             )
         other[1].lanes_of(0, workers)
-    open_teacher(config, plan.dataset, torch.device("cpu"))
-    centres_of(config, classes(config, identities))
-    if config.verify.pairs:
-        read_pairs(config.verify.pairs)
-        if config.verify.images and not Path(config.verify.images).is_dir():
-            raise UserError(f"verify.images: {config.verify.images}: no such folder")
-    return plan
+
+
+def check_lasts(out: AnyPath) -> None:
+    """Raises: UserError: a Ray job's own folder, a copy that Ray removes: ``--out`` was relative or left out."""
+    if isinstance(out, Path) and JOB_COPIES in out.resolve().parts:
+        raise UserError(
+            f"--out {out}: a Ray job's folder is a copy that is removed: give an absolute path that all nodes see, "
+            "or a URL"
+        )
 
 
 def check_kept(config: Config, out: AnyPath) -> None:
@@ -202,7 +226,9 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
                 progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)
                 if not console.is_terminal and time.monotonic() - said > 30:
                     said = time.monotonic()
-                    console.print(f"step {row['step']}/{total}  loss {loss:.3f}  {rate:.0f} img/s")
+                    log.info(
+                        "trained", extra={"facts": {"step": row["step"], "of": total, "loss": loss, "img/s": rate}}
+                    )
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

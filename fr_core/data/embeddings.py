@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fr_core.data.schema import Dataset
-from fr_core.data.store import ahead_of
+from fr_core.data.store import ahead_of, writable
 from fr_core.errors import UserError
 
 FACTS = "embeddings.json"
@@ -112,10 +112,8 @@ def by_id(embeddings: Embeddings, dataset: Dataset) -> EmbeddingsById:
     key = hashlib.sha256(facts.model_dump_json().encode()).hexdigest()[:8]
     index, vectors = (root / BY_ID.format(f"{key}-{part}") for part in ("index", "float16"))
     if not (index.is_file() and vectors.is_file()):
-        try:
+        with writable(vectors):
             _write_by_id(embeddings, dataset, index, vectors)
-        except OSError as error:
-            raise UserError(f"cannot write {vectors}: {error.strerror}") from None
     ids_I, rows_I = np.load(index, mmap_mode="r")
     return EmbeddingsById(ids_I, rows_I, np.load(vectors, mmap_mode="r"))
 

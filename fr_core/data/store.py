@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
@@ -29,6 +30,8 @@ T = TypeVar("T")
 CHUNK = 16 * 2**20  # bytes that one request moves
 AT_ONCE = 16  # requests: an object store answers late, but many at a time
 GCS_RETRY_SECONDS = 20  # pyarrow's own are 15 minutes
+PAUSES = (1.0, 3.0)  # seconds between tries; within each, pyarrow asks S3 every 0.2 s for 6 s
+PASSING = re.compile(r"NETWORK_CONNECTION|HTTP status (429|5\d\d)|SLOW_DOWN|THROTTLING|TIMEOUT|UNAVAILABLE|INTERNAL")
 
 
 class Stat(NamedTuple):
@@ -82,6 +85,9 @@ class RemotePath:
     def parents(self) -> tuple["RemotePath", ...]:
         return tuple(RemotePath(self.anchor, self.parts[:n], self.query) for n in reversed(range(len(self.parts))))
 
+    def with_name(self, name: str) -> "RemotePath":
+        return self.parent / name
+
     def resolve(self) -> "RemotePath":
         return self
 
@@ -100,8 +106,7 @@ class RemotePath:
     def stat(self) -> Stat:
         if self.listed:
             return self.listed
-        with _named(self):
-            info = self.filesystem.get_file_info(self.key)
+        info = _asked(self, lambda: self.filesystem.get_file_info(self.key))
         if info.type == fs.FileType.NotFound:
             raise _missing(self)
         return _stat(info)
@@ -131,27 +136,28 @@ class RemotePath:
         return (path for path in found if all(map(fnmatchcase, path.parts[depth:], wanted)))
 
     def read_bytes(self) -> bytes:
-        with _named(self), self.filesystem.open_input_stream(self.key) as stream:
-            return stream.read()
+        return _asked(self, self._content)
 
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
     def open_random(self) -> pa.NativeFile:
         """For reads of ranges, from any thread."""
-        with _named(self):
-            return self.filesystem.open_input_file(self.key)
+        return _asked(self, lambda: self.filesystem.open_input_file(self.key))
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object store has names with slashes, not folders."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with _named(self):
-                self.filesystem.delete_file(self.key)
+            _asked(self, lambda: self.filesystem.delete_file(self.key))
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def _content(self) -> bytes:
+        with self.filesystem.open_input_stream(self.key) as stream:
+            return stream.read()
 
     def _mode(self) -> int:
         try:
@@ -161,9 +167,8 @@ class RemotePath:
 
     def _below(self, recursive: bool) -> list["RemotePath"]:
         """What lies in this folder; one request a thousand names. Nothing where there is no such folder."""
-        with _named(self):
-            selector = fs.FileSelector(self.key, allow_not_found=True, recursive=recursive)
-            found = self.filesystem.get_file_info(selector)
+        selector = fs.FileSelector(self.key, allow_not_found=True, recursive=recursive)
+        found = _asked(self, lambda: self.filesystem.get_file_info(selector))
         start = len(self.key.rstrip("/")) + 1
         below = ((info, (*self.parts, *info.path[start:].rstrip("/").split("/"))) for info in found)
         return [RemotePath(self.anchor, parts, self.query, _stat(info)) for info, parts in below]
@@ -199,8 +204,7 @@ class RemoteBytes:
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self.length)
-        with _named(self.path):
-            return self.file.read_at(max(stop - start, 0), start)
+        return _asked(self.path, lambda: self.file.read_at(max(stop - start, 0), start))
 
 
 def to_path(ref: str | AnyPath) -> AnyPath:
@@ -235,14 +239,16 @@ def written(path: AnyPath) -> Iterator[Path]:
     """
     if isinstance(path, Path):
         part = path.with_name(path.name + ".part")
-        yield part
-        part.replace(path)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         return
     with TemporaryDirectory(prefix="bigface-") as scratch:
         part = Path(scratch) / path.name
         yield part
-        with _named(path):
-            fs.copy_files(str(part), path.key, fs.LocalFileSystem(), path.filesystem, chunk_size=CHUNK)
+        _asked(path, partial(_copied, part, path.key, fs.LocalFileSystem(), path.filesystem))
 
 
 @contextmanager
@@ -253,12 +259,25 @@ def fetched(path: AnyPath) -> Iterator[Path]:
         return
     with TemporaryDirectory(prefix="bigface-") as scratch:
         copy = Path(scratch) / path.name
-        with _named(path):
-            fs.copy_files(path.key, str(copy), path.filesystem, fs.LocalFileSystem(), chunk_size=CHUNK)
+        _asked(path, partial(_copied, path.key, copy, path.filesystem, fs.LocalFileSystem()))
         try:
             yield copy
         except UserError as error:  # say where it lies, not where it was looked at
             raise type(error)(str(error).replace(str(copy), str(path))) from None
+
+
+@contextmanager
+def writable(path: AnyPath) -> Iterator[None]:
+    """Errors of the local disk as the user's: full, read-only, gone.
+
+    Raises:
+        UserError: names what could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = str(error.filename or path).removesuffix(".part")
+        raise UserError(f"cannot write {named}: {error.strerror or error}") from None
 
 
 def write_text_atomically(path: AnyPath, text: str) -> None:
@@ -308,8 +327,8 @@ def remove_folder(path: AnyPath) -> None:
     if isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
-        with _named(path):
-            path.filesystem.delete_dir(path.key)
+        with suppress(FileNotFoundError):  # the try before did it, and its answer was lost
+            _asked(path, lambda: path.filesystem.delete_dir(path.key))
 
 
 def ahead_of(calls: Iterable[Callable[[], T]]) -> Iterator[Callable[[], T]]:
@@ -335,15 +354,21 @@ def _filesystem(anchor: str, query: str) -> tuple[fs.FileSystem, str]:
         raise StorageError(f"{anchor}: {_reason(error)}") from None
 
 
-@contextmanager
-def _named(path: RemotePath) -> Iterator[None]:
-    """Errors that name the URL in one line."""
+def _asked(path: RemotePath, call: Callable[[], T], pauses: tuple[float, ...] = PAUSES) -> T:
+    """What a call to the store returns, tried again after pauses where it may. Errors name the URL in one line."""
     try:
-        yield
+        return call()
     except FileNotFoundError:
         raise _missing(path) from None
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"{path}: {_reason(error)}") from None
+        if not pauses or not PASSING.search(str(error)):
+            raise StorageError(f"{path}: {_reason(error)}") from None
+    time.sleep(pauses[0])
+    return _asked(path, call, pauses[1:])
+
+
+def _copied(source: AnyPath | str, target: AnyPath | str, there: fs.FileSystem, here: fs.FileSystem) -> None:
+    fs.copy_files(str(source), str(target), there, here, chunk_size=CHUNK)
 
 
 def _missing(path: RemotePath) -> FileNotFoundError:

@@ -6,18 +6,20 @@ end of a range (SS1, SSV: for both ends, of V values).
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fr_core.config import QuantisedNet
 from fr_core.errors import UserError
-from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, Weighted
+from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, ResidualPath, Weighted
 from fr_core.ranks import Ranks
 
 EQUALISING = 8  # batches that equalisation looks at
 POSITIONS = 256  # of each image's map that ranges are chosen by
 BINS = 1024  # of their histogram
+EXTREMES = 0.1  # how much an image's least and greatest value count among these, since they are so few in truth
 SHARES = 20  # candidates for either end of a range
 
 
@@ -38,42 +40,60 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
         _equalise(net, itertools.islice(images(), EQUALISING), ranks)
     quantisers = net.ranges()
     seen: dict[str, list[Tensor]] = {name: [] for name in quantisers}
+    slopes = {prelu.reads[0]: prelu.slope for prelu in net.modules() if isinstance(prelu, QuantPReLU) and prelu.reads}
     for name, quantiser in quantisers.items():
-        quantiser.observer = lambda x, parts=seen[name]: parts.append(_sample(x))
+        slope_C = slopes.get(quantiser)
+        quantiser.observer = lambda x, parts=seen[name], slope_C=slope_C: parts.append(_sample(x, slope_C))
     for x_BCHW in images():
         net(x_BCHW)
     for name, quantiser in quantisers.items():
         quantiser.observer = None
-        seen_V = ranks.gather(torch.cat(seen.pop(name)))
+        seen_V, counts_V = ranks.gather(torch.cat(seen.pop(name))).cpu().unbind(1)  # where sums have one order
         low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
         if not seen_V.isfinite().all():
             raise UserError(f"calibration: what layer {name} leaves is not finite: broken weights?")
         if low == high:
             raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
-        quantiser.set_range(*((low, high) if config.ranges == "extremes" else least_error(seen_V, quantiser.bits)))
+        quantiser.set_range(
+            *((low, high) if config.ranges == "extremes" else least_error(seen_V, counts_V, quantiser.bits))
+        )
     net.eval()
 
 
-def least_error(seen_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The range of 2^bits codes that leaves the least mean squared error, its ends shares of the extremes."""
+def least_error(seen_V: Tensor, counts_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The range of 2^bits codes that leaves the least sum of squared errors, its ends shares of the extremes.
+
+    Args:
+        counts_V: how much the error of each value counts.
+    """
     low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
-    counts_V = torch.histc(seen_V, BINS, float(low), float(high))
-    middle_V = low + (high - low) * (torch.arange(BINS, device=seen_V.device) + 0.5) / BINS
-    shares_S = torch.arange(1, SHARES + 1, device=seen_V.device) / SHARES
+    bins_V = ((seen_V - low) / (high - low) * BINS).long().clamp(max=BINS - 1)
+    histogram_V = torch.zeros(BINS).index_add_(0, bins_V, counts_V)
+    middle_V = low + (high - low) * (torch.arange(BINS) + 0.5) / BINS
+    shares_S = torch.arange(1, SHARES + 1) / SHARES
     low_SS1, high_SS1 = (low * shares_S)[:, None, None], (high * shares_S)[None, :, None]
     scale_SS1 = (high_SS1 - low_SS1) / (2**bits - 1)
     zero_SS1 = (-low_SS1 / scale_SS1).round()
     codes_SSV = ((middle_V / scale_SS1).round() + zero_SS1).clamp(0, 2**bits - 1)
-    error_SS = (((codes_SSV - zero_SS1) * scale_SS1 - middle_V).square() * counts_V).sum(2)
+    error_SS = (((codes_SSV - zero_SS1) * scale_SS1 - middle_V).square() * histogram_V).sum(2)
     best_low, best_high = divmod(int(error_SS.argmin()), SHARES)
     return low * shares_S[best_low], high * shares_S[best_high]
 
 
-def _sample(x: Tensor) -> Tensor:
-    """Values [V]: of every image the least, the greatest, and those at fixed positions."""
+def _sample(x: Tensor, slope_C: Tensor | None) -> Tensor:
+    """Values and how much their errors count [V, 2]: of every image those at fixed positions, and its extremes.
+
+    A PReLU multiplies the error of what is below 0 by its slope.
+    """
     x_BV = x.float().movedim(1, -1).flatten(1)  # a view where channels come last
-    positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0))
-    return torch.cat([x_BV[:, positions.to(x.device)], torch.stack(x_BV.aminmax(dim=1), 1)], 1).flatten()
+    positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0)).to(x.device)
+    at_BV = torch.cat([positions.expand(len(x), -1), x_BV.argmin(1)[:, None], x_BV.argmax(1)[:, None]], 1)
+    values_BV = x_BV.gather(1, at_BV)
+    counts_BV = torch.ones_like(values_BV)
+    counts_BV[:, POSITIONS:] = EXTREMES
+    if slope_C is not None:
+        counts_BV *= torch.where(values_BV < 0, slope_C[at_BV % len(slope_C)] ** 2, 1)
+    return torch.stack([values_BV.flatten(), counts_BV.flatten()], 1)
 
 
 def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> None:
@@ -89,29 +109,34 @@ def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> No
         quantiser.observer = lambda x: None
     hooks = [
         before.layer.register_forward_hook(lambda _, __, x, seen=seen: seen.append(x.abs().amax((2, 3)).mean(0)))
-        for (before, _), seen in zip(pairs, largest, strict=True)
+        for (before, *_), seen in zip(pairs, largest, strict=True)
     ]
     for x_BCHW in images_BCHW:
         net(x_BCHW)
     for hook in hooks:
         hook.remove()
-    for (before, after), seen in zip(pairs, largest, strict=True):
+    for (before, *readers), seen in zip(pairs, largest, strict=True):
         range_C = ranks.sum_(torch.stack(seen).mean(0)) / ranks.size
-        weight = after.layer.weight  # [O, I / groups, …]
-        depthwise = weight.shape[1] == 1
-        reach_I = weight.abs().transpose(0, 1).flatten(1).amax(1)
-        factor_C = range_C if depthwise else (range_C / reach_I.clamp(min=1e-8)).sqrt()
+        dense = [after.layer.weight for after in readers if after.layer.weight.shape[1] > 1]  # [O, I, …]
+        factor_C = range_C
+        if dense:
+            reach_I = torch.cat([weight.abs().transpose(0, 1).flatten(1) for weight in dense], 1).amax(1)
+            factor_C = (range_C / reach_I.clamp(min=1e-8)).sqrt()
         # A channel that is nearly dead stays so, and a dead layer is left for others to name.
         factor_C = (factor_C / factor_C.mean().clamp(min=1e-8)).clamp(min=1e-2)
         before.layer.weight.div_(factor_C[:, None, None, None])
         before.layer.bias.div_(factor_C)
-        weight.mul_(factor_C.view(-1, 1, 1, 1) if depthwise else factor_C.view(1, -1, *[1] * (weight.ndim - 2)))
+        for after in readers:
+            weight = after.layer.weight
+            depthwise = weight.shape[1] == 1
+            weight.mul_(factor_C.view(-1, 1, 1, 1) if depthwise else factor_C.view(1, -1, *[1] * (weight.ndim - 2)))
 
 
-def _neighbours(net: Quantised) -> Iterator[tuple[QuantConv, Weighted]]:
-    """Convolutions whose output one layer with weights alone reads, and that layer."""
+def _neighbours(net: Quantised) -> Iterator[tuple[Any, ...]]:
+    """Convolutions whose output layers with weights alone read, and those layers."""
     for chain in (module for module in net.modules() if isinstance(module, nn.Sequential)):
         layers = [layer for layer in chain if not isinstance(layer, QuantPReLU | nn.Flatten)]
         for before, after in itertools.pairwise(layers):
-            if isinstance(before, QuantConv) and isinstance(after, Weighted):
-                yield before, after
+            readers = (after.branch[0], after.skip) if isinstance(after, ResidualPath) else (after,)
+            if isinstance(before, QuantConv) and all(isinstance(reader, Weighted) for reader in readers):
+                yield before, *readers

@@ -3,9 +3,12 @@
 Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
 from fr_core.data.decode import resized
+from fr_core.data.schema import sha256
 from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 
 Backbone = Union[IResNet, MobileFaceNet, "Quantised"]
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written; the one before may be."""
 
 
 def build_net(config: Net) -> Backbone:
@@ -138,7 +146,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
-        config, weights = _net_config(folder), folder / "backbone.safetensors"
+        config, weights = _net_config(folder), weights_file(folder)
         threshold = _threshold(folder.parent.parent / "report.json")
     elif path.is_file():
         config, weights, threshold = _bare_config(path, net), path, None
@@ -215,14 +223,56 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
     return net
 
 
-def weights_file(ref: str) -> AnyPath:
+def weights_file(ref: str | AnyPath) -> AnyPath:
     """The weights of a run, of a checkpoint, or the file itself.
 
     Raises:
-        UserError: a folder without a checkpoint.
+        UserError: a folder without a checkpoint, or weights that are not as they were written.
     """
     path = to_path(ref)
-    return find_checkpoint(path) / "backbone.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    folder = find_checkpoint(path)
+    try:
+        with checked(folder, read_summary(folder), "backbone.safetensors"):
+            return folder / "backbone.safetensors"
+    except Damaged as error:
+        raise UserError(f"{error}: name an older checkpoint of the run, or --resume it") from None
+
+
+def read_summary(checkpoint: AnyPath) -> dict[str, Any]:
+    """The content of ``checkpoint.json``. Raises: Damaged: it is not what was written."""
+    path = checkpoint / "checkpoint.json"
+    try:
+        summary = json.loads(path.read_text())
+        signature = summary.pop("sha256", None)  # older ones have none
+        summary["format"], summary["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{path}: not readable") from None
+    if signature not in (None, digest(summary)):
+        raise Damaged(f"{path}: wrong checksum")
+    return summary
+
+
+def digest(summary: dict[str, Any]) -> str:
+    """What ``checkpoint.json`` says of itself."""
+    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+
+
+@contextmanager
+def checked(checkpoint: AnyPath, summary: dict[str, Any], name: str) -> Iterator[Path]:
+    """A file of a checkpoint on the local disk, compared with its checksum.
+
+    Raises:
+        Damaged: it differs or is missing; names it.
+    """
+    try:
+        with fetched(checkpoint / name) as file:
+            if sha256(file) != summary["files"].get(name, {}).get("sha256"):
+                raise Damaged(f"{checkpoint / name}: wrong checksum")
+            yield file
+    except FileNotFoundError:
+        raise Damaged(f"{checkpoint / name}: missing") from None
 
 
 def _net_config(checkpoint: AnyPath) -> Net:

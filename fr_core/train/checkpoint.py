@@ -9,7 +9,9 @@ folder without it is no checkpoint, on a disk as on an object store, where nothi
 saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
 """
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,53 +29,109 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, flat, lanes
 from fr_core.data.schema import sha256
-from fr_core.data.store import AnyPath, fetched, find, remove_folder, write_text_atomically, written
+from fr_core.data.store import AnyPath, fetched, find, remove_folder, written
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
-from fr_core.nets.open import CHECKPOINTS, is_whole
+from fr_core.nets.open import CHECKPOINTS, Damaged, checked, digest, is_whole, read_summary
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState, average_statistics
 
 FORMAT = 1
 IDENTITIES = "identities.parquet"
+SET_ASIDE = "damaged.json"  # what a damaged checkpoint's checkpoint.json is renamed
+FULL = os.strerror(errno.ENOSPC)
+
+log = logging.getLogger("bigface")
+
+
+class DiskFull(UserError):
+    """No room for a checkpoint."""
 
 
 def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> AnyPath:
-    """Writes ``out/checkpoints/step_N`` from all ranks and drops the oldest beyond ``train.keep``.
+    """Writes ``out/checkpoints/step_N`` from all ranks, then drops all but the newest ``train.keep`` whole ones.
+
+    Where the disk is full, room is made once by dropping the oldest checkpoint, unless it is the only one.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written; on all ranks alike, and nothing of it is left.
     """
     average_statistics(state, ranks)
     folder = out / "checkpoints" / step_name(state.step)
     try:
-        if ranks.rank == 0:
-            remove_folder(folder)  # what an earlier life left unfinished
-            folder.mkdir(parents=True)
-        ranks.barrier()
-        rows = (state.head.lo, state.head.hi) if isinstance(state.head, ShardedFC) else None
-        files = {}
-        if ranks.rank == 0 or rows:
-            files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state)
-        if ranks.rank == 0:
-            files["backbone.safetensors"] = dict(state.usable.state_dict())
-        if ranks.rank == 0 or config.optim.shard_state:
-            files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
-        net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
-        facts = {name: _write(folder / name, tensors, net) for name, tensors in files.items()}
-        if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
-            facts[IDENTITIES] = _copy(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
-        parts = ranks.gather_objects((facts, rows))
-        if ranks.rank == 0:
-            text = json.dumps(_summary(config, state, parts), indent=1)
-            write_text_atomically(folder / "checkpoint.json", text + "\n")
-            for old in checkpoints(out)[: -config.train.keep]:
-                remove_folder(old)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write checkpoint {folder}: {reason}") from None
-    ranks.barrier()
+        _save(config, state, out, folder, ranks)
+    except DiskFull as error:
+        saved = ranks.broadcast_object(checkpoints(out))
+        if len(saved) < 2 or not isinstance(out, Path):  # of a URL, scratch is full
+            raise
+        with agreed(ranks):
+            if ranks.rank == 0:
+                log.warning("%s; dropping %s to make room", error, saved[0])
+                remove_folder(saved[0])
+        _save(config, state, out, folder, ranks)
     return folder
+
+
+def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, ranks: Ranks) -> None:
+    rows = (state.head.lo, state.head.hi) if isinstance(state.head, ShardedFC) else None
+    files = {}
+    if ranks.rank == 0 or rows:
+        files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state)
+    if ranks.rank == 0:
+        files["backbone.safetensors"] = dict(state.usable.state_dict())
+    if ranks.rank == 0 or config.optim.shard_state:
+        files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
+    net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
+    needed = sum(ranks.gather_objects(sum(t.nbytes for tensors in files.values() for t in tensors.values())))
+    try:
+        with agreed(ranks):
+            if ranks.rank == 0:
+                remove_folder(folder)  # what an earlier life left unfinished
+                folder.mkdir(parents=True)
+        with agreed(ranks):
+            facts = {name: _write(folder / name, tensors, net) for name, tensors in files.items()}
+            if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
+                facts[IDENTITIES] = _copy(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
+        parts = ranks.gather_objects((facts, rows))
+        with agreed(ranks):
+            if ranks.rank == 0:
+                write_signed(folder, _summary(config, state, parts))
+    except UserError as error:
+        with agreed(ranks):
+            if ranks.rank == 0:
+                remove_folder(folder)
+        raise type(error)(f"cannot write checkpoint {folder} of {needed:,} bytes: {error}") from None
+    with agreed(ranks):
+        if ranks.rank == 0:
+            _drop_others(out, config.train.keep)
+
+
+def _drop_others(out: AnyPath, keep: int) -> None:
+    """Leaves the newest ``keep`` whole checkpoints: older, unfinished and damaged ones go."""
+    kept = checkpoints(out)[-keep:]
+    for folder in find(out / "checkpoints", "step_*"):
+        if folder not in kept:
+            remove_folder(folder)
+
+
+@contextmanager
+def agreed(ranks: Ranks) -> Iterator[None]:
+    """What one rank fails at in the block, all do.
+
+    Raises:
+        UserError: the first rank's that failed, the same on all ranks.
+    """
+    failed: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failed = error
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        failed = DiskFull(FULL) if FULL in reason else UserError(reason)  # safetensors adds words of its own
+    first = next(filter(None, ranks.gather_objects(failed)), None)
+    if first:
+        raise first
 
 
 def step_name(step: int) -> str:
@@ -85,13 +143,58 @@ def checkpoints(out: AnyPath) -> list[AnyPath]:
     return [path.parent for path in find(out, CHECKPOINTS) if is_whole(path.parent)]
 
 
+def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
+    """Puts the newest whole checkpoint of a run into ``state``; damaged ones are said and set aside.
+
+    Returns:
+        Whether there is any checkpoint.
+
+    Raises:
+        UserError: none is whole, or it is of a run with other settings.
+    """
+    damaged: list[tuple[AnyPath, Damaged]] = []
+    # One rank looks, so that all agree even if the folder changes meanwhile.
+    for marker in reversed(ranks.broadcast_object(find(out, CHECKPOINTS))):
+        try:
+            with agreed(ranks):
+                load_checkpoint(config, state, marker.parent, ranks)
+        except Damaged as error:
+            damaged.append((marker, error))
+            continue
+        with agreed(ranks):
+            for bad, what in damaged if ranks.rank == 0 else ():
+                log.warning("damaged: %s; going on from %s", what, marker.parent.name)
+                with written(bad.with_name(SET_ASIDE)) as aside:
+                    aside.write_bytes(bad.read_bytes())
+                bad.unlink()
+        log.info("resumed", extra={"facts": {"step": state.step, "checkpoint": str(marker.parent)}})
+        return True
+    if damaged:
+        raise UserError(f"no whole checkpoint in {out}: {damaged[0][1]}; --overwrite starts over")
+    return False
+
+
+def take_over(donor: Path, out: Path, run_id: str | None) -> None:
+    """Makes another run's checkpoint the only one of a run, under the run's own id in MLflow.
+
+    Raises:
+        Damaged: the donor's ``checkpoint.json`` is not as it was written.
+    """
+    summary = read_summary(donor) | {"run_id": run_id}
+    folder = out / "checkpoints" / step_name(summary["step"])
+    remove_folder(folder.parent)
+    shutil.copytree(donor, folder, ignore=shutil.ignore_patterns("checkpoint.json"))
+    write_signed(folder, summary)
+
+
 def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: Ranks) -> None:
     """Puts a run's checkpoint into ``state``; this many or any other number of ranks may have written it.
 
     Raises:
-        UserError: damaged files (named), or a run with other data, net, method, batch or seed.
+        Damaged: names the file.
+        UserError: a run with other data, net, method, batch or seed.
     """
-    summary = json.loads((folder / "checkpoint.json").read_text())
+    summary = read_summary(folder)
     if summary["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
@@ -120,7 +223,7 @@ def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
     Args:
         classes_S: int64, classes of that checkpoint.
     """
-    summary = json.loads((folder / "checkpoint.json").read_text())
+    summary = read_summary(folder)
     found: Tensor | None = None
     for part in summary["head"]:
         first, last = part["rows"]
@@ -141,7 +244,7 @@ def read_identities(folder: AnyPath) -> tuple[list[str], int]:
     Raises:
         UserError: the checkpoint has no class matrix.
     """
-    summary = json.loads((folder / "checkpoint.json").read_text())
+    summary = read_summary(folder)
     if IDENTITIES not in summary["files"]:
         raise UserError(f"{folder}: no names of identities in it: its run had no class matrix, or is an old one")
     with checked(folder, summary, IDENTITIES) as local:
@@ -149,17 +252,17 @@ def read_identities(folder: AnyPath) -> tuple[list[str], int]:
     return names, summary["config"]["data"].get("variants", 1)
 
 
-@contextmanager
-def checked(folder: AnyPath, summary: dict[str, Any], name: str) -> Iterator[Path]:
-    """A file of a checkpoint on the local disk, compared with its checksum.
-
-    Raises:
-        UserError: it differs; names it.
-    """
-    with fetched(folder / name) as file:
-        if sha256(file) != summary["files"][name]["sha256"]:
-            raise UserError(f"{file}: wrong checksum; delete this checkpoint to go on from the one before")
-        yield file
+def write_signed(folder: AnyPath, summary: dict[str, Any]) -> None:
+    """Writes ``checkpoint.json`` with its own checksum; on a local disk it is there for good, whatever happens next."""
+    with written(folder / "checkpoint.json") as part, part.open("w") as file:
+        file.write(json.dumps(summary | {"sha256": digest(summary)}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if isinstance(folder, Path):
+        for place in (folder, folder.parent):
+            entry = os.open(place, os.O_RDONLY)
+            os.fsync(entry)
+            os.close(entry)
 
 
 def _tensors(folder: AnyPath, summary: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -279,6 +382,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Ten
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
     optimizer = _local(optimizer)
+    optimizer.state.clear()  # of a damaged checkpoint
     own = {param for group in optimizer.param_groups for param in group["params"]}
     for key_name, value in tensors.items():
         key, name = key_name.split("/", 1)

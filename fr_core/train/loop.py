@@ -24,43 +24,49 @@ from fr_core.config import (
 from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, remove_folder
+from fr_core.data.store import AnyPath, remove_folder, writable
 from fr_core.data.stream import Batch, batches, make_plan, step_by_step, unlabelled
 from fr_core.device import default_device, peak_memory
-from fr_core.errors import UserError
+from fr_core.errors import Left, UserError
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
 from fr_core.train.attfc import attfc_step
 from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, step_name
+from fr_core.train.checkpoint import agreed, checkpoints, go_on, save_checkpoint, step_name
 from fr_core.train.dcq import dcq_step
 from fr_core.train.f2c import f2c_step
+from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.quantface import quantface_step
 from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
 from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
-from fr_core.verify.pairs import Verification, read_images, read_pairs, verify_embeddings
+from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
+Heard = Callable[[dict[str, float], AnyPath | None], None]
+Leaving = Callable[[], bool]
 
 
 def train_loop(
-    config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks, heard: Callable[[dict[str, float]], None]
+    config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks, heard: Heard, leaving: Leaving = lambda: False
 ) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from the start, to its end.
 
     Args:
         out: the run's folder, local or at a URL, the same for all ranks.
         blocks: where rows come from (``fr_core/data/stream.py``).
-        heard: called on every rank with the metrics at each checkpoint.
+        heard: called on every rank with the step's metrics: when they are logged with None, and after each checkpoint
+            with its folder. Both have the figures of a verification at the same step.
+        leaving: whether this rank was asked to leave; if any was, all save a checkpoint and do.
 
     Returns:
         The figures of the run's report.
 
     Raises:
-        UserError: bad data, checkpoints of another run, or a loss that stays non-finite.
+        UserError: bad data, checkpoints of another run, a full disk, or a loss that stays non-finite.
+        Left: the run was asked to leave.
     """
     started = time.monotonic()
     state = resume_or_init(config, out, ranks, blocks)
@@ -75,21 +81,27 @@ def train_loop(
             stop_if_diverged(config, state, out)
             if tracker and state.step == first_step + 1:
                 tracker.log_sample_batch(batch)
-            if tracker and due(config.train.log_every, state):
-                tracker.log(state.step, metrics | clock.rates(state.step) | {"epoch": epoch_of(state)})
-            if config.train.verify_every and due(config.train.verify_every, state):
-                verify(config, state, ranks, tracker)
-            if due(config.train.save_every, state) and state.bad_steps == 0:
+            metrics |= {"step": state.step, "epoch": epoch_of(state)}
+            if due(config.train.log_every, state):
+                metrics |= clock.rates(state.step)
                 if tracker:
-                    tracker.flush()  # whoever goes on from here has the rows up to here
-                save_checkpoint(config, state, out, ranks)
-                heard(metrics)
+                    tracker.log(state.step, metrics)
+            if config.train.verify_every and due(config.train.verify_every, state):
+                metrics |= verify(config, state, ranks, tracker)
+            if due(config.train.log_every, state):
+                heard(metrics | {"head_mib": head_mib(state)}, None)
+            left = agreed_to_leave(config, state, ranks, leaving)
+            if left or (due(config.train.save_every, state) and state.bad_steps == 0):
+                heard(metrics, save(config, state, out, ranks, tracker))
+            if left:
+                raise Left(state.step)
         return finish(config, state, out, ranks, tracker, time.monotonic() - started)
-    except BaseException:
+    except BaseException as end:
         if tracker:
             with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
                 tracker.log_curves()
-                tracker.close("FAILED")
+            with contextlib.suppress(Exception):
+                tracker.close("KILLED" if isinstance(end, Left) else "FAILED")
         raise
     finally:
         stream.close()
@@ -99,11 +111,7 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, default_device())
-    # One rank looks, so that all agree even if the folder changes meanwhile.
-    newest = ranks.broadcast_object(checkpoints(out)[-1:])
-    if newest:
-        load_checkpoint(config, state, newest[0], ranks)
-    else:
+    if not go_on(config, state, out, ranks):
         load_backbone(config, state)
         plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
         if isinstance(config.net, QuantisedNet):
@@ -156,8 +164,29 @@ def due(every: int, state: TrainState) -> bool:
     return state.step % every == 0
 
 
+def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> AnyPath:
+    """A checkpoint, and before it all figures so far, for whoever goes on from it."""
+    with agreed(ranks):
+        if tracker:
+            tracker.settle()
+    return save_checkpoint(config, state, out, ranks)
+
+
+def agreed_to_leave(config: Config, state: TrainState, ranks: Ranks, leaving: Leaving) -> bool:
+    """Whether any rank was asked to leave. Several agree when they log: a collective at every step would cost more."""
+    if ranks.size == 1:
+        return leaving()
+    return due(config.train.log_every, state) and any(ranks.gather_objects(leaving()))
+
+
 def epoch_of(state: TrainState) -> float:
     return state.step / state.plan.steps_per_epoch
+
+
+def head_mib(state: TrainState) -> float:
+    """Memory of this rank's class matrix or queue of centres, MiB."""
+    classes = {} if state.head is state.agreement else state.head.state_dict()
+    return sum(tensor.nbytes for tensor in classes.values()) / 2**20
 
 
 def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
@@ -174,10 +203,10 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
         )
 
 
-def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> Verification | None:
-    """Verifies the usable backbone on the recipe's pairs; every rank embeds its share of the images."""
+def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> dict[str, float]:
+    """Figures of the usable backbone on the recipe's pairs, if it names any; each rank embeds a share of the images."""
     if config.verify.pairs is None:
-        return None
+        return {}
     average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
@@ -187,11 +216,12 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     embeddings = np.concatenate([s for s, _ in shares])
     missing = {path: reason for _, f in shares for path, reason in f.items()}
     result, scores, usable = verify_embeddings(embeddings, missing, pairs)
+    figures = verification_figures(result)
     if tracker:
-        tracker.log_figures(state.step, verification_figures(result) | {"missing_images": len(missing)})
+        tracker.log_figures(state.step, figures | {"missing_images": len(missing)})
         tracker.log_picture("roc", roc_figure({"this net": (scores, usable.same)}))
         tracker.log_picture("scores", score_figure(scores, usable.same, result.threshold))
-    return result
+    return figures
 
 
 def finish(
@@ -200,11 +230,10 @@ def finish(
     """Final checkpoint, verification and ``report.json``."""
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
-        save_checkpoint(config, state, out, ranks)
+        save(config, state, out, ranks, tracker)
     peak = peak_memory(state.device)
-    result = verify(config, state, ranks, tracker)
+    verification = verify(config, state, ranks, tracker)
     manifest = state.plan.dataset.manifest
-    classes = {} if state.head is state.agreement else state.head.state_dict()
     figures = {
         "steps": state.step,
         "epochs": epoch_of(state),
@@ -214,12 +243,11 @@ def finish(
         "workers": ranks.size,
         "seconds": seconds,
         "peak_memory_mib": peak / 2**20,  # of rank 0 in training: its card, or its process
-        "classes_mib": sum(tensor.nbytes for tensor in classes.values()) / 2**20,  # of rank 0
+        "classes_mib": head_mib(state),  # of rank 0
     }
     if tracker:
         tracker.log_figures(state.step, figures)
-    if result:
-        figures |= verification_figures(result)
+    figures |= verification
     if tracker:
         rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
         figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
@@ -228,8 +256,9 @@ def finish(
         tracker.log_curves()
         facts = {"config": config.model_dump(mode="json"), "pictures": tracker.pictures()}
         content = report("train", figures, run=str(out), checkpoint=str(last), **facts)
-        write_report(out / "report.json", content)
-        tracker.log_file(out / "report.json")
+        with writable(out / "report.json"):
+            write_report(out / "report.json", content)
+        tracker.log_file("report.json")
         tracker.close("FINISHED")
     return figures
 
@@ -265,5 +294,5 @@ def clear_run(out: AnyPath) -> None:
         return
     for name in ("checkpoints", "pictures"):
         remove_folder(out / name)
-    for name in ("metrics.csv", "run.json", "report.json"):
+    for name in ("metrics.csv", "run.json", "report.json", UNDELIVERED):
         (out / name).unlink(missing_ok=True)

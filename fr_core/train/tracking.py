@@ -7,6 +7,7 @@ MLflow run, whose id its checkpoints and ``run.json`` carry.
 import csv
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,10 +18,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fr_core.config import Config, Tracking, flat, parse_config
-from fr_core.data.store import AnyPath, RemotePath, fetched, write_text_atomically, written
+from fr_core.data.store import AnyPath, RemotePath, fetched, writable, write_text_atomically, written
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.losses.ekd import THRESHOLDS
+from fr_core.train.outbox import CALL_METRICS, HEALTHY_WAIT, Outbox, read_undelivered
 from fr_core.train.state import parameter_figures
 from fr_core.verify.report import contact_sheet
 
@@ -58,52 +60,50 @@ class Tracker:
         self.config, self.out = config, out
         self.pending: list[Any] = []
         self.last_flush = time.monotonic()
-        self.client: Any = None
-        self.run_id: str | None = None
-        out.mkdir(parents=True, exist_ok=True)
+        self.run_id = None if config.tracking.uri == "off" else run_id or _saved_run_id(out)
+        self.outbox: Outbox | None = None
+        with writable(out):
+            out.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_metrics(out) if row["step"] <= step]
         self._write_rows()
+        self._write_facts()
         if config.tracking.uri != "off":
-            from mlflow.exceptions import MlflowException
-
-            try:
-                self._open_mlflow(run_id or _saved_run_id(out))
-            except MlflowException as error:
-                raise UserError(f"tracking.uri = {config.tracking.uri}: {str(error).splitlines()[0]}") from None
-        facts = {"run_id": self.run_id, "config": config.model_dump(mode="json")}
-        write_text_atomically(out / "run.json", json.dumps(facts, indent=1) + "\n")
+            new = self.run_id is None
+            self.outbox = Outbox(config.tracking, self._open_run, out)
+            if new:
+                self.outbox.post(["params", {n: str(v) for n, v in flat(config.model_dump(mode="json")).items()}])
+            for letter in read_undelivered(out, step):
+                self.outbox.post(letter)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a training step, to the CSV at once and to MLflow in batches."""
         row = {name: metrics[name] for name in COLUMNS if name in metrics} | {"step": step}
         self.rows.append(row)
         if isinstance(self.out, Path):
-            with (self.out / "metrics.csv").open("a", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerow(row)
+            self._append(self.out / "metrics.csv", row)
         self.log_figures(step, {name: value for name, value in metrics.items() if name != "step"})
 
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Named numbers, to MLflow only."""
-        if self.client is not None:
-            from mlflow.entities import Metric
-
+        if self.outbox:
             now = int(time.time() * 1000)
-            self.pending += [Metric(name, float(value), now, step) for name, value in figures.items()]
+            self.pending += [[name, float(value), now, step] for name, value in figures.items()]
         if time.monotonic() - self.last_flush > FLUSH_EVERY:
             self.flush()
 
     def log_picture(self, name: str, figure: Figure) -> None:
         """A picture into the run's folder and MLflow."""
         path = self.out / "pictures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        with written(path) as part:
-            figure.savefig(part, format="png")
-        self.log_file(path, "pictures")
+        with writable(path):
+            path.parent.mkdir(exist_ok=True)
+            with written(path) as part:
+                figure.savefig(part, format="png")
+        self.log_file(f"pictures/{name}.png", "pictures")
 
-    def log_file(self, path: AnyPath, folder: str | None = None) -> None:
-        if self.client is not None:
-            with fetched(path) as file:
-                self.client.log_artifact(self.run_id, str(file), folder)
+    def log_file(self, path: str, folder: str | None = None) -> None:
+        """A file of the run's folder into a folder of MLflow's."""
+        if self.outbox:
+            self.outbox.post(["file", path, folder])
 
     def log_sample_batch(self, batch: Batch) -> None:
         """The first images of a batch as the net sees them."""
@@ -111,13 +111,20 @@ class Tracker:
         self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))
 
     def flush(self) -> None:
-        """Delivers what is pending, to MLflow and to a URL."""
+        """Hands on what is pending, to MLflow and to a URL."""
         self.last_flush = time.monotonic()
         if isinstance(self.out, RemotePath):
             self._write_rows()
-        for start in range(0, len(self.pending), 1000):  # MLflow's limit of one call
-            self.client.log_batch(self.run_id, metrics=self.pending[start : start + 1000])
+        if self.outbox:
+            for start in range(0, len(self.pending), CALL_METRICS):
+                self.outbox.post(["metrics", self.pending[start : start + CALL_METRICS]])
         self.pending = []
+
+    def settle(self) -> None:
+        """Sees to it that whoever goes on from here has all up to here."""
+        self.flush()
+        if self.outbox:
+            self.outbox.settle(HEALTHY_WAIT)
 
     def log_curves(self) -> None:
         """Loss, FastFace's detector and the rate over the steps, as far as the run has come."""
@@ -129,30 +136,44 @@ class Tracker:
         return sorted(f"pictures/{path.name}" for path in (self.out / "pictures").glob("*.png"))
 
     def close(self, status: str) -> None:
-        """Delivers what is pending; ``status`` is FINISHED or FAILED."""
+        """Delivers what is pending; ``status`` is FINISHED, FAILED or KILLED."""
         self.flush()
-        if self.client is not None:
-            self.client.set_terminated(self.run_id, status)
+        if self.outbox:
+            self.outbox.post(["status", status])
+            self.outbox.close()
 
     def _write_rows(self) -> None:
-        with written(self.out / "metrics.csv") as part, part.open("w", newline="") as file:
+        path = self.out / "metrics.csv"
+        with writable(path), written(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def _open_mlflow(self, run_id: str | None) -> None:
-        from mlflow.entities import Param
+    def _append(self, path: Path, row: dict[str, float]) -> None:
+        whole = path.stat().st_size
+        with writable(path):
+            try:
+                with path.open("a", newline="") as file:
+                    csv.DictWriter(file, COLUMNS).writerow(row)
+            except OSError:
+                os.truncate(path, whole)
+                raise
 
+    def _write_facts(self) -> None:
+        facts = {"run_id": self.run_id, "config": self.config.model_dump(mode="json")}
+        with writable(self.out / "run.json"):
+            write_text_atomically(self.out / "run.json", json.dumps(facts, indent=1) + "\n")
+
+    def _open_run(self) -> tuple[Any, str]:
         tracking = self.config.tracking
-        self.client, experiment = open_mlflow(tracking, self.out.resolve().parent)
-        if run_id is None:
+        client, experiment = open_mlflow(tracking, self.out.resolve().parent)
+        if self.run_id is None:
             tags = {PARENT_TAG: tracking.parent} if tracking.parent else {}
-            self.run_id = self.client.create_run(experiment, run_name=self.out.name, tags=tags).info.run_id
-            params = [Param(name, str(value)) for name, value in flat(self.config.model_dump(mode="json")).items()]
-            self.client.log_batch(self.run_id, params=params)
+            self.run_id = client.create_run(experiment, run_name=self.out.name, tags=tags).info.run_id
+            self._write_facts()
         else:
-            self.run_id = run_id
-            self.client.update_run(run_id, status="RUNNING")
+            client.update_run(self.run_id, status="RUNNING")
+        return client, self.run_id
 
 
 def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
@@ -208,7 +229,7 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
 
 
 class Comparison:
-    """The MLflow run that a comparison's runs are shown under; the same results file goes on with the same one."""
+    """The MLflow run that the runs of a comparison or a search are shown under; the same results go on with one."""
 
     def __init__(self, tracking: Tracking, results: Path) -> None:
         from mlflow.exceptions import MlflowException
@@ -226,9 +247,11 @@ class Comparison:
         except MlflowException as error:
             raise UserError(f"tracking.uri = {self.uri}: {str(error).splitlines()[0]}") from None
 
-    def close(self, table: str) -> None:
-        """Records the table as it stands, in Markdown."""
+    def close(self, table: str, files: Iterable[Path] = ()) -> None:
+        """Records the table as it stands, in Markdown, and files beside it."""
         self.client.log_text(self.run_id, table, "comparison.md")
+        for path in files:
+            self.client.log_artifact(self.run_id, str(path))
         self.client.set_terminated(self.run_id, "FINISHED")
 
 
@@ -280,26 +303,43 @@ def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Call
         UserError: no such database or experiment, or a filter that MLflow does not understand.
     """
     from mlflow import MlflowClient
+
+    finished = " and ".join(filter(None, [query, "attributes.status = 'FINISHED'"]))
+    trainings = [run for run in search_mlflow(uri, experiment, finished) if COMPARISON_TAG not in run.data.tags]
+    client = MlflowClient(uri)
+    return [(run.info.run_name, partial(_tracked_figures, client, run)) for run in trainings]
+
+
+def search_mlflow(uri: str, experiment: str | None, query: str) -> list[Any]:
+    """Runs of an MLflow experiment, or of all of them.
+
+    Args:
+        query: MLflow's filter, or none.
+
+    Raises:
+        UserError: no such database or experiment, or a filter that MLflow does not understand.
+    """
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     database = uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).is_file():  # MLflow would make one
         raise UserError(f"{uri}: no such database: give --uri, or folders of runs")
-    finished = " and ".join(filter(None, [query, "attributes.status = 'FINISHED'"]))
     try:
         client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
+        found = client.get_experiment_by_name(experiment) if experiment else None
+        if experiment and found is None:
             raise UserError(f"{uri}: no experiment {experiment!r}: give --experiment")
-        page = client.search_runs([found.experiment_id], finished)
+        searched = [found] if found else client.search_experiments()
+        ids = [one.experiment_id for one in searched]
+        page = client.search_runs(ids, query)
         runs = list(page)
         while page.token:
-            page = client.search_runs([found.experiment_id], finished, page_token=page.token)
+            page = client.search_runs(ids, query, page_token=page.token)
             runs += page
     except MlflowException as error:
         raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
-    trainings = (run for run in runs if COMPARISON_TAG not in run.data.tags)
-    return [(run.info.run_name, partial(_tracked_figures, client, run)) for run in trainings]
+    return runs
 
 
 def curves(rows: list[dict[str, float]]) -> Figure:

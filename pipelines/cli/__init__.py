@@ -1,13 +1,13 @@
-"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 1 anything else."""
+"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 143 SIGTERM, 1 anything else."""
 
 import sys
 
 from rich.console import Console
 from rich.markup import escape
 
-from fr_core.errors import UserError
+from fr_core.errors import Left, UserError
 
-from pipelines.cli import training, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
+from pipelines.cli import training, tune, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
 from pipelines.cli.app import app
 
 
@@ -17,5 +17,8 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"[red]bigface:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Left as left:
+        Console(stderr=True).print(f"bigface: {left}", highlight=False)
+        sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from fr_core.data.store import writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, NetName, local
-from pipelines.cli.output import console, show, show_table, writable
+from pipelines.cli.output import console, show, show_table
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory against plain references, in one run.")
 app.add_typer(bench, name="bench", rich_help_panel="Measuring")

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from fr_core.config import load_config, recipes
+from fr_core.data.store import writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, local
-from pipelines.cli.output import console, show, show_table, writable
+from pipelines.cli.output import console, show, show_table
 
 comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the same data, net and seeds; resumable.")
 app.add_typer(comparisons, name="compare", rich_help_panel="Measuring")

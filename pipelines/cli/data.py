@@ -9,10 +9,10 @@ import typer
 from rich.markup import escape
 
 from fr_core.data.schema import Layout
-from fr_core.data.store import to_path
+from fr_core.data.store import to_path, writable
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, local
-from pipelines.cli.output import bar, console, growing, show, writable
+from pipelines.cli.output import bar, console, growing, show
 from pipelines.unpack import Form
 
 

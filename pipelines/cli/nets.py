@@ -10,11 +10,11 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fr_core.data.store import to_path
+from fr_core.data.store import to_path, writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, Json, NetName, OneWorker, Overrides, Overwrite, Resume, Workers, local
-from pipelines.cli.output import bar, console, show, show_table, writable
+from pipelines.cli.output import bar, console, show, show_table
 
 if TYPE_CHECKING:
     from pipelines.verify import Result

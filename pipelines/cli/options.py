@@ -1,7 +1,7 @@
 """Options and arguments that several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,5 +26,21 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Recipe = Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
 RunFolder = Annotated[str | None, typer.Option("--out", help="Folder of the run, or a URL; default runs/RECIPE-DATE.")]
+
+
+def worker_range(text: str | int) -> int | tuple[int, int]:
+    """Of ``4``, or of ``2-4``: the least and the most."""
+    least, dash, most = str(text).partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()) or int(least) < 1 or (dash and int(most) < int(least)):
+        raise UserError(f"--workers {text}: a number such as 4, or the least and the most, such as 2-4")
+    return (int(least), int(most)) if dash else int(least)
+
+
 Workers = Annotated[int, typer.Option(min=1, help="Ray Train workers.")]
+WorkerRange = Annotated[
+    Any,
+    typer.Option(
+        parser=worker_range, metavar="N|MIN-MAX", help="Ray Train workers; 2-4: as many as there is room for."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fr_core.errors import UserError
+from fr_core.data.store import writable
 
 console = Console()
 
@@ -58,11 +58,3 @@ def bar(name: str, total: int | None) -> Iterator:
             progress.update(task, advance=count, total=total)
 
         yield advance
-
-
-@contextmanager
-def writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from None

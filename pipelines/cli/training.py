@@ -1,6 +1,7 @@
 """Commands that train, and those that plan a training or learn from past ones."""
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -11,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fr_core.config import distillation, load_config
-from fr_core.data.store import to_path
+from fr_core.data.store import to_path, writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, OneWorker, Overrides, Overwrite, Recipe, Resume, RunFolder, Workers, local
-from pipelines.cli.output import console, show, show_table, writable
+from pipelines.cli.options import Json, OneWorker, Overrides, Overwrite, Recipe, Resume, RunFolder, WorkerRange, local
+from pipelines.cli.output import console, show, show_table
 
 
 @app.command(rich_help_panel="Training")
@@ -37,7 +38,7 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     out: RunFolder = None,
-    workers: Workers = 1,
+    workers: WorkerRange = 1,
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -61,7 +62,7 @@ def distill(
     embeddings: Annotated[str | None, typer.Option(help="Instead of --teacher: what bigface embed made of it.")] = None,
     unlabelled: Annotated[str | None, typer.Option(help="More flat shards, whose labels are not looked at.")] = None,
     out: RunFolder = None,
-    workers: Workers = 1,
+    workers: WorkerRange = 1,
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -155,3 +156,26 @@ def scaling(
         with writable(out):
             scaling_figure(found, figure).savefig(out, format="png")
     show("scaling", scaling_figures(found), json, runs=[asdict(run) for run in found.runs], left_out=found.left_out)
+
+
+@app.command(rich_help_panel="Training")
+def runs(
+    folder: Annotated[
+        Path | None, typer.Argument(parser=local, help="Of runs; default: runs, or what --uri names alone.")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="Of MLflow; default: FOLDER/mlflow.db.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="In MLflow; default: all.")] = None,
+    query: Annotated[str, typer.Option("--filter", help="MLflow's, such as \"params.`method.kind` = 'attfc'\".")] = "",
+    sort: Annotated[str, typer.Option(help="started, name, or a figure such as accuracy, best first.")] = "started",
+    limit: Annotated[int, typer.Option(min=1, help="Runs shown; children of searches come with theirs.")] = 20,
+    json: Json = None,
+) -> None:
+    """List runs with their scores, newest first; those of comparisons and searches under them."""
+    from pipelines.runs import run_facts, run_table
+    from pipelines.runs import runs as find
+
+    trees = find(folder or (None if uri else Path("runs")), uri, experiment, query, sort, limit)
+    show_table(run_table(trees), "runs")
+    facts = run_facts(trees)
+    states = Counter(fact["state"].lower() for fact in facts)
+    show("runs", {"runs": len(facts), **states}, json, runs=facts)

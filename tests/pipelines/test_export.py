@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from fr_core.config import IResNetNet, QuantisedNet
+from fr_core.data.schema import sha256
 from fr_core.errors import UserError
 from fr_core.nets.calibration import calibrate
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import build_net, open_net
 from fr_core.nets.quantised import Quantised
 from fr_core.ranks import Ranks
+from fr_core.train.checkpoint import FORMAT, write_signed
 from pipelines import export as pipeline
 from pipelines.bench.latency import bench_latency, settled
 from tests.pipelines.test_cli import bigface, figures
@@ -29,9 +31,9 @@ def run(tmp_path_factory):
     checkpoint.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in settled(SMALL).state_dict().items()}
     save_file(weights, checkpoint / "backbone.safetensors")
-    size = (checkpoint / "backbone.safetensors").stat().st_size
-    facts = {"files": {"backbone.safetensors": {"bytes": size}}, "config": {"net": SMALL.model_dump()}}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(facts))
+    written = checkpoint / "backbone.safetensors"
+    files = {written.name: {"bytes": written.stat().st_size, "sha256": sha256(written)}}
+    write_signed(checkpoint, {"format": FORMAT, "files": files, "config": {"net": SMALL.model_dump()}})
     (out / "report.json").write_text(json.dumps({"figures": {"threshold": 0.3}}))
     return out
 

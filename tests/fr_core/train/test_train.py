@@ -33,7 +33,7 @@ def config_of(dataset, *overrides):
 
 def run(config, out, ranks=None):
     torch.set_num_threads(1)
-    return loop.train_loop(config, Path(out), ranks or Ranks(), blocks_in_process, lambda metrics: None)
+    return loop.train_loop(config, Path(out), ranks or Ranks(), blocks_in_process, lambda metrics, saved: None)
 
 
 def losses(out):

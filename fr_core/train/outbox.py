@@ -1,0 +1,169 @@
+"""What is on its way to MLflow, whose server may be away: delivered in order by a thread, kept in the run's folder.
+
+The one room where MLflow is waited for. Training never is: whoever posts goes on at once. MLflow's client would itself
+try again for minutes; here every try is short, and what is not delivered waits for the next one, for the run's end,
+or in ``undelivered.jsonl`` for the run's next life.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fr_core.config import Tracking
+from fr_core.data.store import AnyPath, fetched, writable, write_text_atomically
+from fr_core.errors import UserError
+
+UNDELIVERED = "undelivered.jsonl"
+RETRY_AFTER = 5.0  # seconds
+HEALTHY_WAIT, LAST_WAIT = 2.0, 15.0  # seconds that a checkpoint and the end of a run wait for deliveries
+CALL_METRICS = 1000  # MLflow's limit of one call
+
+Letter = list[Any]  # ["metrics", [name, value, time, step] …], ["params", {}], ["file", path, folder], ["status", name]
+
+log = logging.getLogger("bigface")
+
+
+class Outbox:
+    """The way of one run's figures and files to MLflow.
+
+    Args:
+        open_run: makes or opens the run; returns a client and the run's id. Called by the thread until it succeeds.
+        out: the run's folder, which the paths of files are relative to.
+
+    Raises:
+        UserError: MLflow refuses, so that no later try can succeed.
+    """
+
+    def __init__(self, tracking: Tracking, open_run: Callable[[], tuple[Any, str]], out: AnyPath) -> None:
+        # Read by MLflow at every call. Tries are made here.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.open_run, self.out = open_run, out
+        self.client: Any = None
+        self.run_id: str | None = None
+        self.letters: list[Letter] = []
+        self.away = False  # the last try failed
+        self.changed = threading.Condition()
+        self.closing = False
+        try:
+            self.client, self.run_id = open_run()
+        except Exception as error:  # MLflow hands through whatever its database or store raises
+            if _refused(error) or not (tracking.uri or "").startswith("http"):
+                raise UserError(f"tracking.uri = {tracking.uri}: {_line(error)}") from None
+            self._say_away(error)
+        self.thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+        self.thread.start()
+
+    def post(self, letter: Letter) -> None:
+        with self.changed:
+            if letter not in self.letters[1:]:  # the first may be on its way, and a file have changed since
+                self.letters.append(letter)
+            self.changed.notify_all()
+
+    def settle(self, seconds: float) -> None:
+        """Waits for deliveries unless the server is known to be away, then keeps the rest in the run's folder.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: not self.letters or self.away, seconds)
+            self._keep()
+
+    def close(self) -> None:
+        """Delivers what is left, in bounded time; the rest stays in the run's folder.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.letters, LAST_WAIT)
+            self._keep()
+            if self.letters:
+                log.warning("%s: not delivered to MLflow; --resume delivers it", self.out / UNDELIVERED)
+            self.letters = []
+
+    def _keep(self) -> None:
+        path = self.out / UNDELIVERED
+        with writable(path):
+            if self.letters:
+                write_text_atomically(path, "".join(f"{json.dumps(letter)}\n" for letter in self.letters))
+            else:
+                path.unlink(missing_ok=True)
+
+    def _deliver(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.letters or self.closing)
+                if not self.letters:
+                    return
+                letter = self.letters[0]
+            try:
+                if self.client is None:
+                    self.client, self.run_id = self.open_run()
+                self._send(letter)
+                failure = None
+            except Exception as error:  # MLflow hands through whatever its database or store raises
+                failure = error
+            with self.changed:
+                more = self.letters[1:]
+                if failure is None or (self.client is not None and _refused(failure)):
+                    if failure:
+                        log.warning("MLflow refuses %s: %s", letter[0], _line(failure))
+                    elif self.away:
+                        log.warning("MLflow answers again")
+                    self.away, self.letters = False, more
+                elif letter[0] == "file" and any(other[0] != "file" for other in more):
+                    self.letters = [*more, letter]  # files have a store of their own: figures need not wait for it
+                else:
+                    if not self.away:
+                        self._say_away(failure)
+                    self.changed.notify_all()
+                    self.changed.wait(1.0 if self.closing else RETRY_AFTER)
+                self.changed.notify_all()
+
+    def _send(self, letter: Letter) -> None:
+        from mlflow.entities import Metric, Param
+
+        match letter:
+            case ["metrics", rows]:
+                self.client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows])
+            case ["params", values]:
+                self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in values.items()])
+            case ["file", path, folder]:
+                if (self.out / path).is_file():
+                    with fetched(self.out / path) as file:
+                        self.client.log_artifact(self.run_id, str(file), folder)
+            case ["status", status]:
+                self.client.set_terminated(self.run_id, status)
+
+    def _say_away(self, error: Exception) -> None:
+        self.away = True
+        log.warning("MLflow cannot be told; training goes on, and figures wait: %s", _line(error))
+
+
+def read_undelivered(out: AnyPath, step: int) -> list[Letter]:
+    """What an earlier life of the run could not deliver, without its end and what lies beyond ``step``."""
+    path = out / UNDELIVERED
+    letters = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for letter in letters:
+        if letter[0] == "metrics":
+            letter[1] = [row for row in letter[1] if row[3] <= step]
+    return [letter for letter in letters if letter[0] != "status"]
+
+
+def _refused(error: Exception) -> bool:
+    """Whether MLflow answered, and would answer the same again."""
+    from mlflow.exceptions import MlflowException
+
+    # Other 4xx come from whatever stands before a server that is away.
+    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,375 @@
+"""``bigface tune``: a search by Ray Tune over a recipe's knobs, each trial a run of its own in OUT/trials."""
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fr_core.config import Config, QuantisedNet, classes, parse_config, total_steps
+from fr_core.data.store import AnyPath, find, remove_folder, writable, write_text_atomically
+from fr_core.errors import UserError
+from fr_core.train.checkpoint import take_over
+from fr_core.train.state import centres_of
+from fr_core.train.tracking import Comparison
+from fr_core.verify.report import markdown
+from pipelines.logs import log
+from pipelines.search import (
+    SMALLER_IS_BETTER,
+    Search,
+    Trial,
+    mode,
+    ray_domain,
+    read_trials,
+    settle,
+    table,
+    write_results,
+)
+from pipelines.train import check_lasts, checked_plan, with_absolute_paths
+from tune_spaces.fields import (
+    Choice,
+    Knob,
+    at_steps,
+    check_knobs,
+    grid,
+    with_values,
+)
+
+RUNGS = 8  # verifications of a trial; ASHA looks after 1, 2 and 4 of them
+DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its work
+STOPS, SEARCHES = ("asha", "median", "none", "pbt"), ("tpe", "random", "grid")
+ONLY_AT_THE_END = (*SMALLER_IS_BETTER, "images_per_second")
+MOVABLE = ("schedule.", "optim.", "data.masks.")  # what a checkpoint of other values can go on with
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of the cluster."""
+
+    at_once: int  # trials
+    cpus: float  # of each worker, or of the trial that is its own worker
+
+
+def share(cpus: float, gpus: float, workers: int, in_process: bool, most: int | None = None) -> Share:
+    """How many trials run at once, so that none waits for ever for what another holds.
+
+    A trial's process and its workers together take at most half of the CPUs; Ray Data has the others. Without
+    Ray Data a trial is one process with a whole CPU.
+
+    Raises:
+        UserError: not even one fits.
+    """
+    if in_process:
+        each, fitting = 1.0, math.floor(cpus)
+    else:
+        each = next((c for c in (1.0, 0.5, 0.25) if DRIVER + workers * c <= cpus / 2), 0.0)
+        fitting = math.floor(cpus / 2 / (DRIVER + workers * each)) if each else 0
+    if gpus:
+        fitting = min(fitting, math.floor(gpus / workers))
+    if fitting < 1:
+        raise UserError(f"a trial of {workers} workers does not fit {cpus:g} CPUs and {gpus:g} GPUs: use --workers 1")
+    if most and most > fitting:
+        raise UserError(f"--at-once {most}: {fitting} trials fit {cpus:g} CPUs and {gpus:g} GPUs")
+    return Share(most or fitting, each)
+
+
+def tune(
+    search: Search, out: Path, at_once: int | None = None, minutes: float | None = None, resume: bool = False
+) -> list[Trial]:
+    """Searches, and leaves ``trials.csv``, pictures and ``winner.toml`` in ``out``.
+
+    Returns:
+        All trials, in the order of their names.
+
+    Raises:
+        UserError: a search that cannot be, a folder of another one, or no trial that came to an end.
+    """
+    from pipelines.on_ray import capacity, start_ray
+
+    search, steps_per_epoch = checked(search)
+    out = out.resolve()
+    check_lasts(out)
+    start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
+    resources = capacity()
+    shared = share(resources.get("CPU", 0), resources.get("GPU", 0), search.workers, search.in_process, at_once)
+    claim(search, out, resume)
+    tracking = search.config.tracking
+    parent = Comparison(tracking, out) if tracking.uri != "off" else None
+    rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
+    base = tracked(search, rung, parent)
+    launch = {
+        "config": base.model_dump(mode="json"),
+        "knobs": search.knobs,
+        "trials": str(out / "trials"),
+        "steps_per_epoch": steps_per_epoch,
+        "workers": search.workers,
+        "in_process": search.in_process,
+        "pbt": search.stop == "pbt",
+        "judged": search.stop != "none",
+        "cpus": shared.cpus,
+        "threads": max(1, torch.get_num_threads() // shared.at_once),
+    }
+    held = {"CPU": 1.0, "GPU": min(1.0, resources.get("GPU", 0))} if search.in_process else {"CPU": DRIVER}
+    tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, shared.at_once, rung, resume)
+    with ended_after(minutes):
+        trials = read_trials(tuner.fit(), search, out)
+    files = write_results(search, trials, out)
+    if parent:
+        try:
+            settle(trials, base, out)
+            parent.close(markdown(table(search, trials)), files)
+        except Exception as error:  # MLflow hands through whatever its database or store raises
+            log.warning("MLflow was not told how the search ended: %s", next(iter(str(error).splitlines()), error))
+    reached = [trial for trial in trials if trial.state != "failed"]
+    if trials and not reached:
+        raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
+    return trials
+
+
+def checked(search: Search) -> tuple[Search, int]:
+    """The search with absolute paths, and the steps of an epoch.
+
+    Raises:
+        UserError: knobs that the recipe lacks or refuses, or options that do not go together.
+    """
+    config = with_absolute_paths(search.config)
+    for wanted, given, known in (("--search", search.search, SEARCHES), ("--stop", search.stop, STOPS)):
+        if given not in known:
+            raise UserError(f"{wanted} {given}: use one of {', '.join(known)}")
+    if search.in_process and search.workers != 1:
+        raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
+    for name in search.objectives:
+        if name not in ("accuracy", *ONLY_AT_THE_END) and not name.startswith("tar_at_far_1e-"):
+            raise UserError(f"no objective {name}: use accuracy, tar_at_far_1e-3, {', '.join(ONLY_AT_THE_END)}")
+    if "nominal_mib" in search.objectives and not isinstance(config.net, QuantisedNet):
+        raise UserError("nominal_mib is the size of a quantised net: give another objective")
+    if search.stop != "none" and (search.against or search.objective in ONLY_AT_THE_END):
+        raise UserError(f"--stop {search.stop} judges by one figure of verifications along the way: use --stop none")
+    if not config.verify.pairs and any(name not in ONLY_AT_THE_END for name in search.objectives):
+        raise UserError(f"--objective {search.objective} needs verify.images and verify.pairs")
+    if search.stop == "pbt":
+        if not search.in_process or search.search != "random":
+            raise UserError(
+                "--stop pbt hands checkpoints from trial to trial: use it with --search random --in-process"
+            )
+        for knob in search.knobs:
+            if not knob.path.startswith(MOVABLE):
+                raise UserError(f"--stop pbt changes a run on its way, and {knob.name} cannot change: use --only")
+    plan = checked_plan(config, search.workers)
+    knobs = at_steps(search.knobs, total_steps(config, plan.steps_per_epoch))
+    points = math.prod(len(grid(knob.domain)) for knob in knobs)
+    if search.search == "grid" and points != search.trials:
+        raise UserError(f"the grid has {points} points: use --trials {points}, or fewer knobs by --only")
+    for end in check_knobs(config, knobs):
+        centres_of(end, classes(end, plan.dataset.manifest.identities))
+    return replace(search, config=config, knobs=knobs), plan.steps_per_epoch
+
+
+@contextmanager
+def ended_after(minutes: float | None) -> Iterator[None]:
+    """Has Tune end in the block as on Ctrl-C, by the signal that it listens to once it runs."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.wait(60 * (minutes or 0))
+        while not over.wait(0.1):
+            if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return
+
+    if minutes is None:
+        yield
+        return
+    timer = threading.Thread(target=end, daemon=True)
+    timer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        timer.join()
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def claim(search: Search, out: Path, resume: bool) -> None:
+    """Makes the folder this search's.
+
+    Raises:
+        UserError: it holds one already, or another one than is to go on, or it cannot be written.
+    """
+    path, facts = out / "search.json", search.facts()
+    if resume:
+        if not path.is_file():
+            raise UserError(f"--resume: {out} holds no search: leave --resume out")
+        then = json.loads(path.read_text())
+        different = [name for name in facts if facts[name] != then.get(name)]
+        if different:
+            raise UserError(f"{out} holds another search ({', '.join(different)} differ): use another folder")
+    elif path.is_file():
+        raise UserError(f"{out} holds a search: --resume goes on with it, or use another folder")
+    with writable(out):
+        (out / "trials").mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
+
+
+def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
+    """The trials' config: they save and verify where the scheduler looks, and stand under the parent in MLflow."""
+    changes: dict[str, Any] = {"save_every": rung, "log_every": min(rung, search.config.train.log_every)}
+    if search.stop != "none":
+        changes["verify_every"] = rung
+    update: dict[str, Any] = {"train": search.config.train.model_copy(update=changes)}
+    if parent:
+        child = {"uri": parent.uri, "parent": parent.run_id}
+        update["tracking"] = search.config.tracking.model_copy(update=child)
+    return search.config.model_copy(update=update)
+
+
+def make_tuner(
+    search: Search, out: Path, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
+) -> Any:
+    """Ray Tune's view of the search; a resumed one knows its own searcher and scheduler."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    from ray import tune as ray_tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback stands in its folder
+    trainable = ray_tune.with_resources(trainable, {name: n for name, n in held.items() if n})
+    space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
+    if resume and find(out / "ray", "experiment_state-*.json"):
+        return ray_tune.Tuner.restore(str(out / "ray"), trainable, resume_unfinished=True, param_space=space)
+    remove_folder(out / "ray")  # of a search that ended before Tune first saved its state
+    several = len(search.objectives) > 1
+    goal: dict[str, Any] = {} if several else {"metric": search.objective, "mode": mode(search.objective)}
+    return ray_tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            **goal,
+            search_alg=searcher(search, at_once),
+            scheduler=scheduler(search, space, rung),
+            num_samples=1 if search.search == "grid" else search.trials,
+            max_concurrent_trials=at_once if search.search == "tpe" else None,  # the others limit themselves
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray_tune.RunConfig(
+            name="ray",
+            storage_path=str(out),
+            verbose=0,
+            callbacks=[finished_trials(search)],
+            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),  # a donor's must outlive its copying
+        ),
+    )
+
+
+def searcher(search: Search, at_once: int) -> Any:
+    if search.search == "tpe":
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+        if search.against:
+            names = search.objectives
+            return OptunaSearch(metric=names, mode=[mode(name) for name in names], seed=search.seed)
+        return OptunaSearch(seed=search.seed)
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
+
+
+def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
+    """Time is a run's steps, which a resumed trial goes on counting."""
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
+
+    match search.stop:
+        case "asha":
+            most = RUNGS * rung
+            return ASHAScheduler("step", grace_period=rung, max_t=most, reduction_factor=2, stop_last_trials=False)
+        case "median":
+            return MedianStoppingRule("step", grace_period=rung, min_samples_required=3)
+        case "pbt":
+            inside = partial(bounded, search.knobs)  # a mutation may leave the domain
+            return PopulationBasedTraining(
+                "step", perturbation_interval=2 * rung, hyperparam_mutations=space, custom_explore_fn=inside
+            )
+    return None
+
+
+def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
+    """The values, those beyond an end of their domain put on it."""
+    ends = {knob.name: (knob.domain.low, knob.domain.high) for knob in knobs if not isinstance(knob.domain, Choice)}
+    return values | {name: min(max(values[name], low), high) for name, (low, high) in ends.items()}
+
+
+def finished_trials(search: Search) -> Any:
+    """A line for each trial that ends."""
+    from ray.tune import Callback
+
+    class Finished(Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            figures = trial.last_result or {}
+            scores = "  ".join(f"{name} {figures[name]:.4g}" for name in search.objectives if name in figures)
+            done = sum(other is trial or other.is_finished() for other in trials)
+            text = f"{done}/{search.trials}  {trial.trial_id}  step {figures.get('step', 0)}  {scores}"
+            Console(stderr=True).print(text, highlight=False)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            Console(stderr=True).print(f"{trial.trial_id}  failed", highlight=False)
+
+    return Finished()
+
+
+def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
+    """What a trial's process runs: the recipe with its values, from its newest checkpoint or the one given."""
+    from ray import tune as ray_tune
+
+    from fr_core.data.stream import blocks_in_process
+    from fr_core.device import use_processor
+    from fr_core.ranks import Ranks
+    from fr_core.train.loop import train_loop
+
+    out = Path(launch["trials"]) / ray_tune.get_context().get_trial_name()
+    config = with_values(parse_config(launch["config"], "launch"), launch["knobs"], values)
+    total = total_steps(config, launch["steps_per_epoch"])
+    given = ray_tune.get_checkpoint()
+    if given:
+        run = out / "run.json"
+        with given.as_directory() as folder:
+            take_over(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
+    if launch["in_process"]:
+        use_processor(launch["threads"])
+
+        def heard(metrics: dict[str, float], saved: AnyPath | None) -> None:
+            if saved is not None and launch["judged"] and metrics["step"] < total:  # the last report comes below
+                copy = ray_tune.Checkpoint.from_directory(str(saved)) if launch["pbt"] else None
+                ray_tune.report(metrics, checkpoint=copy)
+
+        figures = train_loop(config, out, Ranks(), blocks_in_process, heard)
+    else:
+        figures = train_in_trial(config, out, launch, total)
+    if isinstance(config.net, QuantisedNet):
+        figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
+    ray_tune.report({**figures, "step": total})
+
+
+def train_in_trial(config: Config, out: Path, launch: dict[str, Any], total: int) -> dict[str, float]:
+    """By Ray Train's workers, whose reports Ray Tune hears."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from pipelines.on_ray import train_on_ray
+
+    class Heard(TuneReportCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if launch["judged"] and metrics[0]["step"] < total:  # the last report is the whole run's
+                super().after_report(run_context, metrics, checkpoint)
+
+    return train_on_ray(config, out, launch["workers"], launch["cpus"], [Heard()])

@@ -1,0 +1,342 @@
+"""What befalls a run: a signal, a kill, damaged and unwritable checkpoints, a full disk."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+import fr_core.train.loop as loop
+import fr_core.train.outbox as outbox
+import fr_core.train.tracking as tracking
+from fr_core.data.stream import blocks_in_process
+from fr_core.errors import Left, UserError
+from fr_core.nets.open import open_net
+from fr_core.ranks import Ranks
+from fr_core.train.checkpoint import checkpoints
+from tests.conftest import flip_a_bit, run_ranks
+from tests.fr_core.train.test_train import config_of, last_weights, losses, run
+
+
+def equal(one, other):
+    ours, theirs = last_weights(one), last_weights(other)
+    return losses(one) == losses(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """20 steps with a checkpoint at each fifth."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run(config_of(dataset, "train.save_every=5", "train.keep=4"), out)
+    return out
+
+
+def cut(undisturbed, out, at):
+    """The run as it stood at a step."""
+    shutil.copytree(undisturbed, out)
+    for folder in checkpoints(out):
+        if int(folder.name[5:]) > at:
+            shutil.rmtree(folder)
+    return out
+
+
+# SIGTERM
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undisturbed, tmp_path):
+    from mlflow import MlflowClient
+
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pipelines.cli", "train", "debug_bigface", f"data.path={dataset}", "data.lanes=8"]
+    command += ["--in-process", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while not losses(out):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[1]
+    step = len(losses(out))
+    assert run.returncode == 143
+    assert said.strip().splitlines()[-1] == f"bigface: left at step {step}; --resume goes on"
+    assert step < 20
+    assert checkpoints(out)[-1].name == f"step_{step:08d}"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(json.loads((out / "run.json").read_text())["run_id"]).info.status == "KILLED"
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, env=environment)
+    assert equal(out, undisturbed)
+
+
+def leave_at_six(ranks, config, out):
+    """Rank 1 alone is asked, at its sixth step."""
+    asked = itertools.count(1)
+    try:
+        loop.train_loop(
+            config, out, ranks, blocks_in_process, lambda *_: None, lambda: ranks.rank == 1 and next(asked) == 3
+        )
+    except Left as left:
+        return left.step
+
+
+def test_ranks_agree_when_to_leave(dataset, tmp_path):
+    config = config_of(dataset, "train.log_every=2")
+    assert run_ranks(2, leave_at_six, config, tmp_path) == [6, 6]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000006"]
+
+
+# Damaged checkpoints
+
+
+def flipped_weights(folder):
+    flip_a_bit(folder / "backbone.safetensors", -1)
+
+
+def truncated(folder):
+    path = folder / "head_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_optimiser(folder):
+    (folder / "backbone_state_00000.safetensors").unlink()
+
+
+def bad_json(folder):
+    (folder / "checkpoint.json").write_text('{"format": 1, "fil')
+
+
+def flipped_digit(folder):
+    path = folder / "checkpoint.json"
+    path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
+
+
+@pytest.mark.parametrize("damage", [flipped_weights, truncated, no_optimiser, bad_json, flipped_digit])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_gone_on_from(
+    dataset, undisturbed, tmp_path, damage, caplog
+):
+    out = cut(undisturbed, tmp_path / "run", 20)
+    damage(out / "checkpoints" / "step_00000020")
+    run(config_of(dataset, "train.save_every=5"), out)
+    assert equal(out, undisturbed)
+    [said] = [record.message for record in caplog.records if "damaged" in record.message]
+    assert "step_00000020" in said
+    assert said.endswith("going on from step_00000015")
+    assert [path.name[-2:] for path in checkpoints(out)] == ["10", "15", "20"]
+
+
+def test_nothing_whole_is_a_mistake_and_not_a_new_start(dataset, undisturbed, tmp_path):
+    out = cut(undisturbed, tmp_path / "run", 20)
+    for folder in checkpoints(out):
+        flipped_weights(folder)
+    for _ in range(2):  # the first leaves it as it was
+        with pytest.raises(UserError, match=r"no whole checkpoint in .*step_00000020/backbone\.safetensors: wrong"):
+            run(config_of(dataset), out)
+    with pytest.raises(UserError, match=r"step_00000020/backbone\.safetensors: wrong checksum"):
+        open_net(out)
+
+
+def resumed_at(ranks, config, out):
+    return loop.resume_or_init(config, out, ranks, blocks_in_process).step
+
+
+def test_all_ranks_fall_back_where_one_finds_damage(dataset, tmp_path):
+    config = config_of(dataset, "train.max_steps=4", "train.save_every=2")
+    run_ranks(2, run_on, config, tmp_path)
+    flip_a_bit(tmp_path / "checkpoints" / "step_00000004" / "head_00001.safetensors", -1)
+    assert run_ranks(2, resumed_at, config, tmp_path) == [2, 2]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+
+
+def run_on(ranks, config, out):
+    run(config, out, ranks)
+
+
+# Full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder, leave):
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(b"\0" * (free - leave))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_others_and_the_run_goes_on_later(
+    dataset, undisturbed, small_disk, tmp_path
+):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = config_of(dataset, "train.save_every=5", f"tracking.uri={uri}")
+    out = cut(undisturbed, small_disk / "run", 5)
+    fill(small_disk, 150_000)
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*step_00000010 of [\d,]+ bytes: No space left on"):
+        run(config, out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000005"]
+    client = MlflowClient(uri)
+    assert client.get_run(json.loads((out / "run.json").read_text())["run_id"]).info.status == "FAILED"
+    (small_disk / "ballast").unlink()
+    run(config, out)
+    assert equal(out, undisturbed)
+
+
+def test_room_is_made_once_by_dropping_the_oldest(dataset, undisturbed, small_disk, caplog):
+    out = cut(undisturbed, small_disk / "run", 15)
+    fill(small_disk, 150_000)
+    run(config_of(dataset, "train.save_every=5"), out)
+    assert equal(out, undisturbed)
+    assert [path.name[-2:] for path in checkpoints(out)] == ["10", "15", "20"]
+    assert "step_00000005 to make room" in caplog.text
+
+
+def test_figures_on_a_full_disk_are_one_line_and_no_half_row(dataset, undisturbed, small_disk):
+    out = cut(undisturbed, small_disk / "run", 5)
+    tracker = tracking.Tracker(config_of(dataset), out, 5, None)
+    fill(small_disk, 4096)
+    row = {"epoch": 0.1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "head_grad_norm": 1.0, "data_wait": 0.1}
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.csv: No space left"):
+        list(map(tracker.log, range(6, 1000), itertools.repeat(row)))
+    text = (out / "metrics.csv").read_text()
+    assert text.endswith("\n")
+    assert len(losses(out)) == len(text.splitlines()) - 1
+    (small_disk / "ballast2").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    with pytest.raises(UserError, match=r"cannot write .*curves\.png: .+"):
+        tracker.log_curves()
+    assert not list((out / "pictures").glob("*.part"))
+
+
+# SIGKILL in the middle of a checkpoint
+
+KILLED = """
+import os, signal, sys, torch
+import fr_core.train.checkpoint as checkpoint
+from tests.fr_core.train.test_train import config_of, run
+
+def counted(function):
+    def call(*args, **kwargs):
+        global calls
+        if calls == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls += 1
+        return function(*args, **kwargs)
+    return call
+
+def save(*args, **kwargs):
+    part = args[1]
+    save_file(*args, **kwargs)
+    os.truncate(part, part.stat().st_size // 2)
+    sync()
+    save_file(*args, **kwargs)
+
+calls, sync, save_file = 0, counted(lambda: None), checkpoint.save_file
+checkpoint.save_file = save
+for name in ("sha256", "write_signed", "_copy", "remove_folder"):
+    setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+run(config_of(sys.argv[1], "train.save_every=5", "train.keep=1"), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", [6, 10, 13])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(dataset, undisturbed, tmp_path, moment):
+    out = cut(undisturbed, tmp_path / "run", 5)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(dataset), str(out), str(moment)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(config_of(dataset, "train.save_every=5"), out)
+    assert equal(out, undisturbed)
+    assert not list(out.rglob("*.part"))
+    assert len(list((out / "checkpoints").iterdir())) == 3
+
+
+# MLflow away
+
+SERVER = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+
+
+@contextmanager
+def mlflow_server(folder, port):
+    """A real server on a database in the folder."""
+    place = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    process = subprocess.Popen(
+        [sys.executable, *SERVER, "--port", str(port), *place],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        while True:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(dataset, tmp_path, monkeypatch):
+    """Absent from the start to the end of one life, there in the next, stopped in its middle, and there again."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(outbox, "RETRY_AFTER", 0.2)
+    monkeypatch.setattr(tracking, "FLUSH_EVERY", 0.0)
+    port, out = free_port(), tmp_path / "run"
+    config = config_of(dataset, f"tracking.uri=http://127.0.0.1:{port}", "train.save_every=6")
+
+    def steps(number, wait):
+        monkeypatch.setattr(outbox, "LAST_WAIT", wait)
+        asked = itertools.count(1)
+        leaving = lambda: next(asked) == number  # noqa: E731
+        with pytest.raises(Left):
+            loop.train_loop(config, out, Ranks(), blocks_in_process, lambda *_: None, leaving)
+
+    steps(6, 1.0)  # six steps without a server
+    kept = (out / "undelivered.jsonl").read_text().splitlines()
+    assert json.loads(kept[0])[0] == "params"
+    assert len(losses(out)) == 6
+    with mlflow_server(tmp_path, port):
+        steps(6, 60.0)  # six more with one
+        assert not (out / "undelivered.jsonl").exists()
+    steps(4, 1.0)  # and four without
+    with mlflow_server(tmp_path, port):
+        monkeypatch.setattr(outbox, "LAST_WAIT", 60.0)
+        run(config, out)
+        client = MlflowClient(config.tracking.uri)
+        run_id = json.loads((out / "run.json").read_text())["run_id"]
+        found = client.get_run(run_id)
+        assert found.info.status == "FINISHED"
+        assert found.data.params["optim.lr"] == "0.05"
+        assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, 21))
+        names = {a.path for folder in (None, "pictures") for a in client.list_artifacts(run_id, folder)}
+        assert {"report.json", "pictures/curves.png", "pictures/sample_batch.png"} <= names
+        assert len(client.search_runs([found.info.experiment_id])) == 1
+    assert not (out / "undelivered.jsonl").exists()
+
+
+def test_an_address_that_can_never_work_is_a_mistake(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    for uri in ("nonsense://x", f"sqlite:///{tmp_path}/file/mlflow.db"):
+        with pytest.raises(UserError, match=r"tracking\.uri = "):
+            run(config_of(dataset, f"tracking.uri={uri}"), tmp_path / "run")

@@ -1,0 +1,62 @@
+import json
+import logging
+
+import pytest
+
+from fr_core.errors import UserError
+from pipelines.logs import IN_JOB, start_logging, tell
+from pipelines.train import check_lasts
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch):
+    for name in ("BIGFACE_LOG", IN_JOB):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_lines_for_people(capsys):
+    start_logging(run="a")
+    tell({"step": 20, "loss": 4.89061, "lr": 0.1}, None)  # no event
+    tell({"step": 20, "loss": 4.89061, "accuracy": 0.75}, "runs/a/checkpoints/step_20")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line[8:] == " checkpoint saved  step 20  loss 4.891  accuracy 0.75  checkpoint runs/a/checkpoints/step_20"
+
+
+@pytest.mark.parametrize(("name", "value"), [("BIGFACE_LOG", "json"), (IN_JOB, "{}")])
+def test_objects_for_programs(monkeypatch, capsys, name, value):
+    """Where the variable asks for them, and in a Ray job; as every JSON parser takes them."""
+    monkeypatch.setenv(name, value)
+    start_logging(run="a", rank=1)
+    tell({"step": 4, "loss": float("nan")}, None)
+    tell({"step": 8, "loss": 1.5, "accuracy": 0.75}, None)
+    logging.getLogger("bigface").info("resumed", extra={"facts": {"step": 3}})  # as fr_core does
+    events = [
+        json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+        for line in capsys.readouterr().err.splitlines()
+    ]
+    assert [(event["level"], event["event"], event["step"]) for event in events] == [
+        ("warning", "loss not finite, step dropped", 4),
+        ("info", "verified", 8),
+        ("info", "resumed", 3),
+    ]
+    assert all((event["run"], event["rank"]) == ("a", 1) and event["node"] for event in events)
+    assert events[0]["loss"] == "nan"
+    assert events[0]["time"].endswith("+00:00")
+
+
+def test_no_third_style(monkeypatch):
+    monkeypatch.setenv("BIGFACE_LOG", "xml")
+    with pytest.raises(UserError, match="BIGFACE_LOG=xml: json or text"):
+        start_logging()
+
+
+def test_a_job_may_not_keep_its_run_in_its_own_copy(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    from fr_core.data.store import to_path
+
+    with pytest.raises(UserError, match=r"--out runs/a: .*: give an absolute path that all nodes see, or a URL"):
+        check_lasts(to_path("runs/a"))
+    check_lasts(tmp_path / "runs")
+    check_lasts(to_path("s3://bucket/runs"))

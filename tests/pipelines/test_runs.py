@@ -1,0 +1,114 @@
+"""``bigface runs``: families of runs in MLflow, runs in folders, orders and filters."""
+
+import json
+from datetime import datetime
+
+import pytest
+
+from fr_core.config import Tracking
+from fr_core.errors import UserError
+from fr_core.train.tracking import PARENT_TAG, open_mlflow
+from pipelines.runs import run_table, runs
+from tests.pipelines.test_cli import bigface
+
+PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "schedule.kind": "fastface"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A search of two trials, a plain run, one that runs still, and a folder that MLflow knows nothing of."""
+    root = tmp_path_factory.mktemp("runs")
+    client, experiment = open_mlflow(Tracking(), root)
+
+    def run(name, started, status="FINISHED", parent=None, params=PARAMS, **metrics):
+        tags = {PARENT_TAG: parent} if parent else {}
+        run_id = client.create_run(experiment, start_time=started * 1000, run_name=name, tags=tags).info.run_id
+        for metric, value in metrics.items():
+            client.log_metric(run_id, metric.replace("__", "-"), value)
+        for key, value in params.items():
+            client.log_param(run_id, key, value)
+        if status != "RUNNING":
+            client.set_terminated(run_id, status, end_time=(started + 90) * 1000)
+        return run_id
+
+    search = run("search", 1000, params={})
+    run("trial_a", 1100, parent=search, accuracy=0.7, steps=40, loss=2.0)
+    run("trial_b", 1200, "FAILED", parent=search, accuracy=0.9, tar_at_far_1e__3=0.5, steps=20, loss=1.0)
+    run("plain", 2000, accuracy=0.8, steps=30, epochs=1.5, loss=3.0)
+    run("going", 3000, "RUNNING", epoch=0.25)
+    alone = root / "alone"
+    alone.mkdir()
+    config = {"method": {"kind": "dcq"}, "net": {"kind": "quantised", "weights": 8, "activations": 4}}
+    config["net"]["net"] = {"kind": "iresnet", "depth": 18}
+    (alone / "run.json").write_text(json.dumps({"run_id": None, "config": config}))
+    (alone / "report.json").write_text(json.dumps({"figures": {"steps": 7, "seconds": 120.0, "accuracy": 0.6}}))
+    (root / "other").mkdir()
+    (root / "other" / "run.json").write_text("[]")
+    return root
+
+
+def listed(tmp_path, *args):
+    bigface("runs", *args, "--json", tmp_path / "runs.json")
+    return json.loads((tmp_path / "runs.json").read_text())["runs"]
+
+
+def test_newest_first_and_children_under_their_parent(folder, tmp_path):
+    found = listed(tmp_path, folder)
+    names = [(run["name"], run["depth"]) for run in found]
+    assert names == [("alone", 0), ("going", 0), ("plain", 0), ("search", 0), ("trial_b", 1), ("trial_a", 1)]
+    by_name = {run["name"]: run for run in found}
+    assert (by_name["trial_b"]["method"], by_name["trial_b"]["net"], by_name["trial_b"]["schedule"]) == (
+        "attfc",
+        "iresnet50",
+        "fastface",
+    )
+    assert by_name["trial_b"]["minutes"] == 1.5
+    assert by_name["trial_b"]["figures"]["tar_at_far_1e-3"] == 0.5
+    assert [by_name[name]["state"] for name in ("trial_b", "going", "alone")] == ["FAILED", "RUNNING", "FINISHED"]
+    assert (by_name["alone"]["net"], by_name["alone"]["minutes"]) == ("iresnet18 w8a4", 2.0)
+    header, *rows = run_table(runs(folder, None, None, "", "started", 20))
+    assert [row[0] for row in rows] == ["alone", "going", "plain", "search", "  trial_b", "  trial_a"]
+    assert dict(zip(header, rows[4], strict=True)) == {
+        "run": "  trial_b",
+        "method": "attfc",
+        "net": "iresnet50",
+        "schedule": "fastface",
+        "state": "failed",
+        "steps": "20",
+        "epochs": "",
+        "accuracy": "0.9000",
+        "TAR@1e-3": "0.5000",
+        "minutes": "1.5",
+        "started": f"{datetime.fromtimestamp(1200):%m-%d %H:%M}",
+    }
+
+
+def test_best_first_a_family_by_its_best(folder, tmp_path):
+    found = listed(tmp_path, folder, "--sort", "accuracy")
+    assert [run["name"] for run in found] == ["search", "trial_b", "trial_a", "plain", "alone", "going"]
+    found = listed(tmp_path, folder, "--sort", "loss", "--limit", "1")
+    assert [run["name"] for run in found] == ["search", "trial_b", "trial_a"]  # the lowest loss
+
+
+def test_a_child_without_its_parent_stands_alone(folder, tmp_path):
+    found = listed(tmp_path, folder, "--filter", "metrics.accuracy > 0.75")
+    assert [(run["name"], run["depth"]) for run in found] == [("plain", 0), ("trial_b", 0)]
+    found = listed(tmp_path, "--uri", f"sqlite:///{folder}/mlflow.db", "--experiment", "bigface")
+    assert "alone" not in [run["name"] for run in found]
+
+
+@pytest.mark.parametrize(
+    ("args", "mend"),
+    [
+        (["nowhere"], "no folder of runs: give another, or --uri"),
+        (["--sort", "acuracy"], "no run has this figure: started, name, accuracy"),
+        (["--filter", "accuracy?"], "Invalid"),
+        (["--experiment", "other"], "no experiment 'other': give --experiment"),
+        (["--uri", "sqlite:///nowhere.db"], "no such database"),
+    ],
+)
+def test_mistakes(folder, args, mend):
+    place = [] if args[0] in ("nowhere", "--uri") else [folder]
+    with pytest.raises(UserError, match=mend) as caught:
+        bigface("runs", *place, *args)
+    assert "\n" not in str(caught.value)

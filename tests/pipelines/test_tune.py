@@ -1,0 +1,221 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from fr_core.config import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.stream import make_plan
+from fr_core.data.synthetic import write_faces
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+from fr_core.train.checkpoint import checkpoints, go_on, take_over
+from fr_core.train.state import initial_state
+from fr_core.train.tracking import PARENT_TAG, search_mlflow
+from fr_core.verify.pairs import write_pairs
+from pipelines.search import Search, Trial, best, winner_recipe, write_results
+from pipelines.train import train
+from pipelines.tune import DRIVER, bounded, checked, claim, ended_after, share
+from tests.conftest import write_dataset
+from tests.pipelines.test_cli import bigface
+from tune_spaces import joined
+
+
+def search(dataset, **more):
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
+    facts = {"objective": "loss", "stop": "none", "in_process": True, "trials": 4} | more
+    return Search(joined("bigface", "lr,m3"), config, **facts)
+
+
+def trial(name, state="finished", lr=0.1, **figures):
+    return Trial(name, state, {"lr": lr, "m3": 0.2}, figures)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_trials_that_run_at_once_leave_cpus_to_ray_data(workers):
+    fitting = 0
+    for cpus in (1, 2, 3, 4, 7, 8, 16, 33, 128):
+        for gpus in (0, 1, 2, 8):
+            try:
+                shared = share(cpus, gpus, workers, in_process=False)
+            except UserError:
+                assert workers * 0.25 + DRIVER > cpus / 2 or 0 < gpus < workers
+                continue
+            fitting += 1
+            assert shared.at_once >= 1
+            assert shared.at_once * (DRIVER + workers * shared.cpus) <= cpus / 2
+            assert not gpus or shared.at_once * workers <= gpus
+    assert fitting > 9
+
+
+def test_trials_in_one_process_have_a_cpu_each():
+    assert share(4, 0, 1, in_process=True).at_once == 4
+    assert share(4, 2, 1, in_process=True).at_once == 2
+    with pytest.raises(UserError, match="--at-once 5: 4 trials fit"):
+        share(4, 0, 1, True, most=5)
+
+
+def test_searches_that_cannot_be(dataset):
+    for more, message in (
+        ({"objective": "accuracy"}, "needs verify.images"),
+        ({"stop": "asha"}, "use --stop none"),
+        ({"search": "grid"}, "the grid has 9 points"),
+        ({"search": "best"}, "use one of tpe, random, grid"),
+        ({"workers": 2}, "--in-process runs one worker"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checked(search(dataset, **more))
+    pairs = ["verify.pairs=pairs.bin"]
+    moving = search(dataset, stop="pbt", search="random", objective="accuracy")
+    config = load_config("debug_bigface", [f"data.path={dataset}", *pairs])
+    with pytest.raises(UserError, match="m3 cannot change"):
+        checked(replace(moving, config=config))
+
+
+def test_a_folder_belongs_to_one_search(dataset, tmp_path):
+    claim(search(dataset), tmp_path, resume=False)
+    claim(search(dataset), tmp_path, resume=True)
+    with pytest.raises(UserError, match="--resume goes on"):
+        claim(search(dataset), tmp_path, resume=False)
+    with pytest.raises(UserError, match="seed differ"):
+        claim(search(dataset, seed=1), tmp_path, resume=True)
+    with pytest.raises(UserError, match="holds no search"):
+        claim(search(dataset), tmp_path / "other", resume=True)
+
+
+def test_mutations_stay_in_their_domains():
+    knobs = joined("bigface+attfc", "mask_ratio,lr,encoder_momentum")
+    given = {"mask_ratio": 0.72, "lr": 0.004, "encoder_momentum": 0.99}
+    assert bounded(knobs, given) == {"mask_ratio": 0.6, "lr": 0.005, "encoder_momentum": 0.99}
+
+
+def test_time_is_over_only_when_tune_listens():
+    heard = threading.Event()
+    with ended_after(0):
+        signal.signal(signal.SIGUSR1, lambda *_: heard.set())
+        assert heard.wait(10)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_the_best_and_the_pareto_front(dataset):
+    trials = [
+        trial("a", loss=2.0, seconds=1.0),
+        trial("b", loss=1.0, seconds=3.0),
+        trial("c", loss=2.5, seconds=2.0),
+        trial("d", "stopped", loss=0.1, seconds=0.1),
+    ]
+    assert [t.name for t in best(search(dataset), trials)] == ["b", "a", "c"]
+    assert [t.name for t in best(search(dataset, against="seconds"), trials)] == ["b", "a"]
+
+
+def test_the_winner_is_a_recipe(dataset, tmp_path):
+    for recipe in ("debug_attfc", "quantize_ekd", "fastface_r100_ms1mv3", "bigface_distill_r240"):
+        config = load_config(recipe)
+        path = tmp_path / "winner.toml"
+        path.write_text(winner_recipe(config, "accuracy 0.9", "a", 4, tmp_path))
+        assert load_config(path) == config
+    trials = [trial("a", loss=2.0, lr=0.05), trial("b", loss=1.0, lr=0.07), trial("c", "failed")]
+    files = write_results(search(dataset), trials, tmp_path)
+    assert load_config(tmp_path / "winner.toml").optim.lr == 0.07
+    assert [path.name for path in files] == ["trials.csv", "winner.toml", "parallel.png", "importance.png"]
+    assert (tmp_path / "trials.csv").read_text().splitlines()[3].startswith("c,failed,0.1,0.2")
+
+
+def test_a_trial_goes_on_from_a_donor(dataset, tmp_path):
+    """At the donor's step and weights, in its own folder and under its own name in MLflow."""
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off", "train.save_every=2"])
+    short = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2, "global_batch": 8})})
+    train(short, tmp_path / "donor", in_process=True)
+    [donor] = checkpoints(tmp_path / "donor")
+    take_over(donor, tmp_path / "own", "mine")
+    [taken] = checkpoints(tmp_path / "own")
+    assert taken.name == "step_00000002"
+    assert (taken / "backbone.safetensors").read_bytes() == (donor / "backbone.safetensors").read_bytes()
+    state = initial_state(short, make_plan(short, open_dataset(dataset)), Ranks(), torch.device("cpu"))
+    assert go_on(short, state, tmp_path / "own", Ranks())
+    assert (state.step, state.run_id) == (2, "mine")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A recipe with its overrides: 8 steps on 12 identities, 20 others to verify on."""
+    root = tmp_path_factory.mktemp("faces")
+    write_dataset(root / "shards", 96, 12)
+    write_faces(root, 20, 2, workers=1)
+    write_pairs(root, 1)
+    pairs = [f"verify.images={root / 'images'}", f"verify.pairs={root / 'pairs.csv'}"]
+    steps = ["train.max_steps=8", "train.global_batch=16", "train.keep=9"]
+    return ["debug_bigface", f"data.path={root / 'shards'}", *steps, *pairs]
+
+
+def steps_of(run):
+    with (run / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.ray
+def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch):
+    """Killed with its process group, in its second trial; the first is not run again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0.1")
+    out = tmp_path / "search"
+    options = ["--only", "lr,m3", "--trials", 3, "--in-process", "--at-once", 1, "--out", out]
+    command = [str(word) for word in ("tune", "bigface", *small, *options)]
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], start_new_session=True)
+    while len({path.parents[2] for path in out.glob("trials/*/checkpoints/*/checkpoint.json")}) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/checkpoints/*/checkpoint.json")}
+    first = (next(out.glob("trials/*/report.json"))).parent
+    bigface(*command, "--resume", "--json", tmp_path / "tune.json")
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved
+    found = {trial["name"]: trial for trial in json.loads((tmp_path / "tune.json").read_text())["trials"]}
+    assert {path.name for path in (out / "trials").iterdir()} == set(found)
+    assert [trial["state"] in ("finished", "stopped") for trial in found.values()] == [True] * 3
+    assert found[first.name]["state"] == "finished"
+    for name, one in found.items():
+        reached = int(one["figures"]["step"])
+        assert reached == 8 or one["state"] == "stopped"
+        assert steps_of(out / "trials" / name)[:reached] == list(range(1, reached + 1))
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = {run.info.run_name: run for run in search_mlflow(f"sqlite:///{tmp_path}/mlflow.db", "bigface", "")}
+    parent = runs.pop("search")
+    assert parent.info.status == "FINISHED"
+    assert "winner.toml" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    statuses = {"finished": "FINISHED", "stopped": "KILLED"}
+    assert {name: run.info.status for name, run in runs.items()} == {n: statuses[t["state"]] for n, t in found.items()}
+    assert {run.data.tags[PARENT_TAG] for run in runs.values()} == {parent.info.run_id}
+    winner = load_config(out / "winner.toml")
+    names = [trial["values"]["lr"] for trial in found.values() if trial["state"] == "finished"]
+    assert winner.optim.lr in names
+    bigface("train", out / "winner.toml", "train.max_steps=1", "--in-process", "--out", tmp_path / "winner")
+
+
+@pytest.mark.ray
+def test_a_population_hands_weights_on(small, tmp_path, monkeypatch):
+    """Two trials of different rates have the same weights at some step only where one went on from the other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["--only", "lr", "--trials", 2, "--search", "random", "--stop", "pbt", "--in-process", "--at-once", 2]
+    bigface("tune", "bigface", *small, "tracking.uri=off", *options, "--out", tmp_path)
+    seen = {}
+    for path in sorted(tmp_path.glob("trials/*/checkpoints/*/checkpoint.json")):
+        summary = json.loads(path.read_text())
+        seen.setdefault(summary["files"]["backbone.safetensors"]["sha256"], []).append(path)
+    handed = [both for both in seen.values() if len(both) == 2]
+    assert handed
+    for one, other in handed:
+        assert one.parents[2] != other.parents[2]
+        assert one.parent.name == other.parent.name
+    for run in (tmp_path / "trials").iterdir():
+        assert steps_of(run) == list(range(1, 9))
