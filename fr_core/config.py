@@ -424,7 +424,25 @@ class AdamW(Optimizer):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
 
 
-Optim = Annotated[SGD | LARS | AdamW, Field(discriminator="kind")]
+class Plain(Section):
+    """SGD beside Muon."""
+
+    lr: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 5e-4
+
+
+class Muon(Optimizer):
+    """Orthogonal steps for matrices and convolutions (Jordan et al., 2024); the rest and the class matrix: ``sgd``."""
+
+    kind: Literal["muon"] = "muon"
+    lr: Positive = 0.02
+    weight_decay: NonNegative = 0.01  # of lr, as AdamW's
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    sgd: Plain = Plain()
+
+
+Optim = Annotated[SGD | LARS | AdamW | Muon, Field(discriminator="kind")]
 
 
 class Warmup(Section):

@@ -1,4 +1,4 @@
-"""Optimisers: PyTorch's for the backbone, LARS for its large batches, and SGD on single rows for the class matrix."""
+"""Optimisers: PyTorch's, LARS for large batches, Muon for short runs, and SGD on single rows for the class matrix."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import LARS, SGD, AdamW, BigFace, Config, class_matrix
+from fr_core.config import LARS, SGD, AdamW, BigFace, Config, Muon, class_matrix
+from fr_core.device import multiplies_bfloat16
 from fr_core.heads.streamed import TileSGD
 from fr_core.ranks import Ranks
 
@@ -81,6 +82,49 @@ class LayerwiseSGD(torch.optim.Optimizer):
             torch._foreach_sub_(params, buffers)
 
 
+class OrthogonalSGD(torch.optim.Optimizer):
+    """Muon: v ← μ·v + g, w ← (1 − η·λ)·w − η·√max(1, m/n)·O(g + μ·v) for a matrix w [m, n], O as :func:`orthogonal`.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A convolution is the matrix of its
+    m filters. In groups with ``adapt = False`` a tensor moves by SGD: v ← μ·v + g + λ·w, w ← w − η·v.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[param]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                buffer = self.state[param]["momentum_buffer"].mul_(momentum).add_(param.grad)
+                if not group["adapt"]:
+                    buffer.add_(param, alpha=decay)
+                    param.sub_(buffer, alpha=rate)
+                    continue
+                move = orthogonal(torch.add(param.grad, buffer, alpha=momentum).flatten(1))
+                tall = max(1.0, move.shape[0] / move.shape[1]) ** 0.5
+                param.mul_(1 - rate * decay).sub_(move.view(param.shape), alpha=rate * tall)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """U·Vᵀ of the matrix U·S·Vᵀ [m, n], but for singular values of about .7 to 1.2, by Newton and Schulz's iteration.
+
+    The polynomial is Jordan's; bfloat16 does where the processor multiplies it.
+    """
+    coarse = torch.bfloat16 if multiplies_bfloat16(matrix.device) else torch.float32
+    wide = matrix.to(coarse) if matrix.shape[0] <= matrix.shape[1] else matrix.to(coarse).T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
+
+
 def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks: Ranks) -> dict[str, Any]:
     """The optimisers of the backbone and, where there is one, of the class matrix: "backbone" and "head".
 
@@ -102,6 +146,10 @@ def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks:
             vectors["adapt"] = False
         case AdamW():
             made, given = torch.optim.AdamW, given | {"betas": (optim.beta1, optim.beta2)}
+        case Muon():
+            made, given = OrthogonalSGD, given | {"momentum": optim.momentum}
+            vectors |= {"adapt": False, "lr": scale * optim.sgd.lr, "momentum": optim.sgd.momentum}
+            vectors["weight_decay"] = optim.sgd.weight_decay
     groups = [group for group in (matrices, vectors) if group["params"]]
     if optim.shard_state and ranks.size > 1:
         body: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=made, **given)
@@ -119,11 +167,12 @@ def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks:
 def head_optimizer(config: Config, method: BigFace, head: nn.Module, scale: float = 1.0) -> torch.optim.Optimizer:
     """SGD for the class matrix: dense, or on single rows where they are sampled or the head is fused."""
     optim, own = config.optim, config.optim.head
-    momentum = 0.9 if isinstance(optim, AdamW) else optim.momentum
+    like = optim.sgd if isinstance(optim, Muon) else optim
+    momentum = 0.9 if isinstance(like, AdamW) else like.momentum
     given: dict[str, Any] = {
-        "lr": scale * (optim.lr if own.lr is None else own.lr),
+        "lr": scale * (like.lr if own.lr is None else own.lr),
         "momentum": momentum if own.momentum is None else own.momentum,
-        "weight_decay": optim.weight_decay if own.weight_decay is None else own.weight_decay,
+        "weight_decay": like.weight_decay if own.weight_decay is None else own.weight_decay,
     }
     by_rows = method.sample_rate < 1 or method.update == "fused"
     return (RowSGD if by_rows else torch.optim.SGD)(head.parameters(), **given)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fr_core.config import Constant, Cosine, MultiStep, Polynomial, parse_config
-from fr_core.optim.optimizers import LayerwiseSGD, RowSGD, make_optimizers, squared_norm
+from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
 
@@ -79,6 +79,43 @@ def test_lars_by_hand():
     assert params[2].detach().isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonal_keeps_the_directions_of_a_matrix(shape):
+    """In the bases of its singular vectors the answer is near the identity."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    seen = left.T @ orthogonal(matrix) @ right.T
+    assert (seen - torch.diag(seen.diag())).abs().max() < 0.05  # bfloat16
+    assert seen.diag().min() > 0.6
+    assert seen.diag().max() < 1.3
+    assert not orthogonal(torch.zeros(shape)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch's came with 2.9")
+def test_muon_equals_pytorchs_on_matrices_and_sgd_on_the_rest():
+    """PyTorch's takes matrices alone: a convolution is compared as the matrix of its filters."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(8, 3, 3, 3), torch.randn(20, 6), torch.randn(5)]
+    conv, wide, vector = (torch.nn.Parameter(t.clone()) for t in tensors)
+    conv.data = conv.data.contiguous(memory_format=torch.channels_last)
+    plain = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    groups = [{"params": [conv, wide]}, {"params": [vector], "adapt": False, **plain}]
+    ours = OrthogonalSGD(groups, lr=0.05, momentum=0.95, weight_decay=0.1)
+    twins = [torch.nn.Parameter(t.clone()) for t in (tensors[0].flatten(1), *tensors[1:])]
+    muon = torch.optim.Muon(twins[:2], lr=0.05, momentum=0.95, weight_decay=0.1)
+    sgd = torch.optim.SGD(twins[2:], **plain)
+    for _ in range(5):
+        for one, twin in zip((conv, wide, vector), twins, strict=True):
+            one.grad = torch.randn_like(one)
+            twin.grad = one.grad.reshape(twin.shape).clone()
+        for optimizer in (ours, muon, sgd):
+            optimizer.step()
+    for one, twin, start in zip((conv, wide, vector), twins, tensors, strict=True):
+        moved = (twin - start.reshape(twin.shape)).norm()
+        assert (one.reshape(twin.shape) - twin).norm() < 0.03 * moved  # bfloat16
+
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,6 +137,12 @@ def test_groups_rates_and_decay():
     lars = groups_of(kind="lars", lr=3.0, head={"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0})
     assert [(g["adapt"], g["weight_decay"]) for g in lars["backbone"]] == [(True, 5e-4), (False, 0)]
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in lars["head"]] == [(0.1, 0.5, 0.0)]
+    muon = groups_of(kind="muon", lr=0.04, reference_batch=128, sgd={"lr": 0.1, "weight_decay": 0.02})
+    assert [(g["adapt"], g["lr"], g["weight_decay"], g["momentum"]) for g in muon["backbone"]] == [
+        (True, 0.08, 0.01, 0.95),
+        (False, 0.2, 0.02, 0.9),
+    ]
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in muon["head"]] == [(0.2, 0.9, 0.02)]
     adamw = groups_of(kind="adamw", beta2=0.98)
     assert [(g["lr"], g["betas"], g["weight_decay"]) for g in adamw["backbone"]] == [
         (1e-3, (0.9, 0.98), 0.05),
