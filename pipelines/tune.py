@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -297,9 +299,14 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
         case "median":
             return MedianStoppingRule("step", grace_period=rung, min_samples_required=3)
         case "pbt":
-            inside = partial(bounded, search.knobs)  # a mutation may leave the domain
+            random.seed(search.seed)  # what it draws from, and its domains
+            np.random.seed(search.seed)  # noqa: NPY002
             return PopulationBasedTraining(
-                "step", perturbation_interval=2 * rung, hyperparam_mutations=space, custom_explore_fn=inside
+                "step",
+                perturbation_interval=2 * rung,
+                hyperparam_mutations=space,
+                custom_explore_fn=partial(bounded, search.knobs),  # a mutation may leave the domain
+                synch=True,  # else the first trial to end has nobody to learn from
             )
     return None
 
@@ -358,7 +365,7 @@ def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
         figures = train_in_trial(config, out, launch, total)
     if isinstance(config.net, QuantisedNet):
         figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
-    ray_tune.report({**figures, "step": total})
+    ray_tune.report({**figures, "step": total, "done": True})  # done: no scheduler puts it off once more
 
 
 def train_in_trial(config: Config, out: Path, launch: dict[str, Any], total: int) -> dict[str, float]:
