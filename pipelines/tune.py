@@ -300,7 +300,7 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
             return MedianStoppingRule("step", grace_period=rung, min_samples_required=3)
         case "pbt":
             random.seed(search.seed)  # what it draws from, and its domains
-            np.random.seed(search.seed)  # noqa: NPY002
+            np.random.seed(search.seed)
             return PopulationBasedTraining(
                 "step",
                 perturbation_interval=2 * rung,
