@@ -46,8 +46,8 @@ def bench_quant(
         weights, activations: bits.
 
     Returns:
-        A row for each net: ``net``, and ``FORM_ms``, ``FORM_mib``; figures of each: ``speedup_NET`` over float,
-        ``speedup_over_plain_NET``, ``size_ratio_NET`` to float, ``least_cosine_NET`` to the quantised net in PyTorch;
+        A row for each net: ``net``, and ``FORM_ms``, ``FORM_mib``; figures of each: ``speedup_NET`` over plain,
+        ``speedup_over_float_NET``, ``size_ratio_NET`` to float, ``least_cosine_NET`` to the quantised net in PyTorch;
         and what of the processor matters.
 
     Raises:
@@ -118,7 +118,7 @@ def _row(plain: Any, quantised: Any, repeats: int) -> tuple[dict[str, float], di
     def ratio(form: str) -> float:
         return statistics.median(a / b for a, b in zip(taken[form], taken["int8"], strict=True))
 
-    found = {"speedup": ratio("float"), "speedup_over_plain": ratio("plain")}
+    found = {"speedup": ratio("plain"), "speedup_over_float": ratio("float")}
     return row, found | {"size_ratio": row["int8_mib"] / row["float_mib"], "least_cosine": cosine}
 
 
