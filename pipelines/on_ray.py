@@ -11,6 +11,7 @@ from typing import Any
 from fr_core.config import Config, parse_config
 from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_atomically
 from fr_core.errors import Left, StorageError, UserError
+from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
 from pipelines.leave import on_sigterm
 from pipelines.logs import log, start_logging, tell
@@ -196,7 +197,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     try:
         config = parse_config(launch["config"], "launch")
         to_hear = partial(heard, Gauges(out.name, ranks.rank))
-        return train_loop(config, out, ranks, blocks_by_ray, to_hear, asked_to_leave(out, ranks.rank))
+        return train_loop(config, out, ranks, blocks_by_ray, to_hear, notices(out, ranks.rank, ranks.size))
     except Left as left:
         return left.step
     except StorageError:  # may have passed when the workers are started again
@@ -208,18 +209,27 @@ def train_worker(launch: dict[str, Any]) -> Any:
         raise
 
 
-def asked_to_leave(out: AnyPath, rank: int) -> Callable[[], bool]:
-    """What says on rank 0 whether the driver asked the run to leave, and looks for its file every few seconds."""
-    looked = 0.0
+def notices(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
+    """What tells a rank once that Ray drains a worker's node, and rank 0 that the driver asked the run to leave."""
+    import ray.train
 
-    def leaving() -> bool:
+    looked, known = 0.0, set[str]()
+
+    def notice() -> Notice:
         nonlocal looked
-        if rank != 0 or time.monotonic() - looked < LOOK_EVERY:
-            return False
-        looked = time.monotonic()
-        return (out / LEAVE).is_file()
+        soon = time.monotonic() - looked < LOOK_EVERY
+        if size == 1 and soon:  # a lone rank is asked at every step
+            return Notice.NONE
+        drained = ray.train.get_preemption_info()  # all ranks ask at the same steps: it is a collective
+        new = set(drained.preempted_node_ids if drained else ()) - known
+        known.update(new)
+        if rank == 0 and not soon:
+            looked = time.monotonic()
+            if (out / LEAVE).is_file():
+                return Notice.LEAVE
+        return Notice.SAVE if new else Notice.NONE
 
-    return leaving
+    return notice
 
 
 def heard(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> None:

@@ -20,6 +20,7 @@ from fr_core.nets.open import CHECKPOINTS, find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
 from fr_core.train.memory import step_images
+from fr_core.train.notice import Notice
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
 from pipelines.leave import on_sigterm
@@ -87,7 +88,11 @@ def train(
             use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that this process may use
             leave = threading.Event()
             with on_sigterm(leave.set):
-                return train_loop(config, out, Ranks(), blocks_in_process, tell, leave.is_set)
+
+                def notice() -> Notice:
+                    return Notice.LEAVE if leave.is_set() else Notice.NONE
+
+                return train_loop(config, out, Ranks(), blocks_in_process, tell, notice)
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)

@@ -35,6 +35,7 @@ from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import agreed, checkpoints, go_on, save_checkpoint, step_name
 from fr_core.train.dcq import dcq_step
 from fr_core.train.f2c import f2c_step
+from fr_core.train.notice import Notice
 from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.quantface import quantface_step
 from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
@@ -46,11 +47,15 @@ from fr_core.verify.report import report, roc_figure, score_figure, verification
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 Heard = Callable[[dict[str, float], AnyPath | None], None]
-Leaving = Callable[[], bool]
 
 
 def train_loop(
-    config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks, heard: Heard, leaving: Leaving = lambda: False
+    config: Config,
+    out: AnyPath,
+    ranks: Ranks,
+    blocks: Blocks,
+    heard: Heard,
+    notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from the start, to its end.
 
@@ -59,7 +64,7 @@ def train_loop(
         blocks: where rows come from (``fr_core/data/stream.py``).
         heard: called on every rank with the step's metrics: when they are logged with None, and after each checkpoint
             with its folder. Both have the figures of a verification at the same step.
-        leaving: whether this rank was asked to leave; if any was, all save a checkpoint and do.
+        notice: what this rank was told since it was last asked; what any was told, all do.
 
     Returns:
         The figures of the run's report.
@@ -90,10 +95,10 @@ def train_loop(
                 metrics |= verify(config, state, ranks, tracker)
             if due(config.train.log_every, state):
                 heard(metrics | {"head_mib": head_mib(state)}, None)
-            left = agreed_to_leave(config, state, ranks, leaving)
-            if left or (due(config.train.save_every, state) and state.bad_steps == 0):
+            told = agreed_notice(config, state, ranks, notice)
+            if told or (due(config.train.save_every, state) and state.bad_steps == 0):
                 heard(metrics, save(config, state, out, ranks, tracker))
-            if left:
+            if told is Notice.LEAVE:
                 raise Left(state.step)
         return finish(config, state, out, ranks, tracker, time.monotonic() - started)
     except BaseException as end:
@@ -172,11 +177,11 @@ def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker:
     return save_checkpoint(config, state, out, ranks)
 
 
-def agreed_to_leave(config: Config, state: TrainState, ranks: Ranks, leaving: Leaving) -> bool:
-    """Whether any rank was asked to leave. Several agree when they log: a collective at every step would cost more."""
+def agreed_notice(config: Config, state: TrainState, ranks: Ranks, notice: Callable[[], Notice]) -> Notice:
+    """The gravest of any rank. Several agree when they log: a collective at every step would cost more."""
     if ranks.size == 1:
-        return leaving()
-    return due(config.train.log_every, state) and any(ranks.gather_objects(leaving()))
+        return notice()
+    return max(ranks.gather_objects(notice())) if due(config.train.log_every, state) else Notice.NONE
 
 
 def epoch_of(state: TrainState) -> float:

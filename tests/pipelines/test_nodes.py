@@ -1,9 +1,11 @@
 """Nodes that come and go: a real cluster of several raylets on this machine, and one run on it."""
 
+import itertools
 import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +19,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fr_core.config import Config, load_config
-from fr_core.errors import UserError
+from fr_core.data.stream import blocks_in_process
+from fr_core.errors import Left, UserError
+from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import checkpoints
+from fr_core.train.loop import train_loop
+from fr_core.train.notice import Notice
 from fr_core.train.tracking import read_metrics
 from pipelines import on_ray
 from pipelines.cli.options import worker_range
@@ -97,10 +103,38 @@ def test_workers_follow_the_nodes_that_there_are(cluster, dataset, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
+def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(cluster, dataset, tmp_path, monkeypatch):
+    """Two workers of which one's node is drained, as a cloud does: a checkpoint before the first that is due."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    out, over, saved, node = tmp_path / "run", threading.Event(), [], cluster.add_node(**CPUS)
+    config = run_config(dataset, 400)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"save_every": 300})})
+
+    def drain() -> None:
+        wait_for(lambda: (out / "metrics.csv").is_file() and len(read_metrics(out)) > 20, over)
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "20"]
+        subprocess.run(["ray", "drain-node", *reason, *where], check=True, capture_output=True)
+        wait_for(lambda: bool(checkpoints(out)), over)
+        saved.append((ranks_of(out), checkpoints(out)[0].name))
+        wait_for(lambda: ranks_of(out) == 1, over)
+        cluster.remove_node(node, allow_graceful=False)
+
+    beside(drain, over, lambda: train(config, out, (1, 2)))
+    [(ranks, name)] = saved
+    assert ranks == 2
+    assert "step_00000000" < name < "step_00000300"
+    assert ranks_of(out) == 1
+    train(config, tmp_path / "undisturbed", in_process=True)
+    assert_whole(out, tmp_path / "undisturbed", 400)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
     """Of workers, and of all processes of a node, which another replaces; at any moment, also while one saves."""
-    out, steps, over, kills = tmp_path / "run", 1000, threading.Event(), []
-    draw = random.Random(0)
+    out, over, kills = tmp_path / "run", threading.Event(), []
+    config, draw = run_config(dataset, 5000), random.Random(0)
 
     def kill() -> None:
         node = cluster.add_node(**CPUS)
@@ -117,12 +151,25 @@ def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
                 cluster.remove_node(node, allow_graceful=False)
                 kills.append("node")
                 node = cluster.add_node(**CPUS)
+        before = checkpoints(out)[-1:]
+        wait_for(lambda: checkpoints(out)[-1:] != before, over)
+        (out / on_ray.LEAVE).touch()
 
-    beside(kill, over, lambda: train(run_config(dataset, steps), out, (1, 2)))
+    with pytest.raises(Left) as left:
+        beside(kill, over, lambda: train(config, out, (1, 2)))
     assert len(kills) == 10
     assert set(kills) == {"worker", "node"}
-    train(run_config(dataset, steps), tmp_path / "undisturbed", in_process=True)
-    assert_whole(out, tmp_path / "undisturbed", steps)
+    steps = itertools.count(1)
+    with pytest.raises(Left):
+        train_loop(
+            config,
+            tmp_path / "undisturbed",
+            Ranks(),
+            blocks_in_process,
+            lambda *_: None,
+            lambda: Notice.LEAVE if next(steps) == left.value.step else Notice.NONE,
+        )
+    assert_whole(out, tmp_path / "undisturbed", left.value.step)
 
 
 def test_a_range_of_workers_must_fit_as_a_whole(dataset, tmp_path):

@@ -23,6 +23,7 @@ from fr_core.errors import Left, UserError
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import checkpoints
+from fr_core.train.notice import Notice
 from tests.conftest import flip_a_bit, run_ranks
 from tests.fr_core.train.test_train import config_of, last_weights, losses, run
 
@@ -75,21 +76,19 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undis
     assert equal(out, undisturbed)
 
 
-def leave_at_six(ranks, config, out):
-    """Rank 1 alone is asked, at its sixth step."""
-    asked = itertools.count(1)
+def save_at_four_and_leave_at_eight(ranks, config, out):
+    """Rank 0 alone is told the one, rank 1 the other; they listen at every second step."""
+    told = iter([[0, 1, 0, 0], [0, 0, 0, 2]][ranks.rank])
     try:
-        loop.train_loop(
-            config, out, ranks, blocks_in_process, lambda *_: None, lambda: ranks.rank == 1 and next(asked) == 3
-        )
+        loop.train_loop(config, out, ranks, blocks_in_process, lambda *_: None, lambda: Notice(next(told)))
     except Left as left:
         return left.step
 
 
-def test_ranks_agree_when_to_leave(dataset, tmp_path):
+def test_ranks_agree_when_to_save_and_when_to_leave(dataset, tmp_path):
     config = config_of(dataset, "train.log_every=2")
-    assert run_ranks(2, leave_at_six, config, tmp_path) == [6, 6]
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000006"]
+    assert run_ranks(2, save_at_four_and_leave_at_eight, config, tmp_path) == [8, 8]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000008"]
 
 
 # Damaged checkpoints
@@ -308,9 +307,9 @@ def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(datas
     def steps(number, wait):
         monkeypatch.setattr(outbox, "LAST_WAIT", wait)
         asked = itertools.count(1)
-        leaving = lambda: next(asked) == number  # noqa: E731
+        notice = lambda: Notice.LEAVE if next(asked) == number else Notice.NONE  # noqa: E731
         with pytest.raises(Left):
-            loop.train_loop(config, out, Ranks(), blocks_in_process, lambda *_: None, leaving)
+            loop.train_loop(config, out, Ranks(), blocks_in_process, lambda *_: None, notice)
 
     steps(6, 1.0)  # six steps without a server
     kept = (out / "undelivered.jsonl").read_text().splitlines()
