@@ -83,7 +83,7 @@ def assert_whole(out: Path, undisturbed: Path, steps: int) -> None:
 @pytest.mark.timeout(1800)
 def test_workers_follow_the_nodes_that_there_are(cluster, dataset, tmp_path):
     """1 → 2 → 1: a second node comes, and its processes are killed in the middle of an epoch."""
-    out, steps, over, seen = tmp_path / "run", 400, threading.Event(), []
+    out, steps, over, seen = tmp_path / "run", 200, threading.Event(), []
 
     def come_and_go() -> None:
         wait_for(lambda: ranks_of(out) == 1, over)
