@@ -104,7 +104,7 @@ def tune(
     start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
     resources = capacity()
     shared = share(resources.get("CPU", 0), resources.get("GPU", 0), search.workers, search.in_process, at_once)
-    claim(search, out, resume)
+    claim(search, out, resume, shared.at_once)
     tracking = search.config.tracking
     parent = Comparison(tracking, out) if tracking.uri != "off" else None
     rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
@@ -202,25 +202,31 @@ def ended_after(minutes: float | None) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def claim(search: Search, out: Path, resume: bool) -> None:
-    """Makes the folder this search's.
+def claim(search: Search, out: Path, resume: bool, at_once: int) -> None:
+    """Makes the folder this search's, with its number of trials at once, which Tune keeps when it goes on.
 
     Raises:
-        UserError: it holds one already, or another one than is to go on, or it cannot be written.
+        UserError: it holds one already, or another one than is to go on, or one that does not fit this machine or is
+            another user's, or it cannot be written.
     """
     path, facts = out / "search.json", search.facts()
     if resume:
         if not path.is_file():
             raise UserError(f"--resume: {out} holds no search: leave --resume out")
+        if path.stat().st_uid != os.getuid():  # Tune's own files there are pickles
+            raise UserError(f"{out} is another user's: going on with a search runs what its files say")
         then = json.loads(path.read_text())
         different = [name for name in facts if facts[name] != then.get(name)]
         if different:
             raise UserError(f"{out} holds another search ({', '.join(different)} differ): use another folder")
-    elif path.is_file():
+        if then["at_once"] > at_once:
+            raise UserError(f"{out} runs {then['at_once']} trials at once, {at_once} fit here: use another folder")
+        return
+    if path.is_file():
         raise UserError(f"{out} holds a search: --resume goes on with it, or use another folder")
     with writable(out):
         (out / "trials").mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
+        write_text_atomically(path, json.dumps(facts | {"at_once": at_once}, indent=1) + "\n")
 
 
 def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
@@ -246,7 +252,13 @@ def make_tuner(
     trainable = ray_tune.with_resources(trainable, {name: n for name, n in held.items() if n})
     space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
     if resume and find(out / "ray", "experiment_state-*.json"):
-        return ray_tune.Tuner.restore(str(out / "ray"), trainable, resume_unfinished=True, param_space=space)
+        return ray_tune.Tuner.restore(
+            str(out / "ray"),
+            trainable,
+            resume_unfinished=True,
+            resume_errored=True,  # a machine that went: the run goes on from its newest checkpoint
+            param_space=space,
+        )
     remove_folder(out / "ray")  # of a search that ended before Tune first saved its state
     several = len(search.objectives) > 1
     goal: dict[str, Any] = {} if several else {"metric": search.objective, "mode": mode(search.objective)}

@@ -81,15 +81,20 @@ def test_searches_that_cannot_be(dataset):
         checked(replace(moving, config=config))
 
 
-def test_a_folder_belongs_to_one_search(dataset, tmp_path):
-    claim(search(dataset), tmp_path, resume=False)
-    claim(search(dataset), tmp_path, resume=True)
+def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
+    claim(search(dataset), tmp_path, resume=False, at_once=2)
+    claim(search(dataset), tmp_path, resume=True, at_once=3)
+    with pytest.raises(UserError, match="runs 2 trials at once, 1 fit"):
+        claim(search(dataset), tmp_path, resume=True, at_once=1)
     with pytest.raises(UserError, match="--resume goes on"):
-        claim(search(dataset), tmp_path, resume=False)
+        claim(search(dataset), tmp_path, resume=False, at_once=2)
     with pytest.raises(UserError, match="seed differ"):
-        claim(search(dataset, seed=1), tmp_path, resume=True)
+        claim(search(dataset, seed=1), tmp_path, resume=True, at_once=2)
     with pytest.raises(UserError, match="holds no search"):
-        claim(search(dataset), tmp_path / "other", resume=True)
+        claim(search(dataset), tmp_path / "other", resume=True, at_once=2)
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "search.json").stat().st_uid + 1)
+    with pytest.raises(UserError, match="another user's"):
+        claim(search(dataset), tmp_path, resume=True, at_once=2)
 
 
 def test_mutations_stay_in_their_domains():
