@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fr_core.config import F2C, Config, QuantisedNet, classes, taught, total_steps, unlabelled_batch
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, RemotePath, find, to_path, writable, write_text_atomically
+from fr_core.data.store import AnyPath, RemotePath, check_lasts, find, to_path, writable, write_text_atomically
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import StorageError, UserError
 from fr_core.nets.open import CHECKPOINTS, find_checkpoint
@@ -27,7 +27,6 @@ from pipelines.leave import on_sigterm
 from pipelines.logs import log, start_logging, tell
 
 POLL = 2.0  # seconds
-JOB_COPIES = "working_dir_files"  # where Ray unpacks the folder that a job was submitted with
 
 
 def train(
@@ -147,15 +146,6 @@ def check_workers(config: Config, plan: Plan, workers: int) -> None:
                 f"{workers} workers × train.accumulate = {config.train.accumulate}"
             )
         other[1].lanes_of(0, workers)
-
-
-def check_lasts(out: AnyPath) -> None:
-    """Raises: UserError: a Ray job's own folder, a copy that Ray removes: ``--out`` was relative or left out."""
-    if isinstance(out, Path) and JOB_COPIES in out.resolve().parts:
-        raise UserError(
-            f"--out {out}: a Ray job's folder is a copy that is removed: give an absolute path that all nodes see, "
-            "or a URL"
-        )
 
 
 def check_kept(config: Config, out: AnyPath) -> None:

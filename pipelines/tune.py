@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from fr_core.config import Config, QuantisedNet, classes, parse_config, total_steps
-from fr_core.data.store import AnyPath, find, remove_folder, writable, write_text_atomically
+from fr_core.data.store import AnyPath, check_lasts, find, remove_folder, writable, write_text_atomically
 from fr_core.errors import UserError
 from fr_core.train.checkpoint import take_over
 from fr_core.train.state import centres_of
@@ -37,7 +37,7 @@ from pipelines.search import (
     table,
     write_results,
 )
-from pipelines.train import check_lasts, checked_plan, with_absolute_paths
+from pipelines.train import checked_plan, with_absolute_paths
 from tune_spaces.fields import (
     Choice,
     Knob,

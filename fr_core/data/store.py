@@ -31,6 +31,7 @@ CHUNK = 16 * 2**20  # bytes that one request moves
 AT_ONCE = 16  # requests: an object store answers late, but many at a time
 GCS_RETRY_SECONDS = 20  # pyarrow's own are 15 minutes
 PAUSES = (1.0, 3.0)  # seconds between tries; within each, pyarrow asks S3 every 0.2 s for 6 s
+JOB_COPIES = "working_dir_files"  # where Ray unpacks the folder that a job was submitted with
 PASSING = re.compile(r"NETWORK_CONNECTION|HTTP status (429|5\d\d)|SLOW_DOWN|THROTTLING|TIMEOUT|UNAVAILABLE|INTERNAL")
 
 
@@ -278,6 +279,14 @@ def writable(path: AnyPath) -> Iterator[None]:
     except OSError as error:
         named = str(error.filename or path).removesuffix(".part")
         raise UserError(f"cannot write {named}: {error.strerror or error}") from None
+
+
+def check_lasts(out: AnyPath) -> None:
+    """Raises: UserError: a Ray job's own folder, a copy that Ray removes: an output's path was relative or left out."""
+    if isinstance(out, Path) and JOB_COPIES in out.resolve().parts:
+        raise UserError(
+            f"{out}: a Ray job's folder is a copy that is removed: give an absolute path that all nodes see, or a URL"
+        )
 
 
 def write_text_atomically(path: AnyPath, text: str) -> None:

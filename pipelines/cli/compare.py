@@ -10,12 +10,12 @@ from fr_core.config import load_config, recipes
 from fr_core.data.store import writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, local
+from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, local, output
 from pipelines.cli.output import console, show, show_table
 
 comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the same data, net and seeds; resumable.")
 app.add_typer(comparisons, name="compare", rich_help_panel="Measuring")
-Results = Annotated[Path, typer.Option(parser=local, help="CSV that finished runs are appended to.")]
+Results = Annotated[Path, typer.Option(parser=output, help="CSV that finished runs are appended to.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Begin no run later than this.")]
 

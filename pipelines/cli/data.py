@@ -11,14 +11,14 @@ from rich.markup import escape
 from fr_core.data.schema import Layout
 from fr_core.data.store import to_path, writable
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, local
+from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, anywhere, local, output
 from pipelines.cli.output import bar, console, growing, show
 from pipelines.unpack import Form
 
 
 @app.command(rich_help_panel="Faces and datasets")
 def synth(
-    out: Annotated[Path, typer.Option(parser=local, help="Folder for images/, landmarks.csv and pairs.csv.")],
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for images/, landmarks.csv and pairs.csv.")],
     identities: Annotated[int, typer.Option(min=1)] = 200,
     shots: Annotated[int, typer.Option(min=1, help="Images per identity.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -44,7 +44,7 @@ def ingest(
     src: Annotated[
         str, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files; or a URL.")
     ],
-    out: Annotated[str, typer.Option(help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
+    out: Annotated[str, typer.Option(parser=anywhere, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
     layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
     landmarks: Annotated[
         str | None,
@@ -106,7 +106,7 @@ def ingest(
 def inspect(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
     out: Annotated[
-        Path | None, typer.Option(parser=local, help="Folder for a histogram, a contact sheet and findings.csv.")
+        Path | None, typer.Option(parser=output, help="Folder for a histogram, a contact sheet and findings.csv.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -121,7 +121,7 @@ def inspect(
 @app.command(rich_help_panel="Faces and datasets")
 def unpack(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
-    out: Annotated[Path, typer.Option(parser=local, help="An empty or new folder.")],
+    out: Annotated[Path, typer.Option(parser=output, help="An empty or new folder.")],
     form: Annotated[Form, typer.Option("--as", help="folders, one a person, or webdataset tars.")] = "folders",
     json: Json = None,
 ) -> None:
@@ -137,7 +137,7 @@ def unpack(
 def embed(
     model: Annotated[str, typer.Argument(help=NET)],
     data: Annotated[str, typer.Option(help="Shards, as bigface ingest leaves them.")],
-    out: Annotated[Path, typer.Option(parser=local, help="Folder for Parquet files of sample_id, label, embedding.")],
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for Parquet files of sample_id, label, embedding.")],
     net: NetName = None,
     flip: Annotated[bool, typer.Option(help="Add the mirrored image's embedding, as the protocols do.")] = True,
     overwrite: Overwrite = False,
@@ -158,7 +158,7 @@ def embed(
 def clean(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
     model: Model,
-    out: Annotated[Path, typer.Option(parser=local, help="Folder for clean.csv, a picture, and the embeddings.")],
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for clean.csv, a picture, and the embeddings.")],
     net: NetName = None,
     outlier: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to the rest of its identity.")] = 0.2,
     flip: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to another identity's centre.")] = 0.4,
@@ -181,7 +181,7 @@ def clean(
 @app.command(rich_help_panel="Faces and datasets")
 def merge(
     datasets: Annotated[list[str], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
-    out: Annotated[Path, typer.Option(parser=local, help="Folder for the new shards.")],
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for the new shards.")],
     same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
     model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
     net: NetName = None,
@@ -214,7 +214,7 @@ def merge(
 @app.command(rich_help_panel="Faces and datasets")
 def split(
     shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
-    out: Annotated[Path, typer.Option(parser=local, help="Folder for train/ (shards), verify/ (images, pairs.csv).")],
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for train/ (shards), verify/ (images, pairs.csv).")],
     share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the identities, held out.")] = 0.1,
     pairs: Annotated[int, typer.Option(min=1, help="Of each kind per fold.")] = 300,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -231,7 +231,7 @@ def split(
 @app.command(rich_help_panel="Faces and datasets")
 def mask(
     src: Annotated[Path, typer.Argument(parser=local, help="Folder of aligned crops, at any depth.")],
-    out: Annotated[Path, typer.Option(parser=local, help="An empty or new folder.")],
+    out: Annotated[Path, typer.Option(parser=output, help="An empty or new folder.")],
     pairs: Annotated[
         Path | None, typer.Option(parser=local, help="Mask what these pairs name; makes a suite for verify.")
     ] = None,

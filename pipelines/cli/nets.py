@@ -13,7 +13,19 @@ from rich.markup import escape
 from fr_core.data.store import to_path, writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, Json, NetName, OneWorker, Overrides, Overwrite, Resume, Workers, local
+from pipelines.cli.options import (
+    NET,
+    Json,
+    NetName,
+    OneWorker,
+    Overrides,
+    Overwrite,
+    Resume,
+    Workers,
+    anywhere,
+    local,
+    output,
+)
 from pipelines.cli.output import bar, console, show, show_table
 
 if TYPE_CHECKING:
@@ -44,7 +56,7 @@ def verify(
     ] = None,
     net: NetName = None,
     out: Annotated[
-        Path | None, typer.Option(parser=local, help="Folder for ROC, DET and score pictures, and results.md.")
+        Path | None, typer.Option(parser=output, help="Folder for ROC, DET and score pictures, and results.md.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -140,7 +152,7 @@ def match(
 @app.command(rich_help_panel="Trained nets")
 def export(
     ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    out: Annotated[Path, typer.Option(parser=local, help="FILE.onnx; weights beyond 1.5 GiB lie beside it.")],
+    out: Annotated[Path, typer.Option(parser=output, help="FILE.onnx; weights beyond 1.5 GiB lie beside it.")],
     net: NetName = None,
     json: Json = None,
 ) -> None:
@@ -157,7 +169,7 @@ def export(
 @app.command(rich_help_panel="Trained nets")
 def prune(
     ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    out: Annotated[str, typer.Option(help="FILE.safetensors; with --data the folder of the run.")],
+    out: Annotated[str, typer.Option(parser=anywhere, help="FILE.safetensors; with --data the folder of the run.")],
     overrides: Overrides = None,
     ratio: Annotated[
         str, typer.Option(help="Share of the channels to drop, or one for each stage: .1,.2,.2,.3.")
@@ -207,7 +219,7 @@ def quantize(
     overrides: Overrides = None,
     weights: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
     activations: Annotated[int | None, typer.Option(min=2, max=8, help="Bits; default: the recipe's.")] = None,
-    out: Annotated[Path | None, typer.Option(parser=local, help="FILE.onnx, in integers.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=output, help="FILE.onnx, in integers.")] = None,
     net: NetName = None,
     recipe: Annotated[str, typer.Option(help="quantize_ekd, quantize_mse, or a TOML file.")] = "quantize_ekd",
     data_share: Annotated[float, typer.Option(help="Of one epoch, such as 0.25.")] = 1.0,

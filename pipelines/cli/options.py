@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fr_core.config import recipes
+from fr_core.data.store import check_lasts, to_path
 from fr_core.errors import UserError
 
 
@@ -16,7 +17,19 @@ def local(ref: str | Path) -> Path:
     return Path(ref)
 
 
-Json = Annotated[Path | None, typer.Option("--json", parser=local, help="Write the figures to this JSON file.")]
+def output(ref: str | Path) -> Path:
+    """Of what is left here on a local disk."""
+    check_lasts(local(ref))
+    return Path(ref)
+
+
+def anywhere(ref: str) -> str:
+    """Of what is left here or at a URL."""
+    check_lasts(to_path(ref))
+    return ref
+
+
+Json = Annotated[Path | None, typer.Option("--json", parser=output, help="Write the figures to this JSON file.")]
 NET = "A run, a checkpoint, FILE.onnx, or weights.safetensors with --net."
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
 Model = Annotated[str, typer.Option(help=NET)]
@@ -25,7 +38,9 @@ OneWorker = Annotated[bool, typer.Option("--in-process", help="Without Ray, one 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Recipe = Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
-RunFolder = Annotated[str | None, typer.Option("--out", help="Folder of the run, or a URL; default runs/RECIPE-DATE.")]
+RunFolder = Annotated[
+    str | None, typer.Option("--out", parser=anywhere, help="Folder of the run, or a URL; default runs/RECIPE-DATE.")
+]
 
 
 def worker_range(text: str | int) -> int | tuple[int, int]:

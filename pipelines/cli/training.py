@@ -15,13 +15,24 @@ from fr_core.config import distillation, load_config
 from fr_core.data.store import to_path, writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, OneWorker, Overrides, Overwrite, Recipe, Resume, RunFolder, WorkerRange, local
+from pipelines.cli.options import (
+    Json,
+    OneWorker,
+    Overrides,
+    Overwrite,
+    Recipe,
+    Resume,
+    RunFolder,
+    WorkerRange,
+    local,
+    output,
+)
 from pipelines.cli.output import console, show, show_table
 
 
 @app.command(rich_help_panel="Training")
 def demo(
-    out: Annotated[Path, typer.Option(parser=local, help="Folder of the run.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=output, help="Folder of the run.")] = Path("runs/demo"),
     workers: Annotated[int, typer.Option(min=1)] = 2,
     overrides: Overrides = None,
     json: Json = None,
@@ -108,7 +119,7 @@ def replay(
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; again for more.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Global batch of the log.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Base rate; default: the log's first, else 0.1.")] = None,
-    picture: Annotated[Path, typer.Option(parser=local, help="PNG of loss, detector and rate.")] = Path("replay.png"),
+    picture: Annotated[Path, typer.Option(parser=output, help="PNG of loss, detector and rate.")] = Path("replay.png"),
     json: Json = None,
 ) -> None:
     """Tell what FastFace would have done on a past loss log."""
@@ -139,7 +150,7 @@ def scaling(
     predict: Annotated[
         str | None, typer.Option(help="Parameters, such as 600M or 1.2e9; default: twice the largest run's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(parser=local, help="PNG of runs, law and prediction.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=output, help="PNG of runs, law and prediction.")] = None,
     json: Json = None,
 ) -> None:
     """Fit error as a power law of parameters over finished runs, and predict the next size."""

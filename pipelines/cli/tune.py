@@ -7,7 +7,7 @@ import typer
 
 from fr_core.config import load_config
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, Overrides, Recipe, local
+from pipelines.cli.options import Json, Overrides, Recipe, output
 from pipelines.cli.output import console, show, show_table
 
 
@@ -18,7 +18,7 @@ def tune(
     ],
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(parser=local, help="Folder of the search.")] = Path("runs/tune"),
+    out: Annotated[Path, typer.Option(parser=output, help="Folder of the search.")] = Path("runs/tune"),
     only: Annotated[str | None, typer.Option(help="Knobs of the space, with commas between; default: all.")] = None,
     trials: Annotated[int, typer.Option(min=1)] = 50,
     search: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",

@@ -3,9 +3,10 @@ import logging
 
 import pytest
 
+from fr_core.data.store import check_lasts, to_path
 from fr_core.errors import UserError
 from pipelines.logs import IN_JOB, start_logging, tell
-from pipelines.train import check_lasts
+from tests.pipelines.test_cli import bigface
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +51,13 @@ def test_no_third_style(monkeypatch):
         start_logging()
 
 
-def test_a_job_may_not_keep_its_run_in_its_own_copy(tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["train debug_bigface", "ingest faces", "embed net --data shards", "runs"])
+def test_a_job_may_not_keep_what_it_makes_in_its_own_copy(tmp_path, monkeypatch, command):
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    from fr_core.data.store import to_path
-
-    with pytest.raises(UserError, match=r"--out runs/a: .*: give an absolute path that all nodes see, or a URL"):
-        check_lasts(to_path("runs/a"))
+    given = ["--json", "runs/a.json"] if command == "runs" else ["--out", "runs/a"]
+    with pytest.raises(UserError, match=r"runs/a.*: give an absolute path that all nodes see, or a URL"):
+        bigface(*command.split(), *given)
     check_lasts(tmp_path / "runs")
     check_lasts(to_path("s3://bucket/runs"))
