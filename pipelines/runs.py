@@ -115,7 +115,7 @@ def _in_folders(folder: Path, experiment: str | None) -> Iterator[Run]:
         out = facts.parent
         try:
             run = json.loads(facts.read_text())
-            config, run_id = flat(run["config"]), run["run_id"]
+            config, run_id, started = flat(run["config"]), run["run_id"], float(run["started"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another program's
         if experiment not in (None, config.get("tracking.experiment")):
@@ -127,7 +127,7 @@ def _in_folders(folder: Path, experiment: str | None) -> Iterator[Run]:
             figures |= json.loads(report.read_text())["figures"]
         state = "FINISHED" if report.is_file() else "UNFINISHED"
         minutes = figures["seconds"] / 60 if "seconds" in figures else None
-        yield Run(out.name, *_kinds(config), state, facts.stat().st_mtime, minutes, figures, run_id)
+        yield Run(out.name, *_kinds(config), state, started, minutes, figures, run_id)
 
 
 def _kinds(config: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -160,9 +160,12 @@ class Tracker:
                 raise
 
     def _write_facts(self) -> None:
-        facts = {"run_id": self.run_id, "config": self.config.model_dump(mode="json")}
-        with writable(self.out / "run.json"):
-            write_text_atomically(self.out / "run.json", json.dumps(facts, indent=1) + "\n")
+        path, started = self.out / "run.json", time.time()
+        if path.is_file():  # the run goes on
+            started = json.loads(path.read_text())["started"]
+        facts = {"run_id": self.run_id, "started": started, "config": self.config.model_dump(mode="json")}
+        with writable(path):
+            write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 
     def _open_run(self) -> tuple[Any, str]:
         tracking = self.config.tracking

@@ -65,9 +65,10 @@ def test_a_used_folder_is_kept_unless_told_otherwise(trained, dataset):
     again = ["train", "debug_bigface", f"data.path={dataset}", "--in-process", "--out", trained]
     with pytest.raises(UserError, match="--resume goes on with it"):
         bigface(*again)
-    run_id = json.loads((trained / "run.json").read_text())["run_id"]
+    before = json.loads((trained / "run.json").read_text())
     bigface(*again, "--resume")
-    assert json.loads((trained / "run.json").read_text())["run_id"] == run_id
+    after = json.loads((trained / "run.json").read_text())
+    assert (after["run_id"], after["started"]) == (before["run_id"], before["started"])
 
 
 def test_verify_and_match_use_the_run(trained, photos, tmp_path):

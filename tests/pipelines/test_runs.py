@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     alone.mkdir()
     config = {"method": {"kind": "dcq"}, "net": {"kind": "quantised", "weights": 8, "activations": 4}}
     config["net"]["net"] = {"kind": "iresnet", "depth": 18}
-    (alone / "run.json").write_text(json.dumps({"run_id": None, "config": config}))
+    (alone / "run.json").write_text(json.dumps({"run_id": None, "started": 2500.0, "config": config}))
     (alone / "report.json").write_text(json.dumps({"figures": {"steps": 7, "seconds": 120.0, "accuracy": 0.6}}))
     (root / "other").mkdir()
     (root / "other" / "run.json").write_text("[]")
@@ -55,7 +55,7 @@ def listed(tmp_path, *args):
 def test_newest_first_and_children_under_their_parent(folder, tmp_path):
     found = listed(tmp_path, folder)
     names = [(run["name"], run["depth"]) for run in found]
-    assert names == [("alone", 0), ("going", 0), ("plain", 0), ("search", 0), ("trial_b", 1), ("trial_a", 1)]
+    assert names == [("going", 0), ("alone", 0), ("plain", 0), ("search", 0), ("trial_b", 1), ("trial_a", 1)]
     by_name = {run["name"]: run for run in found}
     assert (by_name["trial_b"]["method"], by_name["trial_b"]["net"], by_name["trial_b"]["schedule"]) == (
         "attfc",
@@ -67,7 +67,7 @@ def test_newest_first_and_children_under_their_parent(folder, tmp_path):
     assert [by_name[name]["state"] for name in ("trial_b", "going", "alone")] == ["FAILED", "RUNNING", "FINISHED"]
     assert (by_name["alone"]["net"], by_name["alone"]["minutes"]) == ("iresnet18 w8a4", 2.0)
     header, *rows = run_table(runs(folder, None, None, "", "started", 20))
-    assert [row[0] for row in rows] == ["alone", "going", "plain", "search", "  trial_b", "  trial_a"]
+    assert [row[0] for row in rows] == ["going", "alone", "plain", "search", "  trial_b", "  trial_a"]
     assert dict(zip(header, rows[4], strict=True)) == {
         "run": "  trial_b",
         "method": "attfc",
