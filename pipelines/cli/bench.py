@@ -145,3 +145,17 @@ def bench_quant(
     told = ", ".join(f"{name} {value}" for name, value in processor.items())
     show_table(table(rows), f"one thread, one image; plain: PReLU as PyTorch exports it; {told}")
     show("bench quant", figures, json, rows=rows, processor=processor)
+
+
+@bench.command("recovery")
+def bench_recovery(
+    steps: Annotated[int, typer.Option(min=40, help="Of each of three runs.")] = 200,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 20,
+    json: Json = None,
+) -> None:
+    """A killed worker and a killed node of two, on this machine: seconds to the next step, and what was lost."""
+    from pipelines.bench.recovery import bench_recovery as run
+
+    table, figures = run(steps, save_every, console.log)
+    show_table(table, "bench recovery")
+    show("bench recovery", figures, json)

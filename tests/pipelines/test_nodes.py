@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,7 +115,9 @@ def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(cluster, dataset, tm
         wait_for(lambda: (out / "metrics.csv").is_file() and len(read_metrics(out)) > 20, over)
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "20"]
-        subprocess.run(["ray", "drain-node", *reason, *where], check=True, capture_output=True)
+        subprocess.run(
+            [Path(sys.executable).with_name("ray"), "drain-node", *reason, *where], check=True, capture_output=True
+        )
         wait_for(lambda: bool(checkpoints(out)), over)
         saved.append((ranks_of(out), checkpoints(out)[0].name))
         wait_for(lambda: ranks_of(out) == 1, over)

@@ -1,0 +1,152 @@
+"""``bigface bench recovery``: what the death of a worker, and of a node, costs a run."""
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from fr_core.config import Config, load_config
+from fr_core.data.synthetic import write_faces
+from fr_core.errors import UserError
+from fr_core.train.tracking import read_metrics
+
+CPUS: dict[str, Any] = {"num_cpus": 4}  # of each node, whatever the machine has
+WORKERS = 2  # one a node
+LAST = 20  # steps whose mean loss is compared
+
+Run = dict[str, float]
+
+
+def bench_recovery(steps: int, save_every: int, say: Callable[[str], None]) -> tuple[list[tuple[str, ...]], Run]:
+    """Trains thrice on two nodes of this machine: undisturbed, with a worker killed, and with a node killed that
+    nothing replaces, each in the middle of the run.
+
+    Args:
+        steps, save_every: of each run, on drawn faces.
+
+    Returns:
+        A table, header first, and its figures: ``seconds_CASE`` from the kill to the next trained step, ``again_CASE``
+        steps trained twice, ``loss_gap_CASE`` to the undisturbed run's last loss, ``seconds_start`` from the launch to
+        the first step; CASE is worker or node.
+
+    Raises:
+        UserError: a run that did not come to its end, or lost a step.
+    """
+    with TemporaryDirectory(prefix="bigface-") as scratch:
+        config = _config(Path(scratch), steps, save_every)
+        calm = _undisturbed(config, Path(scratch) / "calm")
+        say(f"undisturbed: first step after {calm['seconds']:.1f} s, loss {calm['loss']:.3f}")
+        figures = {"seconds_start": calm["seconds"]}
+        table: list[tuple[str, ...]] = [("killed", "seconds to the next step", "steps again", "loss gap")]
+        for case in ("worker", "node"):
+            hurt = _disturbed(config, Path(scratch) / case, case)
+            gap = hurt["loss"] - calm["loss"]
+            say(f"{case} killed: next step after {hurt['seconds']:.1f} s, {hurt['again']:.0f} steps again")
+            figures |= {f"seconds_{case}": hurt["seconds"], f"again_{case}": hurt["again"], f"loss_gap_{case}": gap}
+            table.append((case, f"{hurt['seconds']:.1f}", f"{hurt['again']:.0f}", f"{gap:+.3f}"))
+    return table, figures
+
+
+def _config(scratch: Path, steps: int, save_every: int) -> Config:
+    from pipelines.ingest import ingest
+
+    write_faces(scratch, 40, 20, workers=1)
+    ingest(scratch / "images", scratch / "shards", on_ray=False)
+    given = [f"train.max_steps={steps}", "train.epochs=100000", f"train.save_every={save_every}", "train.log_every=1"]
+    return load_config("debug_bigface", [f"data.path={scratch / 'shards'}", "tracking.uri=off", *given])
+
+
+@contextmanager
+def _two_nodes() -> Iterator[tuple[Any, Any]]:
+    """A cluster of two raylets, and the node that is not its head."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster, before = Cluster(initialize_head=True, head_node_args=CPUS), os.environ.get("RAY_ADDRESS")
+    node = cluster.add_node(**CPUS)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        yield cluster, node
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def _undisturbed(config: Config, out: Path) -> Run:
+    with _two_nodes(), _training(config, out) as run:
+        launched = time.monotonic()
+        _wait(run, lambda: _step(out) > 0)
+        return {"seconds": time.monotonic() - launched} | _ended(run, config, out)
+
+
+def _disturbed(config: Config, out: Path, case: str) -> Run:
+    with _two_nodes() as (cluster, node), _training(config, out) as run:
+        _wait(run, lambda: _step(out) >= (config.train.max_steps or 0) // 2)
+        life, reached, killed = _life(out), _step(out), time.monotonic()
+        if case == "node":
+            cluster.remove_node(node, allow_graceful=False)
+        else:
+            os.kill(_a_worker(), signal.SIGKILL)
+        _wait(run, lambda: _life(out) != life)
+        resumed = _step(out)
+        _wait(run, lambda: _step(out) > resumed)
+        seconds = time.monotonic() - killed
+        return {"seconds": seconds, "again": float(reached - resumed)} | _ended(run, config, out)
+
+
+@contextmanager
+def _training(config: Config, out: Path) -> Iterator[Future[Run]]:
+    """In a thread: Ray adds and removes nodes in the main one alone."""
+    from pipelines.train import train
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(train, config, out, WORKERS)
+
+
+def _ended(run: Future[Run], config: Config, out: Path) -> Run:
+    """The mean of the last losses, of a run with every step once."""
+    run.result()
+    rows = read_metrics(out)
+    if [row["step"] for row in rows] != list(range(1, (config.train.max_steps or 0) + 1)):
+        raise UserError(f"{out.name}: steps were lost or came twice")
+    return {"loss": statistics.fmean(row["loss"] for row in rows[-LAST:])}
+
+
+def _wait(run: Future[Run], happened: Callable[[], bool]) -> None:
+    while not happened():
+        if run.done():
+            run.result()
+            raise UserError("the run ended before what was to be measured: use more --steps")
+        time.sleep(0.05)
+
+
+def _step(out: Path) -> int:
+    """The last one noted, as it is noted."""
+    with suppress(OSError, ValueError, KeyError):
+        rows = read_metrics(out)
+        return int(rows[-1]["step"]) if rows else 0
+    return 0
+
+
+def _life(out: Path) -> int:
+    """Changes when a run goes on from a checkpoint, once its metrics are cut to it."""
+    with suppress(OSError):
+        return (out / "run.json").stat().st_mtime_ns
+    return 0
+
+
+def _a_worker() -> int:
+    """A process of Ray Train on this cluster."""
+    children = psutil.Process().children(recursive=True)
+    return next(child.pid for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
