@@ -107,14 +107,15 @@ def test_workers_follow_the_nodes_that_there_are(cluster, dataset, tmp_path):
 def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(cluster, dataset, tmp_path, monkeypatch):
     """Two workers of which one's node is drained, as a cloud does: a checkpoint before the first that is due."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    out, over, saved, node = tmp_path / "run", threading.Event(), [], cluster.add_node(**CPUS)
-    config = run_config(dataset, 400)
+    out, steps, over, saved = tmp_path / "run", 600, threading.Event(), []
+    node = cluster.add_node(**CPUS)
+    config = run_config(dataset, steps)
     config = config.model_copy(update={"train": config.train.model_copy(update={"save_every": 300})})
 
     def drain() -> None:
         wait_for(lambda: (out / "metrics.csv").is_file() and len(read_metrics(out)) > 20, over)
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "20"]
+        where = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "5"]
         subprocess.run(
             [Path(sys.executable).with_name("ray"), "drain-node", *reason, *where], check=True, capture_output=True
         )
@@ -129,7 +130,7 @@ def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(cluster, dataset, tm
     assert "step_00000000" < name < "step_00000300"
     assert ranks_of(out) == 1
     train(config, tmp_path / "undisturbed", in_process=True)
-    assert_whole(out, tmp_path / "undisturbed", 400)
+    assert_whole(out, tmp_path / "undisturbed", steps)
 
 
 @pytest.mark.soak
