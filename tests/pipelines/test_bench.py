@@ -65,3 +65,17 @@ def test_bench_quant_measures_every_form():
     assert figures["least_cosine_r10"] > 0.99999
     assert {"speedup_r10", "speedup_over_float_r10"} <= figures.keys()
     assert {"kernels", "vnni", "exact_kernels"} == processor.keys()
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_bench_recovery_trains_what_an_undisturbed_run_does():
+    from pipelines.bench.recovery import bench_recovery
+
+    table, figures = bench_recovery(120, 20, lambda line: None)
+    assert [row[0] for row in table] == ["killed", "worker", "node"]
+    for case in ("worker", "node"):
+        assert figures[f"seconds_{case}"] > 0
+        assert 0 <= figures[f"again_{case}"] <= 20 + 1  # what a step in between adds
+        assert abs(figures[f"loss_gap_{case}"]) < 1e-3
