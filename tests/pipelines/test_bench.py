@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from pipelines.bench.data import bench_grouped, bench_masks
 from pipelines.bench.heads import bench_attfc, bench_head
