@@ -121,7 +121,7 @@ def test_a_node_that_will_be_taken_away_leaves_a_checkpoint(cluster, dataset, tm
         )
         wait_for(lambda: bool(checkpoints(out)), over)
         saved.append((ranks_of(out), checkpoints(out)[0].name))
-        wait_for(lambda: ranks_of(out) == 1, over)
+        time.sleep(5)  # the deadline
         cluster.remove_node(node, allow_graceful=False)
 
     beside(drain, over, lambda: train(config, out, (1, 2)))
