@@ -174,7 +174,9 @@ def pictures(search: Search, trials: Sequence[Trial], out: Path) -> list[Path]:
             past = optuna.trial.create_trial(params=trial.values, distributions=distributions, values=values)
             study.add_trial(past)
     made: dict[str, Any] = {}
-    first: dict[str, Any] = {"target": lambda t: t.values[0], "target_name": names[0]}
+    first: dict[str, Any] = {"target_name": names[0]}  # and no target where it is the only one: the best are dark
+    if search.against:
+        first["target"] = lambda t: t.values[0]
     with warnings.catch_warnings(action="ignore"):  # Optuna's, that its pictures are experimental
         made["parallel"] = plots.plot_parallel_coordinate(study, **first)
         if len({trial.values[0] for trial in study.trials}) > 1:  # else nothing mattered
