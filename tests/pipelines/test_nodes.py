@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ray
+import ray.train
 from ray.cluster_utils import Cluster
+from ray.train import PreemptionInfo
 
 from fr_core.config import Config, load_config
 from fr_core.data.stream import blocks_in_process
@@ -174,6 +175,15 @@ def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
             lambda: Notice.LEAVE if next(steps) == left.value.step else Notice.NONE,
         )
     assert_whole(out, tmp_path / "undisturbed", left.value.step)
+
+
+def test_a_drained_node_is_told_once_and_the_end_goes_before(tmp_path, monkeypatch):
+    going = iter([None, *(PreemptionInfo(None, {key: [0] for key in nodes}) for nodes in ("a", "a", "ab", "abc"))])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(going))
+    other = on_ray.notices(tmp_path, 1, 2)
+    assert [other() for _ in range(4)] == [Notice.NONE, Notice.SAVE, Notice.NONE, Notice.SAVE]
+    (tmp_path / on_ray.LEAVE).touch()
+    assert on_ray.notices(tmp_path, 0, 2)() is Notice.LEAVE
 
 
 def test_a_range_of_workers_must_fit_as_a_whole(dataset, tmp_path):
