@@ -42,7 +42,7 @@ def test_training_and_inference_compute_the_same_where_batch_norm_is_fixed():
     mixture, x = net.layer4, torch.randn(9, 32, 4, 4)
     routed = mixture.eval()(x)
     mixture.training = True  # the mixture alone: its norms stay at inference
-    assert torch.allclose(mixture(x), routed, atol=1e-6)
+    assert torch.allclose(mixture(x), routed, atol=1e-5)
     assert mixture.eval()(x[:1]).shape == (1, 64, 2, 2)
 
 
