@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fr_core.nets.prelu import PReLU
+
 BLOCKS = {  # depth -> residual blocks of the four stages
     10: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
@@ -38,7 +40,7 @@ class IResBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(inputs, eps=BN_EPS)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs, eps=BN_EPS)
-        self.prelu = nn.PReLU(outputs)
+        self.prelu = PReLU(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs, eps=BN_EPS)
         self.downsample = None
@@ -141,7 +143,7 @@ class IResNet(nn.Module):
         first, second, third, fourth = (width << i for i in range(4)) if isinstance(width, int) else width
         self.conv1 = nn.Conv2d(3, first, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first, eps=BN_EPS)
-        self.prelu = nn.PReLU(first)
+        self.prelu = PReLU(first)
         one, two, three, four = BLOCKS[depth]
         self.layer1 = make_stage(first, first, one)
         self.layer2 = make_stage(first, second, two)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fr_core.config import MOBILEFACENET
+from fr_core.nets.prelu import PReLU
 
 BN_EPS = 1e-3
 STRIDES = 16  # input pixels per pixel of the last feature map
@@ -31,7 +32,7 @@ def conv(
         bn=nn.BatchNorm2d(outputs, eps=BN_EPS),
     )
     if act:
-        layers["prelu"] = nn.PReLU(outputs)
+        layers["prelu"] = PReLU(outputs)
     return nn.Sequential(layers)
 
 

@@ -11,7 +11,7 @@ from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.calibration import SHARES, calibrate, least_error
 from fr_core.nets.open import build_net
-from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted, _PReLU
+from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted
 from fr_core.ranks import Ranks
 from tests.conftest import run_ranks
 from tests.fr_core.nets.test_fold_bn import random_net
@@ -154,12 +154,6 @@ def test_every_parameter_gets_a_gradient(scheme):
     made(images(8)).square().sum().backward()
     without = [name for name, weight in made.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert without == []
-
-
-def test_prelu_has_pytorchs_gradients():
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
-    slope = torch.tensor([0.5, -0.3, 2.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_PReLU.apply, (x, slope))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process, make_plan, unlabelled
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
+from fr_core.nets import iresnet
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
@@ -103,7 +104,7 @@ def test_a_distance_that_is_not_finite_leaves_no_trace(dataset, teacher, update)
 def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, more, tmp_path, monkeypatch):
     """8 steps, with unlabelled images, an adapter and optimiser state that is shared out."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn, "PReLU", lambda channels: torch.nn.SiLU())
+        patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
         teacher = saved(tmp_path / "smooth.safetensors", 20)
     given = [*teacher, *unlabelled_of(more, "batch=16"), "method.distill.adapter=true"]
     given += ["optim.shard_state=true", "train.max_steps=8"]

@@ -10,6 +10,7 @@ from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
+from fr_core.nets import iresnet
 from fr_core.nets.moe import take_balance
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
@@ -25,7 +26,7 @@ def trained(ranks, config, steps=2, loss_scale=None):
     """Losses, and everything that steps have changed; without PReLU's kink (see test_train)."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn, "PReLU", lambda channels: torch.nn.SiLU())
+        patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
         plan = make_plan(config, open_dataset(config.data.path))
         state = initial_state(config, plan, ranks, torch.device("cpu"))
     state.loss_scale = loss_scale or state.loss_scale

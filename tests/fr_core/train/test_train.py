@@ -14,6 +14,7 @@ from fr_core.config import load_config
 from fr_core.data.schema import open_dataset, write_manifest
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
+from fr_core.nets import iresnet
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.bigface import bigface_step
@@ -54,7 +55,7 @@ def rank_run(ranks, config, out):
 def smooth_run(ranks, config, out):
     """A run without PReLU's kink, across which rounding would flip a whole slope and be amplified from step to step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn, "PReLU", lambda channels: torch.nn.SiLU())
+        patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
         run(config, out, ranks)
 
 
