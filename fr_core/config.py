@@ -187,7 +187,10 @@ Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | QuantisedNet, Field(dis
 
 
 class Margin(Section):
-    """s·(cos(m1·θ + m2) − m3) for the positive class (METHODS §1). ArcFace: m2 = .5. CosFace: m3 = .4."""
+    """s·(cos(m1·θ + m2) − m3) for the positive class (METHODS §1). ArcFace: m2 = .5, m3 = 0. CosFace: m2 = 0, m3 = .4.
+
+    What is not given keeps its default, so name both: m2 alone makes the combination.
+    """
 
     scale: Positive = 64.0
     m1: Annotated[float, Field(ge=1, le=4)] = 1.0
@@ -385,9 +388,9 @@ Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC | QuantFace, Field(di
 class ClassMatrix(Section):
     """How the class matrix moves: by SGD with momentum, whatever moves the backbone. None: as the backbone."""
 
-    lr: Positive | None = None
+    lr: Positive | None = None  # needed beside LARS and AdamW, whose rates mean something else
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # None beside AdamW: 0.9
-    weight_decay: NonNegative | None = None
+    weight_decay: NonNegative | None = None  # None beside AdamW, whose decay means something else: 5e-4
 
 
 class Optimizer(Section):
@@ -455,7 +458,7 @@ class Constant(Warmup):
 
 class Cosine(Warmup):
     kind: Literal["cosine"] = "cosine"
-    final_ratio: Probability = 0.0  # of the base rate, at the last step
+    final_ratio: Probability = 0.0  # of the base rate, where the last step ends
 
 
 class Polynomial(Warmup):
@@ -512,7 +515,8 @@ class Init(Section):
 
 class Train(Section):
     epochs: Annotated[int, Field(ge=0)] = 20  # 0, for quantface: the net as it starts, calibrated but not trained
-    max_steps: Annotated[int, Field(ge=1)] | None = None  # stop early, with the schedule shortened to fit
+    # Stop early: the schedule ends there, but what it states in epochs stays.
+    max_steps: Annotated[int, Field(ge=1)] | None = None
     global_batch: Annotated[int, Field(ge=2)] = 128
     accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
     # Of the backbone; weights stay float32. auto: bfloat16 where the processor has it, else float32.
@@ -648,6 +652,10 @@ class Config(Section):
                     raise ValueError(
                         f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"
                     )
+        if isinstance(self.optim, LARS | AdamW) and class_matrix(self) and self.optim.head.lr is None:
+            raise ValueError(
+                f"the class matrix moves by SGD, whose rate is not that of {self.optim.kind}: give optim.head.lr"
+            )
         if self.optim.head != ClassMatrix() and class_matrix(self) is None:
             raise ValueError(f"optim.head moves a class matrix, and {self.method.kind} has none: leave it out")
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:

@@ -1,6 +1,7 @@
 """The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
 
-The contract of the gradients: every rank computes the *same* global loss and calls backward once. So a gather's
+The contract of the gradients: what the ranks' backward passes add up to is the gradient of the global loss. With a
+class matrix every rank computes that loss whole, of gathered faces; elsewhere each its own faces' share. A gather's
 gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be
 *summed* over ranks (see ``fr_core/train/state.py``); those of sharded weights are whole as they are.
 """
@@ -59,10 +60,6 @@ class Ranks:
     def count(self, collective: str, tensor: Tensor) -> None:
         """Adds what this rank hands to a collective to ``handed``, in bytes."""
         self.handed[collective] += tensor.nbytes
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 class _Gather(torch.autograd.Function):

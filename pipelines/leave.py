@@ -1,4 +1,4 @@
-"""SIGTERM, as a machine that is taken away sends it: a run saves a checkpoint and leaves."""
+"""Signals that ask a command to leave, as SIGTERM of a machine that is taken away: a run saves a checkpoint first."""
 
 import signal
 import threading
@@ -8,8 +8,8 @@ from typing import Any
 
 
 @contextmanager
-def on_sigterm(leave: Callable[[], object]) -> Iterator[None]:
-    """Calls ``leave`` at the first SIGTERM in the block; the next ones do what they did before.
+def on_signal(number: int, leave: Callable[[], object]) -> Iterator[None]:
+    """Calls ``leave`` at the first such signal in the block; the next ones do what they did before.
 
     Only a process's main thread can listen; in another, the block runs as it is.
     """
@@ -18,11 +18,11 @@ def on_sigterm(leave: Callable[[], object]) -> Iterator[None]:
         return
 
     def once(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
         leave()
 
-    before = signal.signal(signal.SIGTERM, once)
+    before = signal.signal(number, once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_at
 from fr_core.errors import Left, StorageError, UserError
 from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
-from pipelines.leave import on_sigterm
+from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging, tell
 
 START_ATTEMPTS = 3
@@ -40,6 +41,8 @@ def start_ray(dashboard: bool = False) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}") from None
         except Exception as error:  # Ray has no class for it: a busy machine needs more than the 30 s that it waits
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
@@ -73,6 +76,15 @@ def worker_cpus(cluster_cpus: float, workers: int) -> float:
     return min(1.0, cluster_cpus / (2 * workers))
 
 
+def node_cpus() -> int:
+    """CPUs of this process's node, as Ray counts them: in a container its share of the machine's."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    counted = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == own)
+    return max(1, min(int(counted), len(os.sched_getaffinity(0))))
+
+
 def one_a_node() -> float:
     """CPUs that a worker reserves so that each node, if all are alike, has room for one and for a task of Ray Data.
 
@@ -104,6 +116,7 @@ def train_on_ray(
     workers: int | tuple[int, int],
     cpus: float | None = None,
     callbacks: list[Any] | None = None,
+    runs: int = 1,
 ) -> dict[str, float]:
     """Trains on Ray Train workers, spread over the nodes; after a death those that are left, and those that replace
     the dead, go on from the newest checkpoint.
@@ -115,6 +128,7 @@ def train_on_ray(
             are none, at the time.
         cpus: of each worker; None: as if the cluster were this run's alone.
         callbacks: Ray Train's, which hear of every checkpoint.
+        runs: that share the cluster, this one among them.
 
     Raises:
         UserError: what the loop refuses, named in one line.
@@ -140,7 +154,7 @@ def train_on_ray(
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve())},
+        train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve()), "runs": runs},
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
             use_gpu=use_gpu,
@@ -157,7 +171,7 @@ def train_on_ray(
             callbacks=callbacks,
         ),
     )
-    with on_sigterm(partial(write_text_atomically, out / LEAVE, "")):
+    with on_signal(signal.SIGTERM, partial(write_text_atomically, out / LEAVE, "")):
         while True:
             before = checkpoints(out)[-1:]
             try:
@@ -193,7 +207,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     context = ray.train.get_context()
     start_logging("json", run=out.name, rank=ranks.rank)
     log.info("worker started", extra={"facts": {"ranks": ranks.size}})
-    use_processor((os.cpu_count() or 1) // context.get_local_world_size())
+    use_processor(node_cpus() // min(context.get_local_world_size() * launch["runs"], node_cpus()))
     try:
         config = parse_config(launch["config"], "launch")
         to_hear = partial(heard, Gauges(out.name, ranks.rank))

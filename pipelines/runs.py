@@ -13,7 +13,7 @@ from typing import Any
 from fr_core.config import flat
 from fr_core.errors import UserError
 from fr_core.train.tracking import PARENT_TAG, read_metrics, search_mlflow
-from pipelines.scaling import WRONG
+from fr_core.verify.report import smaller_is_better
 
 TAR = "tar_at_far_1e-3"
 
@@ -162,7 +162,7 @@ def _sorted(trees: list[Run], sort: str) -> list[Run]:
 def _rank(run: Run, figure: str) -> float:
     """Lower is better, by the best of a run and its children."""
     value = run.figures.get(figure, math.nan)
-    own = math.inf if math.isnan(value) else value if WRONG.search(figure) else -value
+    own = math.inf if math.isnan(value) else value if smaller_is_better(figure) else -value
     return min([own, *(_rank(child, figure) for child in run.children)])
 
 

@@ -8,13 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from fr_core.config import Config
+from fr_core.data.store import AnyPath, find, writable, write_text_atomically, written
+from fr_core.errors import UserError
+from fr_core.train.outbox import first_line, log
 from fr_core.train.tracking import open_mlflow
+from fr_core.verify.report import smaller_is_better
 from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, Uniform, grid, with_values
 
-SMALLER_IS_BETTER = ("loss", "seconds", "peak_memory_mib", "classes_mib", "nominal_mib")
+try:
+    import tomli_w
+except ImportError:
+    raise UserError("a search needs: pip install 'bigface[tune]'") from None
+
+WHOLE_RUN = "steps"  # a figure that a run's report alone has
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,11 @@ class Search:
         return [self.objective, *([self.against] if self.against else [])]
 
     def facts(self) -> dict[str, Any]:
-        """In JSON."""
+        """In JSON; where it is tracked is no part of it."""
         knobs = {knob.name: [knob.path, asdict(knob.domain)] for knob in self.knobs}
         facts = {name: value for name, value in vars(self).items() if name not in ("knobs", "config")}
-        return json.loads(json.dumps(facts | {"knobs": knobs, "config": self.config.model_dump(mode="json")}))
+        config = self.config.model_dump(mode="json", exclude={"tracking"})
+        return json.loads(json.dumps(facts | {"knobs": knobs, "config": config}))
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Trial:
 
 
 def mode(figure: str) -> str:
-    return "min" if figure in SMALLER_IS_BETTER else "max"
+    return "min" if smaller_is_better(figure) else "max"
 
 
 def ray_domain(domain: Domain, in_grid: bool) -> Any:
@@ -72,21 +80,23 @@ def ray_domain(domain: Domain, in_grid: bool) -> Any:
             return ray_tune.choice(list(values))
 
 
-def read_trials(results: Any, search: Search, out: Path) -> list[Trial]:
+def read_trials(results: Any, search: Search) -> list[Trial]:
     """All trials that were begun; those that the search's own end cut off are interrupted."""
     from ray.tune.result import AUTO_RESULT_KEYS
 
     trials = []
     for result in results:
-        begun = Path(result.path) / "params.json"
-        if not begun.is_file():
+        try:
+            with result.filesystem.open_input_file(f"{result.path}/params.json") as file:
+                given = json.loads(file.read())
+        except FileNotFoundError:
             continue
-        name, reason = begun.parent.name, ""
+        name, reason = Path(result.path).name, ""
         if result.error:
             state, last = "failed", str(result.error).strip().splitlines()[-1]
             reason = last.partition("Error: ")[2] or last
         elif result.metrics.get("done"):
-            state = "finished" if (out / "trials" / name / "report.json").is_file() else "stopped"
+            state = "finished" if WHOLE_RUN in result.metrics else "stopped"
         else:
             state = "interrupted"
         numbers = {
@@ -94,7 +104,6 @@ def read_trials(results: Any, search: Search, out: Path) -> list[Trial]:
             for key, value in result.metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and key not in AUTO_RESULT_KEYS
         }
-        given = json.loads(begun.read_text())
         values = {knob.name: given[knob.name] for knob in search.knobs}
         trials.append(Trial(name, state, values, numbers, reason))
     return sorted(trials, key=lambda trial: trial.name)
@@ -124,27 +133,36 @@ def table(search: Search, trials: Sequence[Trial], most: int = 10) -> list[tuple
     return rows
 
 
-def write_results(search: Search, trials: Sequence[Trial], out: Path) -> list[Path]:
-    """``trials.csv``, and of finished trials the pictures and ``winner.toml``."""
+def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list[AnyPath]:
+    """``trials.csv``, and of finished trials the pictures and ``winner.toml``.
+
+    Raises:
+        UserError: ``out`` cannot be written.
+    """
     figures = sorted({name for trial in trials for name in trial.figures})
     knobs = [knob.name for knob in search.knobs]
-    with (out / "trials.csv").open("w", newline="") as file:
+    files = [out / "trials.csv"]
+    with writable(files[0]), written(files[0]) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "state", *(f"knob/{name}" for name in knobs), *figures, "reason"])
         for trial in trials:
             values = [trial.values[name] for name in knobs] + [trial.figures.get(name, "") for name in figures]
             writer.writerow([trial.name, trial.state, *values, trial.reason])
-    files = [out / "trials.csv"]
     if winners := best(search, trials):
         winner = winners[0]
         config = with_values(search.config, search.knobs, winner.values)
         scores = ", ".join(f"{name} {winner.figures[name]:.6g}" for name in search.objectives)
-        (out / "winner.toml").write_text(winner_recipe(config, scores, winner.name, len(trials), out))
-        files += [out / "winner.toml", *pictures(search, trials, out)]
+        files.append(out / "winner.toml")
+        with writable(files[-1]):
+            write_text_atomically(files[-1], winner_recipe(config, scores, winner.name, len(trials), out))
+        for name, figure in pictures(search, trials).items():
+            files.append(out / f"{name}.png")
+            with writable(files[-1]), written(files[-1]) as part:
+                figure.savefig(part, format="png", bbox_inches="tight")
     return files
 
 
-def winner_recipe(config: Config, scores: str, name: str, trials: int, out: Path) -> str:
+def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyPath) -> str:
     """A whole recipe; what is None, which TOML cannot say, is a default."""
     lines = [
         f"# The best of {trials} trials: {name} of {out}",
@@ -154,7 +172,7 @@ def winner_recipe(config: Config, scores: str, name: str, trials: int, out: Path
     return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def pictures(search: Search, trials: Sequence[Trial], out: Path) -> list[Path]:
+def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
     """Optuna's: parallel coordinates and importances (PED-ANOVA) of the first objective, or the Pareto front."""
     import matplotlib
 
@@ -185,17 +203,18 @@ def pictures(search: Search, trials: Sequence[Trial], out: Path) -> list[Path]:
             made["importance"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), **low)
         if search.against:
             made["pareto"] = plots.plot_pareto_front(study, target_names=names)
-    files = []
-    for name, axes in made.items():
-        files.append(out / f"{name}.png")
-        axes.figure.savefig(files[-1], bbox_inches="tight")
-    return files
+    return {name: axes.figure for name, axes in made.items()}
 
 
-def settle(trials: Sequence[Trial], config: Config, out: Path) -> None:
-    """Closes the MLflow runs of trials that were ended from outside, those that Tune had not yet noted too."""
-    client, _ = open_mlflow(config.tracking, out.parent)
-    ended = {trial.name for trial in trials if trial.state in ("finished", "failed")}
-    for path in (out / "trials").glob("*/run.json"):
-        if path.parent.name not in ended:
-            client.set_terminated(json.loads(path.read_text())["run_id"], "KILLED")
+def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
+    """Closes the MLflow runs of trials that were ended from outside, also those that Tune had not yet noted."""
+    states = {trial.name: trial.state for trial in trials}
+    for path in find(out / "trials", "*/run.json"):
+        run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
+        if run_id is None or state == "finished":
+            continue
+        try:
+            client, _ = open_mlflow(config.tracking, out.parent)
+            client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
+        except Exception as error:  # MLflow hands through whatever its database or store raises
+            log.warning("MLflow was not told how %s ended: %s", path.parent.name, first_line(error))

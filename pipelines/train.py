@@ -1,5 +1,6 @@
 """Launches a training run: here, or on Ray, with a progress line fed by the run's own ``metrics.csv``."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from fr_core.train.memory import step_images
 from fr_core.train.notice import Notice
 from fr_core.train.state import centres_of
 from fr_core.verify.pairs import read_pairs
-from pipelines.leave import on_sigterm
+from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging, tell
 
 POLL = 2.0  # seconds
@@ -58,18 +59,15 @@ def train(
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
     check_lasts(out)
     start_logging(run=out.name)
-    config = with_absolute_paths(config)
-    if isinstance(out, RemotePath) and config.tracking.uri is None:
-        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
-        Console(stderr=True).print("without MLflow, whose database cannot lie at a URL; tracking.uri names a server")
+    config = trackable(with_absolute_paths(config), out)
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     plan = checked_plan(config, *range(least, most + 1))
     if config.data.check_sha256:
         plan.dataset.check_sha256()
         if other := unlabelled(config):
             other[1].dataset.check_sha256()
-    if resume and not find(out, CHECKPOINTS):
-        raise UserError(f"--resume: {out} holds no whole checkpoint: name the run's folder")
+    if resume and not (find(out, CHECKPOINTS) or (out / "run.json").is_file()):  # it may have ended before the first
+        raise UserError(f"--resume: {out} holds no run: name the run's folder")
     if (out / "run.json").is_file() and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
     with writable(out):
@@ -86,7 +84,7 @@ def train(
         if in_process:
             use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that this process may use
             leave = threading.Event()
-            with on_sigterm(leave.set):
+            with on_signal(signal.SIGTERM, leave.set):
 
                 def notice() -> Notice:
                     return Notice.LEAVE if leave.is_set() else Notice.NONE
@@ -95,6 +93,14 @@ def train(
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)
+
+
+def trackable(config: Config, out: AnyPath) -> Config:
+    """The config, without MLflow where its database would have to lie at a URL."""
+    if not isinstance(out, RemotePath) or config.tracking.uri is not None:
+        return config
+    log.warning("without MLflow, whose database cannot lie at a URL; tracking.uri names a server")
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
 
 
 def checked_plan(config: Config, *workers: int) -> Plan:

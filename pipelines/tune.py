@@ -1,5 +1,6 @@
 """``bigface tune``: a search by Ray Tune over a recipe's knobs, each trial a run of its own in OUT/trials."""
 
+import itertools
 import json
 import logging
 import math
@@ -7,27 +8,38 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
-from fr_core.config import Config, QuantisedNet, classes, parse_config, total_steps
-from fr_core.data.store import AnyPath, check_lasts, find, remove_folder, writable, write_text_atomically
+from fr_core.config import Config, QuantisedNet, parse_config, total_steps
+from fr_core.data.store import (
+    AnyPath,
+    RemotePath,
+    check_lasts,
+    find,
+    remove_folder,
+    to_path,
+    writable,
+    write_text_atomically,
+)
 from fr_core.errors import UserError
+from fr_core.optim.fastface import watcher
 from fr_core.train.checkpoint import take_over
-from fr_core.train.state import centres_of
 from fr_core.train.tracking import Comparison
-from fr_core.verify.report import markdown
-from pipelines.logs import log
+from fr_core.verify.pairs import read_pairs, resolved_fars
+from fr_core.verify.report import far_name, markdown
+from pipelines.gauges import Gauges
+from pipelines.leave import on_signal
+from pipelines.logs import start_logging, tell
 from pipelines.search import (
-    SMALLER_IS_BETTER,
     Search,
     Trial,
     mode,
@@ -37,7 +49,7 @@ from pipelines.search import (
     table,
     write_results,
 )
-from pipelines.train import checked_plan, with_absolute_paths
+from pipelines.train import checked_plan, trackable, with_absolute_paths
 from tune_spaces.fields import (
     Choice,
     Knob,
@@ -50,7 +62,9 @@ from tune_spaces.fields import (
 RUNGS = 8  # verifications of a trial; ASHA looks after 1, 2 and 4 of them
 DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its work
 STOPS, SEARCHES = ("asha", "median", "none", "pbt"), ("tpe", "random", "grid")
-ONLY_AT_THE_END = (*SMALLER_IS_BETTER, "images_per_second")
+ONLY_AT_THE_END = ("loss", "seconds", "peak_memory_mib", "classes_mib", "nominal_mib", "images_per_second")
+LIVES = 3  # of a trial whose process or machine dies, each from the newest checkpoint
+TURN = 2.0  # seconds between looks for a free turn
 MOVABLE = ("schedule.", "optim.", "data.masks.")  # what a checkpoint of other values can go on with
 
 
@@ -86,21 +100,22 @@ def share(cpus: float, gpus: float, workers: int, in_process: bool, most: int | 
 
 
 def tune(
-    search: Search, out: Path, at_once: int | None = None, minutes: float | None = None, resume: bool = False
-) -> list[Trial]:
-    """Searches, and leaves ``trials.csv``, pictures and ``winner.toml`` in ``out``.
+    search: Search, out: AnyPath, at_once: int | None = None, minutes: float | None = None, resume: bool = False
+) -> tuple[list[Trial], int | None]:
+    """Searches, and leaves ``trials.csv``, pictures and ``winner.toml`` in ``out``, local or at a URL.
 
     Returns:
-        All trials, in the order of their names.
+        All trials, in the order of their names; and the signal that ended the search before its time, if one did.
 
     Raises:
         UserError: a search that cannot be, a folder of another one, or no trial that came to an end.
     """
     from pipelines.on_ray import capacity, start_ray
 
-    search, steps_per_epoch = checked(search)
     out = out.resolve()
     check_lasts(out)
+    start_logging(run=out.name)
+    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)))
     start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
     resources = capacity()
     shared = share(resources.get("CPU", 0), resources.get("GPU", 0), search.workers, search.in_process, at_once)
@@ -119,23 +134,21 @@ def tune(
         "pbt": search.stop == "pbt",
         "judged": search.stop != "none",
         "cpus": shared.cpus,
-        "threads": max(1, torch.get_num_threads() // shared.at_once),
+        "at_once": shared.at_once,
+        "objectives": search.objectives,
     }
     held = {"CPU": 1.0, "GPU": min(1.0, resources.get("GPU", 0))} if search.in_process else {"CPU": DRIVER}
     tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, shared.at_once, rung, resume)
-    with ended_after(minutes):
-        trials = read_trials(tuner.fit(), search, out)
+    with ended_early(minutes) as came:
+        trials = read_trials(tuner.fit(), search)
     files = write_results(search, trials, out)
-    if parent:
-        try:
-            settle(trials, base, out)
-            parent.close(markdown(table(search, trials)), files)
-        except Exception as error:  # MLflow hands through whatever its database or store raises
-            log.warning("MLflow was not told how the search ended: %s", next(iter(str(error).splitlines()), error))
     reached = [trial for trial in trials if trial.state != "failed"]
+    if parent:
+        settle(trials, base, out)
+        parent.close(markdown(table(search, trials)), files, "KILLED" if came else "FINISHED" if reached else "FAILED")
     if trials and not reached:
         raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
-    return trials
+    return trials, came[0] if came else None
 
 
 def checked(search: Search) -> tuple[Search, int]:
@@ -169,40 +182,57 @@ def checked(search: Search) -> tuple[Search, int]:
                 raise UserError(f"--stop pbt changes a run on its way, and {knob.name} cannot change: use --only")
     plan = checked_plan(config, search.workers)
     knobs = at_steps(search.knobs, total_steps(config, plan.steps_per_epoch))
+    if config.verify.pairs:
+        resolved = [f"tar_at_far_{far_name(far)}" for far in resolved_fars(read_pairs(config.verify.pairs).same)]
+        for name in search.objectives:
+            if name.startswith("tar_at_far_") and name not in resolved:
+                raise UserError(f"no objective {name}: {config.verify.pairs} has pairs for {', '.join(resolved)}")
     points = math.prod(len(grid(knob.domain)) for knob in knobs)
     if search.search == "grid" and points != search.trials:
         raise UserError(f"the grid has {points} points: use --trials {points}, or fewer knobs by --only")
     for end in check_knobs(config, knobs):
-        centres_of(end, classes(end, plan.dataset.manifest.identities))
+        ends = checked_plan(end, search.workers)
+        watcher(end.schedule, total_steps(end, ends.steps_per_epoch), end.train.global_batch)
     return replace(search, config=config, knobs=knobs), plan.steps_per_epoch
 
 
 @contextmanager
-def ended_after(minutes: float | None) -> Iterator[None]:
-    """Has Tune end in the block as on Ctrl-C, by the signal that it listens to once it runs."""
-    over = threading.Event()
+def ended_early(minutes: float | None) -> Iterator[list[int]]:
+    """Has Tune end in the block by the signal that it listens to once it runs: after a time, at Ctrl-C, at SIGTERM.
+
+    Its trials save nothing more then, and it returns what it has. A second Ctrl-C or SIGTERM ends it at once.
+
+    Yields:
+        The Ctrl-C or SIGTERM that came.
+    """
+    came, asked, over = list[int](), threading.Event(), threading.Event()
+
+    def ask(number: int) -> None:
+        came.append(number)
+        asked.set()
 
     def end() -> None:
-        over.wait(60 * (minutes or 0))
+        asked.wait(None if minutes is None else 60 * minutes)
         while not over.wait(0.1):
             if signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL:
                 os.kill(os.getpid(), signal.SIGUSR1)
                 return
 
-    if minutes is None:
-        yield
-        return
     timer = threading.Thread(target=end, daemon=True)
     timer.start()
     try:
-        yield
+        with ExitStack() as heard:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                heard.enter_context(on_signal(number, partial(ask, number)))
+            yield came
     finally:
         over.set()
+        asked.set()
         timer.join()
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def claim(search: Search, out: Path, resume: bool, at_once: int) -> None:
+def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> None:
     """Makes the folder this search's, with its number of trials at once, which Tune keeps when it goes on.
 
     Raises:
@@ -213,7 +243,7 @@ def claim(search: Search, out: Path, resume: bool, at_once: int) -> None:
     if resume:
         if not path.is_file():
             raise UserError(f"--resume: {out} holds no search: leave --resume out")
-        if path.stat().st_uid != os.getuid():  # Tune's own files there are pickles
+        if isinstance(path, Path) and path.stat().st_uid != os.getuid():  # Tune's own files there are pickles
             raise UserError(f"{out} is another user's: going on with a search runs what its files say")
         then = json.loads(path.read_text())
         different = [name for name in facts if facts[name] != then.get(name)]
@@ -242,10 +272,12 @@ def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
 
 
 def make_tuner(
-    search: Search, out: Path, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
+    search: Search, out: AnyPath, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
 ) -> Any:
     """Ray Tune's view of the search; a resumed one knows its own searcher and scheduler."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # a trial that no saved state knows is begun anew
     from ray import tune as ray_tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback stands in its folder
@@ -253,8 +285,9 @@ def make_tuner(
     space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
     if resume and find(out / "ray", "experiment_state-*.json"):
         return ray_tune.Tuner.restore(
-            str(out / "ray"),
+            (out / "ray").key if isinstance(out, RemotePath) else str(out / "ray"),
             trainable,
+            storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             resume_unfinished=True,
             resume_errored=True,  # a machine that went: the run goes on from its newest checkpoint
             param_space=space,
@@ -276,7 +309,9 @@ def make_tuner(
         ),
         run_config=ray_tune.RunConfig(
             name="ray",
-            storage_path=str(out),
+            storage_path=out.key if isinstance(out, RemotePath) else str(out),
+            storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
+            failure_config=ray_tune.FailureConfig(max_failures=LIVES - 1),
             verbose=0,
             callbacks=[finished_trials(search)],
             checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),  # a donor's must outlive its copying
@@ -351,12 +386,9 @@ def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
     """What a trial's process runs: the recipe with its values, from its newest checkpoint or the one given."""
     from ray import tune as ray_tune
 
-    from fr_core.data.stream import blocks_in_process
-    from fr_core.device import use_processor
-    from fr_core.ranks import Ranks
-    from fr_core.train.loop import train_loop
-
-    out = Path(launch["trials"]) / ray_tune.get_context().get_trial_name()
+    name = ray_tune.get_context().get_trial_name()
+    out = to_path(launch["trials"]) / name
+    start_logging("json", run=name)
     config = with_values(parse_config(launch["config"], "launch"), launch["knobs"], values)
     total = total_steps(config, launch["steps_per_epoch"])
     given = ray_tune.get_checkpoint()
@@ -365,30 +397,77 @@ def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
         with given.as_directory() as folder:
             take_over(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
     if launch["in_process"]:
-        use_processor(launch["threads"])
-
-        def heard(metrics: dict[str, float], saved: AnyPath | None) -> None:
-            if saved is not None and launch["judged"] and metrics["step"] < total:  # the last report comes below
-                copy = ray_tune.Checkpoint.from_directory(str(saved)) if launch["pbt"] else None
-                ray_tune.report(metrics, checkpoint=copy)
-
-        figures = train_loop(config, out, Ranks(), blocks_in_process, heard)
+        figures = train_here(config, out, launch, total)
     else:
-        figures = train_in_trial(config, out, launch, total)
+        with turn(launch["trials"], launch["at_once"]):
+            figures = train_in_trial(config, out, launch, total)
     if isinstance(config.net, QuantisedNet):
         figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
     ray_tune.report({**figures, "step": total, "done": True})  # done: no scheduler puts it off once more
 
 
-def train_in_trial(config: Config, out: Path, launch: dict[str, Any], total: int) -> dict[str, float]:
+def judged(metrics: dict[str, float], launch: dict[str, Any], total: int) -> bool:
+    """Whether a scheduler hears of it: not of the last step, whose report is the whole run's, nor of a checkpoint
+    without figures, as one for a drained node.
+    """
+    return bool(launch["judged"]) and metrics["step"] < total and all(name in metrics for name in launch["objectives"])
+
+
+def train_here(config: Config, out: AnyPath, launch: dict[str, Any], total: int) -> dict[str, float]:
+    """By this process alone."""
+    from ray import tune as ray_tune
+
+    from fr_core.data.stream import blocks_in_process
+    from fr_core.device import use_processor
+    from fr_core.ranks import Ranks
+    from fr_core.train.loop import train_loop
+    from pipelines.on_ray import node_cpus
+
+    use_processor(node_cpus() // min(launch["at_once"], node_cpus()))
+    gauges = Gauges(out.name, 0)
+
+    def heard(metrics: dict[str, float], saved: AnyPath | None) -> None:
+        gauges.set(metrics)
+        tell(metrics, saved)
+        if saved is not None and judged(metrics, launch, total):
+            copy = ray_tune.Checkpoint.from_directory(str(saved)) if launch["pbt"] else None
+            ray_tune.report(metrics, checkpoint=copy)
+
+    return train_loop(config, out, Ranks(), blocks_in_process, heard)
+
+
+def train_in_trial(config: Config, out: AnyPath, launch: dict[str, Any], total: int) -> dict[str, float]:
     """By Ray Train's workers, whose reports Ray Tune hears."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from pipelines.on_ray import train_on_ray
 
-    class Heard(TuneReportCallback):
+    class ToTune(TuneReportCallback):
         def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            if launch["judged"] and metrics[0]["step"] < total:  # the last report is the whole run's
+            if judged(metrics[0], launch, total):
                 super().after_report(run_context, metrics, checkpoint)
 
-    return train_on_ray(config, out, launch["workers"], launch["cpus"], [Heard()])
+    return train_on_ray(config, out, launch["workers"], launch["cpus"], [ToTune()], launch["at_once"])
+
+
+@contextmanager
+def turn(search: str, at_once: int) -> Iterator[None]:
+    """Waits until fewer than ``at_once`` trials of a search train, and is one of them in the block.
+
+    A trial's driver holds next to no CPU, and those that Tune starts again after they failed pass no limit of its: too
+    many of them would leave no CPU to anyone's workers. A turn is an actor of a fixed name, which ends with its owner.
+    """
+    import ray
+
+    holder = ray.remote(num_cpus=0)(type("Turn", (), {}))
+    names = itertools.cycle(f"turn {number} of {search}" for number in range(at_once))
+    for tried, name in enumerate(names, 1):
+        with suppress(ValueError):  # the name is taken
+            actor = holder.options(name=name).remote()
+            break
+        if tried % at_once == 0:
+            time.sleep(TURN)
+    try:
+        yield
+    finally:
+        ray.kill(actor)

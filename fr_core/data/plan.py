@@ -80,10 +80,6 @@ class Plan:
     def steps_per_block(self) -> int:
         return max(1, self.shuffle_window // self.global_batch)
 
-    @property
-    def blocks_per_epoch(self) -> int:
-        return -(-self.steps_per_epoch // self.steps_per_block)
-
     def lanes_of(self, rank: int, size: int) -> range:
         """The lanes that a rank of ``size`` owns.
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace as Look
 import cv2
 import numpy as np
 
+from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE
+
 Array = np.ndarray
 
-TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)], np.float32)
-TEMPLATE_SIZE = 112
 CANVAS_REACH, CANVAS_CENTRE_Y = 60.0, 4.4  # what is drawn around (0, centre)
 SKIN_DENSITY, RELIEF_DENSITY = 1.0, 0.6  # canvas pixels per image pixel: colours are sharp, relief is smooth
 LOCKS_FROM = 0.72  # of the half width of the face: where long hair hangs beside the jaw

@@ -41,7 +41,7 @@ from fr_core.ranks import Ranks
 T = TypeVar("T")
 GROUP_ROWS = 32768  # that one rank reads in a turn of Ray Data; three groups are in memory at most
 DECODED_AHEAD = 3  # batches
-DECODERS = 2  # threads that decode
+DECODERS = (2, 8)  # threads that decode, at least and at most: as many as PyTorch has
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def batches(
     """
     plan.lanes_of(ranks.rank, ranks.size)  # refuse a wrong number of ranks before the first read
     each = plan.global_batch // ranks.size
-    with ThreadPoolExecutor(DECODERS) as threads:
+    least, most = DECODERS
+    with ThreadPoolExecutor(min(max(least, torch.get_num_threads()), most)) as threads:
 
         def decoded() -> Iterator[Batch]:
             tables = zip(_blocks(plan, step, stop), blocks(plan, ranks, step, stop), strict=False)

@@ -19,11 +19,9 @@ import numpy as np
 import simplejpeg
 
 from fr_core.data import portrait
-from fr_core.data.portrait import TEMPLATE as TEMPLATE
-from fr_core.data.portrait import TEMPLATE_SIZE, Array, Canvas
-
-POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
-CSV_HEADER = ["path", *(f"{point}_{axis}" for point in POINTS for axis in "xy")]
+from fr_core.data.crops import TEMPLATE_SIZE
+from fr_core.data.portrait import Array, Canvas
+from fr_core.data.sources import LANDMARK_COLUMNS
 
 SPREAD_LIMIT = 2.2  # traits are normal, cut at this many standard deviations
 GRAIN_ONE, GRAIN_ROOM = 32, 64  # the byte that stands for 1; pixels by which the crop of the grain can move
@@ -115,7 +113,7 @@ def write_faces(
             if progress is not None:
                 progress(len(rows))
     with open(Path(out) / "landmarks.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([CSV_HEADER, *rows])
+        csv.writer(file, lineterminator="\n").writerows([["path", *LANDMARK_COLUMNS], *rows])
     return len(rows)
 
 

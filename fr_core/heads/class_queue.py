@@ -30,14 +30,19 @@ class ClassQueue(nn.Module):
         self.register_buffer("labels_S", torch.full((slots,), NOBODY))
 
     @torch.no_grad()
-    def put(self, centres_GD: Tensor, labels_G: Tensor, step: int) -> None:
-        """Puts a step's centres over the oldest ones; a step with a centre that is not finite changes nothing."""
+    def put(self, centres_GD: Tensor, labels_G: Tensor, step: int) -> tuple[slice, Tensor, Tensor]:
+        """Puts a step's centres over the oldest ones; returns those, for :meth:`take_back`."""
         first = step * len(labels_G) % len(self.labels_S)
         slots = slice(first, first + len(labels_G))
-        finite = centres_GD.isfinite().all()
-        new_GD = centres_GD.to(self.centres_SD.dtype)
-        self.centres_SD[slots] = torch.where(finite, new_GD, self.centres_SD[slots])
-        self.labels_S[slots] = torch.where(finite, labels_G, self.labels_S[slots])
+        before = slots, self.centres_SD[slots].clone(), self.labels_S[slots].clone()
+        self.centres_SD[slots], self.labels_S[slots] = centres_GD.to(self.centres_SD.dtype), labels_G
+        return before
+
+    @torch.no_grad()
+    def take_back(self, before: tuple[slice, Tensor, Tensor]) -> None:
+        """The centres before a step that was dropped."""
+        slots, centres_GD, labels_G = before
+        self.centres_SD[slots], self.labels_S[slots] = centres_GD, labels_G
 
     def forward(self, x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor) -> Tensor:
         """Mean cross-entropy of each face against its own centre and every slot of another label.

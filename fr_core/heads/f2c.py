@@ -8,7 +8,7 @@ Legend: B faces of a rank, G faces of all ranks, D embedding, Q slots.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,21 @@ from torch.nn import functional as F
 from fr_core import rng
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
+T = TypeVar("T")
 HARD_SHARE, HARD_FEWEST, HARD_MOST = 2e-4, 3, 10  # centres that a face without a class is pushed away from
 
 
-@dataclass
-class Slot:
+class Slot(NamedTuple):
     place: int
     latest: int = 0  # the layer that was written last
+
+
+class Before(NamedTuple):
+    """What :meth:`ClassPool.put` wrote over: who held which slot, and of both layers places and their centres."""
+
+    slots: OrderedDict[int, Slot]
+    first: tuple[list[int], Tensor]
+    latest: tuple[list[int], Tensor]
 
 
 class ClassPool(nn.Module):
@@ -41,16 +49,20 @@ class ClassPool(nn.Module):
         self.slots: OrderedDict[int, Slot] = OrderedDict()  # by label, the least recently used first
 
     @torch.no_grad()
-    def put(self, centres_GD: Tensor, labels_G: Tensor) -> None:
+    def put(self, centres_GD: Tensor, labels_G: Tensor) -> Before:
         """Writes faces one after another: a new class takes a free slot or that of the least recently used class
         (layer 0), a known one its slot's other layer. Of faces with one label in a row, each writes.
+
+        Returns:
+            What was there, for :meth:`take_back`.
         """
+        slots = self.slots.copy()
         first: dict[int, int] = {}  # slot -> the face whose centre it ends up with
         latest: dict[int, int] = {}
         for face, label in enumerate(labels_G.tolist()):
             slot = self.slots.pop(label, None)
             if slot is not None:
-                slot.latest = 1 - slot.latest
+                slot = Slot(slot.place, 1 - slot.latest)
             elif len(self.slots) < len(self.first_QD):
                 slot = Slot(len(self.slots))
             else:
@@ -59,9 +71,20 @@ class ClassPool(nn.Module):
             latest[slot.place] = face
             if slot.latest == 0:
                 first[slot.place] = face
-        for centres_QD, written in ((self.first_QD, first), (self.latest_QD, latest)):
-            places, faces = list(written), list(written.values())
-            centres_QD[places] = centres_GD[faces].to(centres_QD.dtype)
+        held = [(list(written), layer[list(written)]) for layer, written in self._layers(first, latest)]
+        for layer_QD, written in self._layers(first, latest):
+            layer_QD[list(written)] = centres_GD[list(written.values())].to(layer_QD.dtype)
+        return Before(slots, *held)
+
+    @torch.no_grad()
+    def take_back(self, before: Before) -> None:
+        """The pool before the last :meth:`put`."""
+        self.slots = before.slots
+        for layer_QD, (places, centres_PD) in self._layers(before.first, before.latest):
+            layer_QD[places] = centres_PD
+
+    def _layers(self, first: T, latest: T) -> list[tuple[Tensor, T]]:
+        return [(self.first_QD, first), (self.latest_QD, latest)]
 
     def forward(self, x_BD: Tensor, labels_B: Tensor) -> Tensor:
         """Sum of the two layers' mean losses: cross-entropy for faces whose class is in the pool, and for the others
@@ -94,16 +117,6 @@ class ClassPool(nn.Module):
             near_UH = (unit_UD @ centres_QD.float().T).topk(hardest).indices
             near_UHD = centres_QD[near_UH].float()
         return torch.einsum("ud,uhd->uh", unit_UD, near_UHD).clamp_min(0).mean()
-
-    def snapshot(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The pool as it is, for :meth:`restore`."""
-        return self.first_QD.clone(), self.latest_QD.clone(), self.get_extra_state()
-
-    def restore(self, snapshot: tuple[Tensor, Tensor, Tensor]) -> None:
-        first_QD, latest_QD, slots = snapshot
-        self.first_QD.copy_(first_QD)
-        self.latest_QD.copy_(latest_QD)
-        self.set_extra_state(slots)
 
     def get_extra_state(self) -> Tensor:
         """Label, place and latest layer of each class in the order of use: int64 [classes, 3], in ``state_dict``."""

@@ -7,6 +7,8 @@ holds, which gets its old value back after the step.
 Legend: B faces of a rank, G faces of all ranks, D embedding, M anchors, I identities of the batch.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,14 @@ from torch.nn import functional as F
 from fr_core import rng
 from fr_core.errors import UserError
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
+
+
+class Taken(NamedTuple):
+    """The anchors of a batch's identities, which of them are borrowed, and their values before."""
+
+    anchors_I: Tensor
+    borrowed_I: Tensor
+    before_ID: Tensor
 
 
 class Anchors(nn.Module):
@@ -27,12 +37,16 @@ class Anchors(nn.Module):
         first = rng.torch_seed(seed, "anchors")
         self.register_buffer("anchors_MD", random_centres(anchors, embedding, softmax.precision, first))
 
-    def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> Tensor:
+    def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> tuple[Tensor, Taken]:
         """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs.
 
         Args:
             x_BD: this rank's embeddings, not normalised.
-            x_GD: all ranks' embeddings, which the anchors become sums of; no gradient passes.
+            x_GD: all ranks' embeddings. An anchor becomes the sum of those of its identity at length 1 (the paper's
+                are not normalised first), so that each face counts alike. No gradient passes.
+
+        Returns:
+            The loss, and what :meth:`give_back` takes at the end of the step.
 
         Raises:
             UserError: more identities in a batch than anchors.
@@ -48,9 +62,13 @@ class Anchors(nn.Module):
             own_B = torch.searchsorted(labels_I, labels_B)
             column_P, face_P = taken_I[own_B].sort()
             loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
-            returned_I = borrowed_I | ~loss.detach().isfinite()  # a step that is not finite leaves no trace
-            self.anchors_MD[taken_I] = torch.where(returned_I[:, None], before_ID, self.anchors_MD[taken_I])
-            return loss
+            return loss, Taken(taken_I, borrowed_I, before_ID)
+
+    @torch.no_grad()
+    def give_back(self, taken: Taken, dropped: bool) -> None:
+        """Borrowed anchors get their old values, after a dropped step all."""
+        back_I = torch.ones_like(taken.borrowed_I) if dropped else taken.borrowed_I
+        self.anchors_MD[taken.anchors_I[back_I]] = taken.before_ID[back_I]
 
     def take(self, labels_I: Tensor) -> tuple[Tensor, Tensor]:
         """The anchor of each identity, and which of them are borrowed for this step only.

@@ -168,11 +168,11 @@ def head_optimizer(config: Config, method: BigFace, head: nn.Module, scale: floa
     """SGD for the class matrix: dense, or on single rows where they are sampled or the head is fused."""
     optim, own = config.optim, config.optim.head
     like = optim.sgd if isinstance(optim, Muon) else optim
-    momentum = 0.9 if isinstance(like, AdamW) else like.momentum
+    momentum, decay = (0.9, 5e-4) if isinstance(like, AdamW) else (like.momentum, like.weight_decay)
     given: dict[str, Any] = {
         "lr": scale * (like.lr if own.lr is None else own.lr),
         "momentum": momentum if own.momentum is None else own.momentum,
-        "weight_decay": like.weight_decay if own.weight_decay is None else own.weight_decay,
+        "weight_decay": decay if own.weight_decay is None else own.weight_decay,
     }
     by_rows = method.sample_rate < 1 or method.update == "fused"
     return (RowSGD if by_rows else torch.optim.SGD)(head.parameters(), **given)

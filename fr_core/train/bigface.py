@@ -54,9 +54,10 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
                 distance += apart.detach()
                 loss = loss + distill.weight * apart
             backward(config, state, loss, ranks)
+    share = total / ranks.size  # every rank has the whole margin loss, and its own faces' part of the distance
     if distill is None:
-        return update(config, state, total, ranks) | {"lr": rate}
+        return update(config, state, share, ranks) | {"lr": rate}
     if state.adapter:
         ranks.sum_(state.adapter.weight.grad)
-    terms = {"margin_loss": total, "distill_loss": ranks.sum_(distance)}
-    return update(config, state, total + distill.weight * distance, ranks, terms) | {"lr": rate}
+    terms = {"margin_loss": share, "distill_loss": distance}
+    return update(config, state, share + distill.weight * distance, ranks, terms) | {"lr": rate}

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import Config, flat, lanes
+from fr_core.config import Config, FastFace, FastFaceHaar, flat, lanes, parse_config
 from fr_core.data.schema import sha256
 from fr_core.data.store import AnyPath, fetched, find, remove_folder, written
 from fr_core.errors import UserError
@@ -154,7 +154,7 @@ def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool
     """
     damaged: list[tuple[AnyPath, Damaged]] = []
     # One rank looks, so that all agree even if the folder changes meanwhile.
-    for marker in reversed(ranks.broadcast_object(find(out, CHECKPOINTS))):
+    for marker in reversed(ranks.broadcast_object(find(out, CHECKPOINTS) if ranks.rank == 0 else None)):
         try:
             with agreed(ranks):
                 load_checkpoint(config, state, marker.parent, ranks)
@@ -280,6 +280,7 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, A
         "lanes": state.plan.lanes,
         "identities": manifest.identities,
         "images": manifest.images,
+        "data": state.plan.dataset.stamp,
         "loss_scale": state.loss_scale,
         "good_steps": state.good_steps,
         "bad_steps": state.bad_steps,
@@ -331,30 +332,43 @@ def _copy(source: AnyPath, path: AnyPath) -> dict[str, Any]:
         return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 
-MOVABLE = {"method.teacher"} | {f"method.distill.{name}" for name in ("teacher", "embeddings", "unlabelled.embeddings")}
+MOVABLE = {"method.teacher"} | {
+    f"method.distill.{name}" for name in ("teacher", "embeddings", "unlabelled.path", "unlabelled.embeddings")
+}
 
 
 def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: AnyPath) -> None:
-    now, then = config.model_dump(mode="json"), summary["config"]
+    old = parse_config(summary["config"], str(folder))  # a knob that it lacks had the default
+    now, then = config.model_dump(mode="json"), old.model_dump(mode="json")
     facts: dict[str, tuple[Any, Any]] = {
-        "seed": (config.seed, then["seed"]),
-        "train.global_batch": (config.train.global_batch, then["train"]["global_batch"]),
-        "train.ema on": (config.train.ema > 0, then["train"]["ema"] > 0),
-        "data.balanced": (now["data"]["balanced"], then["data"].get("balanced")),
-        "data.views": (config.data.views, then["data"].get("views", 1)),
+        "seed": (config.seed, old.seed),
+        "train.global_batch": (config.train.global_batch, old.train.global_batch),
+        "train.ema on": (config.train.ema > 0, old.train.ema > 0),
+        "data.balanced": (config.data.balanced, old.data.balanced),
+        "data.views": (config.data.views, old.data.views),
         "data.lanes": (lanes(config), summary["lanes"]),
-        "data.shuffle_window": (config.data.shuffle_window, then["data"]["shuffle_window"]),
-        "data.variants": (config.data.variants, then["data"].get("variants", 1)),
-        "data.variant_strength": (config.data.variant_strength, then["data"].get("variant_strength")),
+        "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
+        "data.variants": (config.data.variants, old.data.variants),
+        "optim.kind": (config.optim.kind, old.optim.kind),
+        "schedule.kind": (_stateful(config), _stateful(old)),
+        "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
+        "the data": (state.plan.dataset.stamp, summary.get("data", state.plan.dataset.stamp)),
     }
+    if config.data.variants == old.data.variants == 1:
+        del facts["data.variant_strength"]
     for section in ("net", "method"):
         new, old = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
         facts |= {name: (new.get(name), old.get(name)) for name in new | old if name not in MOVABLE}
     for name, (ours, theirs) in facts.items():
         if ours != theirs:
             raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another folder")
+
+
+def _stateful(config: Config) -> str:
+    """The kind of a schedule that has a state of its own; the others are functions of the step."""
+    return config.schedule.kind if isinstance(config.schedule, FastFace | FastFaceHaar) else "a function of the step"
 
 
 def _read_head_rows(folder: AnyPath, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:
@@ -387,7 +401,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
     for key_name, value in tensors.items():
         key, name = key_name.split("/", 1)
         if named[name] in own:  # a step count has no dimension and stays on the CPU
-            optimizer.state[named[name]][key] = value.to(named[name].device) if value.ndim else value
+            like = named[name]
+            own_layout = value.shape == like.shape  # channels last, as the weights
+            optimizer.state[like][key] = torch.empty_like(like).copy_(value) if own_layout else value
 
 
 def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -2,10 +2,13 @@
 (METHODS §3; Li et al., "Dynamic Class Queue for Large Scale Face Recognition in the Wild", 2021).
 """
 
-from fr_core.config import DCQ, AttFC, Config
+from functools import partial
+
+from fr_core.config import DCQ, Config
 from fr_core.data.stream import Batch
+from fr_core.heads.attfc import generative_centres
 from fr_core.ranks import Ranks
-from fr_core.train.attfc import attfc_step
+from fr_core.train.attfc import queue_step
 from fr_core.train.state import TrainState
 
 
@@ -16,5 +19,5 @@ def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks
     Returns:
         lr, and those of :func:`fr_core.train.state.update`.
     """
-    plain = AttFC(strategy="single", order="reference", encoder_momentum=method.encoder_momentum)
-    return attfc_step(config, plain, state, batch, ranks)
+    first = partial(generative_centres, strategy="single")
+    return queue_step(config, state, batch, ranks, first, "reference", method.encoder_momentum)

@@ -40,17 +40,16 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     centres_BD = generative_centres(faces_BD, encoded(config, state, images_BHWC[:, None]), "single")
     (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
     all_x, all_y = (ranks.gather(labels.to(state.device)) for labels in (x_labels, y_labels))
-    before = state.head.snapshot()
-    state.head.put(ranks.gather(gallery_y), all_y)
+    before = state.head.put(ranks.gather(gallery_y), all_y)
     loss = state.head(probe_x, x_labels)
-    state.head.restore(before)
-    state.head.put(ranks.gather(gallery_x), all_x)
+    state.head.take_back(before)
+    before = state.head.put(ranks.gather(gallery_x), all_x)
     loss = (loss + state.head(probe_y, y_labels)) / (2 * ranks.size)
     backward(config, state, loss, ranks)
-    total = ranks.sum_(loss.detach().clone())
-    if not total.isfinite():  # the step will be dropped
-        state.head.restore(before)
-    return update(config, state, total, ranks) | {"lr": rate}
+    metrics = update(config, state, loss, ranks)
+    if state.bad_steps:
+        state.head.take_back(before)
+    return metrics | {"lr": rate}
 
 
 def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ def train_loop(
                 metrics |= clock.rates(state.step)
                 if tracker:
                     tracker.log(state.step, metrics)
-            if config.train.verify_every and due(config.train.verify_every, state):
+            if config.train.verify_every and due(config.train.verify_every, state) and state.step < state.total_steps:
                 metrics |= verify(config, state, ranks, tracker)
             if due(config.train.log_every, state):
                 heard(metrics | {"head_mib": head_mib(state)}, None)
@@ -257,7 +257,7 @@ def finish(
         rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
         figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
         finite = [row["loss"] for row in tracker.rows if np.isfinite(row["loss"])]
-        figures["loss"] = finite[-1] if finite else 0.0
+        figures |= {"loss": finite[-1]} if finite else {}
         tracker.log_curves()
         facts = {"config": config.model_dump(mode="json"), "pictures": tracker.pictures()}
         content = report("train", figures, run=str(out), checkpoint=str(last), **facts)

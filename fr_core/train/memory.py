@@ -67,7 +67,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     elif isinstance(method, FixedCentres):
         head = centre_bytes(config, method, rows, images // gpus)
     parts = {
-        "backbone": trained * (2 + (gpus > 1) + (config.train.ema > 0)),  # weights, gradient, buckets, average
+        "backbone": trained * (2 + (config.train.ema > 0)),  # weights, gradient, average
         "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
         **head,
         "activations": activations,
@@ -129,7 +129,7 @@ def centre_bytes(config: Config, method: AttFC | DCQ | F2C | VirtualFC, classes:
     embedding = config.net.embedding
     precision = config.train.precision if method.precision == "auto" else method.precision
     each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
-    centres, copies = centres_of(config, classes), 4 if isinstance(method, F2C) else 1  # two layers and a snapshot
+    centres, copies = centres_of(config, classes), 2 if isinstance(method, F2C) else 1  # layers
     tile = min(method.tile or tile_size(faces, embedding, GPU), centres)
     operands = 0 if each == FLOAT * embedding else 2 * tile * faces
     return {

@@ -38,9 +38,7 @@ class Outbox:
     """
 
     def __init__(self, tracking: Tracking, open_run: Callable[[], tuple[Any, str]], out: AnyPath) -> None:
-        # Read by MLflow at every call. Tries are made here.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        try_briefly()
         self.open_run, self.out = open_run, out
         self.client: Any = None
         self.run_id: str | None = None
@@ -51,8 +49,8 @@ class Outbox:
         try:
             self.client, self.run_id = open_run()
         except Exception as error:  # MLflow hands through whatever its database or store raises
-            if _refused(error) or not (tracking.uri or "").startswith("http"):
-                raise UserError(f"tracking.uri = {tracking.uri}: {_line(error)}") from None
+            if refused(error) or not (tracking.uri or "").startswith("http"):
+                raise UserError(f"tracking.uri = {tracking.uri}: {first_line(error)}") from None
             self._say_away(error)
         self.thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self.thread.start()
@@ -112,9 +110,9 @@ class Outbox:
                 failure = error
             with self.changed:
                 more = self.letters[1:]
-                if failure is None or (self.client is not None and _refused(failure)):
+                if failure is None or (self.client is not None and refused(failure)):
                     if failure:
-                        log.warning("MLflow refuses %s: %s", letter[0], _line(failure))
+                        log.warning("MLflow refuses %s: %s", letter[0], first_line(failure))
                     elif self.away:
                         log.warning("MLflow answers again")
                     self.away, self.letters = False, more
@@ -144,7 +142,7 @@ class Outbox:
 
     def _say_away(self, error: Exception) -> None:
         self.away = True
-        log.warning("MLflow cannot be told; training goes on, and figures wait: %s", _line(error))
+        log.warning("MLflow cannot be told; training goes on, and figures wait: %s", first_line(error))
 
 
 def read_undelivered(out: AnyPath, step: int) -> list[Letter]:
@@ -157,7 +155,13 @@ def read_undelivered(out: AnyPath, step: int) -> list[Letter]:
     return [letter for letter in letters if letter[0] != "status"]
 
 
-def _refused(error: Exception) -> bool:
+def try_briefly() -> None:
+    """Lets MLflow's client, which reads these at every call, try once: who calls it decides what comes then."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
+def refused(error: Exception) -> bool:
     """Whether MLflow answered, and would answer the same again."""
     from mlflow.exceptions import MlflowException
 
@@ -165,5 +169,6 @@ def _refused(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.get_http_status_code() == 400
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what it says, or its class."""
     return next(iter(str(error).splitlines()), type(error).__name__)

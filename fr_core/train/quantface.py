@@ -38,11 +38,12 @@ def quantface_step(
         x_BD = state.parallel(normalised(images_BHWC, state.backbone.input_std))
     x_GD = ranks.gather(x_BD)
     apart, terms = state.agreement(x_GD, ranks.gather(target_BE), labels_G)
-    total, loss = apart.detach(), apart / ranks.size  # a gather's gradient is the sum over ranks
+    loss = share = apart / ranks.size  # a gather's gradient is the sum over ranks
     if method.cross_entropy:
         margin_loss = state.head(x_GD, labels_G)
         terms["margin_loss"] = margin_loss.detach()
-        total = total + method.cross_entropy.weight * margin_loss.detach()
+        share = share + method.cross_entropy.weight * margin_loss / ranks.size
         loss = loss + method.cross_entropy.weight * margin_loss
     backward(config, state, loss, ranks)
-    return update(config, state, total, ranks, terms) | {"lr": rate}
+    shares = {name: term / ranks.size for name, term in terms.items()}
+    return update(config, state, share, ranks, shares) | {"lr": rate}

@@ -270,13 +270,15 @@ def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> N
 def update(
     config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
 ) -> dict[str, float]:
-    """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite.
+    """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite:
+    then ``state.bad_steps`` is not 0.
 
     Clips, steps both optimisers, the moving average and the loss scale. The loss scale lives here, not in
     ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
 
     Args:
-        terms: of the loss, to be told beside it.
+        loss: this rank's share; the global loss is the ranks' sum, the same to the last bit on all of them.
+        terms: of the loss, to be told beside it, shares too.
 
     Returns:
         loss and its terms, gradient norms (the head's is 0 where it has no gradient), and what FastFace sees.
@@ -288,10 +290,9 @@ def update(
             if param.grad is not None:
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
-    head_norm = ranks.sum_(squared_norm(head, state.device)).sqrt()
-    figures = [loss, backbone_norm, head_norm, *terms.values()]
-    numbers = torch.stack(figures).tolist()  # the step's one wait for the device
-    metrics = dict(zip(("loss", "grad_norm", "head_grad_norm", *terms), numbers, strict=True))
+    shared = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
+    numbers = torch.cat([torch.stack([backbone_norm, shared[0].sqrt()]), shared[1:]]).tolist()
+    metrics = dict(zip(("grad_norm", "head_grad_norm", "loss", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
         _clip(backbone, metrics["grad_norm"], config.optim.clip)
         if matrix := class_matrix(config):
@@ -356,7 +357,7 @@ def _data_parallel(config: Config, backbone: nn.Module, ranks: Ranks) -> nn.Modu
     """DDP that *sums* gradients: the loss is already the mean over the global batch (``fr_core/ranks.py``)."""
     if ranks.size == 1:
         return backbone
-    parallel = DistributedDataParallel(backbone, broadcast_buffers=False)
+    parallel = DistributedDataParallel(backbone, broadcast_buffers=False, gradient_as_bucket_view=True)
     parallel.register_comm_hook(getattr(torch, config.train.compress_gradients or "float32"), _summed)
     return parallel
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,7 +22,16 @@ from fr_core.data.store import AnyPath, RemotePath, fetched, writable, write_tex
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.losses.ekd import THRESHOLDS
-from fr_core.train.outbox import CALL_METRICS, HEALTHY_WAIT, Outbox, read_undelivered
+from fr_core.train.outbox import (
+    CALL_METRICS,
+    HEALTHY_WAIT,
+    Outbox,
+    first_line,
+    log,
+    read_undelivered,
+    refused,
+    try_briefly,
+)
 from fr_core.train.state import parameter_figures
 from fr_core.verify.report import contact_sheet
 
@@ -227,35 +236,53 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
         for path in files:
             client.log_artifact(run_id, str(path), f"verify/{name}")
     except Exception as error:  # MLflow hands through whatever its database or store raises
-        raise UserError(f"{run}: not added to its MLflow run: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{run}: not added to its MLflow run: {first_line(error)}") from None
     return run_id
 
 
 class Comparison:
-    """The MLflow run that the runs of a comparison or a search are shown under; the same results go on with one."""
+    """The MLflow run that the runs of a comparison or a search are shown under; the same results go on with one.
 
-    def __init__(self, tracking: Tracking, results: Path) -> None:
-        from mlflow.exceptions import MlflowException
+    Where a server is away, they go on without it, and ``run_id`` is None.
 
+    Raises:
+        UserError: MLflow refuses, or its database cannot be.
+    """
+
+    def __init__(self, tracking: Tracking, results: AnyPath) -> None:
         folder = results.resolve().parent
         self.uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
+        self.run_id: str | None = None
         key = hashlib.sha256(str(results.resolve()).encode()).hexdigest()
+        try_briefly()
         try:
             self.client, experiment = open_mlflow(tracking, folder)
             found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
-            tags = {COMPARISON_TAG: key}
-            run = found[0] if found else self.client.create_run(experiment, run_name=results.stem, tags=tags)
-            self.run_id: str = run.info.run_id
-            self.client.update_run(self.run_id, status="RUNNING")
-        except MlflowException as error:
-            raise UserError(f"tracking.uri = {self.uri}: {str(error).splitlines()[0]}") from None
+            facts = {"run_name": PurePath(results.name).stem, "tags": {COMPARISON_TAG: key}}
+            run = found[0] if found else self.client.create_run(experiment, **facts)
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.run_id = run.info.run_id
+        except Exception as error:  # MLflow hands through whatever its database or store raises
+            if refused(error) or not self.uri.startswith("http"):
+                raise UserError(f"tracking.uri = {self.uri}: {first_line(error)}") from None
+            log.warning("MLflow is away; its runs will stand alone: %s", first_line(error))
 
-    def close(self, table: str, files: Iterable[Path] = ()) -> None:
-        """Records the table as it stands, in Markdown, and files beside it."""
-        self.client.log_text(self.run_id, table, "comparison.md")
-        for path in files:
-            self.client.log_artifact(self.run_id, str(path))
-        self.client.set_terminated(self.run_id, "FINISHED")
+    def close(self, table: str, files: Iterable[AnyPath] = (), status: str = "FINISHED") -> None:
+        """Records the table as it stands, in Markdown, and files beside it, if MLflow can be told.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        if self.run_id is None:
+            return
+        try:
+            self.client.log_text(self.run_id, table, "comparison.md")
+            for path in files:
+                with fetched(path) as file:
+                    self.client.log_artifact(self.run_id, str(file))
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:  # see above
+            log.warning("MLflow was not told how %s ended: %s", self.run_id, first_line(error))
 
 
 def read_metrics(out: AnyPath) -> list[dict[str, float]]:

@@ -31,6 +31,9 @@ def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Rank
     rate = begin_step(config, state)
     with autocast(config, state.device):
         x_XD = state.parallel(normalised(images_XHWC, state.backbone.input_std))
-    loss = state.head(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
+    loss, taken = state.head(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X))
+    loss = loss / ranks.size
     backward(config, state, loss, ranks)
-    return update(config, state, ranks.sum_(loss.detach().clone()), ranks) | {"lr": rate}
+    metrics = update(config, state, loss, ranks)
+    state.head.give_back(taken, dropped=state.bad_steps > 0)
+    return metrics | {"lr": rate}

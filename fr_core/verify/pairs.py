@@ -159,7 +159,7 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
     thresholds = [best_threshold(scores[pairs.fold != f], pairs.same[pairs.fold != f]) for f in folds]
     right = (scores >= np.array(thresholds)[np.searchsorted(folds, pairs.fold)]) == pairs.same
     accuracies = [float(right[pairs.fold == f].mean()) for f in folds]
-    fars = [far for far in FARS if far * (~pairs.same).sum() >= 1]
+    fars = resolved_fars(pairs.same)
     return Verification(
         float(np.mean(accuracies)),
         float(np.std(accuracies)),
@@ -169,6 +169,11 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
         accuracy_interval(right, people(pairs)),
         tar_intervals(scores, pairs.same, people(pairs), fars),
     )
+
+
+def resolved_fars(same: np.ndarray) -> list[float]:
+    """The false accept rates that these pairs resolve: of one impostor or more."""
+    return [far for far in FARS if far * (~same).sum() >= 1]
 
 
 def people(pairs: Pairs) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from fr_core.data.store import AnyPath, write_text_atomically
 from fr_core.verify.pairs import Verification, tars
 
 CURVE_POINTS = 400
+SMALLER_IS_BETTER = re.compile(r"(^|[/_])(mfr|fnmr_at_fmr_1e-\d+|loss|seconds|mib)$")
 
 
 def machine() -> dict[str, Any]:
@@ -30,6 +32,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def smaller_is_better(figure: str) -> bool:
+    """Whether a run is the better for less of a figure: an error, a loss, time, memory."""
+    return bool(SMALLER_IS_BETTER.search(figure))
 
 
 def report(command: str, figures: Mapping[str, float], **more: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 143 SIGTERM, 1 anything else."""
+"""The ``bigface`` command. Exit codes: 0 done, 2 the user's mistake (one line), 130 Ctrl-C, 143 SIGTERM, 1 other."""
 
 import sys
 

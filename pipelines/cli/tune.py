@@ -1,13 +1,13 @@
 """``bigface tune``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fr_core.config import load_config
+from fr_core.data.store import to_path
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, Overrides, Recipe, output
+from pipelines.cli.options import Json, Overrides, Recipe, anywhere
 from pipelines.cli.output import console, show, show_table
 
 
@@ -18,7 +18,7 @@ def tune(
     ],
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(parser=output, help="Folder of the search.")] = Path("runs/tune"),
+    out: Annotated[str, typer.Option(parser=anywhere, help="Folder of the search, or a URL.")] = "runs/tune",
     only: Annotated[str | None, typer.Option(help="Knobs of the space, with commas between; default: all.")] = None,
     trials: Annotated[int, typer.Option(min=1)] = 50,
     search: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
@@ -44,13 +44,15 @@ def tune(
 
     config = load_config(recipe, overrides or [])
     wanted = Search(joined(space, only), config, trials, search, stop, objective, against, seed, workers, in_process)
-    found = run(wanted, out, at_once, minutes, resume)
+    found, ended = run(wanted, to_path(out), at_once, minutes, resume)
     show_table(table(wanted, found), "Pareto front" if against else "best")
     states = ("finished", "stopped", "failed", "interrupted")
     figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in states}
     if winners := best(wanted, found):
         figures |= {name: winners[0].figures[name] for name in wanted.objectives}
-        console.print(f"recipe of the best: {out / 'winner.toml'}   all: {out / 'trials.csv'}", markup=False)
+        console.print(f"recipe of the best: {out}/winner.toml   all: {out}/trials.csv", markup=False)
     if len(found) < trials or figures["interrupted"]:
         console.print("not all trials are done: the same command with --resume goes on")
     show("tune", figures, json, trials=[vars(trial) for trial in found])
+    if ended:
+        raise typer.Exit(128 + ended)

@@ -24,7 +24,7 @@ from fr_core.train.tracking import PARENT_TAG, search_mlflow
 from fr_core.verify.pairs import write_pairs
 from pipelines.search import Search, Trial, best, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.tune import DRIVER, bounded, checked, claim, ended_after, share
+from pipelines.tune import DRIVER, bounded, checked, claim, ended_early, share
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined
@@ -105,10 +105,22 @@ def test_mutations_stay_in_their_domains():
 
 def test_time_is_over_only_when_tune_listens():
     heard = threading.Event()
-    with ended_after(0):
+    with ended_early(0) as came:
         signal.signal(signal.SIGUSR1, lambda *_: heard.set())
         assert heard.wait(10)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert came == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_asked_ends_as_when_time_is_over(number):
+    heard, before = threading.Event(), signal.getsignal(number)
+    with ended_early(None) as came:
+        os.kill(os.getpid(), number)
+        signal.signal(signal.SIGUSR1, lambda *_: heard.set())
+        assert heard.wait(10)
+    assert came == [number]
+    assert signal.getsignal(number) is before
 
 
 def test_the_best_and_the_pareto_front(dataset):
@@ -171,7 +183,6 @@ def steps_of(run):
 def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch):
     """Killed with its process group, in its second trial; the first is not run again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0.1")
     out = tmp_path / "search"
     options = ["--only", "lr,m3", "--trials", 3, "--in-process", "--at-once", 1, "--out", out]
     command = [str(word) for word in ("tune", "bigface", *small, *options)]

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fr_core.data.synthetic import CSV_HEADER, TEMPLATE, render_face, write_faces
+from fr_core.data.crops import TEMPLATE
+from fr_core.data.sources import LANDMARK_COLUMNS
+from fr_core.data.synthetic import render_face, write_faces
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -60,7 +62,7 @@ def test_written_data_set_has_its_layout_and_does_not_depend_on_workers(tmp_path
     assert finished[-1] == 20
     assert finished == sorted(finished)
     rows = list(csv.reader((tmp_path / "one/landmarks.csv").open()))
-    assert rows[0] == CSV_HEADER
+    assert rows[0] == ["path", *LANDMARK_COLUMNS]
     assert len(rows) == 21
     assert [row[0] for row in rows[1:]] == [f"id{i:06d}/{j:03d}.jpg" for i in range(7, 17) for j in range(2)]
     assert np.allclose(np.array(rows[1][1:], float), render_face(7, 0, seed=1)[1].ravel(), atol=0.006)

@@ -126,11 +126,13 @@ def test_fifty_steps_equal_a_deque(order):
         assert torch.allclose(queue.centres_SD.roll(-first, 0), content, atol=1e-6)
 
 
-def test_a_centre_that_is_not_finite_changes_nothing():
+def test_a_dropped_steps_centres_are_taken_back():
     queue = ClassQueue(4, 3, Softmax(ARC), seed=0)
-    before = queue.state_dict()["centres_SD"].clone()
-    queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 0)
-    assert torch.equal(queue.centres_SD, before)
+    first = queue.state_dict()["centres_SD"].clone()
+    before = queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
+    assert queue.labels_S.tolist() == [NOBODY, NOBODY, 1, 2]
+    queue.take_back(before)
+    assert torch.equal(queue.centres_SD, first)
     assert (queue.labels_S == NOBODY).all()
 
 

@@ -77,9 +77,10 @@ def test_steps_equal_two_whole_layers_and_a_list():
 def test_rolling_back_leaves_no_trace():
     pool = pool_of(4)
     pool.put(F.normalize(torch.randn(3, 4)), torch.tensor([1, 2, 3]))
-    before, snapshot = {k: v.clone() for k, v in pool.state_dict().items()}, pool.snapshot()
-    pool.put(F.normalize(torch.randn(3, 4)), torch.tensor([3, 4, 5]))
-    pool.restore(snapshot)
+    before = {k: v.clone() for k, v in pool.state_dict().items()}
+    written = pool.put(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
+    assert list(pool.slots) == [2, 4, 5, 3]
+    pool.take_back(written)
     assert all(torch.equal(value, before[name]) for name, value in pool.state_dict().items())
     assert list(pool.slots) == [1, 2, 3]
 

@@ -128,21 +128,27 @@ def test_f2c_pairs_and_instances(grouped):
     assert torch.equal(y[~pairs], batch.images_BHWC[3::4])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_bad_step_leaves_no_trace(grouped, method):
-    """Infinite weights in the last layer: loss, centres and statistics are not finite."""
-    state, stream = begun(config_of(grouped, method), Ranks())
-    config = config_of(grouped, method)
+@pytest.mark.parametrize("cause", ["weights", "gradient"])
+@pytest.mark.parametrize("method", [*METHODS, "attfc reference"])
+def test_a_bad_step_leaves_no_trace(grouped, method, cause):
+    """Infinite weights, so that loss, centres and statistics are not finite; or a gradient alone, as of float16."""
+    method, *order = method.split()
+    config = config_of(grouped, method, *(f"method.order={name}" for name in order))
+    state, stream = begun(config, Ranks())
     loop.step(config, state, next(stream), Ranks())
     kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
     kept = {name: value.clone() for name, value in kept.items()}
-    nets = [net for net in (state.backbone, state.encoder) if net is not None]
-    with torch.no_grad():
-        for net in nets:
-            net.conv1.weight.fill_(torch.inf)
-    loop.step(config, state, next(stream), Ranks())
+    if cause == "weights":
+        with torch.no_grad():
+            for net in (state.backbone, state.encoder):
+                if net is not None:
+                    net.conv1.weight.fill_(torch.inf)
+    else:
+        state.backbone.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
+    metrics = loop.step(config, state, next(stream), Ranks())
     stream.close()
     assert state.bad_steps == 1
+    assert np.isfinite(metrics["loss"]) == (cause == "gradient")
     found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
     assert all(torch.equal(value, found[name]) for name, value in kept.items())
 

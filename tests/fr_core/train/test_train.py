@@ -15,14 +15,14 @@ from fr_core.data.schema import open_dataset, write_manifest
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.nets import iresnet
-from fr_core.nets.open import open_net
+from fr_core.nets.open import open_net, read_summary
 from fr_core.ranks import Ranks
 from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_signed
 from fr_core.train.state import initial_state
 from fr_core.train.tracking import read_metrics
 from fr_core.train.warm_start import prototypes
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, write_dataset
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -155,7 +155,7 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
         ["train.ema=0.9", "data.augment.erase=0.5"],
         ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
-        ["optim={kind='lars', lr=2.0}"],
+        ["optim={kind='lars', lr=2.0, head={lr=0.1}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
         ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
     ],
@@ -235,8 +235,26 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     for change in ("net.width=16", "seed=1", "method.margin.scale=8.0", "train.global_batch=40", "train.ema=0.5"):
         with pytest.raises(UserError, match=change.split("=")[0].replace("train.ema", "train.ema on") + " differs"):
             run(config_of(dataset, change), tmp_path)
-    run(config_of(dataset, "train.max_steps=4", "optim.lr=0.01"), tmp_path)
+    for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule.kind=fastface_haar")):
+        with pytest.raises(UserError, match=f"{kind}.kind differs"):
+            run(config_of(dataset, change), tmp_path)
+    others = write_dataset(tmp_path / "others", 1500, 40, seed=1)
+    with pytest.raises(UserError, match="the data differs"):
+        run(config_of(others), tmp_path)
+    run(config_of(dataset, "train.max_steps=4", "optim.lr=0.01", "schedule.kind=constant"), tmp_path)
     assert checkpoints(tmp_path)[-1].name == "step_00000004"
+
+
+def test_checkpoints_of_older_versions_lack_newer_knobs(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=2"), tmp_path)
+    [folder] = checkpoints(tmp_path)
+    summary = read_summary(folder)
+    for section, name in (("data", "variant_strength"), ("data", "views"), ("net", "stem_stride"), ("optim", "head")):
+        del summary["config"][section][name]
+    del summary["data"], summary["sha256"]
+    write_signed(folder, summary)
+    run(config_of(dataset, "train.max_steps=3"), tmp_path)
+    assert checkpoints(tmp_path)[-1].name == "step_00000003"
 
 
 # Checkpoints
