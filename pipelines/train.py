@@ -200,7 +200,7 @@ def with_absolute_paths(config: Config) -> Config:
 @contextmanager
 def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     """A Rich progress line that follows a run's metrics.csv until the block ends."""
-    from fr_core.train.tracking import FLUSH_EVERY, read_metrics
+    from fr_core.train.tracking import FLUSH_EVERY, newest_metrics
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total}"),
@@ -217,12 +217,11 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
         def follow() -> None:
             said = 0.0
             while not done.wait(poll):
-                rows = []
+                row = None
                 with suppress(StorageError):  # the run itself will tell
-                    rows = read_metrics(out)
-                if not rows:
+                    row = newest_metrics(out)
+                if row is None:
                     continue
-                row = rows[-1]
                 loss, rate = row["loss"], row.get("images_per_second", 0.0)
                 progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)
                 if not console.is_terminal and time.monotonic() - said > 30:

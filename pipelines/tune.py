@@ -459,7 +459,7 @@ def turn(search: str, at_once: int) -> Iterator[None]:
     """
     import ray
 
-    holder = ray.remote(num_cpus=0)(type("Turn", (), {}))
+    holder: Any = ray.remote(num_cpus=0)(type("Turn", (), {}))
     names = itertools.cycle(f"turn {number} of {search}" for number in range(at_once))
     for tried, name in enumerate(names, 1):
         with suppress(ValueError):  # the name is taken

@@ -359,11 +359,11 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
     if config.data.variants == old.data.variants == 1:
         del facts["data.variant_strength"]
     for section in ("net", "method"):
-        new, old = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
-        facts |= {name: (new.get(name), old.get(name)) for name in new | old if name not in MOVABLE}
-    for name, (ours, theirs) in facts.items():
-        if ours != theirs:
-            raise UserError(f"{folder}: cannot go on, {name} differs: {theirs} there, {ours} now; use another folder")
+        ours, theirs = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
+        facts |= {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if name not in MOVABLE}
+    for name, (here, there) in facts.items():
+        if here != there:
+            raise UserError(f"{folder}: cannot go on, {name} differs: {there} there, {here} now; use another folder")
 
 
 def _stateful(config: Config) -> str:

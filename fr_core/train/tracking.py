@@ -55,6 +55,7 @@ PARAMETERS = "backbone_parameters"  # a figure that older reports lack
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
 SAMPLE_IMAGES = 32
+TAIL = 4096  # bytes: a few rows of metrics.csv
 
 
 class Tracker:
@@ -290,16 +291,32 @@ def read_metrics(out: AnyPath) -> list[dict[str, float]]:
     path = out / "metrics.csv"
     if not path.is_file():
         return []
-    rows = []
     with fetched(path) as local, local.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                if row["data_wait"]:  # the last column: a row without it is half written
-                    rows.append(
-                        {name: float(row[name]) for name in COLUMNS if row.get(name)} | {"step": int(row["step"])}
-                    )
-            except (TypeError, ValueError, KeyError):
-                continue
+        return _whole_rows(file)
+
+
+def newest_metrics(out: AnyPath) -> dict[str, float] | None:
+    """The last row of a run's ``metrics.csv``, read from its end where it is local: a long run is followed cheaply."""
+    path = out / "metrics.csv"
+    if not isinstance(path, Path):
+        return next(reversed(read_metrics(out)), None)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        header = file.readline()
+        file.seek(max(len(header), path.stat().st_size - TAIL))  # a row that this cuts lacks its last column
+        lines = [header, *file.readlines()]
+    return next(reversed(_whole_rows(line.decode() for line in lines)), None)
+
+
+def _whole_rows(lines: Iterable[str]) -> list[dict[str, float]]:
+    rows = []
+    for row in csv.DictReader(lines):
+        try:
+            if row["data_wait"]:  # the last column: a row without it is half written
+                rows.append({name: float(row[name]) for name in COLUMNS if row.get(name)} | {"step": int(row["step"])})
+        except (TypeError, ValueError, KeyError):
+            continue
     return rows
 
 

@@ -34,7 +34,8 @@ def test_ray_up_takes_it(path):
     validate_config(whole)
     assert whole["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert any("RAY_AUTH_MODE=token" in command for command in whole["setup_commands"])
-    assert "pip install ~/bigface" in whole["setup_commands"][0]
+    assert 'pip install "$HOME/bigface[tune]"' in whole["setup_commands"][0]
+    assert any("RAY_JOB_STOP_WAIT_TIME_S=120" in command for command in whole["setup_commands"])
     starts = whole["head_start_ray_commands"] + whole["worker_start_ray_commands"]
     assert sum("--metrics-export-port=8080" in command for command in starts) == 2
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 
@@ -22,12 +24,14 @@ from fr_core.train.checkpoint import checkpoints, go_on, take_over
 from fr_core.train.state import initial_state
 from fr_core.train.tracking import PARENT_TAG, search_mlflow
 from fr_core.verify.pairs import write_pairs
+from pipelines.on_ray import start_ray
 from pipelines.search import Search, Trial, best, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.tune import DRIVER, bounded, checked, claim, ended_early, share
+from pipelines.tune import DRIVER, bounded, checked, claim, ended_early, judged, share, turn
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined
+from tune_spaces.fields import Integers
 
 
 def search(dataset, **more):
@@ -95,6 +99,33 @@ def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "search.json").stat().st_uid + 1)
     with pytest.raises(UserError, match="another user's"):
         claim(search(dataset), tmp_path, resume=True, at_once=2)
+
+
+def test_every_end_of_a_domain_is_a_run_that_can_be(grouped, dataset):
+    """20 steps: a stretch of FastFace, a share of them, would have none."""
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off", "schedule.kind=fastface"])
+    steps = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})})
+    with pytest.raises(UserError, match="patience"):
+        checked(replace(search(dataset), knobs=joined("fastface", "patience"), config=steps))
+    config = load_config("debug_attfc", [f"data.path={grouped}", "tracking.uri=off"])
+    few = replace(search(grouped), config=config)
+    with pytest.raises(UserError, match="no identity"):
+        checked(replace(few, knobs=[replace(joined("attfc", "class_images")[0], domain=Integers(2, 16))]))
+
+
+def test_an_objective_that_the_pairs_do_not_resolve(small):
+    config = load_config(small[0], [*small[1:], "tracking.uri=off"])
+    checked(Search(joined("bigface", "lr"), config, in_process=True))
+    with pytest.raises(UserError, match=r"no objective tar_at_far_1e-4: .*pairs.csv has pairs for tar_at_far_1e-1"):
+        checked(Search(joined("bigface", "lr"), config, objective="tar_at_far_1e-4", in_process=True))
+
+
+def test_schedulers_hear_of_figures_alone():
+    launch = {"judged": True, "objectives": ["accuracy"]}
+    assert judged({"step": 4, "accuracy": 0.5}, launch, 8)
+    assert not judged({"step": 4}, launch, 8)  # a checkpoint for a drained node
+    assert not judged({"step": 8, "accuracy": 0.5}, launch, 8)
+    assert not judged({"step": 4, "accuracy": 0.5}, launch | {"judged": False}, 8)
 
 
 def test_mutations_stay_in_their_domains():
@@ -172,6 +203,29 @@ def small(tmp_path_factory):
     pairs = [f"verify.images={root / 'images'}", f"verify.pairs={root / 'pairs.csv'}"]
     steps = ["train.max_steps=8", "train.global_batch=16", "train.keep=9"]
     return ["debug_bigface", f"data.path={root / 'shards'}", *steps, *pairs]
+
+
+@pytest.mark.ray
+def test_no_more_trials_train_than_have_turns():
+    """Of six drivers, as Tune starts them after a failure, two at a time; also where one dies in its turn."""
+
+    start_ray()
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def trial(number):
+        with turn("search", 2):
+            began = time.time()
+            time.sleep(0.5)
+            if number == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return began, time.time()
+
+    times = []
+    for waiting in [trial.remote(number) for number in range(6)]:
+        with suppress(ray.exceptions.RayError):
+            times.append(ray.get(waiting))
+    assert len(times) == 5
+    assert all(sum(a <= began < b for a, b in times) <= 2 for began, _ in times)
 
 
 def steps_of(run):

@@ -20,7 +20,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.bigface import bigface_step
 from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_signed
 from fr_core.train.state import initial_state
-from fr_core.train.tracking import read_metrics
+from fr_core.train.tracking import newest_metrics, read_metrics
 from fr_core.train.warm_start import prototypes
 from tests.conftest import run_ranks, write_dataset
 
@@ -255,6 +255,18 @@ def test_checkpoints_of_older_versions_lack_newer_knobs(dataset, tmp_path):
     write_signed(folder, summary)
     run(config_of(dataset, "train.max_steps=3"), tmp_path)
     assert checkpoints(tmp_path)[-1].name == "step_00000003"
+
+
+def test_the_newest_row_is_read_from_the_end(dataset, tmp_path):
+    assert newest_metrics(tmp_path) is None
+    run(config_of(dataset, "train.max_steps=2"), tmp_path)
+    rows = read_metrics(tmp_path)
+    path = tmp_path / "metrics.csv"
+    header, first, second = path.read_text().splitlines()
+    path.write_text("\n".join([header, *[first] * 500, second, second[: len(second) // 2]]))
+    assert newest_metrics(tmp_path) == rows[-1]
+    path.write_text(header + "\n")
+    assert newest_metrics(tmp_path) is None
 
 
 # Checkpoints
