@@ -88,14 +88,18 @@ def node_cpus() -> int:
 def one_a_node() -> float:
     """CPUs that a worker reserves so that each node, if all are alike, has room for one and for a task of Ray Data.
 
+    Of the nodes that are up, or that a growing cluster may bring up.
+
     Raises:
         UserError: no node, or one with less than 2 CPUs.
     """
     import ray
+    from ray._private.state import state
 
-    least = min(
-        (node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"]), default=0
-    )
+    sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if not any(sizes) and (cluster := state.get_cluster_config()):  # no worker is up yet
+        sizes = [group.resources.get("CPU", 0) for group in cluster.node_group_configs]
+    least = min(filter(None, sizes), default=0)
     if least < 2:
         raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, and one has {least:g}: give one number")
     return least / 2 + 0.5
