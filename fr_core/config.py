@@ -388,7 +388,7 @@ Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC | QuantFace, Field(di
 class ClassMatrix(Section):
     """How the class matrix moves: by SGD with momentum, whatever moves the backbone. None: as the backbone."""
 
-    lr: Positive | None = None  # needed beside LARS and AdamW, whose rates mean something else
+    lr: Positive | None = None  # a run asks for it beside LARS and AdamW, whose rates mean something else
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None  # None beside AdamW: 0.9
     weight_decay: NonNegative | None = None  # None beside AdamW, whose decay means something else: 5e-4
 
@@ -652,10 +652,6 @@ class Config(Section):
                     raise ValueError(
                         f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"
                     )
-        if isinstance(self.optim, LARS | AdamW) and class_matrix(self) and self.optim.head.lr is None:
-            raise ValueError(
-                f"the class matrix moves by SGD, whose rate is not that of {self.optim.kind}: give optim.head.lr"
-            )
         if self.optim.head != ClassMatrix() and class_matrix(self) is None:
             raise ValueError(f"optim.head moves a class matrix, and {self.method.kind} has none: leave it out")
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:

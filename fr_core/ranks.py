@@ -1,7 +1,7 @@
 """The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
 
 The contract of the gradients: what the ranks' backward passes add up to is the gradient of the global loss. With a
-class matrix every rank computes that loss whole, of gathered faces; elsewhere each its own faces' share. A gather's
+class matrix every rank computes that loss whole, of gathered faces; elsewhere each a share of it. A gather's
 gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be
 *summed* over ranks (see ``fr_core/train/state.py``); those of sharded weights are whole as they are.
 """

@@ -17,9 +17,16 @@ def on_signal(number: int, leave: Callable[[], object]) -> Iterator[None]:
         yield
         return
 
+    came = False
+
     def once(*_: Any) -> None:
+        nonlocal came
         signal.signal(number, before)
-        leave()
+        if came:  # somebody put this back, as Ray Tune does
+            signal.raise_signal(number)
+        else:
+            came = True
+            leave()
 
     before = signal.signal(number, once)
     try:

@@ -1,6 +1,7 @@
 """The same loop on Ray: one local node by default, or the cluster that ``RAY_ADDRESS`` names."""
 
 import logging
+import math
 import os
 import signal
 import time
@@ -76,13 +77,22 @@ def worker_cpus(cluster_cpus: float, workers: int) -> float:
     return min(1.0, cluster_cpus / (2 * workers))
 
 
-def node_cpus() -> int:
-    """CPUs of this process's node, as Ray counts them: in a container its share of the machine's."""
+def threads_of_each(processes: int, here: int = 1) -> int:
+    """Threads of each of the processes that train on the cluster, so that those of a node share its CPUs.
+
+    A node's CPUs are as Ray counts them: in a container its share of the machine's.
+
+    Args:
+        processes: on the whole cluster.
+        here: those that are known to be on this node.
+    """
     import ray
 
-    own = ray.get_runtime_context().get_node_id()
-    counted = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == own)
-    return max(1, min(int(counted), len(os.sched_getaffinity(0))))
+    own, nodes = ray.get_runtime_context().get_node_id(), [node for node in ray.nodes() if node["Alive"]]
+    counted = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == own)
+    training = sum(node["Resources"].get("CPU", 0) > 0 for node in nodes)
+    cpus = min(int(counted), len(os.sched_getaffinity(0)))
+    return max(1, cpus // max(here, math.ceil(processes / max(1, training))))
 
 
 def one_a_node() -> float:
@@ -211,7 +221,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     context = ray.train.get_context()
     start_logging("json", run=out.name, rank=ranks.rank)
     log.info("worker started", extra={"facts": {"ranks": ranks.size}})
-    use_processor(node_cpus() // min(context.get_local_world_size() * launch["runs"], node_cpus()))
+    use_processor(threads_of_each(launch["runs"] * ranks.size, context.get_local_world_size()))
     try:
         config = parse_config(launch["config"], "launch")
         to_hear = partial(heard, Gauges(out.name, ranks.rank))

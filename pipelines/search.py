@@ -166,7 +166,7 @@ def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyP
     """A whole recipe; what is None, which TOML cannot say, is a default."""
     lines = [
         f"# The best of {trials} trials: {name} of {out}",
-        f"#   command    bigface train {out / 'winner.toml'}",
+        "#   command    bigface train winner.toml",
         f"#   score      {scores}, of one seed, on the pairs that it was chosen by",
     ]
     return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -209,12 +209,11 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
 def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
     """Closes the MLflow runs of trials that were ended from outside, also those that Tune had not yet noted."""
     states = {trial.name: trial.state for trial in trials}
-    for path in find(out / "trials", "*/run.json"):
-        run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
-        if run_id is None or state == "finished":
-            continue
-        try:
-            client, _ = open_mlflow(config.tracking, out.parent)
-            client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
-        except Exception as error:  # MLflow hands through whatever its database or store raises
-            log.warning("MLflow was not told how %s ended: %s", path.parent.name, first_line(error))
+    open_ones = [path for path in find(out / "trials", "*/run.json") if states.get(path.parent.name) != "finished"]
+    try:
+        client, _ = open_mlflow(config.tracking, out.parent)
+        for path in open_ones:
+            if run_id := json.loads(path.read_text())["run_id"]:
+                client.set_terminated(run_id, "FAILED" if states.get(path.parent.name) == "failed" else "KILLED")
+    except Exception as error:  # MLflow hands through whatever its database or store raises
+        log.warning("MLflow was not told how the trials ended: %s", first_line(error))

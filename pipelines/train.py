@@ -11,13 +11,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import F2C, Config, QuantisedNet, classes, taught, total_steps, unlabelled_batch
+from fr_core.config import (
+    F2C,
+    LARS,
+    AdamW,
+    Config,
+    QuantisedNet,
+    class_matrix,
+    classes,
+    taught,
+    total_steps,
+    unlabelled_batch,
+)
 from fr_core.data.plan import Plan
-from fr_core.data.schema import open_dataset
+from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import AnyPath, RemotePath, check_lasts, find, to_path, writable, write_text_atomically
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import StorageError, UserError
 from fr_core.nets.open import CHECKPOINTS, find_checkpoint
+from fr_core.optim.fastface import watcher
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
 from fr_core.train.memory import step_images
@@ -116,15 +128,30 @@ def checked_plan(config: Config, *workers: int) -> Plan:
         raise UserError(
             'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
         )
-    plan = make_plan(config, open_dataset(config.data.path))
-    for number in workers:
-        check_workers(config, plan, number)
+    plan = fitting_plan(config, open_dataset(config.data.path), *workers)
     open_teacher(config, plan.dataset, torch.device("cpu"))
-    centres_of(config, classes(config, plan.dataset.manifest.identities))
     if config.verify.pairs:
         read_pairs(config.verify.pairs)
         if config.verify.images and not Path(config.verify.images).is_dir():
             raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    return plan
+
+
+def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
+    """The plan of a run whose numbers fit together, on any of these numbers of workers.
+
+    Raises:
+        UserError: they do not: workers, batch, centres, class images, rates, FastFace's stretches.
+    """
+    plan = make_plan(config, dataset)
+    for number in workers:
+        check_workers(config, plan, number)
+    centres_of(config, classes(config, dataset.manifest.identities))
+    watcher(config.schedule, total_steps(config, plan.steps_per_epoch), config.train.global_batch)
+    if isinstance(config.optim, LARS | AdamW) and class_matrix(config) and config.optim.head.lr is None:
+        raise UserError(
+            f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
+        )
     return plan
 
 

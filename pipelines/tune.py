@@ -30,8 +30,7 @@ from fr_core.data.store import (
     writable,
     write_text_atomically,
 )
-from fr_core.errors import UserError
-from fr_core.optim.fastface import watcher
+from fr_core.errors import StorageError, UserError
 from fr_core.train.checkpoint import take_over
 from fr_core.train.tracking import Comparison
 from fr_core.verify.pairs import read_pairs, resolved_fars
@@ -49,7 +48,7 @@ from pipelines.search import (
     table,
     write_results,
 )
-from pipelines.train import checked_plan, trackable, with_absolute_paths
+from pipelines.train import checked_plan, fitting_plan, trackable, with_absolute_paths
 from tune_spaces.fields import (
     Choice,
     Knob,
@@ -64,6 +63,7 @@ DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its w
 STOPS, SEARCHES = ("asha", "median", "none", "pbt"), ("tpe", "random", "grid")
 ONLY_AT_THE_END = ("loss", "seconds", "peak_memory_mib", "classes_mib", "nominal_mib", "images_per_second")
 LIVES = 3  # of a trial whose process or machine dies, each from the newest checkpoint
+MISTAKE = "mistake.txt"  # in a trial's folder: the user's, which another life would only repeat
 TURN = 2.0  # seconds between looks for a free turn
 MOVABLE = ("schedule.", "optim.", "data.masks.")  # what a checkpoint of other values can go on with
 
@@ -115,11 +115,11 @@ def tune(
     out = out.resolve()
     check_lasts(out)
     start_logging(run=out.name)
-    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)))
+    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)), out)
     start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
     resources = capacity()
     shared = share(resources.get("CPU", 0), resources.get("GPU", 0), search.workers, search.in_process, at_once)
-    claim(search, out, resume, shared.at_once)
+    at_once = claim(search, out, resume, shared.at_once)
     tracking = search.config.tracking
     parent = Comparison(tracking, out) if tracking.uri != "off" else None
     rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
@@ -134,11 +134,11 @@ def tune(
         "pbt": search.stop == "pbt",
         "judged": search.stop != "none",
         "cpus": shared.cpus,
-        "at_once": shared.at_once,
+        "at_once": at_once,
         "objectives": search.objectives,
     }
     held = {"CPU": 1.0, "GPU": min(1.0, resources.get("GPU", 0))} if search.in_process else {"CPU": DRIVER}
-    tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, shared.at_once, rung, resume)
+    tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, rung, resume)
     with ended_early(minutes) as came:
         trials = read_trials(tuner.fit(), search)
     files = write_results(search, trials, out)
@@ -151,7 +151,7 @@ def tune(
     return trials, came[0] if came else None
 
 
-def checked(search: Search) -> tuple[Search, int]:
+def checked(search: Search, out: AnyPath) -> tuple[Search, int]:
     """The search with absolute paths, and the steps of an epoch.
 
     Raises:
@@ -173,9 +173,10 @@ def checked(search: Search) -> tuple[Search, int]:
     if not config.verify.pairs and any(name not in ONLY_AT_THE_END for name in search.objectives):
         raise UserError(f"--objective {search.objective} needs verify.images and verify.pairs")
     if search.stop == "pbt":
-        if not search.in_process or search.search != "random":
+        if not search.in_process or search.search != "random" or isinstance(out, RemotePath):
             raise UserError(
-                "--stop pbt hands checkpoints from trial to trial: use it with --search random --in-process"
+                "--stop pbt hands checkpoints from trial to trial: use it with --search random --in-process, and a "
+                "local --out"
             )
         for knob in search.knobs:
             if not knob.path.startswith(MOVABLE):
@@ -191,8 +192,7 @@ def checked(search: Search) -> tuple[Search, int]:
     if search.search == "grid" and points != search.trials:
         raise UserError(f"the grid has {points} points: use --trials {points}, or fewer knobs by --only")
     for end in check_knobs(config, knobs):
-        ends = checked_plan(end, search.workers)
-        watcher(end.schedule, total_steps(end, ends.steps_per_epoch), end.train.global_batch)
+        fitting_plan(end, plan.dataset, search.workers)
     return replace(search, config=config, knobs=knobs), plan.steps_per_epoch
 
 
@@ -229,11 +229,15 @@ def ended_early(minutes: float | None) -> Iterator[list[int]]:
         over.set()
         asked.set()
         timer.join()
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Tune did not listen either
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> None:
+def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> int:
     """Makes the folder this search's, with its number of trials at once, which Tune keeps when it goes on.
+
+    Returns:
+        That number.
 
     Raises:
         UserError: it holds one already, or another one than is to go on, or one that does not fit this machine or is
@@ -251,12 +255,15 @@ def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> None:
             raise UserError(f"{out} holds another search ({', '.join(different)} differ): use another folder")
         if then["at_once"] > at_once:
             raise UserError(f"{out} runs {then['at_once']} trials at once, {at_once} fit here: use another folder")
-        return
+        for mistake in find(out / "trials", f"*/{MISTAKE}"):  # which may be mended
+            mistake.unlink()
+        return int(then["at_once"])
     if path.is_file():
         raise UserError(f"{out} holds a search: --resume goes on with it, or use another folder")
     with writable(out):
         (out / "trials").mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(facts | {"at_once": at_once}, indent=1) + "\n")
+    return at_once
 
 
 def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
@@ -277,7 +284,8 @@ def make_tuner(
     """Ray Tune's view of the search; a resumed one knows its own searcher and scheduler."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # a trial that no saved state knows is begun anew
+    if isinstance(out, Path):  # a trial that no saved state knows is begun anew; to a URL all goes up each time
+        os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     from ray import tune as ray_tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback stands in its folder
@@ -391,18 +399,30 @@ def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
     start_logging("json", run=name)
     config = with_values(parse_config(launch["config"], "launch"), launch["knobs"], values)
     total = total_steps(config, launch["steps_per_epoch"])
+    if (out / MISTAKE).is_file():
+        raise UserError((out / MISTAKE).read_text())
     given = ray_tune.get_checkpoint()
     if given:
         run = out / "run.json"
         with given.as_directory() as folder:
             take_over(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
-    if launch["in_process"]:
-        figures = train_here(config, out, launch, total)
-    else:
-        with turn(launch["trials"], launch["at_once"]):
-            figures = train_in_trial(config, out, launch, total)
-    if isinstance(config.net, QuantisedNet):
-        figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
+    try:
+        if launch["in_process"]:
+            figures = train_here(config, out, launch, total)
+        else:
+            with turn(launch["trials"], launch["at_once"]):
+                figures = train_in_trial(config, out, launch, total)
+        if isinstance(config.net, QuantisedNet):
+            figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
+        for name in launch["objectives"]:
+            if name not in figures:
+                raise UserError(f"the run ended without {name}")
+    except StorageError:  # may have passed in the next life
+        raise
+    except UserError as error:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(out / MISTAKE, str(error))
+        raise
     ray_tune.report({**figures, "step": total, "done": True})  # done: no scheduler puts it off once more
 
 
@@ -421,9 +441,9 @@ def train_here(config: Config, out: AnyPath, launch: dict[str, Any], total: int)
     from fr_core.device import use_processor
     from fr_core.ranks import Ranks
     from fr_core.train.loop import train_loop
-    from pipelines.on_ray import node_cpus
+    from pipelines.on_ray import threads_of_each
 
-    use_processor(node_cpus() // min(launch["at_once"], node_cpus()))
+    use_processor(threads_of_each(launch["at_once"]))
     gauges = Gauges(out.name, 0)
 
     def heard(metrics: dict[str, float], saved: AnyPath | None) -> None:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from fr_core.config import Config, FastFace, FastFaceHaar, flat, lanes, parse_config
 from fr_core.data.schema import sha256
 from fr_core.data.store import AnyPath, fetched, find, remove_folder, written
+from fr_core.data.stream import unlabelled
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.open import CHECKPOINTS, Damaged, checked, digest, is_whole, read_summary
@@ -212,6 +214,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     else:
         state.head.load_state_dict(_tensors(folder, summary, summary["head"][0]["file"]))
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
+    state.began = time.monotonic() - summary.get("seconds", 0.0)
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     if state.watcher and summary["watcher"]:
         state.watcher.load_state_dict(summary["watcher"])
@@ -281,6 +284,8 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, A
         "identities": manifest.identities,
         "images": manifest.images,
         "data": state.plan.dataset.stamp,
+        "unlabelled": _unlabelled_stamp(config),
+        "seconds": time.monotonic() - state.began,
         "loss_scale": state.loss_scale,
         "good_steps": state.good_steps,
         "bad_steps": state.bad_steps,
@@ -354,8 +359,9 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
         "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
-        "the data": (state.plan.dataset.stamp, summary.get("data", state.plan.dataset.stamp)),
     }
+    for name, stamp in (("data", state.plan.dataset.stamp), ("unlabelled", _unlabelled_stamp(config))):
+        facts[f"the {name}"] = (stamp, summary.get(name, stamp))  # older ones lack it
     if config.data.variants == old.data.variants == 1:
         del facts["data.variant_strength"]
     for section in ("net", "method"):
@@ -364,6 +370,11 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
     for name, (here, there) in facts.items():
         if here != there:
             raise UserError(f"{folder}: cannot go on, {name} differs: {there} there, {here} now; use another folder")
+
+
+def _unlabelled_stamp(config: Config) -> str | None:
+    other = unlabelled(config)
+    return other[1].dataset.stamp if other else None
 
 
 def _stateful(config: Config) -> str:

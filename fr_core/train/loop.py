@@ -73,7 +73,6 @@ def train_loop(
         UserError: bad data, checkpoints of another run, a full disk, or a loss that stays non-finite.
         Left: the run was asked to leave.
     """
-    started = time.monotonic()
     state = resume_or_init(config, out, ranks, blocks)
     first_step = state.step
     tracker = open_tracker(config, out, state, ranks)
@@ -100,7 +99,7 @@ def train_loop(
                 heard(metrics, save(config, state, out, ranks, tracker))
             if told is Notice.LEAVE:
                 raise Left(state.step)
-        return finish(config, state, out, ranks, tracker, time.monotonic() - started)
+        return finish(config, state, out, ranks, tracker)
     except BaseException as end:
         if tracker:
             with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
@@ -229,10 +228,9 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     return figures
 
 
-def finish(
-    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, seconds: float
-) -> dict[str, float]:
+def finish(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> dict[str, float]:
     """Final checkpoint, verification and ``report.json``."""
+    seconds = time.monotonic() - state.began
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
         save(config, state, out, ranks, tracker)

@@ -60,6 +60,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     blocks = segment_blocks(config)
     trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
     moments = 2 if isinstance(config.optim, AdamW) else 1
+    apart = gpus > 1 and config.train.accumulate > 1  # gradients of micro-batches, beside the buckets of their sum
     method = config.method
     head = {"update": 0}
     if matrix := class_matrix(config):
@@ -67,7 +68,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     elif isinstance(method, FixedCentres):
         head = centre_bytes(config, method, rows, images // gpus)
     parts = {
-        "backbone": trained * (2 + (config.train.ema > 0)),  # weights, gradient, average
+        "backbone": trained * (2 + apart + (config.train.ema > 0)),  # weights, gradient, average
         "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
         **head,
         "activations": activations,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class TrainState:
     adapter: Any = None  # nn.Linear to the teacher's width; trained with the backbone, not shipped
     agreement: Any = None  # Agreement, of quantface; its head too where it has no class matrix
     watcher: Recurrence | HaarWindow | None = None  # FastFace: what cuts the rate
+    began: float = field(default_factory=time.monotonic)  # seconds, as if the run had gone on without a break
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0
     good_steps: int = 0  # since the loss scale changed

@@ -50,7 +50,8 @@ def tune(
     figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in states}
     if winners := best(wanted, found):
         figures |= {name: winners[0].figures[name] for name in wanted.objectives}
-        console.print(f"recipe of the best: {out}/winner.toml   all: {out}/trials.csv", markup=False)
+        folder = to_path(out)
+        console.print(f"recipe of the best: {folder / 'winner.toml'}   all: {folder / 'trials.csv'}", markup=False)
     if len(found) < trials or figures["interrupted"]:
         console.print("not all trials are done: the same command with --resume goes on")
     show("tune", figures, json, trials=[vars(trial) for trial in found])

@@ -208,6 +208,8 @@ def test_output_folders_are_guarded(photos, tmp_path):
         (["--workers", "3"], "3 workers do not divide the run's 32 lanes; use 2 or 4"),
         (["--workers", "2", "train.global_batch=34", "train.accumulate=2"], "not a multiple of 2 workers"),
         (["data.path="], "data.path is not set"),
+        (["optim.kind=lars"], "not that of lars: give optim.head.lr"),
+        (["optim.kind=adamw"], "not that of adamw: give optim.head.lr"),
         (["--resume", "--in-process"], "holds no run"),
         (["verify.images=/x", "verify.pairs=/absent.csv", "--in-process", "tracking.uri=off"], "absent.csv"),
     ],

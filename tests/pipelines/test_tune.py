@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from fr_core.config import load_config
 from fr_core.data.schema import open_dataset
+from fr_core.data.store import to_path
 from fr_core.data.stream import make_plan
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
@@ -24,10 +25,11 @@ from fr_core.train.checkpoint import checkpoints, go_on, take_over
 from fr_core.train.state import initial_state
 from fr_core.train.tracking import PARENT_TAG, search_mlflow
 from fr_core.verify.pairs import write_pairs
+from pipelines import tune
 from pipelines.on_ray import start_ray
 from pipelines.search import Search, Trial, best, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.tune import DRIVER, bounded, checked, claim, ended_early, judged, share, turn
+from pipelines.tune import DRIVER, bounded, claim, ended_early, judged, share, turn
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined
@@ -42,6 +44,10 @@ def search(dataset, **more):
 
 def trial(name, state="finished", lr=0.1, **figures):
     return Trial(name, state, {"lr": lr, "m3": 0.2}, figures)
+
+
+def checked(search, out="search"):
+    return tune.checked(search, to_path(out))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
@@ -83,11 +89,17 @@ def test_searches_that_cannot_be(dataset):
     config = load_config("debug_bigface", [f"data.path={dataset}", *pairs])
     with pytest.raises(UserError, match="m3 cannot change"):
         checked(replace(moving, config=config))
+    with pytest.raises(UserError, match="a local --out"):
+        checked(replace(moving, config=config), "s3://bucket/search")
 
 
 def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
-    claim(search(dataset), tmp_path, resume=False, at_once=2)
-    claim(search(dataset), tmp_path, resume=True, at_once=3)
+    assert claim(search(dataset), tmp_path, resume=False, at_once=2) == 2
+    mistake = tmp_path / "trials/a" / tune.MISTAKE
+    mistake.parent.mkdir()
+    mistake.write_text("a folder that is there by now")
+    assert claim(search(dataset), tmp_path, resume=True, at_once=3) == 2
+    assert not mistake.exists()
     with pytest.raises(UserError, match="runs 2 trials at once, 1 fit"):
         claim(search(dataset), tmp_path, resume=True, at_once=1)
     with pytest.raises(UserError, match="--resume goes on"):
@@ -143,15 +155,24 @@ def test_time_is_over_only_when_tune_listens():
     assert came == []
 
 
+def ended_at_once(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_search_that_is_asked_ends_as_when_time_is_over(number):
-    heard, before = threading.Event(), signal.getsignal(number)
+    heard = threading.Event()
+    before = signal.signal(number, ended_at_once)
     with ended_early(None) as came:
+        ours = signal.getsignal(number)
         os.kill(os.getpid(), number)
         signal.signal(signal.SIGUSR1, lambda *_: heard.set())
         assert heard.wait(10)
+        signal.signal(number, ours)  # as Tune does
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
     assert came == [number]
-    assert signal.getsignal(number) is before
+    assert signal.signal(number, before) is ended_at_once
 
 
 def test_the_best_and_the_pareto_front(dataset):

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fr_core.config import Constant, Cosine, MultiStep, Polynomial, parse_config
-from fr_core.errors import UserError
 from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
@@ -150,9 +149,6 @@ def test_groups_rates_and_decay():
         (1e-3, (0.9, 0.98), 0.0),
     ]
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in adamw["head"]] == [(0.05, 0.9, 5e-4)]
-    for kind in ("lars", "adamw"):
-        with pytest.raises(UserError, match=f"not that of {kind}: give optim.head.lr"):
-            groups_of(kind=kind)
 
 
 def test_squared_norm_of_dense_and_sparse_gradients():

@@ -155,7 +155,7 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
         ["train.ema=0.9", "data.augment.erase=0.5"],
         ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
-        ["optim={kind='lars', lr=2.0, head={lr=0.1}}"],
+        ["optim={kind='lars', lr=2.0}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
         ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
     ],
