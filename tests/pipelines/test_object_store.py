@@ -1,5 +1,6 @@
 """Ingest, training and verification where all that is read and left lies on an object store."""
 
+import json
 import tarfile
 import zipfile
 
@@ -163,3 +164,19 @@ def test_mistakes_at_the_command_line(bucket, dataset, tmp_path):
         bigface("inspect", "s3://no-such-bucket/shards")
     with pytest.raises(UserError, match=r"s3://bucket/x: this can only lie on a local disk"):
         bigface("unpack", dataset, "--out", "s3://bucket/x")
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_search_at_a_url_leaves_there_what_a_local_one_leaves_and_goes_on(dataset, bucket, tmp_path):
+    shards, out = put(dataset, bucket / "shards"), bucket / "search"
+    given = ["debug_bigface", f"data.path={shards}", "tracking.uri=off", "train.max_steps=6", "--only", "lr,m3"]
+    options = ["--objective", "loss", "--stop", "none", "--in-process", "--trials", 3]
+    bigface("tune", "bigface", *given, *options, "--minutes", 0, "--out", out)
+    bigface("tune", "bigface", *given, *options, "--resume", "--out", out, "--json", tmp_path / "tune.json")
+    found = json.loads((tmp_path / "tune.json").read_text())["trials"]
+    assert [trial["state"] for trial in found] == ["finished"] * 3
+    assert {path.parent.name for path in find(out / "trials", "*/report.json")} == {trial["name"] for trial in found}
+    assert {"trials.csv", "winner.toml", "parallel.png", "importance.png"} <= {file.name for file in find(out, "*.*")}
+    (tmp_path / "winner.toml").write_text((out / "winner.toml").read_text())
+    assert load_config(tmp_path / "winner.toml").optim.lr in [trial["values"]["lr"] for trial in found]
