@@ -29,7 +29,8 @@ from pipelines import tune
 from pipelines.on_ray import start_ray
 from pipelines.search import Search, Trial, best, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.tune import DRIVER, bounded, claim, ended_early, judged, share, turn
+from pipelines.trial import MISTAKE, judged, turn
+from pipelines.tune import DRIVER, bounded, claim, ended_early, share
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined
@@ -95,7 +96,7 @@ def test_searches_that_cannot_be(dataset):
 
 def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
     assert claim(search(dataset), tmp_path, resume=False, at_once=2) == 2
-    mistake = tmp_path / "trials/a" / tune.MISTAKE
+    mistake = tmp_path / "trials/a" / MISTAKE
     mistake.parent.mkdir()
     mistake.write_text("a folder that is there by now")
     assert claim(search(dataset), tmp_path, resume=True, at_once=3) == 2
