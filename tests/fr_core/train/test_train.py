@@ -235,7 +235,7 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     for change in ("net.width=16", "seed=1", "method.margin.scale=8.0", "train.global_batch=40", "train.ema=0.5"):
         with pytest.raises(UserError, match=change.split("=")[0].replace("train.ema", "train.ema on") + " differs"):
             run(config_of(dataset, change), tmp_path)
-    for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule.kind=fastface_haar")):
+    for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule={kind='fastface', patience=0.2}")):
         with pytest.raises(UserError, match=f"{kind}.kind differs"):
             run(config_of(dataset, change), tmp_path)
     others = write_dataset(tmp_path / "others", 1500, 40, seed=1)
@@ -251,7 +251,7 @@ def test_checkpoints_of_older_versions_lack_newer_knobs(dataset, tmp_path):
     summary = read_summary(folder)
     for section, name in (("data", "variant_strength"), ("data", "views"), ("net", "stem_stride"), ("optim", "head")):
         del summary["config"][section][name]
-    del summary["data"], summary["sha256"]
+    del summary["data"], summary["unlabelled"], summary["seconds"]
     write_signed(folder, summary)
     run(config_of(dataset, "train.max_steps=3"), tmp_path)
     assert checkpoints(tmp_path)[-1].name == "step_00000003"
