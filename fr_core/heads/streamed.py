@@ -29,6 +29,7 @@ MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is
 MIN_NORM = 1e-12  # of a row, as in F.normalize
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers of one tile: in cache; enough to fill a card
 MIN_TILE = 256  # classes: below it products are too thin to be fast
+ONE_PASS = 4  # times as many on a CPU where a tile's rows are read once and need not stay in cache
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         excluded: tuple[Tensor, Tensor],
         softmax: Softmax,
     ) -> Tensor:
-        scale, size = softmax.margin.scale, softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
+        scale, own = softmax.margin.scale, tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
+        size = softmax.tile or (own if unit_GD.is_cuda else ONE_PASS * own)
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
