@@ -8,7 +8,7 @@ Recipes state the *global* batch; the number of workers is a fact of the launch 
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -31,6 +31,15 @@ MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)  # widths of the pub
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_flag_is_no_number(cls, tree: Any) -> Any:
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{name} = {str(value).lower()}: true and false are no value for it")
+        return tree
+
 
 class Augment(Section):
     """Random changes of a training image, drawn from (seed, epoch, sample id). All off but the flip by default."""
@@ -43,7 +52,7 @@ class Augment(Section):
     colour: Annotated[float, Field(ge=0, lt=1)] = 0.0  # gain of each channel, uniform in 1 ± colour
     grey: Probability = 0.0  # chance to lose the colour
     blur: Probability = 0.0  # chance to be shrunk by up to 3 and enlarged again
-    erase: Probability = 0.0  # chance that one rectangle is overwritten with noise's mean grey
+    erase: Probability = 0.0  # chance that one rectangle is overwritten with one grey
     erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25  # largest share of the image that a rectangle covers
 
 
@@ -562,7 +571,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _kinds_unless_told(cls, tree: Any) -> Any:
-        for section, kind in (("optim", "sgd"), ("method", "bigface")):
+        for section, kind in (("net", "iresnet"), ("method", "bigface"), ("optim", "sgd"), ("schedule", "cosine")):
             if isinstance(tree, dict) and isinstance(tree.get(section), dict):
                 tree = tree | {section: {"kind": kind} | tree[section]}
         return tree
@@ -795,11 +804,20 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in _union_tags())
+        where = ".".join(_fields(first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key{_nearest(where)}"
         raise UserError(f"{source}: {where or 'config'}: {message}") from None
+
+
+def _fields(loc: Sequence[str | int]) -> Iterator[str]:
+    """The fields on an error's way; a union's tag follows its field, and what follows a tag is a field again."""
+    tag = False
+    for part in loc:
+        tag = not tag and part in _union_tags()
+        if not tag:
+            yield str(part)
 
 
 def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

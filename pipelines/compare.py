@@ -238,7 +238,8 @@ def one_run(config: Config, out: Path, workers: int, in_process: bool, suite: Pa
 
 def _figures(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, float]:
     figures = train(config, out, workers, in_process, overwrite=True)
-    results = verify_suite(open_net(out).embed, suite) if suite else {}
+    recogniser = open_net(out)
+    results = verify_suite(recogniser.embed, suite, recogniser.net.input_size) if suite else {}
     return figures | {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
 
 

@@ -57,7 +57,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
             "untrained": untrained.embed,
             "trained": open_net(out).embed,
         }
-        results = {name: verify(embed, images, pairs) for name, embed in nets.items()}
+        results = {name: verify(embed, images, pairs, config.net.input_size) for name, embed in nets.items()}
     pictures = out / "pictures"
     curves = {name: (result.scores, result.pairs.same) for name, result in results.items()}
     roc_figure(curves).savefig(pictures / "roc_against_floors.png")

@@ -17,7 +17,7 @@ from fr_core.device import use_processor
 from fr_core.errors import UserError
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Recogniser, find_checkpoint, open_net
-from pipelines.on_ray import mapped, start_ray
+from pipelines.on_ray import capacity, cluster_machines, mapped, start_ray
 
 
 class ShardEmbedder:
@@ -122,12 +122,9 @@ def _here(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def _by_ray(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
-    import ray
-
     start_ray()
-    resources: dict[str, float] = ray.cluster_resources()
-    cards = int(resources.get("GPU", 0))
-    actors = min(len(shards), cards or int(resources["CPU"]))
+    cpus, cards = map(int, capacity(cluster_machines()))
+    actors = min(len(shards), cards or cpus)
     per_actor = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": 1}
     rows, made = [{"shard": shard} for shard in shards], (*actor, 1)
     yield from mapped(rows, ShardEmbedder, fn_constructor_args=made, concurrency=(1, actors), **per_actor)

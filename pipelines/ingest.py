@@ -40,7 +40,7 @@ from fr_core.data.sources import (
     read_image,
     read_landmarks,
 )
-from fr_core.data.store import AnyPath, RemotePath, ahead_of, begin, to_path, write_text_atomically, written
+from fr_core.data.store import AnyPath, RemotePath, ahead_of, begin, to_path, writable, write_text_atomically, written
 from fr_core.errors import UserError
 from pipelines.on_ray import mapped, start_ray
 
@@ -232,6 +232,9 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
 
     Returns:
         shard (None if nothing could be used), rejects [[path, reason]], labels [[label], [images]], not_square, images.
+
+    Raises:
+        UserError: it cannot be written.
     """
     part = slice(job.starts[number], job.starts[number + 1])
     sample_ids, chunks = job.sample_ids_I[part], job.chunks_I[part]
@@ -259,7 +262,8 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     if rows:
         whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
         table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
-        shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
+        with writable(job.out):
+            shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
     labels, counts = np.unique([label for _, label, _, _ in rows], return_counts=True)
     result = {
         "shard": shard,
@@ -268,7 +272,8 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         "not_square": not_square,
         "images": len(sample_ids),
     }
-    write_text_atomically(_result_file(job.out, number), json.dumps(result))
+    with writable(job.out):
+        write_text_atomically(_result_file(job.out, number), json.dumps(result))
     return result
 
 

@@ -5,9 +5,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fr_core.config import Config, parse_config
@@ -20,9 +21,13 @@ from pipelines.logs import log, start_logging, tell
 
 START_ATTEMPTS = 3
 MAX_FAILURES = 5  # deaths of workers after which there must be a new checkpoint
-LEAVE = "leave"  # a file in the run's folder: the driver was asked to leave
+LEAVE = ".leave"  # a file in the run's folder: the driver was asked to leave
+MISTAKES = ".mistake_*.txt"  # files there: the user's, which a worker found
 LOOK_EVERY = 2.0  # seconds
 RESIZE_EVERY = 60.0  # seconds between looks for more machines
+GROWS_AS = "ray_bootstrap_config.yaml"  # where `ray up` tells the head, in its home, what its autoscaler may start
+
+Resources = dict[str, float]
 
 
 def start_ray(dashboard: bool = False) -> None:
@@ -72,9 +77,12 @@ def mapped(rows: list[dict[str, Any]], work: Any, **options: Any) -> Iterator[di
         raise
 
 
-def worker_cpus(cluster_cpus: float, workers: int) -> float:
-    """CPUs that each worker reserves, so that at least half of the cluster's are left to Ray Data."""
-    return min(1.0, cluster_cpus / (2 * workers))
+def worker_cpus(machines: Sequence[Resources], workers: int) -> float:
+    """CPUs that each worker reserves, so that at least half are left to Ray Data: also of those that are left when the
+    largest of several machines dies.
+    """
+    sizes = sorted(machine.get("CPU", 0) for machine in machines if machine.get("CPU", 0))
+    return min(1.0, sum(sizes[: max(1, len(sizes) - 1)]) / (2 * workers))
 
 
 def threads_of_each(processes: int, here: int = 1) -> int:
@@ -95,33 +103,40 @@ def threads_of_each(processes: int, here: int = 1) -> int:
     return max(1, cpus // max(here, math.ceil(processes / max(1, training))))
 
 
-def one_a_node() -> float:
+def one_a_node(machines: Sequence[Resources]) -> float:
     """CPUs that a worker reserves so that each node, if all are alike, has room for one and for a task of Ray Data.
-
-    Of the nodes that are up, or that a growing cluster may bring up.
 
     Raises:
         UserError: no node, or one with less than 2 CPUs.
     """
-    import ray
-    from ray._private.state import state
-
-    sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    if not any(sizes) and (cluster := state.get_cluster_config()):  # no worker is up yet
-        sizes = [group.resources.get("CPU", 0) for group in cluster.node_group_configs]
-    least = min(filter(None, sizes), default=0)
+    least = min(filter(None, (machine.get("CPU", 0) for machine in machines)), default=0)
     if least < 2:
         raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, and one has {least:g}: give one number")
     return least / 2 + 0.5
 
 
-def capacity() -> dict[str, float]:
-    """What the cluster has, or may come to have where it grows when asked."""
+def cluster_machines() -> list[Resources]:
+    """What each node of the cluster has: of those that are up, or, told on the head of one that grows when asked, of
+    as many as may come, the largest first.
+    """
     import ray
-    from ray._private.state import state
+    import yaml
 
-    grown: Any = state.get_max_resources_from_cluster_config()
-    return grown or ray.cluster_resources()
+    grows = Path.home() / GROWS_AS
+    if os.environ.get("RAY_ADDRESS", "local") == "local" or not grows.is_file():
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = yaml.safe_load(grows.read_text())
+    kinds = dict(config["available_node_types"])
+    head = kinds.pop(config["head_node_type"])
+    may_come = [kind["resources"] for kind in kinds.values() for _ in range(kind.get("max_workers", 0))]
+    may_come.sort(key=lambda machine: (machine.get("GPU", 0), machine.get("CPU", 0)), reverse=True)
+    return [head["resources"], *may_come[: config["max_workers"]]]
+
+
+def capacity(machines: Sequence[Resources]) -> tuple[float, float]:
+    """CPUs and GPUs of them all."""
+    cpus, gpus = (sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU"))
+    return cpus, gpus
 
 
 def train_on_ray(
@@ -154,17 +169,18 @@ def train_on_ray(
 
     from fr_core.train.checkpoint import checkpoints
 
-    resources, (least, most) = capacity(), workers if isinstance(workers, tuple) else (workers, workers)
-    gpus = resources.get("GPU", 0)
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    machines = cluster_machines()
+    all_cpus, gpus = capacity(machines)
     if 0 < gpus < least:
         raise UserError(f"{least} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
     use_gpu = gpus > 0
-    if not use_gpu and resources.get("CPU", 0) == 0:
+    if not use_gpu and all_cpus == 0:
         raise UserError("no node of this cluster has a CPU or a GPU to give: start workers")
     if cpus is None:
         whole = least == most or use_gpu
-        cpus = worker_cpus(resources.get("CPU", 0), most) if whole else one_a_node()
-    for old in [*find(out, "mistake_*"), *find(out, LEAVE)]:
+        cpus = worker_cpus(machines, most) if whole else one_a_node(machines)
+    for old in [*find(out, MISTAKES), *find(out, LEAVE)]:
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
@@ -191,6 +207,8 @@ def train_on_ray(
             try:
                 result: Any = trainer.fit()
                 break
+            except SystemExit:  # what Ray Train makes of Ctrl-C
+                raise KeyboardInterrupt from None
             except TrainingFailedError as error:
                 if told := _told(out) or _said_by(error):
                     raise told from None
@@ -216,7 +234,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.train.loop import train_loop
 
     out, ranks = to_path(launch["out"]), Ranks.current()
-    if find(out, "mistake_*.txt"):  # of an earlier life: a restart would only repeat it
+    if find(out, MISTAKES):  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
     start_logging("json", run=out.name, rank=ranks.rank)
@@ -233,7 +251,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     except UserError as error:
         log.error(str(error))
         with suppress(OSError, StorageError):  # the error itself says the same, after more lives
-            write_text_atomically(out / f"mistake_{ranks.rank}.txt", str(error))
+            write_text_atomically(out / MISTAKES.replace("*", str(ranks.rank)), str(error))
         raise
 
 
@@ -272,7 +290,7 @@ def heard(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> N
 
 def _told(out: AnyPath) -> UserError | None:
     """The user's mistake that ended the workers, if that is what did."""
-    messages = {path: path.read_text() for path in find(out, "mistake_*.txt")}
+    messages = {path: path.read_text() for path in find(out, MISTAKES)}
     for path in messages:
         path.unlink()
     return UserError(next(iter(messages.values()))) if messages else None

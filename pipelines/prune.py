@@ -157,4 +157,4 @@ def _figures(one: Recogniser, images: Path | None, pairs: Path | None) -> dict[s
         "mmac": operations.get_total_flops() / 2e6,
         "mib": sum(tensor.nbytes for tensor in tensors) / 2**20,
     }
-    return figures | (verification_figures(verify(one.embed, images, pairs).verification) if pairs else {})
+    return figures | (verification_figures(verify(one.embed, images, pairs, side).verification) if pairs else {})

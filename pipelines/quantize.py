@@ -166,7 +166,8 @@ def verified(config: Config, net: Recogniser, prefix: str) -> dict[str, float]:
     if config.verify.pairs is None:
         return {}
     images = Path(config.verify.images) if config.verify.images else None
-    return verification_figures(verify(net.embed, images, Path(config.verify.pairs)).verification, prefix)
+    result = verify(net.embed, images, Path(config.verify.pairs), net.net.input_size)
+    return verification_figures(result.verification, prefix)
 
 
 @torch.inference_mode()

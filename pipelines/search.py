@@ -2,16 +2,18 @@
 
 import csv
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fr_core.config import Config
 from fr_core.data.store import AnyPath, find, writable, write_text_atomically, written
 from fr_core.errors import UserError
-from fr_core.train.outbox import first_line, log
+from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
 from fr_core.train.tracking import open_mlflow
 from fr_core.verify.report import smaller_is_better
 from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, Uniform, grid, with_values
@@ -154,7 +156,9 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
         scores = ", ".join(f"{name} {winner.figures[name]:.6g}" for name in search.objectives)
         files.append(out / "winner.toml")
         with writable(files[-1]):
-            write_text_atomically(files[-1], winner_recipe(config, scores, winner.name, len(trials), out))
+            write_text_atomically(
+                files[-1], winner_recipe(config, scores, winner.name, len(trials), out, search.stop == "pbt")
+            )
         for name, figure in pictures(search, trials).items():
             files.append(out / f"{name}.png")
             with writable(files[-1]), written(files[-1]) as part:
@@ -162,13 +166,19 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
     return files
 
 
-def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyPath) -> str:
-    """A whole recipe; what is None, which TOML cannot say, is a default."""
+def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyPath, moved: bool) -> str:
+    """A whole recipe; what is None, which TOML cannot say, is a default.
+
+    Args:
+        moved: the trial may have trained with other values before.
+    """
     lines = [
         f"# The best of {trials} trials: {name} of {out}",
         "#   command    bigface train winner.toml",
         f"#   score      {scores}, of one seed, on the pairs that it was chosen by",
     ]
+    if moved:
+        lines.append("#              and of a schedule of values (ray/pbt_*), of which these are the last")
     return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -207,13 +217,20 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
-    """Closes the MLflow runs of trials that were ended from outside, also those that Tune had not yet noted."""
+    """Delivers to MLflow what trials could not, and closes the runs of those that were ended from outside, also those
+    that Tune had not yet noted.
+    """
     states = {trial.name: trial.state for trial in trials}
-    open_ones = [path for path in find(out / "trials", "*/run.json") if states.get(path.parent.name) != "finished"]
     try:
         client, _ = open_mlflow(config.tracking, out.parent)
-        for path in open_ones:
-            if run_id := json.loads(path.read_text())["run_id"]:
-                client.set_terminated(run_id, "FAILED" if states.get(path.parent.name) == "failed" else "KILLED")
+        for path in find(out / "trials", "*/run.json"):
+            run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
+            if left := read_undelivered(path.parent, sys.maxsize):
+                outbox = Outbox(config.tracking, partial(tuple, (client, run_id)), path.parent)
+                for letter in [*left, ["status", "FINISHED"]]:
+                    outbox.post(letter)
+                outbox.close()
+            if run_id and state != "finished":
+                client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
     except Exception as error:  # MLflow hands through whatever its database or store raises
         log.warning("MLflow was not told how the trials ended: %s", first_line(error))

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,10 +26,10 @@ from fr_core.config import (
 )
 from fr_core.data.plan import Plan
 from fr_core.data.schema import Dataset, open_dataset
-from fr_core.data.store import AnyPath, RemotePath, check_lasts, find, to_path, writable, write_text_atomically
+from fr_core.data.store import AnyPath, RemotePath, check_lasts, to_path, writable, write_text_atomically
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import StorageError, UserError
-from fr_core.nets.open import CHECKPOINTS, find_checkpoint
+from fr_core.nets.open import find_checkpoint
 from fr_core.optim.fastface import watcher
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
@@ -65,7 +66,7 @@ def train(
     """
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
-    from fr_core.train.loop import clear_run, train_loop
+    from fr_core.train.loop import clear_run, holds_run, train_loop
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
@@ -78,16 +79,16 @@ def train(
         plan.dataset.check_sha256()
         if other := unlabelled(config):
             other[1].dataset.check_sha256()
-    if resume and not (find(out, CHECKPOINTS) or (out / "run.json").is_file()):  # it may have ended before the first
+    if resume and not holds_run(out):
         raise UserError(f"--resume: {out} holds no run: name the run's folder")
-    if (out / "run.json").is_file() and not (resume or overwrite):
+    if holds_run(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
     with writable(out):
         if overwrite:
             check_kept(config, out)
             clear_run(out)
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "probe"
+        probe = out / f".probe-{uuid.uuid4().hex}"
         write_text_atomically(probe, "")
         probe.unlink()
     total = total_steps(config, plan.steps_per_epoch)

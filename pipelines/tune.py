@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from fr_core.config import Config, QuantisedNet, total_steps
+from fr_core.config import Config, FastFaceHaar, QuantisedNet, total_steps
 from fr_core.data.store import (
     AnyPath,
     RemotePath,
@@ -32,7 +31,7 @@ from fr_core.train.tracking import Comparison
 from fr_core.verify.pairs import read_pairs, resolved_fars
 from fr_core.verify.report import far_name, markdown
 from pipelines.leave import on_signal
-from pipelines.logs import start_logging
+from pipelines.logs import log, start_logging
 from pipelines.search import (
     Search,
     Trial,
@@ -58,6 +57,7 @@ DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its w
 STOPS, SEARCHES = ("asha", "median", "none", "pbt"), ("tpe", "random", "grid")
 ONLY_AT_THE_END = ("loss", "seconds", "peak_memory_mib", "classes_mib", "nominal_mib", "images_per_second")
 LIVES = 3  # of a trial whose process or machine dies, each from the newest checkpoint
+WINDOW = "schedule.window"
 MOVABLE = ("schedule.", "optim.", "data.masks.")  # what a checkpoint of other values can go on with
 
 
@@ -103,18 +103,18 @@ def tune(
     Raises:
         UserError: a search that cannot be, a folder of another one, or no trial that came to an end.
     """
-    from pipelines.on_ray import capacity, start_ray
+    from pipelines.on_ray import capacity, cluster_machines, start_ray
 
     out = out.resolve()
     check_lasts(out)
     start_logging(run=out.name)
-    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)), out)
+    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)), out, at_once)
     start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
-    resources = capacity()
-    shared = share(resources.get("CPU", 0), resources.get("GPU", 0), search.workers, search.in_process, at_once)
-    at_once = claim(search, out, resume, shared.at_once)
+    cpus, gpus = capacity(cluster_machines())
+    shared = share(cpus, gpus, search.workers, search.in_process, at_once)
+    at_once = claim(search, out, resume, shared.at_once, at_once is not None)
     tracking = search.config.tracking
-    parent = Comparison(tracking, out) if tracking.uri != "off" else None
+    parent = Comparison(tracking, out, anew=not resume) if tracking.uri != "off" else None
     rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
     base = tracked(search, rung, parent)
     launch = {
@@ -130,21 +130,28 @@ def tune(
         "at_once": at_once,
         "objectives": search.objectives,
     }
-    held = {"CPU": 1.0, "GPU": min(1.0, resources.get("GPU", 0))} if search.in_process else {"CPU": DRIVER}
-    tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, rung, resume)
-    with ended_early(minutes) as came:
-        trials = read_trials(tuner.fit(), search)
-    files = write_results(search, trials, out)
+    held = {"CPU": 1.0, "GPU": min(1.0, gpus)} if search.in_process else {"CPU": DRIVER}
+    try:
+        tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, rung, resume)
+        with ended_early(minutes) as came:
+            trials = read_trials(tuner.fit(), search)
+        files = write_results(search, trials, out)
+    except BaseException:
+        if parent:
+            parent.close("", status="FAILED")
+        raise
     reached = [trial for trial in trials if trial.state != "failed"]
+    whole = len(trials) == search.trials and all(trial.state != "interrupted" for trial in trials)
     if parent:
         settle(trials, base, out)
-        parent.close(markdown(table(search, trials)), files, "KILLED" if came else "FINISHED" if reached else "FAILED")
+        status = "KILLED" if not whole else "FINISHED" if reached else "FAILED"
+        parent.close(markdown(table(search, trials)), files, status)
     if trials and not reached:
         raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
     return trials, came[0] if came else None
 
 
-def checked(search: Search, out: AnyPath) -> tuple[Search, int]:
+def checked(search: Search, out: AnyPath, at_once: int | None = None) -> tuple[Search, int]:
     """The search with absolute paths, and the steps of an epoch.
 
     Raises:
@@ -171,9 +178,13 @@ def checked(search: Search, out: AnyPath) -> tuple[Search, int]:
                 "--stop pbt hands checkpoints from trial to trial: use it with --search random --in-process, and a "
                 "local --out"
             )
+        if at_once:
+            raise UserError("--stop pbt trains all trials in turns, as many at once as fit: leave --at-once out")
         for knob in search.knobs:
-            if not knob.path.startswith(MOVABLE):
+            if not knob.path.startswith(MOVABLE) or knob.path == WINDOW:
                 raise UserError(f"--stop pbt changes a run on its way, and {knob.name} cannot change: use --only")
+    if isinstance(config.schedule, FastFaceHaar) and config.schedule.m and any(k.path == WINDOW for k in search.knobs):
+        raise UserError("schedule.m says how long the window is, so that window changes nothing: leave one of them out")
     plan = checked_plan(config, search.workers)
     knobs = at_steps(search.knobs, total_steps(config, plan.steps_per_epoch))
     if config.verify.pairs:
@@ -226,8 +237,11 @@ def ended_early(minutes: float | None) -> Iterator[list[int]]:
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> int:
+def claim(search: Search, out: AnyPath, resume: bool, at_once: int, told: bool = False) -> int:
     """Makes the folder this search's, with its number of trials at once, which Tune keeps when it goes on.
+
+    Args:
+        at_once: that fit, or fewer where the user ``told`` so.
 
     Returns:
         That number.
@@ -246,8 +260,9 @@ def claim(search: Search, out: AnyPath, resume: bool, at_once: int) -> int:
         different = [name for name in facts if facts[name] != then.get(name)]
         if different:
             raise UserError(f"{out} holds another search ({', '.join(different)} differ): use another folder")
-        if then["at_once"] > at_once:
-            raise UserError(f"{out} runs {then['at_once']} trials at once, {at_once} fit here: use another folder")
+        if then["at_once"] > at_once or (told and then["at_once"] != at_once):
+            why = "--at-once" if told else "here fit"
+            raise UserError(f"{out} runs {then['at_once']} trials at once, {why} {at_once}: use another folder")
         for mistake in find(out / "trials", f"*/{MISTAKE}"):  # which may be mended
             mistake.unlink()
         return int(then["at_once"])
@@ -274,7 +289,7 @@ def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
 def make_tuner(
     search: Search, out: AnyPath, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
 ) -> Any:
-    """Ray Tune's view of the search; a resumed one knows its own searcher and scheduler."""
+    """Ray Tune's view of the search; a resumed one knows its searcher, its scheduler judges anew: Tune keeps none."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
     if isinstance(out, Path):  # a trial that no saved state knows is begun anew; to a URL all goes up each time
@@ -333,12 +348,13 @@ def searcher(search: Search, at_once: int) -> Any:
         return OptunaSearch(seed=search.seed)
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
+    at_once = 0 if search.stop == "pbt" else at_once  # 0: no limit; a population is there as a whole
     return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
 
 
 def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
     """Time is a run's steps, which a resumed trial goes on counting."""
-    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, PopulationBasedTraining
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
     match search.stop:
         case "asha":
@@ -349,7 +365,7 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
         case "pbt":
             random.seed(search.seed)  # what it draws from, and its domains
             np.random.seed(search.seed)
-            return PopulationBasedTraining(
+            return population()(
                 "step",
                 perturbation_interval=2 * rung,
                 hyperparam_mutations=space,
@@ -357,6 +373,30 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
                 synch=True,  # else the first trial to end has nobody to learn from
             )
     return None
+
+
+def population() -> Any:
+    """Tune's population based training, which would wait for ever for a trial that failed, and for one that a resumed
+    search has not heard of.
+    """
+    from ray.tune.experiment import Trial as TuneTrial
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    class Population(PopulationBasedTraining):
+        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+            self._trial_state[trial].last_train_time = math.inf
+
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            chosen = super().choose_trial_to_run(tune_controller)
+            waiting = [trial for trial in tune_controller.get_trials() if trial.status == TuneTrial.PAUSED]
+            running = any(trial.status == TuneTrial.RUNNING for trial in tune_controller.get_trials())
+            if chosen is None and waiting and not running:
+                reached = max(self._trial_state[trial].last_train_time for trial in waiting)
+                self._next_perturbation_sync = int(reached + self._perturbation_interval)
+                chosen = super().choose_trial_to_run(tune_controller)
+            return chosen
+
+    return Population
 
 
 def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
@@ -372,12 +412,12 @@ def finished_trials(search: Search) -> Any:
     class Finished(Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             figures = trial.last_result or {}
-            scores = "  ".join(f"{name} {figures[name]:.4g}" for name in search.objectives if name in figures)
+            scores = {name: figures[name] for name in search.objectives if name in figures}
             done = sum(other is trial or other.is_finished() for other in trials)
-            text = f"{done}/{search.trials}  {trial.trial_id}  step {figures.get('step', 0)}  {scores}"
-            Console(stderr=True).print(text, highlight=False)
+            facts = {"trial": trial.trial_id, "ended": f"{done}/{search.trials}", "step": figures.get("step", 0)}
+            log.info("trial ended", extra={"facts": facts | scores})
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            Console(stderr=True).print(f"{trial.trial_id}  failed", highlight=False)
+            log.warning("trial failed", extra={"facts": {"trial": trial.trial_id}})
 
     return Finished()

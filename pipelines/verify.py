@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_rgb, square
+from fr_core.data.crops import RejectedImage, central_square, read_rgb
+from fr_core.data.decode import resized
 from fr_core.errors import UserError
+from fr_core.nets.open import Recogniser
 from fr_core.verify.pairs import Pairs, Verification, read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import det_figure, roc_figure, score_figure
 
@@ -22,12 +24,14 @@ class Result:
     pairs: Pairs  # those that were scored
     failed: dict[str, str]  # image -> why it could not be read
     skipped: int  # pairs left out for it
+    not_square: list[str]  # images whose centre was taken for the face
 
 
 def verify(
     embed: Callable[[np.ndarray], np.ndarray],
     images: Path | None,
     pairs_file: Path,
+    size: int,
     out: Path | None = None,
     name: str = "this net",
     known: dict[Path, np.ndarray] | None = None,
@@ -37,6 +41,7 @@ def verify(
     Args:
         embed: uint8 [N, H, W, 3] -> L2-normalised [N, D].
         images: folder that the pairs' paths are relative to; a ``.bin`` needs none.
+        size: of the net's input, which images are resized to.
         out: folder for ROC and score pictures.
         known: embeddings of files that other sets have too; grows by this set's.
 
@@ -47,8 +52,8 @@ def verify(
     known = {} if known is None or pairs.images else known
     files = [(images or pairs_file) / path for path in pairs.paths]
     new = [i for i, file in enumerate(files) if file not in known]
-    pixels, failed = read_images(images, pairs, TEMPLATE_SIZE, new)
-    embedded = embed(pixels)
+    crops = read_images(images, pairs, size, new)
+    embedded, failed = embed(crops.images), crops.failed
     known |= {files[i]: row for i, row in zip(new, embedded, strict=True) if pairs.paths[i] not in failed}
     none = np.zeros(embedded.shape[1], np.float32)
     embeddings = np.stack([known.get(file, none) for file in files])
@@ -58,7 +63,7 @@ def verify(
         roc_figure({name: (scores, usable.same)}).savefig(out / "roc.png")
         det_figure({name: (scores, usable.same)}).savefig(out / "det.png")
         score_figure(scores, usable.same, verification.threshold).savefig(out / "scores.png")
-    return Result(verification, scores, usable, failed, len(pairs.same) - len(usable.same))
+    return Result(verification, scores, usable, failed, len(pairs.same) - len(usable.same), crops.not_square)
 
 
 def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
@@ -96,16 +101,19 @@ def _images_of(folder: Path) -> Path:
     return folder / "images" if (folder / "images").is_dir() else folder
 
 
-def verify_suite(embed: Callable[[np.ndarray], np.ndarray], folder: Path, out: Path | None = None) -> dict[str, Result]:
+def verify_suite(
+    embed: Callable[[np.ndarray], np.ndarray], folder: Path, size: int, out: Path | None = None
+) -> dict[str, Result]:
     """Scores a net on every set of pairs in a folder, as :func:`find_sets` finds them.
 
     Args:
+        size: of the net's input.
         out: folder for the sets' pictures, and those of all sets together.
     """
     sets = find_sets(folder)
     known: dict[Path, np.ndarray] = {}
     results = {
-        name: verify(embed, images, pairs, out / name if out else None, name, known)
+        name: verify(embed, images, pairs, size, out / name if out else None, name, known)
         for name, (images, pairs) in sets.items()
     }
     if out:
@@ -131,7 +139,7 @@ def _interval(ends: tuple[float, float]) -> str:
     return f"{100 * ends[0]:.2f} – {100 * ends[1]:.2f}"
 
 
-def similarity(embed: Callable[[np.ndarray], np.ndarray], a: Path, b: Path) -> tuple[float, list[Path]]:
+def similarity(recogniser: Recogniser, a: Path, b: Path) -> tuple[float, list[Path]]:
     """Cosine of two face crops, and those of them that are not square (their centre is compared).
 
     Raises:
@@ -147,6 +155,6 @@ def similarity(embed: Callable[[np.ndarray], np.ndarray], a: Path, b: Path) -> t
             raise UserError(f"{path}: {error}") from None
         if image.shape[0] != image.shape[1]:
             odd.append(path)
-        crops.append(square(image, TEMPLATE_SIZE))
-    left, right = embed(np.stack(crops))
+        crops.append(resized(central_square(image), recogniser.net.input_size))
+    left, right = recogniser.embed(np.stack(crops))
     return float(left @ right), odd

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.sources import is_image
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
@@ -40,9 +39,9 @@ def verify_mfr(recogniser: Recogniser, root: Path, progress: Callable[[int], Non
     for kind, own in paths.items():
         parts = []
         for start in range(0, len(own), PART):
-            images, wrong = read_crops(root, own[start : start + PART], TEMPLATE_SIZE)
-            failed |= wrong
-            parts.append(recogniser.embed(images, progress=progress))
+            crops = read_crops(root, own[start : start + PART], recogniser.net.input_size)
+            failed |= crops.failed
+            parts.append(recogniser.embed(crops.images, progress=progress))
         usable = np.array([path not in failed for path in own])
         people = np.searchsorted(names, [path.split("/")[1] for path in own])
         found[kind] = np.concatenate(parts)[usable], people[usable]

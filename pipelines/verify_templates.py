@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, read_file, read_rgb, similarity, warped
+from fr_core.data.crops import RejectedImage, read_file, read_rgb, similarity, warped
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.verify.ijb import IMAGES, read_faces, read_search, read_template_pairs
@@ -93,12 +93,13 @@ def embed_loose(
     """
     features_ND = np.zeros((len(names), recogniser.net.embedding), np.float32)
     failed: dict[str, str] = {}
+    size = recogniser.net.input_size
     for start in range(0, len(names), PART):
         crops, rows = [], []
         for i in range(start, min(start + PART, len(names))):
             try:
                 image = read_rgb(read_file(folder / names[i]))
-                crops.append(warped(image, similarity(points_N52[i], TEMPLATE_SIZE), TEMPLATE_SIZE))
+                crops.append(warped(image, similarity(points_N52[i], size), size))
                 rows.append(i)
             except OSError:
                 failed[names[i]] = "missing"

@@ -8,7 +8,7 @@ LR = knob(Optimizer, "lr", LogUniform(0.005, 0.2))  # paper: 0.02
 SPACE = (
     knob(FastFace, "alpha", LogUniform(1e-3, 0.2)),
     knob(FastFace, "beta", LogUniform(1e-3, 0.2)),
-    knob(FastFace, "threshold", LogUniform(1e-5, 1e-2)),  # λ; paper: 5e-5
+    knob(FastFace, "threshold", LogUniform(1e-5, 5e-2)),  # λ; paper: 5e-5; a short run's loss falls faster
     knob(FastFace, "patience", Uniform(0.02, 0.2)),  # τ; paper: 0.05
     knob(FastFace, "delta", Uniform(1.5, 4.0)),  # paper: 2
     LR,

@@ -108,15 +108,19 @@ def orientation(data: bytes) -> int:
         return UPRIGHT
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """The central square of an image, resized to [size, size, 3]."""
+def central_square(image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side == size:
-        return np.ascontiguousarray(image)
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The central square of an image, resized to [size, size, 3]."""
+    image = central_square(image)
+    if len(image) == size:
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if len(image) > size else cv2.INTER_LINEAR)
 
 
 def similarity(landmarks: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import simplejpeg
 
 from fr_core import rng
 from fr_core.config import Augment
-from fr_core.data.crops import read_rgb
+from fr_core.data.crops import read_rgb, warped
 
 _CHUNK = 16  # images per thread and turn: fewer turns than images, enough of them to share out
 
@@ -46,7 +46,7 @@ def augmented_batch(
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
     shrunk = out if small in (None, size) else np.empty((len(images), small, small, 3), np.uint8)
-    warped = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
+    moved = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
 
     def fill(start: int) -> None:
         part = slice(start, start + _CHUNK)
@@ -54,7 +54,7 @@ def augmented_batch(
         rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
         shapes = [row.shape[:2] for row in rows]
         matrices: Iterable[Any] = itertools.repeat(None)
-        if warped or set(shapes) != {(size, size)}:
+        if moved or set(shapes) != {(size, size)}:
             matrices = _random_warps(np.array(shapes), draws_BU[part], size, augment)
         for i, image, matrix, u in zip(itertools.count(start), rows, matrices, draws_BU[part].tolist(), strict=False):
             _augment(out[i], image, matrix, u, augment, None if fields_BFF2 is None else fields_BFF2[i])
@@ -97,11 +97,14 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """The image at the net's input size: training's warp without its random part. uint8 [size, size, 3]."""
+    """The image at the net's input size: training's warp without its random part. uint8 [size, size, 3].
+
+    Of images more than twice as large, pixels are averaged first.
+    """
     if image.shape[:2] == (size, size):
         return image
     (matrix,) = _warps(np.array([image.shape[:2]]), size)
-    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
+    return warped(image, matrix, size)
 
 
 _DRAWS = 19

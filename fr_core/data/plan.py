@@ -178,9 +178,12 @@ def read_task(root: str, stamp: str, order: tuple[int, ...], block: tuple[int, .
     """:func:`read_block` for another process, which makes the plan again from these few values.
 
     Args:
-        stamp: of the dataset, so that a new one under the same name is not taken for the old.
+        stamp: of the dataset.
         order: of the plan, as :attr:`Plan.order` tells it.
         block: epoch, block, rank, size, skip_steps.
+
+    Raises:
+        UserError: another dataset lies there now.
     """
     return read_block(_plan_of(root, stamp, order), *block)
 
@@ -218,7 +221,10 @@ def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) 
 
 @lru_cache(maxsize=4)
 def _plan_of(root: str, stamp: str, order: tuple[int, ...]) -> Plan:
-    return Plan(open_dataset(root), *order)
+    dataset = open_dataset(root)
+    if dataset.stamp != stamp:
+        raise UserError(f"{root}: another dataset than at the run's start: it was replaced while it was read")
+    return Plan(dataset, *order)
 
 
 @lru_cache(maxsize=4)

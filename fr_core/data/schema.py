@@ -94,12 +94,13 @@ class Dataset:
         """One row group.
 
         Raises:
-            UserError: the shard is damaged (a page's CRC, a truncated file); names it.
+            UserError: the shard is damaged (a page's CRC, a truncated file) or another one than when the dataset was
+                opened; names it.
         """
         known = self.manifest.shards[shard]
         path = self.root / known.file
         try:
-            return _reader(path, known.sha256).read_row_group(group, columns=columns)
+            return _reader(path, known).read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
             remote = isinstance(path, RemotePath) and not isinstance(error, FileNotFoundError)
             if remote and sha256(path) == known.sha256:  # not the shard is at fault but the way to it
@@ -259,21 +260,23 @@ def sha256(path: AnyPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reader(path: AnyPath, sha256: str) -> pq.ParquetFile:
-    """The checksum is a key: the same name may hold another dataset after a new ingest."""
+def _reader(path: AnyPath, known: Shard) -> pq.ParquetFile:
     if isinstance(path, Path):
-        return _open_parquet(path, sha256)
-    file, footer = _open_remote(path, sha256)  # a reader each time: many threads read at once
+        return _open_parquet(path, known)
+    file, footer = _open_remote(path, known)  # a reader each time: many threads read at once
     return pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=64)
-def _open_parquet(path: Path, sha256: str) -> pq.ParquetFile:
+def _open_parquet(path: Path, known: Shard) -> pq.ParquetFile:
+    """``known`` is a key: the same name may hold another dataset after a new ingest, and is refused to the old one."""
+    if path.stat().st_size != known.bytes:
+        raise OSError(f"{path.stat().st_size} bytes, {known.bytes} when the dataset was opened")
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=512)
-def _open_remote(path: RemotePath, sha256: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
+def _open_remote(path: RemotePath, known: Shard) -> tuple[pa.NativeFile, pq.FileMetaData]:
     file = path.open_random()
     return file, pq.read_metadata(file)
 

@@ -6,6 +6,7 @@ Listing a source reads names and positions, no pixels. An image's bytes are then
 
 import csv
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def list_folder(root: str | AnyPath) -> Listing:
     """Images in ``root/IDENTITY/…``, any depth below; identities and images sorted by name.
 
     Raises:
-        UserError: no such folder, no images, images without identity folders, or one image per identity only.
+        UserError: no such folder, one that cannot be read, no images, images without identity folders, or one image
+            per identity only.
     """
     root = to_path(root)
     if not root.is_dir():
@@ -133,16 +135,20 @@ def list_folder(root: str | AnyPath) -> Listing:
         paths = sorted(str(path) for path in found if len(path.parts) > 1)
     else:
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
-        paths = [
-            path
-            for folder in folders
-            for path in sorted(str(p.relative_to(root)) for p in folder.rglob("*") if is_image(p.name))
-        ]
+        paths = [path for folder in folders for path in sorted(_images_below(folder, root))]
     if not paths:
         loose = any(is_image(p.name) for p in root.iterdir())
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
     return _listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
+
+
+def _images_below(folder: Path, root: Path) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}; its images would be missing") from None
+
+    for below, _, names in os.walk(folder, onerror=refuse):
+        yield from (str((Path(below) / name).relative_to(root)) for name in names if is_image(name))
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:

@@ -1,6 +1,7 @@
 """The train loop. It knows nothing of Ray: whoever calls it hands it ranks, blocks and a function to report to."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -21,14 +22,13 @@ from fr_core.config import (
     VirtualFC,
     unlabelled_batch,
 )
-from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import Plan
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, remove_folder, writable
+from fr_core.data.store import AnyPath, find, remove_folder, writable
 from fr_core.data.stream import Batch, batches, make_plan, step_by_step, unlabelled
 from fr_core.device import default_device, peak_memory
 from fr_core.errors import Left, UserError
-from fr_core.nets.open import Recogniser
+from fr_core.nets.open import CHECKPOINTS, Recogniser
 from fr_core.ranks import Ranks
 from fr_core.train.attfc import attfc_step
 from fr_core.train.bigface import bigface_step
@@ -99,7 +99,7 @@ def train_loop(
                 heard(metrics, save(config, state, out, ranks, tracker))
             if told is Notice.LEAVE:
                 raise Left(state.step)
-        return finish(config, state, out, ranks, tracker)
+        return finish(config, state, out, ranks, tracker, first_step)
     except BaseException as end:
         if tracker:
             with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
@@ -214,9 +214,9 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
-    images, failed = read_images(config.verify.images, pairs, TEMPLATE_SIZE, range(lo, hi))
-    share = Recogniser(state.usable.eval(), state.device).embed(images)
-    shares = ranks.gather_objects((share, failed))
+    crops = read_images(config.verify.images, pairs, state.usable.input_size, range(lo, hi))
+    share = Recogniser(state.usable.eval(), state.device).embed(crops.images)
+    shares = ranks.gather_objects((share, crops.failed))
     embeddings = np.concatenate([s for s, _ in shares])
     missing = {path: reason for _, f in shares for path, reason in f.items()}
     result, scores, usable = verify_embeddings(embeddings, missing, pairs)
@@ -228,8 +228,18 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     return figures
 
 
-def finish(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> dict[str, float]:
-    """Final checkpoint, verification and ``report.json``."""
+def finish(
+    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, begun: int
+) -> dict[str, float]:
+    """Final checkpoint, verification and ``report.json``; of a run that was over when it began again, what this says.
+
+    Args:
+        begun: the step that this life began at.
+    """
+    if state.step == begun and (known := ranks.broadcast_object(reported(out, state.step))):
+        if tracker:
+            tracker.close("FINISHED")
+        return known
     seconds = time.monotonic() - state.began
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
@@ -266,6 +276,13 @@ def finish(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracke
     return figures
 
 
+def reported(out: AnyPath, step: int) -> dict[str, float] | None:
+    """Figures of the run's report, if it has one of this step."""
+    path = out / "report.json"
+    figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
+    return figures if figures.get("steps") == step else None
+
+
 class Clock:
     """Throughput and the share of time spent waiting for data, since it was last asked."""
 
@@ -291,9 +308,14 @@ class Clock:
         return rates
 
 
+def holds_run(out: AnyPath) -> bool:
+    """Whether a run was begun in this folder, or its checkpoints were copied here."""
+    return (out / "run.json").is_file() or bool(find(out, CHECKPOINTS))
+
+
 def clear_run(out: AnyPath) -> None:
     """Removes the checkpoints and figures of an earlier run in this folder; anything else in it stays."""
-    if not (out / "run.json").is_file():
+    if not holds_run(out):
         return
     for name in ("checkpoints", "pictures"):
         remove_folder(out / name)

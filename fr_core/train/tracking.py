@@ -78,9 +78,9 @@ class Tracker:
         self._write_rows()
         self._write_facts()
         if config.tracking.uri != "off":
-            new = self.run_id is None
+            known = self.run_id
             self.outbox = Outbox(config.tracking, self._open_run, out)
-            if new:
+            if known is None or self.run_id != known:
                 self.outbox.post(["params", {n: str(v) for n, v in flat(config.model_dump(mode="json")).items()}])
             for letter in read_undelivered(out, step):
                 self.outbox.post(letter)
@@ -178,14 +178,22 @@ class Tracker:
             write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 
     def _open_run(self) -> tuple[Any, str]:
+        from mlflow.exceptions import MlflowException
+
         tracking = self.config.tracking
         client, experiment = open_mlflow(tracking, self.out.resolve().parent)
+        if self.run_id is not None:
+            try:
+                client.update_run(self.run_id, status="RUNNING")
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                log.warning("MLflow has no run %s: this one was moved here; a new one begins", self.run_id)
+                self.run_id = None
         if self.run_id is None:
             tags = {PARENT_TAG: tracking.parent} if tracking.parent else {}
             self.run_id = client.create_run(experiment, run_name=self.out.name, tags=tags).info.run_id
             self._write_facts()
-        else:
-            client.update_run(self.run_id, status="RUNNING")
         return client, self.run_id
 
 
@@ -246,11 +254,14 @@ class Comparison:
 
     Where a server is away, they go on without it, and ``run_id`` is None.
 
+    Args:
+        anew: whatever stood at the same path was another one.
+
     Raises:
         UserError: MLflow refuses, or its database cannot be.
     """
 
-    def __init__(self, tracking: Tracking, results: AnyPath) -> None:
+    def __init__(self, tracking: Tracking, results: AnyPath, anew: bool = False) -> None:
         folder = results.resolve().parent
         self.uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
         self.run_id: str | None = None
@@ -258,7 +269,8 @@ class Comparison:
         try_briefly()
         try:
             self.client, experiment = open_mlflow(tracking, folder)
-            found = self.client.search_runs([experiment], f"tags.`{COMPARISON_TAG}` = '{key}'", max_results=1)
+            tagged = f"tags.`{COMPARISON_TAG}` = '{key}'"
+            found = [] if anew else self.client.search_runs([experiment], tagged, max_results=1)  # the newest
             facts = {"run_name": PurePath(results.name).stem, "tags": {COMPARISON_TAG: key}}
             run = found[0] if found else self.client.create_run(experiment, **facts)
             self.client.update_run(run.info.run_id, status="RUNNING")

@@ -1,4 +1,4 @@
-"""1:1 verification on lists of pairs: 10-fold accuracy, TAR@FAR, ROC (METHODS §7).
+"""1:1 verification on lists of pairs: 10-fold accuracy, TAR@FAR (METHODS §7).
 
 Legend: P pairs, N images, D embedding.
 """
@@ -7,11 +7,13 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 
 from fr_core import rng
-from fr_core.data.crops import RejectedImage, read_file, read_rgb, square
+from fr_core.data.crops import RejectedImage, central_square, read_file, read_rgb
+from fr_core.data.decode import resized
 from fr_core.data.sources import list_folder
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
@@ -93,17 +95,21 @@ def read_pairs(path: str | Path) -> Pairs:
     return Pairs(list(index), left, right, same, fold)
 
 
-def read_images(
-    root: str | Path | None, pairs: Pairs, size: int, part: Sequence[int] | None = None
-) -> tuple[np.ndarray, dict[str, str]]:
-    """Reads the images of a pairs list, each resized to ``size``.
+class Crops(NamedTuple):
+    """Face crops, read for a net."""
+
+    images: np.ndarray  # uint8 [N, size, size, 3], RGB; zeros where unreadable
+    failed: dict[str, str]  # path -> reason, of those that are missing or unreadable
+    not_square: list[str]  # paths of those whose centre was taken for the face
+
+
+def read_images(root: str | Path | None, pairs: Pairs, size: int, part: Sequence[int] | None = None) -> Crops:
+    """Reads the images of a pairs list.
 
     Args:
         root: the folder that the paths are relative to; None where the list brings its images.
+        size: of the net's input.
         part: positions in ``pairs.paths``; None: all.
-
-    Returns:
-        uint8 [N, size, size, 3] (zeros where unreadable), and path -> reason for those that are missing or unreadable.
 
     Raises:
         UserError: the images' folder is not given, or not there.
@@ -115,24 +121,20 @@ def read_images(
     return read_crops(Path(root or ""), [pairs.paths[i] for i in part], size, contents)
 
 
-def read_crops(
-    root: Path, paths: Sequence[str], size: int, contents: Sequence[bytes] | None = None
-) -> tuple[np.ndarray, dict[str, str]]:
-    """Reads face crops, each resized to ``size``, from below ``root`` or out of ``contents``.
-
-    Returns:
-        uint8 [N, size, size, 3] (zeros where unreadable), and path -> reason for those that are missing or unreadable.
-    """
-    images = np.zeros((len(paths), size, size, 3), np.uint8)
-    failed: dict[str, str] = {}
+def read_crops(root: Path, paths: Sequence[str], size: int, contents: Sequence[bytes] | None = None) -> Crops:
+    """Reads face crops from below ``root`` or out of ``contents``; resized once, straight to the net's input."""
+    crops = Crops(np.zeros((len(paths), size, size, 3), np.uint8), {}, [])
     for i, path in enumerate(paths):
         try:
-            images[i] = square(read_rgb(contents[i] if contents else read_file(root / path)), size)
+            image = read_rgb(contents[i] if contents else read_file(root / path))
+            crops.images[i] = resized(central_square(image), size)
+            if image.shape[0] != image.shape[1]:
+                crops.not_square.append(path)
         except OSError:
-            failed[path] = "missing"
+            crops.failed[path] = "missing"
         except RejectedImage as error:
-            failed[path] = str(error)
-    return images, failed
+            crops.failed[path] = str(error)
+    return crops
 
 
 def cosines(embeddings_ND: np.ndarray, pairs: Pairs) -> np.ndarray:
@@ -199,16 +201,6 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
     if cut == 0:
         return float(values[0])
     return float(np.nextafter(values[-1], np.inf) if cut == len(values) else (values[cut - 1] + values[cut]) / 2)
-
-
-def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """False and true accept rates at every distinct threshold, from strict to lenient: FAR, TAR, threshold."""
-    order = np.argsort(-scores, kind="stable")
-    values, genuine = scores[order], same[order]
-    last_of_tie = np.concatenate([values[1:] < values[:-1], [True]])
-    tar = np.cumsum(genuine)[last_of_tie] / max(1, genuine.sum())
-    far = np.cumsum(~genuine)[last_of_tie] / max(1, (~genuine).sum())
-    return far, tar, values[last_of_tie]
 
 
 def tars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -316,6 +308,10 @@ def _lfw_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
             rows.append((_lfw_path(a, int(i)), _lfw_path(b, int(j)), len(words) == 3, fold))
         except ValueError:
             raise UserError(f"{path}: line {number}: expected 'name i j' or 'name i name j'") from None
+    if per_fold and len(rows) != header[0] * 2 * per_fold:
+        raise UserError(
+            f"{path}: {len(rows)} pairs, its first line says {header[0]} folds of {2 * per_fold}: is it whole?"
+        )
     return rows
 
 

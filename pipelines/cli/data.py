@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from fr_core.data.schema import Layout
 from fr_core.data.store import to_path, writable
+from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, anywhere, local, output
 from pipelines.cli.output import bar, console, growing, show
@@ -31,6 +32,8 @@ def synth(
     from fr_core.data.synthetic import write_faces
     from fr_core.verify.pairs import write_pairs
 
+    if (out / "images").is_dir() and any((out / "images").iterdir()):
+        raise UserError(f"{out / 'images'} holds faces already: use another folder, or remove it first")
     started = time.monotonic()
     with bar("synth", identities * shots) as advance, writable(out):
         images = write_faces(out, identities, shots, seed, size, first_identity=first_identity, progress=advance)

@@ -36,6 +36,7 @@ KERNELS = (
     "opened elsewhere: on CPUs without VNNI, ONNX Runtime's fastest kernels clip 8-bit weights' sums; set the session "
     "option session.x64quantprecision=1 there (bigface does), or use --weights 7"
 )
+CENTRE = "the centre was taken for the face"
 VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 
 
@@ -86,7 +87,11 @@ def verify(
             def embed(pixels: np.ndarray) -> np.ndarray:
                 return recogniser.embed(pixels, progress=advance)
 
-            results = verify_suite(embed, given, out) if suite else {"": run(embed, images, given, out, str(ckpt))}
+            size = recogniser.net.input_size
+            if suite:
+                results = verify_suite(embed, suite, size, out)
+            else:
+                results = {"": run(embed, images, given, size, out, str(ckpt))}
             figures, missing = pair_figures(results, out if suite else None)
     show("verify", figures, json, missing=missing)
     made = [out / file for file in VERIFY_FILES if (out / file).is_file()] if out and not mfr else []
@@ -116,6 +121,8 @@ def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dic
         missing |= {f"{name}/{path}" if name else path: reason for path, reason in result.failed.items()}
         for path, reason in sorted(result.failed.items()):
             console.print(f"[yellow]{escape(path)}: {reason}[/]")
+        if result.not_square:
+            console.print(f"[bold red]warning: {name} {len(result.not_square)} images are no square crops; {CENTRE}[/]")
         if result.failed:
             console.print(f"[bold red]{name} {len(result.failed)} images unusable, {result.skipped} pairs left out[/]")
     if "" not in results:
@@ -139,9 +146,9 @@ def match(
     from pipelines.verify import similarity
 
     recogniser = open_net(model, net)
-    cosine, odd = similarity(recogniser.embed, a, b)
+    cosine, odd = similarity(recogniser, a, b)
     for path in odd:
-        console.print(f"[bold red]warning: {escape(str(path))} is no square crop; its centre was taken for the face[/]")
+        console.print(f"[bold red]warning: {escape(str(path))} is no square crop; {CENTRE}[/]")
     figures = {"cosine": cosine}
     if recogniser.threshold is not None:
         figures["threshold"] = recogniser.threshold

@@ -40,7 +40,9 @@ def demo(
     """Synthetic faces → shards → Ray Data → Ray Train → verification on unseen identities, in about five minutes."""
     from pipelines.demo import demo as run
 
-    show("demo", run(out, workers, "demo", overrides or [], console.print), json)
+    with writable(out):
+        figures = run(out, workers, "demo", overrides or [], console.print)
+    show("demo", figures, json)
     console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}", markup=False)
 
 

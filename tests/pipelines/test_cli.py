@@ -195,6 +195,11 @@ def test_output_folders_are_guarded(photos, tmp_path):
             bigface("ingest", photos, "--out", out, "--in-process", "--overwrite")
     with pytest.raises(UserError, match="cannot write"):
         bigface("synth", "--out", tmp_path / "file" / "faces", "--identities", 1, "--shots", 1)
+    with pytest.raises(UserError, match="cannot write"):
+        bigface("demo", "--out", tmp_path / "file" / "demo")
+    bigface("synth", "--out", tmp_path / "faces", "--identities", 1, "--shots", 1, "--size", 32)
+    with pytest.raises(UserError, match="holds faces already"):
+        bigface("synth", "--out", tmp_path / "faces", "--identities", 1, "--shots", 1, "--seed", 1)
 
 
 # Training's mistakes, before anything starts

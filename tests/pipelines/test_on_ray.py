@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import yaml
 from safetensors.torch import save_file
 
 from fr_core.config import load_config
@@ -22,8 +23,9 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.train.checkpoint import checkpoints
 from fr_core.train.tracking import read_metrics
+from pipelines import on_ray
 from pipelines.ingest import ingest
-from pipelines.on_ray import train_on_ray, worker_cpus
+from pipelines.on_ray import capacity, cluster_machines, one_a_node, train_on_ray, worker_cpus
 from pipelines.train import train
 from tests.conftest import flip_a_bit, write_dataset
 
@@ -31,8 +33,25 @@ pytestmark = pytest.mark.ray
 
 
 def test_workers_leave_half_of_the_cpus_to_ray_data():
-    assert [worker_cpus(2, workers) for workers in (1, 2, 4)] == [1, 0.5, 0.25]
-    assert worker_cpus(64, 8) == 1
+    assert [worker_cpus([{"CPU": 2}], workers) for workers in (1, 2, 4)] == [1, 0.5, 0.25]
+    assert worker_cpus([{"CPU": 64}, {}], 8) == 1
+
+
+def test_workers_of_a_dead_node_leave_cpus_to_ray_data_on_what_is_left():
+    assert worker_cpus([{"CPU": 2}, {"CPU": 2}, {"GPU": 1}], 2) == 0.5
+    assert worker_cpus([{"CPU": 16}, {"CPU": 4}], 4) == 0.5
+
+
+def test_a_cluster_that_grows_counts_the_machines_that_may_come(tmp_path, monkeypatch):
+    """Of cluster.yaml, whose head has nothing to give: eight machines, not the sixteen of both kinds."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
+    (tmp_path / on_ray.GROWS_AS).write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    machines = cluster_machines()
+    assert capacity(machines) == (8 * 48, 8 * 4)
+    assert worker_cpus(machines, 32) == 1
+    assert one_a_node(machines) == 24.5
 
 
 def test_ingest_by_ray_equals_ingest_in_this_process(photos, tmp_path):
@@ -86,7 +105,7 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
 
 
 def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 8.0, "GPU": 1.0}])
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
     with pytest.raises(UserError, match="2 workers for 1 GPUs; use --workers 1"):
         train_on_ray(config, tmp_path / "run", 2)
@@ -128,7 +147,7 @@ def test_ctrl_c_leaves_no_process_behind(dataset, tmp_path):
             time.sleep(0.2)
         assert len(marked(mark)) > 3
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) != 0
+        assert process.wait(60) == 130, log.read_text()
         deadline = time.monotonic() + 30
         while marked(mark) and time.monotonic() < deadline:
             time.sleep(0.5)

@@ -14,7 +14,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 
-from fr_core.config import load_config
+from fr_core.config import Tracking, load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import to_path
 from fr_core.data.stream import make_plan
@@ -22,25 +22,27 @@ from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import checkpoints, go_on, take_over
+from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.state import initial_state
 from fr_core.train.tracking import PARENT_TAG, search_mlflow
 from fr_core.verify.pairs import write_pairs
 from pipelines import tune
 from pipelines.on_ray import start_ray
-from pipelines.search import Search, Trial, best, winner_recipe, write_results
+from pipelines.search import Search, Trial, best, settle, winner_recipe, write_results
 from pipelines.train import train
 from pipelines.trial import MISTAKE, judged, turn
 from pipelines.tune import DRIVER, bounded, claim, ended_early, share
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined
-from tune_spaces.fields import Integers
+from tune_spaces.fields import Choice, Integers
 
 
 def search(dataset, **more):
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
-    facts = {"objective": "loss", "stop": "none", "in_process": True, "trials": 4} | more
-    return Search(joined("bigface", "lr,m3"), config, **facts)
+    facts = {"objective": "loss", "stop": "none", "in_process": True, "trials": 4}
+    facts |= {"knobs": joined("bigface", "lr,m3"), "config": config} | more
+    return Search(**facts)
 
 
 def trial(name, state="finished", lr=0.1, **figures):
@@ -90,6 +92,14 @@ def test_searches_that_cannot_be(dataset):
     config = load_config("debug_bigface", [f"data.path={dataset}", *pairs])
     with pytest.raises(UserError, match="m3 cannot change"):
         checked(replace(moving, config=config))
+    moving = replace(moving, config=config, knobs=joined("bigface", "lr"))
+    with pytest.raises(UserError, match="leave --at-once out"):
+        tune.checked(moving, to_path("search"), at_once=1)
+    haar = load_config("debug_bigface", [f"data.path={dataset}", *pairs, "schedule={kind='fastface_haar',m=20}"])
+    with pytest.raises(UserError, match="window cannot change"):
+        checked(replace(moving, config=haar, knobs=joined("haar", "window")))
+    with pytest.raises(UserError, match=r"schedule\.m says how long"):
+        checked(search(dataset, config=haar, knobs=joined("haar", "window")))
     with pytest.raises(UserError, match="a local --out"):
         checked(replace(moving, config=config), "s3://bucket/search")
 
@@ -101,8 +111,10 @@ def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
     mistake.write_text("a folder that is there by now")
     assert claim(search(dataset), tmp_path, resume=True, at_once=3) == 2
     assert not mistake.exists()
-    with pytest.raises(UserError, match="runs 2 trials at once, 1 fit"):
+    with pytest.raises(UserError, match="runs 2 trials at once, here fit 1"):
         claim(search(dataset), tmp_path, resume=True, at_once=1)
+    with pytest.raises(UserError, match="runs 2 trials at once, --at-once 3"):
+        claim(search(dataset), tmp_path, resume=True, at_once=3, told=True)
     with pytest.raises(UserError, match="--resume goes on"):
         claim(search(dataset), tmp_path, resume=False, at_once=2)
     with pytest.raises(UserError, match="seed differ"):
@@ -191,7 +203,7 @@ def test_the_winner_is_a_recipe(dataset, tmp_path):
     for recipe in ("debug_attfc", "quantize_ekd", "fastface_r100_ms1mv3", "bigface_distill_r240"):
         config = load_config(recipe)
         path = tmp_path / "winner.toml"
-        path.write_text(winner_recipe(config, "accuracy 0.9", "a", 4, tmp_path))
+        path.write_text(winner_recipe(config, "accuracy 0.9", "a", 4, tmp_path, moved=True))
         assert load_config(path) == config
     trials = [trial("a", loss=2.0, lr=0.05), trial("b", loss=1.0, lr=0.07), trial("c", "failed")]
     files = write_results(search(dataset), trials, tmp_path)
@@ -250,6 +262,48 @@ def test_no_more_trials_train_than_have_turns():
     assert all(sum(a <= began < b for a, b in times) <= 2 for began, _ in times)
 
 
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_population_larger_than_the_machine_outlives_a_trial_that_fails(small, tmp_path, monkeypatch):
+    """One rate makes the loss infinite; those that wait for its trial go on without it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rate = replace(joined("bigface", "lr")[0], domain=Choice((0.1, 0.05, 1e30)))
+    config = load_config(small[0], [*small[1:], "tracking.uri=off", "train.max_bad_steps=1"])
+    own = {"search": "random", "stop": "pbt", "seed": 3, "in_process": True}
+    trials, _ = tune.tune(Search([rate], config, trials=4, **own), tmp_path / "search")
+    assert len(trials) == 4
+    assert {trial.state for trial in trials} == {"finished", "failed"}
+    assert all(trial.figures["steps"] == 8 for trial in trials if trial.state == "finished")
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_search_of_two_workers_a_trial(small, tmp_path):
+    """Ray Data into Ray Train inside Ray Tune, one trial after the other: none waits for what another holds."""
+    options = ["--only", "lr", "--trials", 3, "--workers", 2, "--stop", "median", "--out", tmp_path / "search"]
+    bigface("tune", "bigface", *small, "tracking.uri=off", *options, "--json", tmp_path / "tune.json")
+    trials = json.loads((tmp_path / "tune.json").read_text())["trials"]
+    assert [trial["state"] in ("finished", "stopped") for trial in trials] == [True] * 3
+    finished = [trial for trial in trials if trial["state"] == "finished"]
+    assert finished
+    assert all(trial["figures"]["workers"] == 2 for trial in finished)
+
+
+def test_what_trials_could_not_tell_mlflow_is_delivered_at_the_end(small, tmp_path):
+    config = load_config(small[0], [*small[1:], "train.max_steps=2"])
+    run = tmp_path / "search" / "trials" / "one"
+    train(config, run, in_process=True)
+    uri = f"sqlite:///{run.parent}/mlflow.db"
+    letter = ["metrics", [["late", 7.0, 1, 2]]]
+    (run / UNDELIVERED).write_text(json.dumps(letter) + "\n")
+    told = config.model_copy(update={"tracking": Tracking(uri=uri)})
+    settle([Trial("one", "finished", {}, {})], told, tmp_path / "search")
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    found = MlflowClient(uri).get_run(run_id)
+    assert (found.data.metrics["late"], found.info.status) == (7.0, "FINISHED")
+    assert not (run / UNDELIVERED).exists()
+
+
 def steps_of(run):
     with (run / "metrics.csv").open() as file:
         return [int(row["step"]) for row in csv.DictReader(file)]
@@ -298,7 +352,7 @@ def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch):
 def test_a_population_hands_weights_on(small, tmp_path, monkeypatch):
     """Two trials of different rates have the same weights at some step only where one went on from the other."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ["--only", "lr", "--trials", 2, "--search", "random", "--stop", "pbt", "--in-process", "--at-once", 2]
+    options = ["--only", "lr", "--trials", 2, "--search", "random", "--stop", "pbt", "--in-process"]
     bigface("tune", "bigface", *small, "train.max_steps=4", "tracking.uri=off", *options, "--out", tmp_path)
     seen = {}
     for path in sorted(tmp_path.glob("trials/*/checkpoints/*/checkpoint.json")):

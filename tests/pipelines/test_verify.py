@@ -38,7 +38,7 @@ def sets(photos, tmp_path):
 
 def test_a_suite_scores_every_set_and_draws_them_together(sets, tmp_path):
     (sets / "cfp" / "images" / "person0" / "0.jpg").write_bytes(b"broken")
-    results = verify_suite(raw_pixels, sets, tmp_path / "out")
+    results = verify_suite(raw_pixels, sets, 112, tmp_path / "out")
     assert list(results) == ["agedb", "cfp", "lfw"]
     assert np.allclose(results["lfw"].scores, results["agedb"].scores)
     assert list(results["cfp"].failed) == ["person0/0.jpg"]
@@ -70,7 +70,7 @@ def test_sets_may_share_their_images_which_are_embedded_once(sets, tmp_path):
     shutil.copytree(sets / "cfp" / "images", sets / "images")  # as `bigface split` leaves them
     shutil.copy(sets / "cfp" / "pairs.csv", sets / "pairs.csv")
     assert find_sets(sets)["pairs"] == (sets / "images", sets / "pairs.csv")
-    results = verify_suite(embed, suite)
+    results = verify_suite(embed, suite, 112)
     assert list(results) == ["one", "two"]
     assert seen[1] == len(results["two"].failed) == 1  # what could be read is known
     assert np.allclose(np.sort(results["one"].scores), np.sort(results["two"].scores))

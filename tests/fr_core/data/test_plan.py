@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fr_core.data import decode, schema
-from fr_core.data.plan import Plan, balanced_order, read_rows
+from fr_core.data.plan import Plan, balanced_order, read_rows, read_task
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
@@ -82,6 +82,14 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_names_the_nearest(plan
         plan.lanes_of(0, 5)
     with pytest.raises(UserError, match=r"13 workers .* use 12"):
         plan.lanes_of(0, 13)
+
+
+def test_another_dataset_at_the_same_place_is_refused(plan):
+    """By the processes that read for a run, each of which opens it."""
+    where, block = str(plan.dataset.root), (0, 0, 0, 1, 0)
+    assert read_task(where, plan.dataset.stamp, plan.order, block).num_rows
+    with pytest.raises(UserError, match="another dataset than at the run's start"):
+        read_task(where, "0" * 64, plan.order, block)
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(dataset):

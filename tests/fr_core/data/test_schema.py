@@ -7,6 +7,7 @@ import pytest
 
 from fr_core.data.schema import _open_parquet, grouped_table, open_dataset, write_shard
 from fr_core.errors import UserError
+from tests.conftest import write_dataset
 
 
 @pytest.fixture
@@ -34,6 +35,15 @@ def test_missing_shard_is_named(copy):
     (copy / "shard-00002.parquet").unlink()
     with pytest.raises(UserError, match=r"shard-00002\.parquet is missing"):
         open_dataset(copy)
+
+
+def test_a_shard_that_was_replaced_since_is_refused(copy, tmp_path):
+    opened = open_dataset(copy)
+    opened.read_row_group(0, 0)
+    write_dataset(tmp_path / "other", 700, 30)
+    shutil.copy(tmp_path / "other" / "shard-00001.parquet", copy / "shard-00001.parquet")
+    with pytest.raises(UserError, match=r"shard-00001\.parquet is damaged: \d+ bytes, \d+ when the dataset was opened"):
+        opened.read_row_group(1, 0)
 
 
 def test_flipped_byte_is_found_by_checksum_and_by_reading(copy):

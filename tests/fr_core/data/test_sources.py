@@ -44,6 +44,19 @@ def test_folders_without_a_dataset_are_refused(tmp_path):
         list_folder(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_named(photos, monkeypatch):
+    scan, closed = os.scandir, str(photos / "person3")
+
+    def scandir(path="."):
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="person3: Permission denied; its images would be missing"):
+        list_folder(photos)
+
+
 def test_landmarks_match_with_and_without_the_folder_name(photos, tmp_path):
     table = tmp_path / "points.csv"
     numbers = ",".join(str(n) for n in range(10))

@@ -1,5 +1,6 @@
 import csv
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,20 @@ def test_embed_refuses_other_shapes(weights):
         with pytest.raises(ValueError, match="uint8"):
             recogniser.embed(bad)
     assert recogniser.embed(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 16)
+
+
+@needs_real_data
+def test_the_published_teacher_ranks_faces():
+    """ORL: image 1 of each of 40 people as gallery, the other 360 as probes."""
+    with tarfile.open(REAL_DATA / "orl" / "orl_112.tar") as tar:
+        faces = {member.name: read_rgb(tar.extractfile(member).read()) for member in tar if member.isfile()}
+    people = np.array([int(Path(name).parent.name[1:]) for name in faces])
+    first = np.array([Path(name).stem == "1" for name in faces])
+    assert (first.sum(), (~first).sum()) == (40, 360)
+    recogniser = open_net(REAL_DATA / "teacher" / "mobilefacenet_y1.safetensors", "mobilefacenet")
+    embeddings = recogniser.embed(np.stack(list(faces.values())))
+    nearest = (embeddings[~first] @ embeddings[first].T).argmax(1)
+    assert (people[first][nearest] == people[~first]).sum() == 360
 
 
 @needs_real_data

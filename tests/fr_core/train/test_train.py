@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 import fr_core.train.loop as loop
@@ -71,6 +72,20 @@ def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
     ours, theirs = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
     assert torch.allclose(ours["head"], theirs["head"], atol=1e-4)
     assert torch.allclose(ours["fc.weight"], theirs["fc.weight"], atol=1e-4)
+
+
+def test_two_ranks_take_the_step_of_two_micro_batches_with_the_net_as_it_is(dataset, tmp_path):
+    """One step, before PReLU's kinks part what rounding has moved: every weight and every slope."""
+    one = ["train.max_steps=1", "optim.lr=1", "schedule={kind='constant'}"]
+    run(config_of(dataset, "train.accumulate=2", *one), tmp_path / "one")
+    run_ranks(2, rank_run, config_of(dataset, *one), tmp_path / "two")
+    ours, theirs = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    state, _ = state_and_batches(config_of(dataset))
+    moved = [name for name, slopes in state.backbone.state_dict().items() if not torch.allclose(slopes, ours[name])]
+    assert {"layer1.0.prelu.weight", "fc.weight", "bn1.running_var"} <= set(moved)
+    assert ours.keys() == theirs.keys()
+    for name, weights in ours.items():
+        assert torch.allclose(weights, theirs[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
@@ -228,6 +243,30 @@ def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(da
     assert whole[0].shape == (40, 32)
     assert all(torch.equal(a, b) for a, b in zip(whole, shared, strict=True))
     assert whole[1].abs().sum() > 0
+
+
+def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=4"), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["figures"]["peak_memory_mib"] = 12345.0
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert run(config_of(dataset, "train.max_steps=4"), tmp_path) == report["figures"]
+    assert run(config_of(dataset, "train.max_steps=5"), tmp_path)["peak_memory_mib"] != 12345
+
+
+def test_a_run_that_was_moved_goes_on_in_a_new_run_of_mlflow(dataset, tmp_path, caplog):
+    client, ids = {}, {}
+    for place, steps in (("here", 4), ("there", 8)):
+        if place == "there":
+            shutil.copytree(tmp_path / "here" / "run", tmp_path / "there" / "run")
+        config = load_config("debug_bigface", [f"data.path={dataset}", f"train.max_steps={steps}"])
+        run(config, tmp_path / place / "run")
+        client[place] = MlflowClient(f"sqlite:///{tmp_path / place}/mlflow.db")
+        ids[place] = json.loads((tmp_path / place / "run" / "run.json").read_text())["run_id"]
+    assert ids["here"] != ids["there"]
+    new = client["there"].get_run(ids["there"])
+    assert (new.info.status, new.data.params["train.max_steps"]) == ("FINISHED", "8")
+    assert [m.step for m in client["there"].get_metric_history(ids["there"], "loss")] == [5, 6, 7, 8]
 
 
 def test_other_settings_are_not_resumed_silently(dataset, tmp_path):

@@ -1,19 +1,21 @@
 import contextlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fr_core.data.decode import resized
 from fr_core.errors import UserError
 from fr_core.verify.baselines import colour_histogram, raw_pixels
 from fr_core.verify.pairs import (
     Pairs,
     best_threshold,
     make_pairs,
+    read_crops,
     read_images,
     read_pairs,
-    roc,
     score_pairs,
     tars,
     verify_embeddings,
@@ -28,23 +30,19 @@ def pairs_of(same, fold):
 
 
 @given(st.data())
-def test_best_threshold_and_roc_equal_brute_force_with_ties(data):
+def test_best_threshold_and_rates_equal_brute_force_with_ties(data):
     scores = np.array(data.draw(SCORES))
     same = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     cuts = np.concatenate([np.unique(scores), [np.inf]])
     best = max(((scores >= cut) == same).mean() for cut in cuts)
     assert ((scores >= best_threshold(scores, same)) == same).mean() == best
-    far, tar, thresholds = roc(scores, same)
-    assert thresholds.tolist() == sorted(set(scores.tolist()), reverse=True)
-    for f, t, cut in zip(far, tar, thresholds, strict=True):
-        assert f == pytest.approx((scores[~same] >= cut).mean() if (~same).any() else 0)
-        assert t == pytest.approx((scores[same] >= cut).mean() if same.any() else 0)
     limits = (0.0, 0.1, 0.5, 1.0)
     if same.all() or not same.any():
         assert np.isnan(tars(scores, same, limits)).all()
         return
+    rates = [((scores[~same] >= cut).mean(), (scores[same] >= cut).mean()) for cut in cuts]
     for limit, found in zip(limits, tars(scores, same, limits), strict=True):
-        assert found == pytest.approx(max((t for f, t in zip(far, tar, strict=True) if f <= limit), default=0))
+        assert found == pytest.approx(max(tar for far, tar in rates if far <= limit))
 
 
 def test_rates_equal_scikit_learns():
@@ -57,9 +55,6 @@ def test_rates_equal_scikit_learns():
     limits = np.array([1e-3, 1e-2, 0.05, 0.29, 0.9])
     expected = [tar[far <= limit].max() for limit in limits]
     assert tars(scores, same, limits) == pytest.approx(expected)
-    ours = roc(scores, same)
-    assert np.allclose(ours[0], far[1:])
-    assert np.allclose(ours[1], tar[1:])
 
 
 def test_each_fold_is_judged_at_the_threshold_of_the_others():
@@ -130,6 +125,7 @@ def test_lfw_pairs(tmp_path):
         ("image_a,image_b,same\n", "no pairs"),
         ("10\t300\nAnn\tx\t2\n", "line 2"),
         ("10\t300\nAnn\t1\n", "line 2"),
+        ("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nBob\t1\t2\n", "3 pairs, its first line says 2 folds of 2"),
     ],
 )
 def test_bad_pairs_files_name_the_line(tmp_path, text, message):
@@ -160,8 +156,9 @@ def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tm
     ]
     left, right = np.array([0, 0, 2, 4, 1, 3]), np.array([1, 4, 0, 5, 5, 4])
     pairs = Pairs(paths, left, right, np.array([1, 0, 1, 1, 0, 0], bool), np.array([0, 0, 0, 1, 1, 1]))
-    images, failed = read_images(photos, pairs, 64)
+    images, failed, odd = read_images(photos, pairs, 64)
     assert images.shape == (6, 64, 64, 3)
+    assert odd == []
     assert failed == {"absent.jpg": "missing", paths[3]: "corrupt or truncated"}
     result, scores, usable = verify_embeddings(raw_pixels(images), failed, pairs)
     assert (result.pairs, len(scores)) == (4, 4)
@@ -169,6 +166,21 @@ def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tm
     assert result.accuracy == 1.0
     with pytest.raises(UserError, match="none of the 6 pairs"):
         verify_embeddings(raw_pixels(images), dict.fromkeys(paths, "missing"), pairs)
+
+
+def test_images_are_resized_once_straight_to_the_net(tmp_path):
+    """Those that have its size keep their pixels; of others that are not square, the centre is taken, and told."""
+    random = np.random.default_rng(0)
+    small, wide = (random.integers(0, 255, (64, width, 3), np.uint8) for width in (64, 100))
+    for name, image in (("small.png", small), ("wide.png", wide)):
+        cv2.imwrite(str(tmp_path / name), image[:, :, ::-1])
+    images, failed, odd = read_crops(tmp_path, ["small.png", "wide.png"], 64)
+    assert np.array_equal(images, [small, wide[:, 18:82]])
+    assert (failed, odd) == ({}, ["wide.png"])
+    images, _, _ = read_crops(tmp_path, ["small.png"], 32)
+    assert np.array_equal(images[0], cv2.resize(small, (32, 32), interpolation=cv2.INTER_AREA))
+    images, _, _ = read_crops(tmp_path, ["small.png"], 48)
+    assert np.array_equal(images[0], resized(small, 48))
 
 
 def test_folds_of_made_pairs_share_no_identity():
