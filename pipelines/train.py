@@ -41,6 +41,7 @@ from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging, tell
 
 POLL = 2.0  # seconds
+SILENCE = 180.0  # seconds without a step, after which a run says so
 
 
 def train(
@@ -243,13 +244,17 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
         task = progress.add_task("train", total=total, loss=float("nan"), lr=0.0, rate=0.0)
 
         def follow() -> None:
-            said = 0.0
+            said, step, moved = 0.0, None, time.monotonic()
             while not done.wait(poll):
                 row = None
                 with suppress(StorageError):  # the run itself will tell
                     row = newest_metrics(out)
-                if row is None:
+                if row is None or row["step"] == step:
+                    if time.monotonic() - moved > SILENCE:
+                        moved = time.monotonic()
+                        log.warning("no step for %d s: a long verification, or workers wait for machines", SILENCE)
                     continue
+                step, moved = row["step"], time.monotonic()
                 loss, rate = row["loss"], row.get("images_per_second", 0.0)
                 progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)
                 if not console.is_terminal and time.monotonic() - said > 30:

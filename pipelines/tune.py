@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -384,7 +385,7 @@ def population() -> Any:
 
     class Population(PopulationBasedTraining):
         def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-            self._trial_state[trial].last_train_time = math.inf
+            self._trial_state[trial].last_train_time = sys.maxsize
 
         def choose_trial_to_run(self, tune_controller: Any) -> Any:
             chosen = super().choose_trial_to_run(tune_controller)

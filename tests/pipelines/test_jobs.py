@@ -1,4 +1,6 @@
-"""A real head with token authentication, and a training submitted to it from an empty folder."""
+"""Real heads: one with token authentication and a training submitted to it from an empty folder, one that dies, and one
+that starts machines when asked.
+"""
 
 import json
 import os
@@ -11,14 +13,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+
+from fr_core.train.checkpoint import checkpoints
+from fr_core.train.tracking import read_metrics
+from pipelines.on_ray import GROWS_AS
 
 ROOT = Path(__file__).parents[2]
-RAY = Path(sys.executable).with_name("ray")
+RAY, BIGFACE = (Path(sys.executable).with_name(name) for name in ("ray", "bigface"))
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]  # a head and its job take minutes on a busy machine
 
@@ -31,31 +38,56 @@ def free_ports(number):
         return [one.getsockname()[1] for one in sockets]
 
 
-@pytest.fixture(scope="module")
-def head():
-    """Environment of whoever may use it, the jobs' address, and where its metrics are."""
+@contextmanager
+def running_head(cpus=2, grows_as=None):
+    """A head with ports, a token and a home of its own.
+
+    Args:
+        grows_as: the autoscaler's config, which `ray up` would leave in that home.
+
+    Yields:
+        Environment of whoever may use it, the jobs' address, and where its metrics are.
+    """
     folder = tempfile.mkdtemp(prefix="bf", dir="/tmp")  # sockets have short names
     port, dashboard, agent, metrics, client = free_ports(5)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
     environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"RAY_metrics_report_interval_ms": "500"}
+    environment |= {"RAY_metrics_report_interval_ms": "500", "HOME": folder}
     options = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
-    options |= {"metrics-export-port": metrics, "ray-client-server-port": client, "num-cpus": 2}
+    options |= {"metrics-export-port": metrics, "ray-client-server-port": client, "num-cpus": cpus}
     options |= {"object-store-memory": 200_000_000}
+    if grows_as:
+        options["autoscaling-config"] = Path(folder) / GROWS_AS
+        options["autoscaling-config"].write_text(yaml.safe_dump(grows_as))
+        environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())]
     with open(f"{folder}/log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         wait_for(f"http://127.0.0.1:{dashboard}/api/version", environment["RAY_AUTH_TOKEN"])
+        environment |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         yield environment, f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
     finally:
-        family = psutil.Process(process.pid)
-        for one in [*family.children(recursive=True), family]:
+        for one in processes_with("RAY_TMPDIR", folder):
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes_with(name, value):
+    """Whose environment says so: also those that left the family."""
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            if one.environ().get(name) == value and one.pid != os.getpid():
+                yield one
+
+
+@pytest.fixture(scope="module")
+def head():
+    with running_head() as running:
+        yield running
 
 
 def wait_for(address, token):
@@ -99,6 +131,45 @@ def test_a_job_trains_to_its_report(head, dataset, tmp_path):
         assert 'run="run"' in line
         assert 'rank="0"' in line
         assert float(line.split()[-1]) >= 0
+
+
+def training(dataset, out, log, environment, *options):
+    command = [BIGFACE, "train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off", "train.epochs=10"]
+    command += ["train.max_steps=200", "train.save_every=20", "--out", out, *options]
+    with log.open("a") as file:
+        return subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file)
+
+
+def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    with running_head() as (environment, _, _):
+        driver = training(dataset, out, log, environment)
+        while not checkpoints(out):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.2)
+    assert driver.wait(180) != 0
+    assert not (out / "report.json").exists()
+    with running_head() as (environment, _, _):
+        assert training(dataset, out, log, environment, "--resume").wait(180) == 0, log.read_text()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
+
+
+def test_a_cluster_without_a_worker_starts_machines_for_a_run(dataset, tmp_path):
+    """As cluster.yaml's: the head has no CPU to give. Each worker needs a machine of its own here."""
+    machine = {"resources": {"CPU": 2, "object_store_memory": 200_000_000}, "node_config": {}, "min_workers": 0}
+    kinds = {"spot": machine | {"max_workers": 2}}
+    kinds["head"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    grows_as = {"cluster_name": "here", "max_workers": 2, "head_node_type": "head", "available_node_types": kinds}
+    grows_as |= {"provider": {"type": "fake_multinode"}, "auth": {}, "idle_timeout_minutes": 1.0}
+    grows_as |= {"upscaling_speed": 1.0, "docker": {}, "head_node": {}, "worker_nodes": {}, "file_mounts": {}}
+    lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
+    lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude")
+    grows_as |= {name: [] for name in (*lists, "rsync_filter")}
+    out, log = tmp_path / "run", tmp_path / "log"
+    with running_head(0, grows_as) as (environment, _, _):
+        driver = training(dataset, out, log, environment, "--workers", 2)
+        assert driver.wait(300) == 0, log.read_text()
+    assert json.loads((out / "report.json").read_text())["figures"]["workers"] == 2
 
 
 def test_nobody_submits_without_the_token(head):
