@@ -290,7 +290,7 @@ def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
 def make_tuner(
     search: Search, out: AnyPath, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
 ) -> Any:
-    """Ray Tune's view of the search; a resumed one knows its searcher, its scheduler judges anew: Tune keeps none."""
+    """Ray Tune's view of the search; a resumed one knows its own searcher and callbacks."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
     if isinstance(out, Path):  # a trial that no saved state knows is begun anew; to a URL all goes up each time
@@ -310,7 +310,7 @@ def make_tuner(
             param_space=space,
         )
     remove_folder(out / "ray")  # of a search that ended before Tune first saved its state
-    several = len(search.objectives) > 1
+    several, judge = len(search.objectives) > 1, scheduler(search, space, rung)
     goal: dict[str, Any] = {} if several else {"metric": search.objective, "mode": mode(search.objective)}
     return ray_tune.Tuner(
         trainable,
@@ -318,7 +318,7 @@ def make_tuner(
         tune_config=ray_tune.TuneConfig(
             **goal,
             search_alg=searcher(search, at_once),
-            scheduler=scheduler(search, space, rung),
+            scheduler=judge,
             num_samples=1 if search.search == "grid" else search.trials,
             max_concurrent_trials=at_once if search.search == "tpe" else None,  # the others limit themselves
             trial_name_creator=lambda trial: trial.trial_id,
@@ -330,7 +330,7 @@ def make_tuner(
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=ray_tune.FailureConfig(max_failures=LIVES - 1),
             verbose=0,
-            callbacks=[finished_trials(search)],
+            callbacks=[ended_trials(search, judge)],
             checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),  # a donor's must outlive its copying
         ),
     )
@@ -406,11 +406,23 @@ def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
     return values | {name: min(max(values[name], low), high) for name, (low, high) in ends.items()}
 
 
-def finished_trials(search: Search) -> Any:
-    """A line for each trial that ends."""
+def ended_trials(search: Search, judge: Any) -> Any:
+    """A line for each trial that ends; and, for a search that goes on, what ASHA compares trials with: Tune keeps the
+    states of searchers and callbacks, and none of schedulers.
+    """
     from ray.tune import Callback
+    from ray.tune.schedulers import ASHAScheduler
 
-    class Finished(Callback):
+    class Ended(Callback):
+        def __init__(self) -> None:
+            self.judge = judge  # an attribute: the same object as the search's also once both were pickled
+
+        def get_state(self) -> dict[str, Any] | None:
+            return {"brackets": self.judge._brackets} if isinstance(self.judge, ASHAScheduler) else None
+
+        def set_state(self, state: dict[str, Any]) -> None:
+            self.judge._brackets = state["brackets"]
+
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             figures = trial.last_result or {}
             scores = {name: figures[name] for name in search.objectives if name in figures}
@@ -421,4 +433,4 @@ def finished_trials(search: Search) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             log.warning("trial failed", extra={"facts": {"trial": trial.trial_id}})
 
-    return Finished()
+    return Ended()

@@ -8,9 +8,12 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import ray
+import ray.cloudpickle as cloudpickle
 import torch
 from mlflow import MlflowClient
 
@@ -30,7 +33,7 @@ from pipelines import tune
 from pipelines.on_ray import start_ray
 from pipelines.search import Search, Trial, best, settle, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.trial import MISTAKE, judged, turn
+from pipelines.trial import MISTAKE, judged, run_trial, turn
 from pipelines.tune import DRIVER, bounded, claim, ended_early, share
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
@@ -143,6 +146,24 @@ def test_an_objective_that_the_pairs_do_not_resolve(small):
     checked(Search(joined("bigface", "lr"), config, in_process=True))
     with pytest.raises(UserError, match=r"no objective tar_at_far_1e-4: .*pairs.csv has pairs for tar_at_far_1e-1"):
         checked(Search(joined("bigface", "lr"), config, objective="tar_at_far_1e-4", in_process=True))
+
+
+def test_a_search_that_goes_on_judges_by_what_it_saw(dataset, tmp_path):
+    """Tune pickles its scheduler as it was at first, and its callbacks' states as they are."""
+    made = tune.make_tuner(
+        search(dataset, stop="asha"), tmp_path, partial(run_trial, launch={}), {"CPU": 1.0}, 1, 2, resume=False
+    )
+    inside = made._local_tuner.__getstate__()
+    [judge, ended] = inside["_tune_config"].scheduler, *inside["_run_config"].callbacks
+    judge.set_search_properties("loss", "min")
+    for name in ("a", "b", "c"):
+        judge._brackets[0].on_result(SimpleNamespace(trial_id=name), 2, -float(ord(name)))
+    again = cloudpickle.loads(cloudpickle.dumps(inside))
+    [judge_again, ended_again] = again["_tune_config"].scheduler, *again["_run_config"].callbacks
+    judge_again._brackets = []
+    ended_again.set_state(cloudpickle.loads(cloudpickle.dumps(ended.get_state())))
+    assert judge_again._brackets[0].debug_str() == judge._brackets[0].debug_str()
+    assert "nan" not in judge._brackets[0].debug_str().split("Iter 2.000: ")[1]
 
 
 def test_schedulers_hear_of_figures_alone():
@@ -274,6 +295,36 @@ def test_a_population_larger_than_the_machine_outlives_a_trial_that_fails(small,
     assert len(trials) == 4
     assert {trial.state for trial in trials} == {"finished", "failed"}
     assert all(trial.figures["steps"] == 8 for trial in trials if trial.state == "finished")
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("options", "pictures"),
+    [
+        (["--only", "m3", "--search", "grid", "--stop", "none", "--trials", 3], {"parallel", "importance"}),
+        (
+            ["--only", "lr", "--stop", "none", "--against", "seconds", "--trials", 4],
+            {"parallel", "pareto", "importance"},
+        ),
+        (["--only", "lr", "--search", "random", "--stop", "median", "--trials", 4], {"parallel", "importance"}),
+    ],
+)
+def test_other_ways_to_search(small, tmp_path, monkeypatch, options, pictures):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "search"
+    bigface(
+        "tune", "bigface", *small, "tracking.uri=off", "--in-process", *options, "--out", out, "--json", out / "json"
+    )
+    trials = json.loads((out / "json").read_text())["trials"]
+    assert len(trials) == options[-1]
+    assert {trial["state"] for trial in trials} <= {"finished", "stopped"}
+    assert {path.stem for path in out.glob("*.png")} <= pictures
+    assert "parallel" in {path.stem for path in out.glob("*.png")}
+    load_config(out / "winner.toml")
+    if "grid" in options:
+        assert sorted(trial["values"]["m3"] for trial in trials) == pytest.approx([0.1, 0.3, 0.5])
+    assert (out / "pareto.png").exists() == ("--against" in options)
 
 
 @pytest.mark.soak
