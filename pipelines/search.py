@@ -207,10 +207,12 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
         first["target"] = lambda t: t.values[0]
     with warnings.catch_warnings(action="ignore"):  # Optuna's, that its pictures are experimental
         made["parallel"] = plots.plot_parallel_coordinate(study, **first)
+        made["parallel"].figure.set_size_inches(1.8 * (1 + len(search.knobs)), 5)  # axes' numbers stand beside them
         if len({trial.values[0] for trial in study.trials}) > 1:  # else nothing mattered
             sign = -1 if mode(names[0]) == "max" else 1  # PED-ANOVA asks what makes its target low
             low: dict[str, Any] = {"target": lambda t: sign * t.values[0], "target_name": names[0]}
             made["importance"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), **low)
+            made["importance"].get_legend().remove()  # one target, which the axis names
         if search.against:
             made["pareto"] = plots.plot_pareto_front(study, target_names=names)
     return {name: axes.figure for name, axes in made.items()}
