@@ -157,24 +157,6 @@ class MoENet(Residual):
         return self
 
 
-class CommitteeNet(Residual):
-    """IR-ResNets side by side, for few people (``fr_core/nets/committee.py``); ``embedding`` is that of them all."""
-
-    kind: Literal["committee"] = "committee"
-    members: Annotated[int, Field(ge=2, le=8)] = 2
-
-    @model_validator(mode="after")
-    def _members_are_alike(self) -> "CommitteeNet":
-        if self.embedding % self.members or self.embedding < 2 * self.members:
-            raise ValueError(f"net.members = {self.members} do not share net.embedding = {self.embedding} alike")
-        return self
-
-    @property
-    def member(self) -> IResNetNet:
-        own = self.model_dump(exclude={"kind", "members", "embedding"})
-        return IResNetNet(**own, embedding=self.embedding // self.members)
-
-
 class MobileFaceNetNet(Section):
     kind: Literal["mobilefacenet"] = "mobilefacenet"
     input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
@@ -210,7 +192,7 @@ class QuantisedNet(Section):
         return self.net.embedding
 
 
-Net = Annotated[IResNetNet | MoENet | CommitteeNet | MobileFaceNetNet | QuantisedNet, Field(discriminator="kind")]
+Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | QuantisedNet, Field(discriminator="kind")]
 
 
 class Margin(Section):
@@ -637,13 +619,6 @@ class Config(Section):
                     f"data.progressive.size = {size}: this net's feature map allows "
                     f"{full - (full - 1) % stride} to {full - 1}"
                 )
-        if isinstance(self.net, CommitteeNet):
-            plain = isinstance(self.method, BigFace) and not self.method.distill and self.method.update != "fused"
-            if not plain or self.init.head != "random":
-                raise ValueError(
-                    'net.kind = "committee" has class rows for each member: with method.kind = "bigface", no '
-                    'distillation, method.update = "plain" and init.head = "random"'
-                )
         if self.train.recompute_blocks and not self.train.recompute:
             raise ValueError("train.recompute_blocks needs train.recompute = true")
         if self.train.recompute and not isinstance(self.net, Residual):
@@ -750,13 +725,8 @@ def input_size(config: Config, epoch: int) -> int:
 
 
 def classes(config: Config, identities: int) -> int:
-    """Classes of a run: the dataset's identities, or all their variants; of a committee, each member's."""
-    return identities * config.data.variants * members(config)
-
-
-def members(config: Config) -> int:
-    """Nets that a batch passes side by side, each with class rows of its own."""
-    return config.net.members if isinstance(config.net, CommitteeNet) else 1
+    """Classes of a run: the dataset's identities, or all their variants."""
+    return identities * config.data.variants
 
 
 def class_images(config: Config) -> int:

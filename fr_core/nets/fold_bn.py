@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fr_core.nets.committee import Committee
 from fr_core.nets.iresnet import IResBlock, IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
@@ -50,10 +49,6 @@ def folded(net: Any, channelwise: bool = False) -> Any:
         _fold_iresnet(net, channelwise)
     elif isinstance(net, MobileFaceNet):
         _fold_mobilefacenet(net)
-    elif isinstance(net, Committee):
-        for member in net.members:
-            assert isinstance(member, IResNet)
-            _fold_iresnet(member, channelwise)
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):
             net.set_submodule(name, nn.Identity())

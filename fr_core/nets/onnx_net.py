@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fr_core.errors import UserError
-from fr_core.nets.committee import Committee
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 
@@ -81,7 +80,7 @@ def write_onnx(net: Any, path: Path, threshold: float | None = None, plain: bool
     """
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
-    if isinstance(net, IResNet | MobileFaceNet | Committee):
+    if isinstance(net, IResNet | MobileFaceNet):
         _write_float(net, path, _facts(net, threshold), {} if plain else {torch.ops.aten.prelu.default: _prelu})
     else:
         from fr_core.nets.qdq import qdq_model

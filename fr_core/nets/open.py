@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fr_core.config import CommitteeNet, IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
 from fr_core.data.decode import resized
 from fr_core.data.schema import sha256
 from fr_core.data.store import AnyPath, fetched, find, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
-from fr_core.nets.committee import Committee
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
@@ -33,7 +32,7 @@ from fr_core.nets.onnx_net import OnnxNet, open_onnx
 if TYPE_CHECKING:
     from fr_core.nets.quantised import Quantised  # its packages are an extra
 
-Backbone = Union[IResNet, MobileFaceNet, Committee, "Quantised"]
+Backbone = Union[IResNet, MobileFaceNet, "Quantised"]
 CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
 
 
@@ -48,8 +47,6 @@ def build_net(config: Net) -> Backbone:
             net = build_residual(config)
             net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
             return net
-        case CommitteeNet():
-            return Committee([build_residual(config.member) for _ in range(config.members)])
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
 

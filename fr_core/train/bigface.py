@@ -9,10 +9,9 @@ from contextlib import nullcontext
 import torch
 
 from fr_core import rng
-from fr_core.config import BigFace, Config, members
+from fr_core.config import BigFace, Config
 from fr_core.data.stream import Batch
 from fr_core.losses.distill import distillation_loss
-from fr_core.nets.committee import member_classes
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
@@ -30,10 +29,9 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     """
     micro, distill = config.train.accumulate, method.distill
     images_AXHWC = micro_batches(batch, micro, state.device)
-    labels_AB = [member_classes(labels_B, members(config)) for labels_B in batch.labels_B.to(state.device).chunk(micro)]
-    labels_AG = [ranks.gather(labels_B) for labels_B in labels_AB]
+    labels_AG = [ranks.gather(labels_B) for labels_B in batch.labels_B.to(state.device).chunk(micro)]
     rows_S = state.head.sample(torch.cat(labels_AG), state.step)
-    labelled = len(labels_AB[0])
+    labelled = len(batch.labels_B) // micro
     total, distance = torch.zeros(2, device=state.device).unbind()
     with autocast(config, state.device):
         targets_AXE = state.teacher.targets(batch, images_AXHWC) if state.teacher else []
@@ -55,7 +53,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
             if distill:
                 distance += apart.detach()
                 loss = loss + distill.weight * apart
-            backward(config, state, members(config) * loss, ranks)  # the mean over members would move each the less
+            backward(config, state, loss, ranks)
     share = total / ranks.size  # every rank has the whole margin loss, and its own faces' part of the distance
     if distill is None:
         return update(config, state, share, ranks) | {"lr": rate}

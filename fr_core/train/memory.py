@@ -25,7 +25,6 @@ from fr_core.config import (
     class_images,
     class_matrix,
     classes,
-    members,
     taught,
     unlabelled_batch,
 )
@@ -108,10 +107,10 @@ def step_images(config: Config) -> tuple[int, int]:
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
     """Of rank 0's rows of the class matrix and what a step needs for them."""
-    embedding = config.net.embedding // members(config)
+    embedding = config.net.embedding
     lo, hi = Ranks(0, gpus).split(classes)
     sampled = max(1, int(method.sample_rate * (hi - lo)))
-    micro = members(config) * config.train.global_batch // config.train.accumulate
+    micro = config.train.global_batch // config.train.accumulate
     fused, sparse = method.update == "fused", method.sample_rate < 1
     matrix, gradient = FLOAT * (hi - lo) * embedding, 0 if fused else FLOAT * sampled * embedding
     tile = min(method.tile or tile_size(micro, embedding, GPU), sampled)

@@ -27,7 +27,6 @@ from fr_core.config import (
     class_matrix,
     classes,
     distillation,
-    members,
     total_steps,
 )
 from fr_core.data.plan import Plan
@@ -156,7 +155,7 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     """
     method, embedding, seed = config.method, config.net.embedding, config.seed
     if matrix := class_matrix(config):
-        return ShardedFC(classes, embedding // members(config), matrix, ranks, seed)
+        return ShardedFC(classes, embedding, matrix, ranks, seed)
     if isinstance(method, QuantFace):
         return Agreement(method.loss)
     assert isinstance(method, FixedCentres)
@@ -204,7 +203,7 @@ def parameter_figures(config: Config, identities: int) -> dict[str, int]:
     """Parameters of a run's backbone and of its classifier, the class matrix; centres without a gradient are none."""
     with torch.device("meta"):
         backbone = sum(param.numel() for param in build_net(config.net).parameters())
-    matrix = classes(config, identities) * config.net.embedding // members(config) if class_matrix(config) else 0
+    matrix = classes(config, identities) * config.net.embedding if class_matrix(config) else 0
     return {"backbone_parameters": backbone, "classifier_parameters": matrix}
 
 

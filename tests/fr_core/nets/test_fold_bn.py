@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fr_core.config import CommitteeNet, IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.open import build_net, open_net
@@ -17,7 +17,6 @@ SMALL = [
     IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # maps of 1 × 1 pixel at the end
     IResNetNet(depth=10, width=8, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
     MoENet(depth=18, width=8, input_size=32, embedding=8, experts=3, active=2),
-    CommitteeNet(depth=10, width=8, input_size=32, embedding=8),
     MobileFaceNetNet(input_size=64, embedding=8),
 ]
 
@@ -36,9 +35,8 @@ def random_net(config, dtype=torch.float32):
         norm.weight[2::5] *= 1e-7
         norm.bias.normal_(0, 0.5)
     x = torch.randn(4, 3, config.input_size, config.input_size, dtype=dtype)
-    for member in getattr(net, "members", [net]):
-        member.features.float()  # as the forward pass wants it
-        member.fc.float()
+    net.features.float()  # as the forward pass wants it
+    net.fc.float()
     net.train()(x)
     for norm in norms:
         norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
