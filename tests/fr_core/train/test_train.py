@@ -75,17 +75,20 @@ def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
 
 
 def test_two_ranks_take_the_step_of_two_micro_batches_with_the_net_as_it_is(dataset, tmp_path):
-    """One step, before PReLU's kinks part what rounding has moved: every weight and every slope."""
+    """One step, before PReLU's kinks part what rounding has moved: every weight and every slope. Running statistics are
+    moved by one rank's two halves in turn, and by the mean of two ranks'.
+    """
     one = ["train.max_steps=1", "optim.lr=1", "schedule={kind='constant'}"]
     run(config_of(dataset, "train.accumulate=2", *one), tmp_path / "one")
     run_ranks(2, rank_run, config_of(dataset, *one), tmp_path / "two")
     ours, theirs = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
     state, _ = state_and_batches(config_of(dataset))
     moved = [name for name, slopes in state.backbone.state_dict().items() if not torch.allclose(slopes, ours[name])]
-    assert {"layer1.0.prelu.weight", "fc.weight", "bn1.running_var"} <= set(moved)
+    assert {"layer1.0.prelu.weight", "layer1.0.bn1.bias", "fc.weight"} <= set(moved)
     assert ours.keys() == theirs.keys()
     for name, weights in ours.items():
-        assert torch.allclose(weights, theirs[name], rtol=1e-4, atol=1e-5), name
+        if "running_" not in name and "num_batches" not in name:
+            assert torch.allclose(weights, theirs[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
