@@ -47,6 +47,7 @@ from pipelines.train import checked_plan, fitting_plan, trackable, with_absolute
 from pipelines.trial import MISTAKE, run_trial
 from tune_spaces.fields import (
     Choice,
+    Domain,
     Knob,
     at_steps,
     check_knobs,
@@ -401,9 +402,14 @@ def population() -> Any:
 
 
 def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
-    """The values, those beyond an end of their domain put on it."""
-    ends = {knob.name: (knob.domain.low, knob.domain.high) for knob in knobs if not isinstance(knob.domain, Choice)}
-    return values | {name: min(max(values[name], low), high) for name, (low, high) in ends.items()}
+    """The values, those beyond an end of their domain put on it, those beside a choice on the nearest one."""
+
+    def inside(domain: Domain, value: Any) -> Any:
+        if isinstance(domain, Choice):
+            return value if value in domain.values else min(domain.values, key=lambda one: abs(one - value))
+        return min(max(value, domain.low), domain.high)
+
+    return values | {knob.name: inside(knob.domain, values[knob.name]) for knob in knobs}
 
 
 def ended_trials(search: Search, judge: Any) -> Any:
