@@ -14,7 +14,7 @@ def test_the_demo_leaves_a_report_with_its_floors_and_pictures(tmp_path, monkeyp
     for name, value in SMALL.items():
         monkeypatch.setattr(demo, name, value)
     said = []
-    overrides = ["train.max_steps=2", "train.global_batch=16", "tracking.uri=off"]
+    overrides = ["train.max_steps=2", "train.log_every=1", "train.global_batch=16", "tracking.uri=off"]
     figures = demo.demo(tmp_path, 1, "demo", overrides, said.append)
     assert json.loads((tmp_path / "report.json").read_text())["figures"] == figures
     floors = {f"{name}_accuracy" for name in ("raw_pixel", "colour_histogram", "untrained", "trained")}

@@ -14,7 +14,7 @@ from pipelines.verify_templates import template_figures, verify_templates
 class Pixels:
     """A recogniser by small pictures, whose features' lengths differ."""
 
-    net = SimpleNamespace(embedding=192)
+    net = SimpleNamespace(embedding=192, input_size=112)
 
     def embed(self, images_NHWC, progress=None, normalise=True):
         assert not normalise
