@@ -58,6 +58,7 @@ def running_head(cpus=2, grows_as=None):
     options |= {"metrics-export-port": metrics, "ray-client-server-port": client, "num-cpus": cpus}
     options |= {"object-store-memory": 200_000_000}
     if grows_as:
+        port = options["port"] = 6379  # where Ray's stand-in for a cloud joins its machines to
         options["autoscaling-config"] = Path(folder) / GROWS_AS
         options["autoscaling-config"].write_text(yaml.safe_dump(grows_as))
         environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
@@ -158,8 +159,13 @@ def test_a_cluster_without_a_worker_starts_machines_for_a_run(dataset, tmp_path)
     """As cluster.yaml's: the head has no CPU to give. Each worker needs a machine of its own here."""
     machine = {"resources": {"CPU": 2, "object_store_memory": 200_000_000}, "node_config": {}, "min_workers": 0}
     kinds = {"spot": machine | {"max_workers": 2}}
-    kinds["head"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
-    grows_as = {"cluster_name": "here", "max_workers": 2, "head_node_type": "head", "available_node_types": kinds}
+    kinds["ray.head.default"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    grows_as = {
+        "cluster_name": "here",
+        "max_workers": 2,
+        "head_node_type": "ray.head.default",
+        "available_node_types": kinds,
+    }
     grows_as |= {"provider": {"type": "fake_multinode"}, "auth": {}, "idle_timeout_minutes": 1.0}
     grows_as |= {"upscaling_speed": 1.0, "docker": {}, "head_node": {}, "worker_nodes": {}, "file_mounts": {}}
     lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
