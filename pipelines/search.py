@@ -227,7 +227,7 @@ def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
         client, _ = open_mlflow(config.tracking, out.parent)
         for path in find(out / "trials", "*/run.json"):
             run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
-            if left := read_undelivered(path.parent, sys.maxsize):
+            if run_id and (left := read_undelivered(path.parent, sys.maxsize)):
                 outbox = Outbox(config.tracking, partial(tuple, (client, run_id)), path.parent)
                 for letter in [*left, ["status", "FINISHED"]]:
                     outbox.post(letter)
