@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 fuzz: $(VENV)/.installed  # minutes; make test runs the same with 100 cases a test
 	$(BIN)/pytest -m fuzz --hypothesis-profile=fuzz

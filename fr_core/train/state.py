@@ -318,16 +318,6 @@ def update(
     return metrics
 
 
-@torch.no_grad()
-def average_statistics(state: TrainState, ranks: Ranks) -> None:
-    """Gives all ranks the mean of their batch-norm statistics, before these are verified or saved."""
-    if ranks.size > 1:
-        for module in (state.backbone, state.average, state.encoder):
-            for name, buffer in module.named_buffers() if module is not None else ():
-                if name.endswith(("running_mean", "running_var")):
-                    ranks.sum_(buffer).div_(ranks.size)
-
-
 def _after_good_step(config: Config, state: TrainState) -> None:
     state.bad_steps = 0
     state.good_steps += 1

@@ -17,10 +17,12 @@ from fr_core.config import Config, load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.train.tracking import read_metrics
+from fr_core.verify.pairs import write_pairs
 
 CPUS: dict[str, Any] = {"num_cpus": 4}  # of each node, whatever the machine has
 WORKERS = 2  # one a node
 LAST = 20  # steps whose mean loss is compared
+PEOPLE, UNSEEN, SHOTS = 200, 100, 20  # drawn: who trains, who is verified, and images of each
 
 Run = dict[str, float]
 
@@ -30,12 +32,12 @@ def bench_recovery(steps: int, save_every: int, say: Callable[[str], None]) -> t
     nothing replaces, each in the middle of the run.
 
     Args:
-        steps, save_every: of each run, on drawn faces.
+        steps, save_every: of each run, on drawn faces; it ends with a verification on drawn people it never saw.
 
     Returns:
         A table, header first, and its figures: ``seconds_CASE`` from the kill to the next trained step, ``again_CASE``
-        steps trained twice, ``loss_gap_CASE`` to the undisturbed run's last loss, ``seconds_start`` from the launch to
-        the first step; CASE is worker or node.
+        steps trained twice, ``loss_gap_CASE`` and ``accuracy_gap_CASE`` to those of the undisturbed run,
+        ``accuracy`` of that one, ``seconds_start`` from its launch to the first step; CASE is worker or node.
 
     Raises:
         UserError: a run that did not come to its end, or lost a step.
@@ -43,25 +45,34 @@ def bench_recovery(steps: int, save_every: int, say: Callable[[str], None]) -> t
     with TemporaryDirectory(prefix="bigface-") as scratch:
         config = _config(Path(scratch), steps, save_every)
         calm = _undisturbed(config, Path(scratch) / "calm")
-        say(f"undisturbed: first step after {calm['seconds']:.1f} s, loss {calm['loss']:.3f}")
-        figures = {"seconds_start": calm["seconds"]}
-        table: list[tuple[str, ...]] = [("killed", "seconds to the next step", "steps again", "loss gap")]
+        say(f"undisturbed: first step after {calm['seconds']:.1f} s, loss {calm['loss']:.3f}, {calm['accuracy']:.1%}")
+        figures = {"seconds_start": calm["seconds"], "accuracy": calm["accuracy"]}
+        table: list[tuple[str, ...]] = [
+            ("killed", "seconds to the next step", "steps again", "loss gap", "accuracy"),
+            ("nothing", "", "0", "", f"{calm['accuracy']:.1%}"),
+        ]
         for case in ("worker", "node"):
             hurt = _disturbed(config, Path(scratch) / case, case)
-            gap = hurt["loss"] - calm["loss"]
             say(f"{case} killed: next step after {hurt['seconds']:.1f} s, {hurt['again']:.0f} steps again")
-            figures |= {f"seconds_{case}": hurt["seconds"], f"again_{case}": hurt["again"], f"loss_gap_{case}": gap}
-            table.append((case, f"{hurt['seconds']:.1f}", f"{hurt['again']:.0f}", f"{gap:+.3f}"))
+            gaps = {name: hurt[name] - calm[name] for name in ("loss", "accuracy")}
+            figures |= {f"{name}_gap_{case}": gap for name, gap in gaps.items()}
+            figures |= {f"{name}_{case}": hurt[name] for name in ("seconds", "again")}
+            cells = f"{hurt['seconds']:.1f}", f"{hurt['again']:.0f}", f"{gaps['loss']:+.3f}", f"{hurt['accuracy']:.1%}"
+            table.append((case, *cells))
     return table, figures
 
 
 def _config(scratch: Path, steps: int, save_every: int) -> Config:
     from pipelines.ingest import ingest
 
-    write_faces(scratch, 40, 20, workers=1)
-    ingest(scratch / "images", scratch / "shards", on_ray=False)
+    faces, unseen = scratch / "faces", scratch / "unseen"
+    write_faces(faces, PEOPLE, SHOTS)
+    write_faces(unseen, UNSEEN, SHOTS, first_identity=PEOPLE)
+    write_pairs(unseen, 300)
+    ingest(faces / "images", scratch / "shards", on_ray=False)
     given = [f"train.max_steps={steps}", "train.epochs=100000", f"train.save_every={save_every}", "train.log_every=1"]
-    return load_config("debug_bigface", [f"data.path={scratch / 'shards'}", "tracking.uri=off", *given])
+    given += [f"verify.images={unseen / 'images'}", f"verify.pairs={unseen / 'pairs.csv'}", "tracking.uri=off"]
+    return load_config("debug_bigface", [f"data.path={scratch / 'shards'}", *given])
 
 
 @contextmanager
@@ -115,12 +126,12 @@ def _training(config: Config, out: Path) -> Iterator[Future[Run]]:
 
 
 def _ended(run: Future[Run], config: Config, out: Path) -> Run:
-    """The mean of the last losses, of a run with every step once."""
-    run.result()
+    """The mean of the last losses and the accuracy, of a run with every step once."""
+    accuracy = run.result()["accuracy"]
     rows = read_metrics(out)
     if [row["step"] for row in rows] != list(range(1, (config.train.max_steps or 0) + 1)):
         raise UserError(f"{out.name}: steps were lost or came twice")
-    return {"loss": statistics.fmean(row["loss"] for row in rows[-LAST:])}
+    return {"loss": statistics.fmean(row["loss"] for row in rows[-LAST:]), "accuracy": accuracy}
 
 
 def _wait(run: Future[Run], happened: Callable[[], bool]) -> None:

@@ -75,8 +75,9 @@ def test_bench_recovery_trains_what_an_undisturbed_run_does():
     from pipelines.bench.recovery import bench_recovery
 
     table, figures = bench_recovery(120, 20, lambda line: None)
-    assert [row[0] for row in table] == ["killed", "worker", "node"]
+    assert [row[0] for row in table] == ["killed", "nothing", "worker", "node"]
     for case in ("worker", "node"):
         assert figures[f"seconds_{case}"] > 0
         assert 0 <= figures[f"again_{case}"] <= 20 + 1  # what a step in between adds
         assert abs(figures[f"loss_gap_{case}"]) < 1e-3
+        assert abs(figures[f"accuracy_gap_{case}"]) < 0.01

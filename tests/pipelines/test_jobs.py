@@ -53,7 +53,7 @@ def running_head(cpus=2, grows_as=None):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
     environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"RAY_metrics_report_interval_ms": "500", "HOME": folder}
+    environment |= {"RAY_metrics_report_interval_ms": "500", "HOME": folder, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
     options = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
     options |= {"metrics-export-port": metrics, "ray-client-server-port": client, "num-cpus": cpus}
     options |= {"object-store-memory": 200_000_000}
@@ -134,11 +134,34 @@ def test_a_job_trains_to_its_report(head, dataset, tmp_path):
         assert float(line.split()[-1]) >= 0
 
 
-def training(dataset, out, log, environment, *options):
-    command = [BIGFACE, "train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off", "train.epochs=10"]
-    command += ["train.max_steps=200", "train.save_every=20", "--out", out, *options]
+def training(dataset, out, log, environment, *options, before=()):
+    command = [*before, BIGFACE, "train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off"]
+    command += ["train.epochs=10", "train.max_steps=200", "train.save_every=20", "--out", out, *options]
     with log.open("a") as file:
         return subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file)
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(head, dataset, tmp_path):
+    """`ray job stop` is a SIGTERM: the checkpoint holds every step that was trained."""
+    environment, address, _ = head
+    out, log = tmp_path / "run", tmp_path / "log"
+    jobs = [RAY, "job", "submit", "--address", address, "--submission-id"]
+    job = training(dataset, out, log, environment, "train.save_every=150", before=[*jobs, "stopped", "--"])
+    while not (out / "metrics.csv").is_file() or len(read_metrics(out)) < 30:
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.05)
+    stop = subprocess.run(
+        [RAY, "job", "stop", "--address", address, "stopped"], env=environment, capture_output=True, text=True
+    )
+    assert "was stopped" in stop.stdout, stop
+    job.wait(60)
+    (saved,) = checkpoints(out)
+    assert "step_00000030" <= saved.name < "step_00000150"
+    assert saved.name == f"step_{read_metrics(out)[-1]['step']:08.0f}"
+    assert not (out / "report.json").exists()
+    again = training(dataset, out, log, environment, "--resume", before=[*jobs, "again", "--"])
+    assert again.wait(180) == 0, log.read_text()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
 
 
 def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_path):
