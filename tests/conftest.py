@@ -35,6 +35,7 @@ settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
 REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+mp.get_context("forkserver").set_forkserver_preload(["fr_core.train.loop"])  # imported once, for all ranks
 needs_real_data = pytest.mark.skipif(
     not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine"
 )
@@ -55,7 +56,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     if size == 1:
         return [function(Ranks(), *args)]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (size, function, args, folder), nprocs=size)
+        mp.start_processes(_rank, (size, function, args, folder), nprocs=size, start_method="forkserver")
         return [torch.load(f"{folder}/result{rank}", weights_only=False) for rank in range(size)]
 
 

@@ -70,10 +70,13 @@ def kill_a_worker_after_the_first_checkpoint(out: Path, killed: list[int]) -> No
 
 
 def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
-    """Two streams of Ray Data for each of two workers, the teacher on both: one process but for batch norm."""
+    """Two streams of Ray Data for each of two workers, the teacher on both, and at the end one of real faces: one
+    process but for batch norm.
+    """
     save_file(IResNet(10, 8, 1, 32, 32).state_dict(), tmp_path / "teacher.safetensors")
     distill = f"{{teacher='{tmp_path}/teacher.safetensors',teacher_net='iresnet10',unlabelled={{path='{dataset}'}}}}"
-    config = load_config("debug_distill", [f"data.path={dataset}", f"method.distill={distill}", "tracking.uri=off"])
+    given = [f"data.path={dataset}", f"method.distill={distill}", "data.variants=2", "tracking.uri=off"]
+    config = load_config("debug_distill", given)
     for name, workers in (("one", 1), ("two", 2)):
         train(config, tmp_path / name, workers=workers, in_process=workers == 1)
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
