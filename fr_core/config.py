@@ -663,6 +663,8 @@ class Config(Section):
                     )
         if self.optim.head != ClassMatrix() and class_matrix(self) is None:
             raise ValueError(f"optim.head moves a class matrix, and {self.method.kind} has none: leave it out")
+        if isinstance(self.method, F2C) and batch % 4:
+            raise ValueError(f"f2c shares its images out by fours: train.global_batch = {batch} is no multiple of 4")
         if isinstance(self.method, F2C | VirtualFC) and accumulate > 1:
             raise ValueError(f"{self.method.kind} writes its centres once per batch: train.accumulate = 1")
         if isinstance(self.method, BigFace) and self.method.update == "fused":

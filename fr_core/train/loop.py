@@ -215,7 +215,7 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
 def settle_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
     """Batch norms as the net is used: the same on all ranks, and after virtual identities the last one's of faces."""
     average_statistics(state, ranks)
-    if config.data.variants > 1:
+    if config.data.variants > 1 and not isinstance(config.net, QuantisedNet):  # which has no norms left
         faces = config.model_copy(update={"data": config.data.model_copy(update={"variants": 1})})
         steps = min(-(-IMAGES // config.train.global_batch), state.plan.steps_per_epoch)
         measure_last_norm(config, state, plain_batches(faces, state.plan, ranks, blocks, steps), ranks)

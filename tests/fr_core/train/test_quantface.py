@@ -189,6 +189,13 @@ def test_two_ranks_train_a_quantised_net_as_one(dataset, tmp_path, scheme):
         assert shared_moved.norm() == pytest.approx(moved.norm().item(), rel=0.05)
 
 
+def test_a_quantised_net_has_no_norm_that_virtual_identities_move(dataset, tmp_path):
+    pytest.importorskip("brevitas")
+    teacher = saved(tmp_path / "teacher.safetensors", 32, 32)
+    config = config_of(dataset, *quantised(teacher, "integer"), "data.variants=2", "train.max_steps=2")
+    assert run(config, tmp_path / "run")["steps"] == 2
+
+
 @pytest.mark.parametrize("extra", [[], [CROSS_ENTROPY, "train.ema=0.9"], ["integer", "train.ema=0.9"]])
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
     """The pool is amid its second filling then."""

@@ -14,12 +14,16 @@ from tests.fr_core.train.test_train import rank_run
 
 @pytest.fixture
 def trained(dataset, tmp_path):
-    """A short run's embeddings of all 1,500 faces of its dataset, float64, and the shift of its last norm."""
+    """A short run's embeddings of all faces of its dataset, float64, and the shift of its last norm."""
 
-    def train(ranks, *overrides):
-        given = [f"data.path={dataset}", "tracking.uri=off", "train.global_batch=30", "train.max_steps=8", *overrides]
-        run_ranks(ranks, rank_run, load_config("debug_bigface", given), str(tmp_path / "run"))
-        files = [row for path in sorted(dataset.glob("shard-*")) for row in pq.read_table(path)["image"].to_pylist()]
+    def train(ranks, *overrides, method="bigface", data=dataset):
+        given = [f"data.path={data}", "tracking.uri=off", "train.global_batch=60", "train.max_steps=8", *overrides]
+        run_ranks(ranks, rank_run, load_config(f"debug_{method}", given), str(tmp_path / "run"))
+        shards = [pq.read_table(path) for path in sorted(data.glob("shard-*"))]
+        if data == dataset:
+            files = [file for shard in shards for file in shard["image"].to_pylist()]
+        else:
+            files = [file for shard in shards for files in shard["images"].to_pylist() for file in files]
         images = np.stack([cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB) for file in files])
         net = open_net(tmp_path / "run").net
         with torch.no_grad():
@@ -34,6 +38,14 @@ def test_virtual_identities_leave_a_net_that_is_centred_on_the_real_ones(trained
     x_BD, bias_D = trained(ranks, "data.variants=4", "data.variant_strength=0.1")
     assert (x_BD.mean(0) - bias_D).abs().max() < 1e-3
     assert (x_BD.var(0) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("method", ["attfc", "dcq", "f2c", "virtual_fc"])
+def test_so_do_methods_of_class_images(trained, grouped, method):
+    """What they ship is measured, DCQ's key encoder too."""
+    given = ["data.variants=4", "data.variant_strength=0.1", "data.lanes=10"]
+    x_BD, bias_D = trained(1, *given, method=method, data=grouped)
+    assert (x_BD.mean(0) - bias_D).abs().max() < 1e-3
 
 
 def test_without_them_the_running_statistics_stay(trained):
