@@ -10,15 +10,15 @@ import torch
 from matplotlib.figure import Figure
 
 from fr_core import rng
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.nets.open import Recogniser, build_net, open_net
 from fr_core.verify.baselines import colour_histogram, raw_pixels
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import contact_sheet, report, roc_figure, verification_figures, write_report
-from pipelines.ingest import ingest
+from fr_core.verify.suites import verify
+from pipelines.datasets.ingest import ingest
 from pipelines.train import train
-from pipelines.verify import verify
 
 IDENTITIES, SHOTS = 600, 16
 UNSEEN_IDENTITIES, UNSEEN_SHOTS = 120, 10

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fr_core.config import Config, parse_config
+from fr_core.config import Config
+from fr_core.config.recipes import parse_config
 from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_atomically
 from fr_core.errors import Left, StorageError, UserError
 from fr_core.train.notice import Notice
@@ -167,7 +168,7 @@ def train_on_ray(
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from fr_core.train.checkpoint import checkpoints
+    from fr_core.nets.checkpoint_files import checkpoints
 
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     machines = cluster_machines()

@@ -12,31 +12,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import (
-    F2C,
-    LARS,
-    AdamW,
-    Config,
-    QuantisedNet,
-    class_matrix,
-    classes,
-    taught,
-    total_steps,
-    unlabelled_batch,
-)
-from fr_core.data.plan import Plan
-from fr_core.data.schema import Dataset, open_dataset
+from fr_core.config import Config, total_steps
 from fr_core.data.store import AnyPath, RemotePath, check_lasts, to_path, writable, write_text_atomically
-from fr_core.data.stream import make_plan, unlabelled
+from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
-from fr_core.nets.open import find_checkpoint
-from fr_core.optim.fastface import watcher
+from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
-from fr_core.train.distill import open_teacher
-from fr_core.train.memory import step_images
+from fr_core.train.check import checked_plan
 from fr_core.train.notice import Notice
-from fr_core.train.state import centres_of
-from fr_core.verify.pairs import read_pairs
 from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging, tell
 
@@ -117,88 +100,12 @@ def trackable(config: Config, out: AnyPath) -> Config:
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
 
 
-def checked_plan(config: Config, *workers: int) -> Plan:
-    """The plan of a run that can be launched on any of these numbers of workers.
-
-    Raises:
-        UserError: bad data, pairs that cannot be read, a teacher that does not fit, a quantised net made of nothing, or
-            a number of workers, batch and centres that do not fit.
-    """
-    if not config.data.path:
-        raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
-    if isinstance(config.net, QuantisedNet) and not config.init.backbone:
-        raise UserError(
-            'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
-        )
-    plan = fitting_plan(config, open_dataset(config.data.path), *workers)
-    open_teacher(config, plan.dataset, torch.device("cpu"))
-    if config.verify.pairs:
-        read_pairs(config.verify.pairs)
-        if config.verify.images and not Path(config.verify.images).is_dir():
-            raise UserError(f"verify.images: {config.verify.images}: no such folder")
-    return plan
-
-
-def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
-    """The plan of a run whose numbers fit together, on any of these numbers of workers.
-
-    Raises:
-        UserError: they do not: workers, batch, centres, class images, rates, FastFace's stretches.
-    """
-    plan = make_plan(config, dataset)
-    for number in workers:
-        check_workers(config, plan, number)
-    centres_of(config, classes(config, dataset.manifest.identities))
-    watcher(config.schedule, total_steps(config, plan.steps_per_epoch), config.train.global_batch)
-    if isinstance(config.optim, LARS | AdamW) and class_matrix(config) and config.optim.head.lr is None:
-        raise UserError(
-            f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
-        )
-    return plan
-
-
-def check_workers(config: Config, plan: Plan, workers: int) -> None:
-    """Raises: UserError: lanes, batches, identities or ghost batches that do not fit so many workers."""
-    plan.lanes_of(0, workers)
-    batch, identities = config.train.global_batch, plan.dataset.manifest.identities
-    if workers > identities:
-        raise UserError(f"{workers} workers for {identities} identities; use fewer workers")
-    if batch % (workers * config.train.accumulate):
-        raise UserError(
-            f"train.global_batch = {batch} is not a multiple of "
-            f"{workers} workers × train.accumulate = {config.train.accumulate}"
-        )
-    check_ghosts(config, workers)
-    if isinstance(config.method, F2C) and batch % (4 * workers):
-        raise UserError(
-            f"f2c cuts a worker's batch into pairs and two halves: train.global_batch must be a multiple of "
-            f"{4 * workers}"
-        )
-    if other := unlabelled(config):
-        if unlabelled_batch(config) % (workers * config.train.accumulate):
-            raise UserError(
-                f"method.distill.unlabelled.batch = {unlabelled_batch(config)} is not a multiple of "
-                f"{workers} workers × train.accumulate = {config.train.accumulate}"
-            )
-        other[1].lanes_of(0, workers)
-
-
 def check_kept(config: Config, out: AnyPath) -> None:
     """Raises: UserError: a run that is to be overwritten holds the weights that this one starts from or learns from."""
-    method, folder = taught(config), str(out.resolve())
+    method, folder = config.method.taught, str(out.resolve())
     for place in (config.init.backbone, method and method.teacher):
         if place == folder or (place and place.startswith(f"{folder}/checkpoints/")):
             raise UserError(f"{out} holds {place}, which this run needs: use another folder")
-
-
-def check_ghosts(config: Config, workers: int) -> None:
-    """Raises: UserError: ghost batches that do not fill a worker's micro-batch."""
-    images, ghost = step_images(config)[0] // workers, config.train.ghost_batch
-    if ghost and images % ghost:
-        raise UserError(
-            f"train.ghost_batch = {ghost} does not divide the {images} images that each of {workers} workers trains on "
-            f"at once: use a divisor of {images}"
-        )
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -229,7 +136,8 @@ def with_absolute_paths(config: Config) -> Config:
 @contextmanager
 def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     """A Rich progress line that follows a run's metrics.csv until the block ends."""
-    from fr_core.train.tracking import FLUSH_EVERY, newest_metrics
+    from fr_core.train.metrics import newest_metrics
+    from fr_core.train.tracking import FLUSH_EVERY
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total}"),

@@ -1,6 +1,6 @@
 """AttFC's knobs (METHODS §3)."""
 
-from fr_core.config import AttFC
+from fr_core.config.methods import AttFC
 from tune_spaces.fields import Choice, Integers, LogUniform, Uniform, knob
 
 SPACE = (

@@ -1,6 +1,8 @@
 """BigFace's knobs (METHODS §5)."""
 
-from fr_core.config import BigFace, Masks, Optimizer
+from fr_core.config.methods import BigFace
+from fr_core.config.optim import Optimizer
+from fr_core.config.sections import Masks
 from tune_spaces.fields import LogUniform, Uniform, knob
 
 SPACE = (

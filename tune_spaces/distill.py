@@ -1,6 +1,6 @@
 """BigFace-Distill: BigFace's knobs and the weight of the distillation (METHODS §5)."""
 
-from fr_core.config import Distill
+from fr_core.config.methods import Distill
 from tune_spaces import bigface
 from tune_spaces.fields import LogUniform, knob
 

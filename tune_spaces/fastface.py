@@ -1,6 +1,6 @@
 """Knobs of FastFace's two forms (METHODS §4)."""
 
-from fr_core.config import FastFace, FastFaceHaar, Optimizer
+from fr_core.config.optim import FastFace, FastFaceHaar, Optimizer
 from tune_spaces.fields import LogUniform, Uniform, knob
 
 LR = knob(Optimizer, "lr", LogUniform(0.005, 0.2))  # paper: 0.02

@@ -6,7 +6,9 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from fr_core.config import Config, Section, parse_config
+from fr_core.config import Config
+from fr_core.config.recipes import parse_config
+from fr_core.config.sections import Section
 from fr_core.errors import UserError
 
 

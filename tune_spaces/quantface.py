@@ -1,6 +1,9 @@
 """QuantFace's knobs (METHODS §6)."""
 
-from fr_core.config import EKD, Optimizer, QuantisedNet, Train
+from fr_core.config.methods import EKD
+from fr_core.config.nets import QuantisedNet
+from fr_core.config.optim import Optimizer
+from fr_core.config.sections import Train
 from tune_spaces.fields import Choice, LogUniform, StepShare, knob
 
 SPACE = (

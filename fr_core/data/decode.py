@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 
 from fr_core import rng
-from fr_core.config import Augment
+from fr_core.config.sections import Augment
 from fr_core.data.crops import read_rgb, warped
 
 _CHUNK = 16  # images per thread and turn: fewer turns than images, enough of them to share out

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 
 from fr_core import rng
-from fr_core.config import Config, Masks
+from fr_core.config import Config
+from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, RejectedImage, similarity
 
 KINDS = ("surgical", "kn95", "cloth", "dark")

@@ -19,16 +19,7 @@ import torch
 from torch import Tensor
 
 from fr_core import rng
-from fr_core.config import (
-    Config,
-    class_images,
-    distillation,
-    groups,
-    input_size,
-    lanes,
-    step_rows,
-    unlabelled_batch,
-)
+from fr_core.config import Config, distillation, group_count, image_side, lane_count, step_rows, unlabelled_batch
 from fr_core.data.class_images import Pool
 from fr_core.data.decode import augmented_batch, class_image_draws, decoded, draws, second_view_draws
 from fr_core.data.masks import class_image_mask_draws, mask_draws, masking, second_view_mask_draws
@@ -66,20 +57,20 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
         UserError: shards of the other layout, more class images than any identity has, or a batch larger than the
             dataset.
     """
-    wanted = "flat" if class_images(config) == 0 else "grouped"
+    kind, wanted, count = config.method.kind, config.method.facts.layout, config.method.facts.class_images
     if dataset.manifest.layout != wanted:
         raise UserError(
-            f"{dataset.root} holds {dataset.manifest.layout} shards; {config.method.kind} reads {wanted} ones: "
+            f"{dataset.root} holds {dataset.manifest.layout} shards; {kind} reads {wanted} ones: "
             f"bigface ingest {dataset.manifest.source} --out SHARDS --layout {wanted}"
         )
-    if wanted == "grouped" and (most := int(dataset.identity_counts().max())) <= class_images(config):
+    if count and (most := int(dataset.identity_counts().max())) <= count:
         raise UserError(
-            f"{config.method.kind} takes {class_images(config)} other images of a person, but no identity of "
+            f"{kind} takes {count} other images of a person, but no identity of "
             f"{dataset.root} has more than {most}: lower method.class_images"
         )
+    lanes, groups = lane_count(config), group_count(config)
     together = config.data.balanced.images if config.data.balanced else 1
-    order = (config.seed, step_rows(config), lanes(config), config.data.shuffle_window, groups(config), together)
-    return Plan(dataset, *order)
+    return Plan(dataset, config.seed, step_rows(config), lanes, config.data.shuffle_window, groups, together)
 
 
 def unlabelled(config: Config) -> tuple[Config, Plan] | None:
@@ -156,7 +147,7 @@ def batches(
 def _flat_batches(
     config: Config, epoch: int, rows: pa.Table, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
-    size, small, augment = config.net.input_size, input_size(config, epoch), config.data.augment
+    size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
     for start in range(0, rows.num_rows, batch):
         step = rows.slice(start, batch)
         ids = step["sample_id"].to_numpy()
@@ -183,8 +174,8 @@ def _alternating(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
 def _grouped_batches(
     config: Config, epoch: int, pool: Pool, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
-    size, small, augment = config.net.input_size, input_size(config, epoch), config.data.augment
-    count = class_images(config)
+    size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
+    count = config.method.facts.class_images
     for start in range(0, len(pool.order_Q), batch):
         own_B = pool.order_Q[start : start + batch]
         other_BK = pool.class_images(own_B, count, config.seed, epoch)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fr_core.errors import UserError
-
 
 @torch.no_grad()
 def generative_centres(
@@ -44,18 +42,3 @@ def generative_centres(
 def follow(encoder: nn.Module, backbone: nn.Module, momentum: float) -> None:
     """Moves a momentum encoder's weights: θ_k ← γ·θ_k + (1 − γ)·θ_q. Its batch-norm statistics stay its own."""
     torch._foreach_lerp_(list(encoder.parameters()), list(backbone.parameters()), 1 - momentum)
-
-
-def queue_slots(wanted: float, global_batch: int) -> int:
-    """S = ⌊wanted/G⌋·G slots; AttFC wants r·N of them.
-
-    Raises:
-        UserError: fewer than one batch.
-    """
-    slots = int(wanted / global_batch + 1e-9) * global_batch
-    if slots == 0:
-        raise UserError(
-            f"a queue of {wanted:g} class centres cannot hold a batch of {global_batch}: raise method.size_ratio "
-            "(queue_size of DCQ), or lower train.global_batch"
-        )
-    return slots

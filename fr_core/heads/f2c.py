@@ -11,10 +11,11 @@ from collections import OrderedDict
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
+from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 T = TypeVar("T")
@@ -34,9 +35,10 @@ class Before(NamedTuple):
     latest: tuple[list[int], Tensor]
 
 
-class ClassPool(nn.Module):
+class ClassPool(Head):
     """Two layers of Q centres of length 1, and which class holds which slot: the same on every rank."""
 
+    too_large = ("first_QD", "latest_QD")
     first_QD: Tensor
     latest_QD: Tensor
 
@@ -47,14 +49,16 @@ class ClassPool(nn.Module):
         self.register_buffer("first_QD", centres_QD)
         self.register_buffer("latest_QD", centres_QD.clone())
         self.slots: OrderedDict[int, Slot] = OrderedDict()  # by label, the least recently used first
+        self.before: Before | None = None
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.before = None
 
     @torch.no_grad()
-    def put(self, centres_GD: Tensor, labels_G: Tensor) -> Before:
+    def put(self, centres_GD: Tensor, labels_G: Tensor) -> None:
         """Writes faces one after another: a new class takes a free slot or that of the least recently used class
         (layer 0), a known one its slot's other layer. Of faces with one label in a row, each writes.
-
-        Returns:
-            What was there, for :meth:`take_back`.
         """
         slots = self.slots.copy()
         first: dict[int, int] = {}  # slot -> the face whose centre it ends up with
@@ -74,14 +78,20 @@ class ClassPool(nn.Module):
         held = [(list(written), layer[list(written)]) for layer, written in self._layers(first, latest)]
         for layer_QD, written in self._layers(first, latest):
             layer_QD[list(written)] = centres_GD[list(written.values())].to(layer_QD.dtype)
-        return Before(slots, *held)
+        self.before = Before(slots, *held)
 
     @torch.no_grad()
-    def take_back(self, before: Before) -> None:
-        """The pool before the last :meth:`put`."""
-        self.slots = before.slots
-        for layer_QD, (places, centres_PD) in self._layers(before.first, before.latest):
-            layer_QD[places] = centres_PD
+    def take_back(self) -> None:
+        """The pool before the last :meth:`put` of this step, if there was one."""
+        if self.before:
+            self.slots = self.before.slots
+            for layer_QD, (places, centres_PD) in self._layers(self.before.first, self.before.latest):
+                layer_QD[places] = centres_PD
+        self.before = None
+
+    def drop_step(self) -> None:
+        super().drop_step()
+        self.take_back()
 
     def _layers(self, first: T, latest: T) -> list[tuple[Tensor, T]]:
         return [(self.first_QD, first), (self.latest_QD, latest)]

@@ -1,19 +1,56 @@
 """Margins of the positive class: ArcFace, CosFace and their combination (METHODS §1).
 
-cos θ → cos(m1·θ + m2) − m3. Legend: B faces.
+cos θ → cos(m1·θ + m2) − m3. Legend: B faces, G faces of the global batch, D embedding.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 
 MIN_SINE = 1e-4  # below it dθ/dcos is capped; its product with d cos/dx, which carries sin θ, vanishes there anyway
 
 
-def with_margin(cos_B: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class FaceMargin:
+    """A :class:`fr_core.config.methods.Margin` whose m2 and m3 may be numbers of their own for each face [G]."""
+
+    scale: float
+    m1: float
+    m2: float | Tensor
+    m3: float | Tensor
+    gradient: Literal["exact", "straight_through"] = "exact"
+    past_pi: Literal["fallback", "wrap"] = "fallback"
+
+
+class FixedMargin(nn.Module):
+    """One margin for every face, whatever its embedding."""
+
+    def __init__(self, margin: Margin) -> None:
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, x_GD: Tensor) -> Margin:
+        """The margin of each face of a step.
+
+        Args:
+            x_GD: all ranks' embeddings, not normalised: their lengths tell how good the faces are.
+        """
+        return self.margin
+
+
+def make_margin(margin: Margin) -> nn.Module:
+    """The module of a margin's section. It may hold buffers, which the head saves and takes back with its own."""
+    match margin:
+        case Margin():
+            return FixedMargin(margin)
+
+
+def with_margin(cos_B: Tensor, margin: Margin | FaceMargin) -> tuple[Tensor, Tensor]:
     """The positive's cosine after the margin, before the scale, and its derivative by the cosine.
 
     ``margin.gradient = "exact"`` differentiates the formula: m1·sin(m1·θ + m2)/sin θ. ``"straight_through"`` passes
@@ -29,14 +66,16 @@ def with_margin(cos_B: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
     """
     cos_B = cos_B.clamp(-1, 1)
     theta = torch.acos(cos_B)
-    angle = margin.m1 * theta + margin.m2
+    m1, m2 = margin.m1, margin.m2
+    angle = m1 * theta + m2
     value = torch.cos(angle)
-    slope = margin.m1 * torch.sin(angle) / torch.sin(theta).clamp_min(MIN_SINE)
-    if margin.m1 == 1 and margin.m2 == 0:
+    slope = m1 * torch.sin(angle) / torch.sin(theta).clamp_min(MIN_SINE)
+    if m1 == 1 and isinstance(m2, float | int) and m2 == 0:
         value, slope = cos_B, torch.ones_like(cos_B)
     elif margin.past_pi == "fallback":
         past = angle > math.pi
-        drop = margin.m2 * math.sin(margin.m2) if margin.m1 == 1 else 1 + math.cos((math.pi - margin.m2) / margin.m1)
+        functions = torch if isinstance(m2, Tensor) else math
+        drop = m2 * functions.sin(m2) if m1 == 1 else 1 + functions.cos((math.pi - m2) / m1)
         value = torch.where(past, cos_B - drop, value)
         slope = torch.where(past, 1.0, slope)
     if margin.gradient == "straight_through":

@@ -3,12 +3,16 @@
 Legend: G global batch, D embedding, N identities, S this rank's rows of the class matrix (or the sampled ones).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core import rng
-from fr_core.config import BigFace
+from fr_core.config.methods import BigFace
+from fr_core.heads.head import Head
+from fr_core.heads.margins import make_margin
 from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
 from fr_core.ranks import Ranks
 
@@ -16,18 +20,21 @@ INIT_STD = 0.01
 _INIT_ROWS = 4096  # drawn from one seed, so that a row's first value does not depend on the number of ranks
 
 
-class ShardedFC(nn.Module):
+class ShardedFC(Head):
     """Rows [lo, hi) of the N×D class matrix and the softmax over all of them.
 
     Raises:
         ValueError: fewer identities than ranks.
     """
 
+    sharded = ("weight",)
+
     def __init__(self, identities: int, embedding: int, method: BigFace, ranks: Ranks, seed: int) -> None:
         super().__init__()
         if identities < ranks.size:
             raise ValueError(f"{identities} identities cannot be shared out to {ranks.size} ranks")
         self.ranks, self.seed, self.identities, self.sample_rate = ranks, seed, identities, method.sample_rate
+        self.margin = make_margin(method.margin)
         self.softmax = Softmax(
             method.margin, method.drop_negatives_above, getattr(torch, method.precision), method.tile
         )
@@ -69,8 +76,9 @@ class ShardedFC(nn.Module):
             column_G = torch.searchsorted(rows_S, column_G)
         column_G = torch.where(own_G, column_G, -1)
         with torch.autocast(x_GD.device.type, enabled=False):
-            unit_GD = F.normalize(x_GD.to(self.weight.dtype))
-            return margin_softmax(unit_GD, self.weight, column_G, self.softmax, self.ranks, rows_S, sgd)
+            x_GD = x_GD.to(self.weight.dtype)
+            softmax = replace(self.softmax, margin=self.margin(x_GD.detach()))
+            return margin_softmax(F.normalize(x_GD), self.weight, column_G, softmax, self.ranks, rows_S, sgd)
 
 
 def initial_rows(lo: int, hi: int, embedding: int, seed: int) -> Tensor:

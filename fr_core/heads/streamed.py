@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 from fr_core.device import multiplies_bfloat16
-from fr_core.heads.margins import with_margin
+from fr_core.heads.margins import FaceMargin, with_margin
 from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is 0
@@ -42,7 +42,7 @@ class Softmax:
         tile: classes per tile; None: what fits cache or card.
     """
 
-    margin: Margin
+    margin: Margin | FaceMargin
     drop_above: float = 1.0
     precision: torch.dtype = torch.float32
     tile: int | None = None

@@ -10,11 +10,12 @@ Legend: B faces of a rank, G faces of all ranks, D embedding, M anchors, I ident
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.errors import UserError
+from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 
@@ -26,9 +27,10 @@ class Taken(NamedTuple):
     before_ID: Tensor
 
 
-class Anchors(nn.Module):
+class Anchors(Head):
     """M centres of length 1, the same on every rank."""
 
+    too_large = ("anchors_MD",)
     anchors_MD: Tensor
 
     def __init__(self, anchors: int, embedding: int, softmax: Softmax, seed: int) -> None:
@@ -37,16 +39,19 @@ class Anchors(nn.Module):
         first = rng.torch_seed(seed, "anchors")
         self.register_buffer("anchors_MD", random_centres(anchors, embedding, softmax.precision, first))
 
-    def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> tuple[Tensor, Taken]:
+        self.taken: Taken | None = None
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.taken = None
+
+    def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> Tensor:
         """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs.
 
         Args:
             x_BD: this rank's embeddings, not normalised.
             x_GD: all ranks' embeddings. An anchor becomes the sum of those of its identity at length 1 (the paper's
                 are not normalised first), so that each face counts alike. No gradient passes.
-
-        Returns:
-            The loss, and what :meth:`give_back` takes at the end of the step.
 
         Raises:
             UserError: more identities in a batch than anchors.
@@ -62,13 +67,23 @@ class Anchors(nn.Module):
             own_B = torch.searchsorted(labels_I, labels_B)
             column_P, face_P = taken_I[own_B].sort()
             loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
-            return loss, Taken(taken_I, borrowed_I, before_ID)
+            self.taken = Taken(taken_I, borrowed_I, before_ID)
+            return loss
 
     @torch.no_grad()
-    def give_back(self, taken: Taken, dropped: bool) -> None:
-        """Borrowed anchors get their old values, after a dropped step all."""
-        back_I = torch.ones_like(taken.borrowed_I) if dropped else taken.borrowed_I
-        self.anchors_MD[taken.anchors_I[back_I]] = taken.before_ID[back_I]
+    def give_back(self) -> None:
+        """Gives borrowed anchors their old values, at the end of a step."""
+        if self.taken:
+            anchors_I, borrowed_I, before_ID = self.taken
+            self.anchors_MD[anchors_I[borrowed_I]] = before_ID[borrowed_I]
+        self.taken = None
+
+    @torch.no_grad()
+    def drop_step(self) -> None:
+        super().drop_step()
+        if self.taken:
+            self.anchors_MD[self.taken.anchors_I] = self.taken.before_ID
+        self.taken = None
 
     def take(self, labels_I: Tensor) -> tuple[Tensor, Tensor]:
         """The anchor of each identity, and which of them are borrowed for this step only.

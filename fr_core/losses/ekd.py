@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fr_core.config import EKD, EmbeddingMSE, RelativeSimilarity
+from fr_core.config.methods import EKD, EmbeddingMSE, RelativeSimilarity
 from fr_core.losses.distill import distillation_loss
 
 RATES = 6  # false-positive rates 1e-1 … 1e-6, one threshold each

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fr_core.config import QuantisedNet
+from fr_core.config.nets import QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, ResidualPath, Weighted
 from fr_core.ranks import Ranks

@@ -11,7 +11,7 @@ Legend: B batch, I input channels, O output channels, H W pixels, D embedding.
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,20 @@ class BiasMapConv(nn.Module):
 def folded(net: Any, channelwise: bool = False) -> Any:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
-    The net that is given stays as it is; a quantised one, which has no norm, is just copied. Folding is done in
-    float64; the weights that come out are of the net's type.
+    The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
+    Nets that nothing here folds keep their norms: a quantised one has none, any other computes the same, more slowly.
 
     Args:
         channelwise: make of a norm before a padded convolution a depthwise conv1×1 instead; for any ``input_size``.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
-    if isinstance(net, IResNet):
-        _fold_iresnet(net, channelwise)
-    elif isinstance(net, MobileFaceNet):
-        _fold_mobilefacenet(net)
+    match net:
+        case IResNet():
+            _fold_iresnet(net, channelwise)
+        case MobileFaceNet():
+            _fold_mobilefacenet(net)
+        case _:  # how its norms fold is written nowhere: they stay
+            return net
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):
             net.set_submodule(name, nn.Identity())
@@ -71,19 +74,24 @@ def bound_slopes(net: IResNet | MobileFaceNet) -> None:
             layer.weight.mul_(factor_C.sign().view((-1, 1, 1, 1) if layer.groups > 1 else (1, -1, 1, 1)))
 
 
-def _around_prelu(net: Any) -> Iterator[tuple[Any, nn.PReLU, list[Any]]]:
+def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[Any, nn.PReLU, list[Any]]]:
     """Every PReLU, with the convolution before it and those that read it."""
-    if isinstance(net, IResNet):
-        first: Any = net.layer1[0]
-        yield net.conv1, net.prelu, [first.bn1, first.downsample[0]]
-        for block in (*net.layer1, *net.layer2, *net.layer3, *net.layer4):
-            yield block.conv1, block.prelu, [block.conv2]
-    else:
-        blocks = (*net.stage3, *net.stage4, *net.stage5)
-        inside = [part for block in blocks for part in (block.expand, block.depthwise, block.project)]
-        for part, following in pairwise([net.stem, net.stem_depthwise, *inside, net.expand, net.pool]):
-            if hasattr(part, "prelu"):
-                yield part.conv, part.prelu, [following.conv]
+    match net:
+        case IResNet():
+            first: Any = net.layer1[0]
+            yield net.conv1, net.prelu, [first.bn1, first.downsample[0]]
+            residual: Any = (*net.layer1, *net.layer2, *net.layer3, *net.layer4)
+            for block in residual:
+                yield block.conv1, block.prelu, [block.conv2]
+        case MobileFaceNet():
+            blocks: Any = (*net.stage3, *net.stage4, *net.stage5)
+            inside = [part for block in blocks for part in (block.expand, block.depthwise, block.project)]
+            chain: Any = [net.stem, net.stem_depthwise, *inside, net.expand, net.pool]
+            for part, following in pairwise(chain):
+                if hasattr(part, "prelu"):
+                    yield part.conv, part.prelu, [following.conv]
+        case _ as unknown:
+            assert_never(unknown)
 
 
 def _fold_iresnet(net: IResNet, channelwise: bool) -> None:

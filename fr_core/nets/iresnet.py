@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.prelu import PReLU
 
 BLOCKS = {  # depth -> residual blocks of the four stages
@@ -117,7 +118,7 @@ def draw_convolutions(net: nn.Module) -> None:
             nn.init.normal_(module.weight, 0, 0.1)
 
 
-class IResNet(nn.Module):
+class IResNet(Backbone):
     """Images to embeddings.
 
     Args:
@@ -157,6 +158,10 @@ class IResNet(nn.Module):
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter
         draw_convolutions(self)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised).

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fr_core.config import MOBILEFACENET
+from fr_core.config.nets import MOBILEFACENET
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.prelu import PReLU
 
 BN_EPS = 1e-3
@@ -57,7 +58,7 @@ def stage(inputs: int, first: int, inside: int, outputs: int, blocks: int) -> nn
     return nn.Sequential(Bottleneck(inputs, first, outputs, 2), *others)
 
 
-class MobileFaceNet(nn.Module):
+class MobileFaceNet(Backbone):
     """Images to embeddings, about a million parameters.
 
     Args:
@@ -86,6 +87,10 @@ class MobileFaceNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""

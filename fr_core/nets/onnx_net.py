@@ -22,8 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fr_core.errors import UserError
-from fr_core.nets.iresnet import IResNet
-from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.nets.backbone import Backbone
 
 INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -47,7 +46,7 @@ class Facts(BaseModel):
     threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
 
 
-class OnnxNet(nn.Module):
+class OnnxNet(Backbone):
     """A net in ONNX Runtime, on the CPU; its weights are not PyTorch's and get no gradient."""
 
     def __init__(self, session: Any, facts: Facts, checksum: str) -> None:
@@ -80,7 +79,7 @@ def write_onnx(net: Any, path: Path, threshold: float | None = None, plain: bool
     """
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
-    if isinstance(net, IResNet | MobileFaceNet):
+    if not net.in_integers:
         _write_float(net, path, _facts(net, threshold), {} if plain else {torch.ops.aten.prelu.default: _prelu})
     else:
         from fr_core.nets.qdq import qdq_model

@@ -3,13 +3,10 @@
 Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -18,26 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
 from fr_core.data.decode import resized
-from fr_core.data.schema import sha256
-from fr_core.data.store import AnyPath, fetched, find, to_path
+from fr_core.data.store import AnyPath, fetched, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
+from fr_core.nets.backbone import Backbone
+from fr_core.nets.checkpoint_files import find_checkpoint, weights_file
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
-
-if TYPE_CHECKING:
-    from fr_core.nets.quantised import Quantised  # its packages are an extra
-
-Backbone = Union[IResNet, MobileFaceNet, "Quantised"]
-CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
-
-
-class Damaged(UserError):
-    """A checkpoint that is not as it was written; the one before may be."""
 
 
 def build_net(config: Net) -> Backbone:
@@ -51,14 +39,21 @@ def build_net(config: Net) -> Backbone:
             from fr_core.nets.quantised import Quantised
 
             return Quantised(build_float_net(config.net), config)
-        case _:
+        case IResNetNet() | MobileFaceNetNet():
             return build_float_net(config)
+        case _ as unknown:
+            assert_never(unknown)
 
 
 def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
-    if isinstance(config, MobileFaceNetNet):
-        return MobileFaceNet(config.input_size, config.embedding, config.channels)
-    return build_residual(config)
+    """A net that can be quantised and pruned."""
+    match config:
+        case IResNetNet():
+            return build_residual(config)
+        case MobileFaceNetNet():
+            return MobileFaceNet(config.input_size, config.embedding, config.channels)
+        case _ as unknown:
+            assert_never(unknown)
 
 
 def build_residual(config: Residual) -> IResNet:
@@ -68,8 +63,7 @@ def build_residual(config: Residual) -> IResNet:
 
 def on_device(net: Backbone, device: torch.device) -> Backbone:
     """Moves a net; channels last is the order in which bf16 convolutions run fastest."""
-    moved: Any = net
-    return moved.to(device=device, memory_format=torch.channels_last)
+    return net.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
 
 
 def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
@@ -158,30 +152,6 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     return Recogniser(module, device, threshold, config)
 
 
-def find_checkpoint(folder: AnyPath) -> AnyPath:
-    """The folder itself if it is a checkpoint, else the newest one of a run whose backbone is whole.
-
-    Raises:
-        UserError: neither.
-    """
-    if (folder / "checkpoint.json").is_file():
-        return folder
-    for path in reversed(find(folder, CHECKPOINTS)):
-        if is_whole(path.parent, ["backbone.safetensors"]):
-            return path.parent
-    raise UserError(f"{folder}: no checkpoint there")
-
-
-def is_whole(checkpoint: AnyPath, names: list[str] | None = None) -> bool:
-    """Whether these files of a checkpoint (None: all) have the sizes that its ``checkpoint.json`` lists."""
-    try:
-        files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
-        sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-        return all(sizes.get(name) == files[name]["bytes"] for name in names or files)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def read_weights(path: AnyPath) -> dict[str, Tensor]:
     """Tensors of a safetensors file; the published MobileFaceNet's names are mapped to ours.
 
@@ -221,58 +191,6 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
     net = build_float_net(config)
     load_weights(net, weights_file(ref))
     return net
-
-
-def weights_file(ref: str | AnyPath) -> AnyPath:
-    """The weights of a run, of a checkpoint, or the file itself.
-
-    Raises:
-        UserError: a folder without a checkpoint, or weights that are not as they were written.
-    """
-    path = to_path(ref)
-    if not path.is_dir():
-        return path
-    folder = find_checkpoint(path)
-    try:
-        with checked(folder, read_summary(folder), "backbone.safetensors"):
-            return folder / "backbone.safetensors"
-    except Damaged as error:
-        raise UserError(f"{error}: name an older checkpoint of the run, or --resume it") from None
-
-
-def read_summary(checkpoint: AnyPath) -> dict[str, Any]:
-    """The content of ``checkpoint.json``. Raises: Damaged: it is not what was written."""
-    path = checkpoint / "checkpoint.json"
-    try:
-        summary = json.loads(path.read_text())
-        signature = summary.pop("sha256", None)  # older ones have none
-        summary["format"], summary["files"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{path}: not readable") from None
-    if signature not in (None, digest(summary)):
-        raise Damaged(f"{path}: wrong checksum")
-    return summary
-
-
-def digest(summary: dict[str, Any]) -> str:
-    """What ``checkpoint.json`` says of itself."""
-    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
-
-
-@contextmanager
-def checked(checkpoint: AnyPath, summary: dict[str, Any], name: str) -> Iterator[Path]:
-    """A file of a checkpoint on the local disk, compared with its checksum.
-
-    Raises:
-        Damaged: it differs or is missing; names it.
-    """
-    try:
-        with fetched(checkpoint / name) as file:
-            if sha256(file) != summary["files"].get(name, {}).get("sha256"):
-                raise Damaged(f"{checkpoint / name}: wrong checksum")
-            yield file
-    except FileNotFoundError:
-        raise Damaged(f"{checkpoint / name}: missing") from None
 
 
 def _net_config(checkpoint: AnyPath) -> Net:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, Net
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet

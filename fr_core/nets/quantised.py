@@ -17,14 +17,15 @@ Legend: B batch, C channels, I input and O output channels, H W pixels, D embedd
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fr_core.config import QuantisedNet
+from fr_core.config.nets import QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
@@ -237,13 +238,15 @@ class ResidualPath(nn.Module):
         return self.add(self.branch(x_BCHW), x_BCHW if self.skip is None else self.skip(x_BCHW))
 
 
-class Quantised(nn.Module):
+class Quantised(Backbone):
     """A net in integers, from normalised pixels to float embeddings.
 
     Args:
         net: the float net that it copies. The ranges of activations are to be set, by
             :func:`fr_core.nets.calibration.calibrate` or from a checkpoint.
     """
+
+    in_integers = True
 
     def __init__(self, net: IResNet | MobileFaceNet, config: QuantisedNet) -> None:
         super().__init__()
@@ -252,7 +255,13 @@ class Quantised(nn.Module):
         plain: Any = folded(net, channelwise=True)
         if config.scheme == "integer":
             bound_slopes(plain)
-        layers = _iresnet_layers(plain, config) if isinstance(net, IResNet) else _mobilefacenet_layers(plain, config)
+        match net:
+            case IResNet():
+                layers = _iresnet_layers(plain, config)
+            case MobileFaceNet():
+                layers = _mobilefacenet_layers(plain, config)
+            case _ as unknown:
+                assert_never(unknown)
         self.layers = nn.Sequential(
             _pixels(self.input_std, config), *layers, nn.Flatten(), QuantLinear(plain.fc, config)
         )

@@ -23,7 +23,7 @@ in float32 the recurrence's double pole loses a fifth of D within 50,000 steps.
 from array import array
 from typing import Any
 
-from fr_core.config import FastFace, FastFaceHaar, Schedule
+from fr_core.config.optim import FastFace, FastFaceHaar, Schedule
 from fr_core.errors import UserError
 
 CUTS_IN_A_ROW = 3  # of HaarWindow, before the rate is raised instead

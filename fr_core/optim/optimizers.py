@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import LARS, SGD, AdamW, BigFace, Config, Muon, class_matrix
+from fr_core.config import Config
+from fr_core.config.methods import BigFace
+from fr_core.config.optim import LARS, SGD, AdamW, Muon
 from fr_core.device import multiplies_bfloat16
 from fr_core.heads.streamed import TileSGD
 from fr_core.ranks import Ranks
@@ -125,7 +127,9 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).to(matrix.dtype)
 
 
-def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks: Ranks) -> dict[str, Any]:
+def make_optimizers(
+    config: Config, backbone: nn.Module, head: nn.Module | None, ranks: Ranks
+) -> dict[str, torch.optim.Optimizer]:
     """The optimisers of the backbone and, where there is one, of the class matrix: "backbone" and "head".
 
     Every parameter group keeps its base rate under ``initial_lr``, as PyTorch's schedulers do; the linear-scaling
@@ -156,7 +160,8 @@ def make_optimizers(config: Config, backbone: nn.Module, head: nn.Module, ranks:
     else:
         body = made(groups, **given)
     optimizers = {"backbone": body}
-    if matrix := class_matrix(config):
+    if matrix := config.method.class_matrix:
+        assert head is not None
         optimizers["head"] = head_optimizer(config, matrix, head, scale)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:

@@ -2,7 +2,16 @@
 
 import math
 
-from fr_core.config import Constant, Cosine, FastFace, FastFaceHaar, MultiStep, Polynomial, Schedule, steps_of_epochs
+from fr_core.config.optim import (
+    Constant,
+    Cosine,
+    FastFace,
+    FastFaceHaar,
+    MultiStep,
+    Polynomial,
+    Schedule,
+    steps_of_epochs,
+)
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, steps_per_epoch: int) -> float:

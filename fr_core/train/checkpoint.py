@@ -1,16 +1,9 @@
-"""Checkpoints: the backbone once, the class matrix by row ranges, one JSON file that makes them whole.
+"""Saves a run and goes on with it, on any number of ranks. What the files hold: ``fr_core/nets/checkpoint_files.py``.
 
-``step_00001000/``: ``backbone.safetensors`` (what is verified and shipped: the moving average if there is one),
-``backbone_state_RANK.safetensors`` (its optimiser, in one file unless the ranks share it out, the raw weights where
-something else is shipped, a momentum encoder, an adapter to a teacher's width, the thresholds of quantface beside a
-class matrix), ``head_RANK.safetensors`` (rows of the class matrix and their optimiser; or once, what all ranks have in
-common in its place), ``identities.parquet`` (whose rows they are) and ``checkpoint.json``, which is written last: a
-folder without it is no checkpoint, on a disk as on an object store, where nothing can be renamed. Nothing random is
-saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
+Nothing random is saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -21,26 +14,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from fr_core.config import Config, FastFace, FastFaceHaar, flat, lanes, parse_config
-from fr_core.data.schema import sha256
-from fr_core.data.store import AnyPath, fetched, find, remove_folder, written
+from fr_core.config import Config, lane_count
+from fr_core.config.optim import FastFace, FastFaceHaar
+from fr_core.config.recipes import flat, parse_config
+from fr_core.data.store import AnyPath, find, remove_folder, written
 from fr_core.data.stream import unlabelled
 from fr_core.errors import UserError
-from fr_core.heads.sharded_fc import ShardedFC
-from fr_core.nets.open import CHECKPOINTS, Damaged, checked, digest, is_whole, read_summary
+from fr_core.heads.head import Head
+from fr_core.nets.checkpoint_files import (
+    BACKBONE,
+    CHECKPOINTS,
+    FORMAT,
+    IDENTITIES,
+    Damaged,
+    Summary,
+    checkpoints,
+    copy_file,
+    read_head,
+    read_summary,
+    read_tensors,
+    step_name,
+    write_signed,
+    write_tensors,
+)
 from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import average_statistics
 
-FORMAT = 1
-IDENTITIES = "identities.parquet"
 SET_ASIDE = "damaged.json"  # what a damaged checkpoint's checkpoint.json is renamed
 FULL = os.strerror(errno.ENOSPC)
 
@@ -76,12 +81,12 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
 
 
 def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, ranks: Ranks) -> None:
-    rows = (state.head.lo, state.head.hi) if isinstance(state.head, ShardedFC) else None
+    rows = (state.head.lo, state.head.hi) if state.head and state.head.sharded else None
     files = {}
     if ranks.rank == 0 or rows:
-        files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state)
+        files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state, ranks)
     if ranks.rank == 0:
-        files["backbone.safetensors"] = dict(state.usable.state_dict())
+        files[BACKBONE] = dict(state.usable.state_dict())
     if ranks.rank == 0 or config.optim.shard_state:
         files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
     net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
@@ -92,9 +97,9 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
                 remove_folder(folder)  # what an earlier life left unfinished
                 folder.mkdir(parents=True)
         with agreed(ranks):
-            facts = {name: _write(folder / name, tensors, net) for name, tensors in files.items()}
+            facts = {name: write_tensors(folder / name, tensors, net) for name, tensors in files.items()}
             if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
-                facts[IDENTITIES] = _copy(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
+                facts[IDENTITIES] = copy_file(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
         parts = ranks.gather_objects((facts, rows))
         with agreed(ranks):
             if ranks.rank == 0:
@@ -119,10 +124,10 @@ def _drop_others(out: AnyPath, keep: int) -> None:
 
 @contextmanager
 def agreed(ranks: Ranks) -> Iterator[None]:
-    """What one rank fails at in the block, all do.
+    """If any rank fails in the block, all ranks raise the first error.
 
     Raises:
-        UserError: the first rank's that failed, the same on all ranks.
+        UserError: that of the lowest rank that failed.
     """
     failed: UserError | None = None
     try:
@@ -135,15 +140,6 @@ def agreed(ranks: Ranks) -> Iterator[None]:
     first = next(filter(None, ranks.gather_objects(failed)), None)
     if first:
         raise first
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def checkpoints(out: AnyPath) -> list[AnyPath]:
-    """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
-    return [path.parent for path in find(out, CHECKPOINTS) if is_whole(path.parent)]
 
 
 def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
@@ -202,18 +198,12 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
         raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
-    extra = {name: tensor for file in states for name, tensor in _tensors(folder, summary, file).items()}
-    state.usable.load_state_dict(_tensors(folder, summary, "backbone.safetensors"))
+    extra = {name: tensor for file in states for name, tensor in read_tensors(folder, summary, file).items()}
+    state.usable.load_state_dict(read_tensors(folder, summary, BACKBONE))
     for name, net in _other_nets(state).items():
         net.load_state_dict(_under(f"{name}/", extra))
     _load_optimizer(state.optimizers["backbone"], state.trained, _under("optimizer/", extra))
-    if isinstance(state.head, ShardedFC):
-        rows = _read_head_rows(folder, summary, state.head.lo, state.head.hi)
-        with torch.no_grad():
-            state.head.weight.copy_(rows.pop("weight"))
-        _load_optimizer(state.optimizers["head"], {"weight": state.head.weight}, _under("optimizer/", rows))
-    else:
-        state.head.load_state_dict(_tensors(folder, summary, summary["head"][0]["file"]))
+    _load_head(state, folder, summary)
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.began = time.monotonic() - summary.get("seconds", 0.0)
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
@@ -221,60 +211,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
         state.watcher.load_state_dict(summary["watcher"])
 
 
-def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
-    """Rows of a checkpoint's class matrix: float32 [S, D]. The class −1 has zeros.
-
-    Args:
-        classes_S: int64, classes of that checkpoint.
-    """
-    summary = read_summary(folder)
-    found: Tensor | None = None
-    for part in summary["head"]:
-        first, last = part["rows"]
-        here_S = (classes_S >= first) & (classes_S < last)
-        if found is not None and not here_S.any():
-            continue
-        with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
-            rows = file.get_tensor("weight")
-            found = torch.zeros(len(classes_S), rows.shape[1]) if found is None else found
-            found[here_S] = rows[classes_S[here_S] - first]
-    assert found is not None  # a class matrix has one part at least
-    return found
-
-
-def read_identities(folder: AnyPath) -> tuple[list[str], int]:
-    """Names of the identities that a checkpoint's class matrix was trained on, and the variants of each.
-
-    Raises:
-        UserError: the checkpoint has no class matrix.
-    """
-    summary = read_summary(folder)
-    if IDENTITIES not in summary["files"]:
-        raise UserError(f"{folder}: no names of identities in it: its run had no class matrix, or is an old one")
-    with checked(folder, summary, IDENTITIES) as local:
-        names = pq.read_table(local, columns=["name"])["name"].to_pylist()
-    return names, summary["config"]["data"].get("variants", 1)
-
-
-def write_signed(folder: AnyPath, summary: dict[str, Any]) -> None:
-    """Writes ``checkpoint.json`` with its own checksum; on a local disk it is there for good, whatever happens next."""
-    with written(folder / "checkpoint.json") as part, part.open("w") as file:
-        file.write(json.dumps(summary | {"sha256": digest(summary)}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if isinstance(folder, Path):
-        for place in (folder, folder.parent):
-            entry = os.open(place, os.O_RDONLY)
-            os.fsync(entry)
-            os.close(entry)
-
-
-def _tensors(folder: AnyPath, summary: dict[str, Any], name: str) -> dict[str, Tensor]:
-    with checked(folder, summary, name) as file:
-        return load_file(file)
-
-
-def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, Any]:
+def _summary(config: Config, state: TrainState, parts: list[Any]) -> Summary:
     manifest = state.plan.dataset.manifest
     return {
         "format": FORMAT,
@@ -302,11 +239,31 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> dict[str, A
     }
 
 
-def _head_tensors(state: TrainState) -> dict[str, Tensor]:
-    if not isinstance(state.head, ShardedFC):
-        return dict(state.head.state_dict())
-    optimizer = _optimizer_tensors(state.optimizers["head"], {"weight": state.head.weight})
-    return {"weight": state.head.weight.detach()} | _prefixed("optimizer/", optimizer)
+def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's part of the head. Where no head stands for the classes, the thresholds take its place."""
+    if state.head is None:
+        assert state.agreement is not None
+        return dict(state.agreement.state_dict())
+    sharded = _sharded(state.head)
+    own = {name: tensor for name, tensor in state.head.state_dict().items() if name in sharded or ranks.rank == 0}
+    return own | _prefixed("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
+
+
+def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
+    if state.head is None:
+        assert state.agreement is not None
+        state.agreement.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
+    elif state.head.sharded:
+        rows, common = read_head(folder, summary, state.head.sharded, state.head.lo, state.head.hi)
+        own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
+        state.head.load_state_dict(own | common)
+        _load_optimizer(state.optimizers["head"], _sharded(state.head), _under("optimizer/", rows))
+    else:
+        state.head.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
+
+
+def _sharded(head: Head) -> dict[str, Tensor]:
+    return {name: param for name, param in head.named_parameters() if name in head.sharded}
 
 
 def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
@@ -319,23 +276,10 @@ def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def _other_nets(state: TrainState) -> dict[str, nn.Module]:
+    nets: dict[str, nn.Module | None]
     nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
-    nets["agreement"] = state.agreement
-    return {name: net for name, net in nets.items() if net is not None and net not in (state.usable, state.head)}
-
-
-def _write(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-    with written(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"bytes": part.stat().st_size, "sha256": sha256(part)}
-
-
-def _copy(source: AnyPath, path: AnyPath) -> dict[str, Any]:
-    with fetched(source) as local, written(path) as part:
-        shutil.copyfile(local, part)
-        return {"bytes": part.stat().st_size, "sha256": sha256(part)}
+    nets["agreement"] = state.agreement if state.head else None  # else it has the head's file
+    return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 
 MOVABLE = {"method.teacher"} | {
@@ -343,7 +287,7 @@ MOVABLE = {"method.teacher"} | {
 }
 
 
-def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], folder: AnyPath) -> None:
+def _check_same_run(config: Config, state: TrainState, summary: Summary, folder: AnyPath) -> None:
     old = parse_config(summary["config"], str(folder))  # a knob that it lacks had the default
     now, then = config.model_dump(mode="json"), old.model_dump(mode="json")
     facts: dict[str, tuple[Any, Any]] = {
@@ -352,7 +296,7 @@ def _check_same_run(config: Config, state: TrainState, summary: dict[str, Any], 
         "train.ema on": (config.train.ema > 0, old.train.ema > 0),
         "data.balanced": (config.data.balanced, old.data.balanced),
         "data.views": (config.data.views, old.data.views),
-        "data.lanes": (lanes(config), summary["lanes"]),
+        "data.lanes": (lane_count(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
@@ -381,19 +325,6 @@ def _unlabelled_stamp(config: Config) -> str | None:
 def _stateful(config: Config) -> str:
     """The kind of a schedule that has a state of its own; the others are functions of the step."""
     return config.schedule.kind if isinstance(config.schedule, FastFace | FastFaceHaar) else "a function of the step"
-
-
-def _read_head_rows(folder: AnyPath, summary: dict[str, Any], lo: int, hi: int) -> dict[str, Tensor]:
-    """Rows [lo, hi) of the class matrix and of its optimiser's tensors, from the files that hold them."""
-    pieces: dict[str, list[Tensor]] = {}
-    for part in summary["head"]:
-        first, last = part["rows"]
-        if first < hi and lo < last:
-            with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no iterator)
-                    rows = file.get_slice(name)[max(lo - first, 0) : min(hi, last) - first]
-                    pieces.setdefault(name, []).append(rows)
-    return {name: torch.cat(rows) for name, rows in pieces.items()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

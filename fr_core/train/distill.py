@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import Config, Distill, EmbeddingMSE, taught
+from fr_core.config import Config, distillation
 from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import Backbone, normalised, open_net
+from fr_core.nets.open import normalised, open_net
 
 
 @dataclass(frozen=True)
@@ -52,33 +53,30 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
         UserError: none named, one that does not open, embeddings of other images, or of another width than the
             student's where the two are compared.
     """
-    given = taught(config)
+    given = config.method.taught
     if given is None:
         return None
+    distill = distillation(config)
     if given.teacher:
         net = open_net(given.teacher, given.teacher_net, device).net
         teacher = Teacher(net.embedding, net)
-    elif isinstance(given, Distill) and given.embeddings:
-        known, other = by_id(open_embeddings(Path(given.embeddings)), dataset), None
-        if given.unlabelled and given.unlabelled.embeddings:
-            other = by_id(open_embeddings(Path(given.unlabelled.embeddings)), open_dataset(given.unlabelled.path))
+    elif distill and distill.embeddings:
+        known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None
+        if distill.unlabelled and distill.unlabelled.embeddings:
+            other = by_id(open_embeddings(Path(distill.unlabelled.embeddings)), open_dataset(distill.unlabelled.path))
         teacher = Teacher(known.embeddings_ID.shape[1], None, known, other)
     else:
-        embeddings = " or method.distill.embeddings=FOLDER" if isinstance(given, Distill) else ""
+        embeddings = f" or {given.embeddings_named}=FOLDER" if given.embeddings_named else ""
         raise UserError(f"nobody to learn from: give {given.named}=RUN{embeddings}")
     if teacher.unlabelled and teacher.unlabelled.embeddings_ID.shape[1] != teacher.embedding:
         raise UserError(
             f"method.distill.unlabelled.embeddings have {teacher.unlabelled.embeddings_ID.shape[1]} dimensions, "
             f"method.distill.embeddings {teacher.embedding}: they are of two teachers"
         )
-    if isinstance(given, Distill):
-        one_width, mend = not given.adapter, "method.distill.adapter=true"
-    else:
-        one_width, mend = isinstance(given.loss, EmbeddingMSE), "method.loss.kind=ekd, which compares cosines"
-    if teacher.embedding != config.net.embedding and one_width:
+    if teacher.embedding != config.net.embedding and given.other_widths:
         raise UserError(
             f"the teacher's embedding has {teacher.embedding} dimensions, the student's {config.net.embedding}: "
-            f"net.embedding={teacher.embedding}, or {mend}"
+            f"net.embedding={teacher.embedding}, or {given.other_widths}"
         )
     return teacher
 

@@ -9,39 +9,26 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from fr_core.config import (
-    DCQ,
-    F2C,
-    AttFC,
-    Augment,
-    BigFace,
-    Config,
-    Masks,
-    QuantFace,
-    QuantisedNet,
-    VirtualFC,
-    unlabelled_batch,
-)
+from fr_core.config import Config, unlabelled_batch
+from fr_core.config.nets import QuantisedNet
+from fr_core.config.sections import Augment, Masks
 from fr_core.data.plan import Plan
-from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, find, remove_folder, writable
-from fr_core.data.stream import Batch, batches, make_plan, step_by_step, unlabelled
+from fr_core.data.stream import Batch, batches, step_by_step, unlabelled
 from fr_core.device import default_device, peak_memory
 from fr_core.errors import Left, UserError
-from fr_core.nets.open import CHECKPOINTS, Recogniser
+from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
+from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
-from fr_core.train.attfc import attfc_step
-from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import agreed, checkpoints, go_on, save_checkpoint, step_name
-from fr_core.train.dcq import dcq_step
-from fr_core.train.f2c import f2c_step
+from fr_core.train.check import dataset_of, fitting_plan
+from fr_core.train.checkpoint import agreed, go_on, save_checkpoint
+from fr_core.train.initial import initial_state, parameter_figures
+from fr_core.train.methods import step
 from fr_core.train.notice import Notice
 from fr_core.train.outbox import UNDELIVERED
-from fr_core.train.quantface import quantface_step
-from fr_core.train.state import TrainState, initial_state, parameter_figures
+from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
-from fr_core.train.virtual_fc import virtual_fc_step
 from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
 from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
@@ -117,7 +104,7 @@ def train_loop(
 
 def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
-    plan = make_plan(config, open_dataset(config.data.path))
+    plan = fitting_plan(config, dataset_of(config), ranks.size)
     state = initial_state(config, plan, ranks, default_device())
     if not go_on(config, state, out, ranks):
         load_backbone(config, state)
@@ -152,23 +139,6 @@ def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) 
     return tracker
 
 
-def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """One optimiser step of the run's method."""
-    match config.method:
-        case BigFace() as method:
-            return bigface_step(config, method, state, batch, ranks)
-        case AttFC() as method:
-            return attfc_step(config, method, state, batch, ranks)
-        case DCQ() as method:
-            return dcq_step(config, method, state, batch, ranks)
-        case F2C() as method:
-            return f2c_step(config, method, state, batch, ranks)
-        case VirtualFC():
-            return virtual_fc_step(config, state, batch, ranks)
-        case QuantFace() as method:
-            return quantface_step(config, method, state, batch, ranks)
-
-
 def due(every: int | None, state: TrainState) -> bool:
     return every is not None and state.step % every == 0
 
@@ -194,7 +164,7 @@ def epoch_of(state: TrainState) -> float:
 
 def head_mib(state: TrainState) -> float:
     """Memory of this rank's class matrix or queue of centres, MiB."""
-    classes = {} if state.head is state.agreement else state.head.state_dict()
+    classes = state.head.state_dict() if state.head else {}
     return sum(tensor.nbytes for tensor in classes.values()) / 2**20
 
 
@@ -213,9 +183,9 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
 
 
 def settle_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
-    """Batch norms as the net is used: the same on all ranks, and after virtual identities the last one's of faces."""
+    """Averages batch-norm statistics over ranks; after virtual identities, re-measures the last norm on real faces."""
     average_statistics(state, ranks)
-    if config.data.variants > 1 and not isinstance(config.net, QuantisedNet):  # which has no norms left
+    if config.data.variants > 1 and state.usable.last_norm is not None:
         faces = config.model_copy(update={"data": config.data.model_copy(update={"variants": 1})})
         steps = min(-(-IMAGES // config.train.global_batch), state.plan.steps_per_epoch)
         measure_last_norm(config, state, plain_batches(faces, state.plan, ranks, blocks, steps), ranks)

@@ -10,30 +10,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import (
-    DCQ,
-    F2C,
-    AdamW,
-    AttFC,
-    BigFace,
-    Config,
-    FixedCentres,
-    Net,
-    PairLoss,
-    QuantFace,
-    VirtualFC,
-    class_images,
-    class_matrix,
-    classes,
-    taught,
-    unlabelled_batch,
-)
+from fr_core.config import Config, class_count, step_images
+from fr_core.config.methods import BigFace, FixedCentres, PairLoss
+from fr_core.config.nets import Net
+from fr_core.config.optim import AdamW
 from fr_core.heads.streamed import tile_size
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.iresnet import Stage, recompute
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import Backbone, build_net, open_net
+from fr_core.nets.open import build_net, open_net
 from fr_core.ranks import Ranks
-from fr_core.train.state import centres_of, segment_blocks
+from fr_core.train.initial import segment_blocks
 
 FLOAT = 4  # bytes
 GPU = torch.device("cuda")
@@ -53,7 +40,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     Raises:
         UserError: a teacher that does not open.
     """
-    rows = classes(config, identities)
+    rows = class_count(config, identities)
     images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained_images, encoded_images = step_images(config)
@@ -63,7 +50,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     apart = gpus > 1 and config.train.accumulate > 1  # gradients of micro-batches, beside the buckets of their sum
     method = config.method
     head = {"update": 0}
-    if matrix := class_matrix(config):
+    if matrix := config.method.class_matrix:
         head = matrix_bytes(config, matrix, rows, gpus)
     elif isinstance(method, FixedCentres):
         head = centre_bytes(config, method, rows, images // gpus)
@@ -79,9 +66,9 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
-    if isinstance(method, QuantFace) and isinstance(method.loss, PairLoss):
-        parts["pairs"] = FLOAT * 2 * (POOL_COPIES * method.loss.pool + PAIR_TEMPORARIES * images**2)
-    if (who := taught(config)) and who.teacher:
+    if isinstance(method.agreement, PairLoss):
+        parts["pairs"] = FLOAT * 2 * (POOL_COPIES * method.agreement.pool + PAIR_TEMPORARIES * images**2)
+    if (who := config.method.taught) and who.teacher:
         given = (who.teacher, who.teacher_net, -(-trained_images // gpus), precision)
         parts["teacher"], parts["teacher_features"] = teacher_bytes(*given)
     parts["update"] = max(trained, head["update"])
@@ -89,20 +76,6 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     working = max(parts.get("teacher_features", 0), activations + in_turn, parts["update"])
     passing = ("teacher_features", "activations", "tile", "encoder_features", "recomputed", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
-
-
-def step_images(config: Config) -> tuple[int, int]:
-    """Images of one micro-batch over all ranks that are trained on, and that a momentum encoder sees."""
-    images, count = config.train.global_batch // config.train.accumulate, class_images(config)
-    match config.method:
-        case AttFC() | DCQ():
-            return images, images * count
-        case F2C():
-            return images * 3 // 2, images * 3 // 2
-        case VirtualFC():
-            return images * (count + 1), 0
-        case _:
-            return images + unlabelled_batch(config) // config.train.accumulate, 0
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
@@ -125,16 +98,16 @@ def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> di
     }
 
 
-def centre_bytes(config: Config, method: AttFC | DCQ | F2C | VirtualFC, classes: int, faces: int) -> dict[str, int]:
+def centre_bytes(config: Config, method: FixedCentres, classes: int, faces: int) -> dict[str, int]:
     """Of the centres that stand for a class matrix; every rank holds all of them."""
     embedding = config.net.embedding
     precision = config.train.precision if method.precision == "auto" else method.precision
     each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
-    centres, copies = centres_of(config, classes), 2 if isinstance(method, F2C) else 1  # layers
+    centres = method.centres(classes, config.train.global_batch)
     tile = min(method.tile or tile_size(faces, embedding, GPU), centres)
     operands = 0 if each == FLOAT * embedding else 2 * tile * faces
     return {
-        "centres": centres * each * copies,
+        "centres": centres * each * method.layers,
         "tile": FLOAT * LOGIT_TEMPORARIES * faces * tile + operands,
         "update": 0,
     }

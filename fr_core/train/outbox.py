@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fr_core.config import Tracking
+from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, fetched, writable, write_text_atomically
 from fr_core.errors import UserError
 

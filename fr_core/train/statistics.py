@@ -4,7 +4,6 @@ Legend: B batch, D embedding, M moments (0, 1, 2).
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from fr_core.config import Config
 from fr_core.data.stream import Batch
 from fr_core.nets.open import normalised
 from fr_core.ranks import Ranks
-from fr_core.train.state import TrainState, autocast
+from fr_core.train.precision import autocast
+from fr_core.train.state import TrainState
 
 IMAGES = 10_000  # that the last norm is measured by: its mean is then within 1 % of a deviation
 
@@ -41,8 +41,9 @@ def measure_last_norm(config: Config, state: TrainState, faces: Iterable[Batch],
         faces: this rank's images, not augmented.
     """
     net = state.usable.eval()
-    norms: list[Any] = [module for module in net.modules() if hasattr(module, "running_mean")]
-    norm = norms[-1]
+    norm = net.last_norm
+    assert norm is not None
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     moments_MD = torch.zeros(3, config.net.embedding, dtype=torch.float64, device=state.device)
 
     def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -55,5 +56,5 @@ def measure_last_norm(config: Config, state: TrainState, faces: Iterable[Batch],
                 net(normalised(batch.images_BHWC.to(state.device), net.input_std))
     count_D, sum_D, squares_D = ranks.sum_(moments_MD)
     mean_D = sum_D / count_D
-    norm.running_mean.copy_(mean_D)
-    norm.running_var.copy_((squares_D - sum_D * mean_D) / (count_D - 1))
+    mean.copy_(mean_D)
+    variance.copy_((squares_D - sum_D * mean_D) / (count_D - 1))

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import Config, QuantisedNet
+from fr_core.config import Config
+from fr_core.config.nets import QuantisedNet
 from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
-from fr_core.heads.sharded_fc import INIT_STD
-from fr_core.nets.open import find_checkpoint, load_weights, normalised, open_float, weights_file
+from fr_core.heads.sharded_fc import INIT_STD, ShardedFC
+from fr_core.nets.checkpoint_files import find_checkpoint, known_rows, read_identities, weights_file
+from fr_core.nets.open import load_weights, normalised, open_float
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import known_rows, read_identities
-from fr_core.train.state import TrainState, autocast
+from fr_core.train.precision import autocast
+from fr_core.train.state import TrainState
 
 
 def load_backbone(config: Config, state: TrainState) -> None:
@@ -63,6 +65,11 @@ def _copy_weights(state: TrainState) -> None:
             copied.load_state_dict(state.backbone.state_dict())
 
 
+def class_matrix_of(state: TrainState) -> ShardedFC:
+    assert isinstance(state.head, ShardedFC)  # the config's rules see to it
+    return state.head
+
+
 @torch.no_grad()
 def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
     """Sets each row of the class matrix to the mean normalised embedding of its identity's images.
@@ -70,7 +77,8 @@ def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks:
     Rows get the length that random ones have, so that the learning rate means the same; an identity without images
     in ``epoch`` keeps its random row.
     """
-    head, sums_SD = state.head, torch.zeros_like(state.head.weight)
+    head = class_matrix_of(state)
+    sums_SD = torch.zeros_like(head.weight)
     state.backbone.eval()
     for batch in epoch:
         with autocast(config, state.device):
@@ -96,8 +104,9 @@ def rows_by_name(config: Config, state: TrainState) -> None:
     old_N = torch.tensor([label_of.get(name, -1) for name in state.plan.dataset.identity_names()])
     if (old_N < 0).all():
         raise UserError(f'{folder}: init.head = "names": it knew nobody called like any identity here')
-    classes_S = torch.arange(state.head.lo, state.head.hi)
+    head = class_matrix_of(state)
+    classes_S = torch.arange(head.lo, head.hi)
     label_S = old_N[classes_S // config.data.variants]
     plain_S = classes_S % config.data.variants == 0  # other variants are warps of their own in every run
     old_S = torch.where((label_S >= 0) & plain_S, label_S * variants, -1)
-    state.head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)
+    head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fr_core.config import Masks, load_config
+from fr_core.config.recipes import load_config
+from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE_SIZE, encode, similarity
 from fr_core.data.masks import ANCHORS, DRAWS, TARGETS, masked, textures
 from fr_core.data.schema import open_dataset

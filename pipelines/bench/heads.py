@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import BigFace, Config, Margin
+from fr_core.config import Config
+from fr_core.config.methods import BigFace, Margin
 from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows

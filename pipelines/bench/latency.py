@@ -4,9 +4,7 @@ Legend: B batch, C channels, H W pixels.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, Net
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.crops import encode, read_rgb, similarity, warped
 from fr_core.data.synthetic import render_face
-from fr_core.device import use_processor
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
 from fr_core.nets.open import build_net, normalised, on_device, open_net
+from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
-CPU = torch.device("cpu")
 NETS: tuple[Net, ...] = (MobileFaceNetNet(), *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS))
 PHOTO = (750, 1000)  # pixels
 FACE_SCALE = 2.5  # of the face in it, over the template
@@ -84,38 +81,6 @@ def settled(config: Net) -> nn.Module:
     random = torch.Generator().manual_seed(0)
     net.train()(torch.randn(SETTLING, 3, net.input_size, net.input_size, generator=random))
     return net.eval()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch, and the ONNX files that are opened in the block, on one core."""
-    threads = torch.get_num_threads()
-    use_processor(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of calls that take turns, since a machine's speed drifts, after one turn each that is not timed.
-
-    It is the processor's time, which on an idle core is the time that passes: what else runs counts little.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.process_time()
-            call()
-            taken[name].append(1e3 * (time.process_time() - started))
-    return taken
-
-
-def least_cosine(a_BD: Tensor, b_BD: Tensor) -> float:
-    """Of embeddings in pairs."""
-    return float(torch.cosine_similarity(a_BD.double(), b_BD.double()).min())
 
 
 @torch.inference_mode()

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fr_core.config import Config, load_config
+from fr_core.config import Config
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import SCHEMA_VERSION, Dataset, Manifest, Shard
 from fr_core.data.stream import Batch, make_plan
 from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
 from fr_core.ranks import Ranks
+from fr_core.train.initial import initial_state
 from fr_core.train.loop import step
-from fr_core.train.state import initial_state
 from pipelines.bench.turns import CPU, answer, child
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, saturates, write_onnx
 from fr_core.nets.open import normalised, open_net
 from fr_core.ranks import Ranks
-from pipelines.bench.latency import CPU, in_turns, least_cosine, name_of, one_thread, settled
+from pipelines.bench.latency import name_of, settled
+from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
 FloatNet = IResNetNet | MobileFaceNetNet
 NETS: tuple[FloatNet, ...] = (MobileFaceNetNet(), IResNetNet(depth=18))

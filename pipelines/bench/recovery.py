@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 
-from fr_core.config import Config, load_config
+from fr_core.config import Config
+from fr_core.config.recipes import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from fr_core.train.tracking import read_metrics
+from fr_core.train.metrics import read_metrics
 from fr_core.verify.pairs import write_pairs
 
 CPUS: dict[str, Any] = {"num_cpus": 4}  # of each node, whatever the machine has
@@ -63,7 +64,7 @@ def bench_recovery(steps: int, save_every: int, say: Callable[[str], None]) -> t
 
 
 def _config(scratch: Path, steps: int, save_every: int) -> Config:
-    from pipelines.ingest import ingest
+    from pipelines.datasets.ingest import ingest
 
     faces, unseen = scratch / "faces", scratch / "unseen"
     write_faces(faces, PEOPLE, SHOTS)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from fr_core.config import FastFace, FastFaceHaar
+from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.optim.fastface import HaarWindow, Recurrence
 
 

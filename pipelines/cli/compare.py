@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fr_core.config import load_config, recipes
+from fr_core.config.recipes import load_config, recipes
 from fr_core.data.store import writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
@@ -35,7 +35,7 @@ def compare_schedules(
     json: Json = None,
 ) -> None:
     """The recipe in full, against FastFace and cosine in fewer epochs: accuracy and time over seeds."""
-    from pipelines.compare import schedules
+    from pipelines.experiments.compare import schedules
 
     settings = schedules(load_config(recipe, overrides or []), epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
@@ -62,10 +62,10 @@ def compare_heads(
     json: Json = None,
 ) -> None:
     """FC, Partial FC, Virtual FC, DCQ, F2C and AttFC as in AttFC's tables, with the paper's figures beside."""
-    from fr_core.config import classes, total_steps
+    from fr_core.config import class_count, total_steps
     from fr_core.data.schema import open_dataset
     from fr_core.data.stream import make_plan
-    from pipelines.compare import PUBLISHED, heads
+    from pipelines.experiments.compare import PUBLISHED, heads
 
     config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method={kind='bigface'}"])
     one, other = open_dataset(flat).manifest, open_dataset(grouped).manifest
@@ -77,7 +77,7 @@ def compare_heads(
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
-    by_table = heads(config, steps, classes(config, one.identities), flat, grouped, centres, scale, momentum)
+    by_table = heads(config, steps, class_count(config, one.identities), flat, grouped, centres, scale, momentum)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
     given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
@@ -100,7 +100,7 @@ def compare_settings(
     json: Json = None,
 ) -> None:
     """Any settings of a recipe against each other."""
-    from pipelines.compare import named_settings, suite_columns
+    from pipelines.experiments.compare import named_settings, suite_columns
 
     settings = named_settings(setting or [])
     columns = ("accuracy", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
@@ -128,7 +128,7 @@ def compared(
     ``published`` adds the papers' figures, by setting or by its name without the number of centres.
     """
     from fr_core.verify.report import markdown
-    from pipelines.compare import compare, summary
+    from pipelines.experiments.compare import compare, summary
 
     with writable(results):
         rows = compare(

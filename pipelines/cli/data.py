@@ -14,7 +14,7 @@ from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, anywhere, local, output
 from pipelines.cli.output import bar, console, growing, show
-from pipelines.unpack import Form
+from pipelines.datasets.unpack import Form
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -66,7 +66,7 @@ def ingest(
     json: Json = None,
 ) -> None:
     """Turn a folder of faces into Parquet shards with a manifest; what cannot be used is listed in rejects.csv."""
-    from pipelines.ingest import ingest as run
+    from pipelines.datasets.ingest import ingest as run
 
     started = time.monotonic()
     with bar("ingest", None) as advance:
@@ -114,7 +114,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Say what is in a dataset: sizes of identities, faces, damaged images, images that are there twice."""
-    from pipelines.inspect import inspect as run
+    from pipelines.datasets.inspect import inspect as run
 
     with bar("inspect", None) as advance, writable(out or Path()):
         figures = run(shards, out, growing(advance))
@@ -129,7 +129,7 @@ def unpack(
     json: Json = None,
 ) -> None:
     """Turn shards back into images, JPEG bytes untouched."""
-    from pipelines.unpack import unpack as run
+    from pipelines.datasets.unpack import unpack as run
 
     with bar("unpack", None) as advance, writable(out):
         images = run(shards, out, form, growing(advance))
@@ -148,7 +148,7 @@ def embed(
     json: Json = None,
 ) -> None:
     """Embed every image of a dataset; begun again, it goes on where it was stopped."""
-    from pipelines.embed import embed as run
+    from pipelines.datasets.embed import embed as run
 
     started = time.monotonic()
     with bar("embed", None) as advance, writable(out):
@@ -170,8 +170,8 @@ def clean(
     json: Json = None,
 ) -> None:
     """List flipped labels, outliers and copies, by the embeddings of a good net; nothing is deleted."""
-    from pipelines.clean import Limits
-    from pipelines.clean import clean as run
+    from pipelines.datasets.clean import Limits
+    from pipelines.datasets.clean import clean as run
 
     with bar("embed", None) as advance, writable(out):
         limits = Limits(outlier, flip, copy)
@@ -197,7 +197,7 @@ def merge(
     json: Json = None,
 ) -> None:
     """Make one dataset of several, or of one without the images of a list; identity_map.csv tells who became whom."""
-    from pipelines.merge import merge as run
+    from pipelines.datasets.merge import merge as run
 
     with bar("merge", None) as advance, writable(out):
         figures = run(
@@ -224,7 +224,7 @@ def split(
     json: Json = None,
 ) -> None:
     """Hold identities out of a dataset to verify on."""
-    from pipelines.merge import split as run
+    from pipelines.datasets.merge import split as run
 
     with bar("split", None) as advance, writable(out):
         figures = run(to_path(shards), out, share, pairs, seed, growing(advance))
@@ -245,8 +245,8 @@ def mask(
     json: Json = None,
 ) -> None:
     """Put synthetic masks on faces: copies of a folder, or verification sets masked against plain."""
-    from fr_core.config import Masks
-    from pipelines.mask import mask as run
+    from fr_core.config.sections import Masks
+    from pipelines.datasets.mask import mask as run
 
     with bar("mask", None) as advance, writable(out):
         figures = run(src, out, Masks(ratio=ratio, rendered=rendered), landmarks, pairs, seed, growing(advance))

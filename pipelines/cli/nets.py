@@ -29,7 +29,7 @@ from pipelines.cli.options import (
 from pipelines.cli.output import bar, console, show, show_table
 
 if TYPE_CHECKING:
-    from pipelines.verify import Result
+    from fr_core.verify.suites import Result
 
 
 KERNELS = (
@@ -63,11 +63,11 @@ def verify(
 ) -> None:
     """Score a net on pairs of faces, with 95 % intervals, or on templates: accuracy, TAR@FAR, ROC, DET, 1:N."""
     from fr_core.nets.open import open_net
-    from fr_core.train.tracking import log_verification
-    from pipelines.verify import verify as run
-    from pipelines.verify import verify_suite
-    from pipelines.verify_mfr import mfr_figures, verify_mfr
-    from pipelines.verify_templates import template_figures, verify_templates
+    from fr_core.train.mlflow_runs import log_verification
+    from fr_core.verify.suites import verify as run
+    from fr_core.verify.suites import verify_suite
+    from pipelines.nets.verify_mfr import mfr_figures, verify_mfr
+    from pipelines.nets.verify_templates import template_figures, verify_templates
 
     given = pairs or suite or ijb or mfr
     if given is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
@@ -110,7 +110,7 @@ def pair_figures(results: "Mapping[str, Result]", out: Path | None) -> tuple[dic
         out: folder for the table as ``results.md``.
     """
     from fr_core.verify.report import markdown, verification_figures
-    from pipelines.verify import suite_table
+    from fr_core.verify.suites import suite_table
 
     figures: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -143,7 +143,7 @@ def match(
 ) -> None:
     """Compare two faces."""
     from fr_core.nets.open import open_net
-    from pipelines.verify import similarity
+    from fr_core.verify.suites import similarity
 
     recogniser = open_net(model, net)
     cosine, odd = similarity(recogniser, a, b)
@@ -164,7 +164,7 @@ def export(
     json: Json = None,
 ) -> None:
     """Fold a net's batch norm and write it as ONNX, compared with the net; needs bigface\\[export]."""
-    from pipelines.export import export as run
+    from pipelines.nets.export import export as run
 
     with writable(out):
         figures = run(ckpt, out, net)
@@ -195,8 +195,8 @@ def prune(
     json: Json = None,
 ) -> None:
     """Drop a net's least important channels, and fine-tune what is left; needs bigface\\[compress]."""
-    from pipelines.prune import flat, prune_and_tune, table
-    from pipelines.prune import prune as run
+    from pipelines.nets.prune import flat, prune_and_tune, table
+    from pipelines.nets.prune import prune as run
 
     try:
         ratios = [float(share) for share in ratio.split(",")]
@@ -241,8 +241,8 @@ def quantize(
     json: Json = None,
 ) -> None:
     """Quantise a net in one epoch of few faces, and write it in integers; needs bigface\\[compress]."""
-    from pipelines.quantize import quantised_config, table
-    from pipelines.quantize import quantize as quantised
+    from pipelines.nets.quantize import quantised_config, table
+    from pipelines.nets.quantize import quantize as quantised
 
     if resume and run is None:
         raise UserError("--resume: name the run with --run")

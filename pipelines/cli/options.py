@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fr_core.config import recipes
+from fr_core.config.recipes import recipes
 from fr_core.data.store import check_lasts, to_path
 from fr_core.errors import UserError
 

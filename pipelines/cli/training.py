@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fr_core.config import distillation, load_config
+from fr_core.config import distillation
+from fr_core.config.recipes import load_config
 from fr_core.data.store import to_path, writable
 from fr_core.errors import UserError
 from pipelines.cli.app import app
@@ -101,7 +102,7 @@ def plan(
     json: Json = None,
 ) -> None:
     """Say before a run whether it fits the card: memory by part, per head and mode, and the first knob to turn."""
-    from pipelines.plan import plan as run
+    from pipelines.experiments.plan import plan as run
 
     config = load_config(recipe, overrides or [])
     auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
@@ -125,7 +126,7 @@ def replay(
     json: Json = None,
 ) -> None:
     """Tell what FastFace would have done on a past loss log."""
-    from pipelines.replay import replay as run
+    from pipelines.experiments.replay import replay as run
 
     changes, steps, figure = run(log, form, set_ or [], batch, lr)
     table = Table("step", "factor", "rate", title=f"{form} on {steps:,} steps")
@@ -156,8 +157,8 @@ def scaling(
     json: Json = None,
 ) -> None:
     """Fit error as a power law of parameters over finished runs, and predict the next size."""
-    from pipelines.scaling import findings, run_table, scaling_figure, scaling_figures
-    from pipelines.scaling import scaling as run
+    from pipelines.experiments.scaling import findings, run_table, scaling_figure, scaling_figures
+    from pipelines.experiments.scaling import scaling as run
 
     found = run(runs or [], figure, uri, experiment, query, predict)
     show_table(run_table(found), figure)
@@ -184,8 +185,8 @@ def runs(
     json: Json = None,
 ) -> None:
     """List runs with their scores, newest first; those of comparisons and searches under them."""
-    from pipelines.runs import run_facts, run_table
-    from pipelines.runs import runs as find
+    from pipelines.experiments.runs import run_facts, run_table
+    from pipelines.experiments.runs import runs as find
 
     trees = find(folder or (None if uri else Path("runs")), uri, experiment, query, sort, limit)
     show_table(run_table(trees), "runs")

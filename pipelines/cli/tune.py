@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.store import to_path
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, Overrides, Recipe, anywhere
@@ -38,8 +38,8 @@ def tune(
     json: Json = None,
 ) -> None:
     """Search a recipe's knobs by Ray Tune; the best becomes a recipe that bigface train runs."""
-    from pipelines.search import Search, best, table
-    from pipelines.tune import tune as run
+    from pipelines.experiments.search import Search, best, table
+    from pipelines.experiments.tune import tune as run
     from tune_spaces import joined
 
     config = load_config(recipe, overrides or [])

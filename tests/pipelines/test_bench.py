@@ -55,7 +55,7 @@ def test_bench_ingest_writes_what_ingest_reads(tmp_path):
 
 
 def test_bench_quant_measures_every_form():
-    from fr_core.config import IResNetNet
+    from fr_core.config.nets import IResNetNet
     from pipelines.bench.quant import bench_quant
 
     net = IResNetNet(depth=10, width=8, input_size=32, embedding=16)

@@ -1,7 +1,7 @@
 import pytest
 
 import pipelines.bench.memory as bench
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.ranks import Ranks
 
 SMALL = ["net.depth=10", "net.width=8", "net.input_size=32", "train.global_batch=16", "train.precision=float32"]

@@ -13,7 +13,7 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.main import get_command
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from pipelines.cli.app import app
 
 ROOT = Path(__file__).parents[2]

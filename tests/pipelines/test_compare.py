@@ -3,13 +3,13 @@ import json
 
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from fr_core.train.state import centres_of
+from fr_core.train.initial import centres_of
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
-from pipelines.compare import PUBLISHED, heads, named_settings, summary
+from pipelines.experiments.compare import PUBLISHED, heads, named_settings, summary
 from tests.pipelines.test_cli import bigface
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.embeddings import FACTS
 from fr_core.errors import UserError
+from fr_core.train.check import checked_plan
 from fr_core.train.memory import memory
-from fr_core.train.tracking import read_metrics
-from pipelines.plan import plan
-from pipelines.train import checked_plan, with_absolute_paths
+from fr_core.train.metrics import read_metrics
+from pipelines.experiments.plan import plan
+from pipelines.train import with_absolute_paths
 from tests.conftest import flip_a_bit, write_dataset
 from tests.pipelines.test_cli import bigface, figures
 

@@ -9,10 +9,10 @@ from fr_core.data.embeddings import open_embeddings
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
-from pipelines.clean import clean
-from pipelines.embed import embed
-from pipelines.ingest import ingest
-from pipelines.merge import merge, split
+from pipelines.datasets.clean import clean
+from pipelines.datasets.embed import embed
+from pipelines.datasets.ingest import ingest
+from pipelines.datasets.merge import merge, split
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface, figures
 
@@ -109,7 +109,7 @@ def test_clean_lists_what_does_not_belong_and_merge_leaves_it_out(tmp_path, net,
     manifest = ingest(mixed, tmp_path / "shards", image_size=32, on_ray=False)
     assert manifest.images == 41
     # an untrained net's embeddings all point one way: what counts are differences from their mean
-    from pipelines.clean import Limits
+    from pipelines.datasets.clean import Limits
 
     found = clean(tmp_path / "shards", net[0], tmp_path / "out", net[1], Limits(0.9, 0.9, 0.9999), on_ray=False)
     with (tmp_path / "out" / "clean.csv").open() as file:

@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fr_core.config import IResNetNet, QuantisedNet
+from fr_core.config.nets import IResNetNet, QuantisedNet
 from fr_core.data.schema import sha256
 from fr_core.errors import UserError
 from fr_core.nets.calibration import calibrate
+from fr_core.nets.checkpoint_files import FORMAT, write_signed
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import build_net, open_net
 from fr_core.nets.quantised import Quantised
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import FORMAT, write_signed
-from pipelines import export as pipeline
 from pipelines.bench.latency import bench_latency, settled
+from pipelines.nets import export as pipeline
 from tests.pipelines.test_cli import bigface, figures
 
 SMALL = IResNetNet(depth=10, width=8, input_size=32, embedding=16)

@@ -12,7 +12,7 @@ from fr_core.data.detect import find_face
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
-from pipelines.ingest import ingest
+from pipelines.datasets.ingest import ingest
 from tests.conftest import REAL_DATA, needs_detector, needs_real_data
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fr_core.data.schema import SCHEMA_VERSION, Manifest, flat_table, grouped_table, write_manifest, write_shard
-from pipelines.inspect import inspect
+from pipelines.datasets.inspect import inspect
 
 
 def write(root, layout, rows, names):

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from fr_core.train.checkpoint import checkpoints
-from fr_core.train.tracking import read_metrics
+from fr_core.nets.checkpoint_files import checkpoints
+from fr_core.train.metrics import read_metrics
 from pipelines.on_ray import GROWS_AS
 
 ROOT = Path(__file__).parents[2]

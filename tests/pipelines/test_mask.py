@@ -6,14 +6,14 @@ import cv2
 import numpy as np
 import pytest
 
-from fr_core.config import Masks
+from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE, encode, read_rgb
 from fr_core.data.sources import LANDMARK_COLUMNS
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.verify.pairs import read_pairs
-from pipelines.mask import mask
-from pipelines.verify import find_sets
+from fr_core.verify.suites import find_sets
+from pipelines.datasets.mask import mask
 from tests.pipelines.test_cli import bigface
 
 ALL = Masks(ratio=1)

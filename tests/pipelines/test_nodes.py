@@ -21,14 +21,15 @@ import ray.train
 from ray.cluster_utils import Cluster
 from ray.train import PreemptionInfo
 
-from fr_core.config import Config, load_config
+from fr_core.config import Config
+from fr_core.config.recipes import load_config
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import Left, UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import checkpoints
 from fr_core.train.loop import train_loop
+from fr_core.train.metrics import read_metrics
 from fr_core.train.notice import Notice
-from fr_core.train.tracking import read_metrics
 from pipelines import on_ray
 from pipelines.cli.options import worker_range
 from pipelines.train import train

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import fr_core.train.loop as loop
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.store import find
 from fr_core.errors import UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
-from fr_core.train.checkpoint import checkpoints
-from fr_core.train.tracking import read_metrics
-from pipelines.ingest import ingest, write_one
-from pipelines.inspect import inspect
+from fr_core.train.metrics import read_metrics
+from pipelines.datasets.ingest import ingest, write_one
+from pipelines.datasets.inspect import inspect
+from pipelines.datasets.unpack import unpack
 from pipelines.train import train
-from pipelines.unpack import unpack
 from tests.conftest import put
 from tests.fr_core.data.test_recordio import payload, write_rec
 from tests.pipelines.test_cli import bigface
@@ -42,8 +42,8 @@ def test_ingest_makes_the_same_dataset_at_a_url_and_goes_on(photos, bucket, tmp_
         return write_one(job, number)
 
     made = []
-    monkeypatch.setattr("pipelines.ingest.write_one", counted)
-    monkeypatch.setattr("pipelines.ingest.GROUP_IMAGES", 10)  # of a shard at least
+    monkeypatch.setattr("pipelines.datasets.ingest.write_one", counted)
+    monkeypatch.setattr("pipelines.datasets.ingest.GROUP_IMAGES", 10)  # of a shard at least
     here = ingest(photos, tmp_path / "here", layout, on_ray=False)
     with pytest.raises(Stop):
         ingest(photos, bucket / "there", layout, on_ray=False, progress=stop)
@@ -125,14 +125,14 @@ def test_a_run_at_a_url_resumes_bit_for_bit_and_is_opened_by_every_command(datas
     shards, out = put(dataset, bucket / "shards"), bucket / "runs" / "a"
     train(config_of(dataset), tmp_path / "run", in_process=True)
 
-    def dying(config, method, state, batch, ranks):
+    def dying(config, state, batch, ranks):
         if state.step == 11:
             raise Stop
-        return step(config, method, state, batch, ranks)
+        return step(config, state, batch, ranks)
 
-    step = loop.bigface_step
+    step = loop.step
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "bigface_step", dying)
+        patch.setattr(loop, "step", dying)
         with pytest.raises(Stop):
             train(config_of(shards), out, in_process=True)
     weights = checkpoints(tmp_path / "run")[0] / "backbone.safetensors"

@@ -17,14 +17,14 @@ import ray
 import yaml
 from safetensors.torch import save_file
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.iresnet import IResNet
-from fr_core.train.checkpoint import checkpoints
-from fr_core.train.tracking import read_metrics
+from fr_core.train.metrics import read_metrics
 from pipelines import on_ray
-from pipelines.ingest import ingest
+from pipelines.datasets.ingest import ingest
 from pipelines.on_ray import capacity, cluster_machines, one_a_node, train_on_ray, worker_cpus
 from pipelines.train import train
 from tests.conftest import flip_a_bit, write_dataset

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.errors import UserError
-from pipelines.plan import plan
+from pipelines.experiments.plan import plan
 from tests.pipelines.test_cli import bigface
 
 R50 = ["train.global_batch=384"]

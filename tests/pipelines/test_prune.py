@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import pipelines.prune as pipeline
-from fr_core.config import IResNetNet, MoENet
+import pipelines.nets.prune as pipeline
+from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser, build_net, open_net
 from tests.pipelines.test_cli import bigface, figures

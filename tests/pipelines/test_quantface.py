@@ -2,10 +2,10 @@
 
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.errors import UserError
-from fr_core.train.tracking import read_metrics
-from pipelines.plan import plan
+from fr_core.train.metrics import read_metrics
+from pipelines.experiments.plan import plan
 from pipelines.train import with_absolute_paths
 from tests.pipelines.test_cli import bigface, figures
 

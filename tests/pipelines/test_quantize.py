@@ -8,10 +8,10 @@ import pytest
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
-from fr_core.train.tracking import read_metrics
+from fr_core.train.metrics import read_metrics
 from fr_core.verify.pairs import write_pairs
-from pipelines import quantize as pipeline
-from pipelines.quantize import quantised_config
+from pipelines.nets import quantize as pipeline
+from pipelines.nets.quantize import quantised_config
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface, figures
 

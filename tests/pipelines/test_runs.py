@@ -5,10 +5,10 @@ from datetime import datetime
 
 import pytest
 
-from fr_core.config import Tracking
+from fr_core.config.sections import Tracking
 from fr_core.errors import UserError
-from fr_core.train.tracking import PARENT_TAG, open_mlflow
-from pipelines.runs import run_table, runs
+from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
+from pipelines.experiments.runs import run_table, runs
 from tests.pipelines.test_cli import bigface
 
 PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "schedule.kind": "fastface"}

@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from fr_core.config import Tracking, load_config
+from fr_core.config.recipes import load_config
+from fr_core.config.sections import Tracking
 from fr_core.errors import UserError
-from fr_core.train.state import parameter_figures
-from fr_core.train.tracking import COMPARISON_TAG, open_mlflow
-from pipelines.scaling import parameter_count, run_of
+from fr_core.train.initial import parameter_figures
+from fr_core.train.mlflow_runs import COMPARISON_TAG, open_mlflow
+from pipelines.experiments.scaling import parameter_count, run_of
 from tests.pipelines.test_cli import bigface, figures
 
 COUNTS = {"backbone_parameters": 900, "classifier_parameters": 100}

@@ -17,24 +17,26 @@ import ray.cloudpickle as cloudpickle
 import torch
 from mlflow import MlflowClient
 
-from fr_core.config import Tracking, load_config
+from fr_core.config.recipes import load_config
+from fr_core.config.sections import Tracking
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import to_path
 from fr_core.data.stream import make_plan
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import checkpoints, go_on, take_over
+from fr_core.train.checkpoint import go_on, take_over
+from fr_core.train.initial import initial_state
+from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.train.outbox import UNDELIVERED
-from fr_core.train.state import initial_state
-from fr_core.train.tracking import PARENT_TAG, search_mlflow
 from fr_core.verify.pairs import write_pairs
-from pipelines import tune
+from pipelines.experiments import tune
+from pipelines.experiments.search import Search, Trial, best, settle, winner_recipe, write_results
+from pipelines.experiments.trial import MISTAKE, judged, run_trial, turn
+from pipelines.experiments.tune import DRIVER, bounded, claim, ended_early, share
 from pipelines.on_ray import start_ray
-from pipelines.search import Search, Trial, best, settle, winner_recipe, write_results
 from pipelines.train import train
-from pipelines.trial import MISTAKE, judged, run_trial, turn
-from pipelines.tune import DRIVER, bounded, claim, ended_early, share
 from tests.conftest import write_dataset
 from tests.pipelines.test_cli import bigface
 from tune_spaces import joined

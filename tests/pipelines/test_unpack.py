@@ -5,8 +5,8 @@ import pytest
 
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
-from pipelines.ingest import ingest
-from pipelines.unpack import folder_names, unpack
+from pipelines.datasets.ingest import ingest
+from pipelines.datasets.unpack import folder_names, unpack
 
 
 def content(shards):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.verify.baselines import raw_pixels
-from pipelines.verify import find_sets, suite_table, verify_suite
+from fr_core.verify.suites import find_sets, suite_table, verify_suite
 from tests.pipelines.test_cli import bigface, figures
 
 

@@ -7,7 +7,7 @@ import torch
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.open import Recogniser
-from pipelines.verify_mfr import mfr_figures, verify_mfr
+from pipelines.nets.verify_mfr import mfr_figures, verify_mfr
 
 
 def test_masked_images_are_compared_with_standard_ones(photos, tmp_path):

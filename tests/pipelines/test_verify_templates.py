@@ -8,7 +8,7 @@ from fr_core.data.crops import TEMPLATE as POINTS
 from fr_core.data.crops import encode
 from fr_core.data.decode import decode
 from fr_core.errors import UserError
-from pipelines.verify_templates import template_figures, verify_templates
+from pipelines.nets.verify_templates import template_figures, verify_templates
 
 
 class Pixels:

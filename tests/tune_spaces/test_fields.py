@@ -1,6 +1,9 @@
 import pytest
 
-from fr_core.config import AttFC, Distill, FastFace, Margin, Optimizer, Section, Train, load_config
+from fr_core.config.methods import AttFC, Distill, Margin
+from fr_core.config.optim import FastFace, Optimizer
+from fr_core.config.recipes import load_config
+from fr_core.config.sections import Section, Train
 from fr_core.errors import UserError
 from tune_spaces import joined
 from tune_spaces.fields import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.class_images import Pool
 from fr_core.data.plan import read_block
 from fr_core.data.schema import open_dataset

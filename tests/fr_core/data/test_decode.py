@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fr_core.config import Augment
+from fr_core.config.sections import Augment
 from fr_core.data.crops import encode
 from fr_core.data.decode import augmented_batch, decode, draws, resized
 

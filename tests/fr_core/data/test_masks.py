@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from fr_core.config import Config, Masks
+from fr_core.config import Config
+from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE
 from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, masked, masking, textures
 from fr_core.data.sources import read_landmarks

@@ -8,7 +8,7 @@ import pytest
 from fr_core.data.schema import open_dataset
 from fr_core.data.sources import list_source, read_image
 from fr_core.errors import UserError
-from pipelines.ingest import ingest
+from pipelines.datasets.ingest import ingest
 
 
 def images(listing):

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data import masks
 from fr_core.data.decode import decode
 from fr_core.data.schema import open_dataset

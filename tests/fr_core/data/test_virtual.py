@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.crops import TEMPLATE
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan

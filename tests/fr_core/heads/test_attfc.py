@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import Margin
+from fr_core.config.methods import DCQ, AttFC, Margin
 from fr_core.errors import UserError
-from fr_core.heads.attfc import follow, generative_centres, queue_slots
+from fr_core.heads.attfc import follow, generative_centres
 from fr_core.heads.class_queue import NOBODY, ClassQueue
 from fr_core.heads.streamed import Softmax
 
@@ -129,11 +129,16 @@ def test_fifty_steps_equal_a_deque(order):
 def test_a_dropped_steps_centres_are_taken_back():
     queue = ClassQueue(4, 3, Softmax(ARC), seed=0)
     first = queue.state_dict()["centres_SD"].clone()
-    before = queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
+    queue.begin_step()
+    queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
     assert queue.labels_S.tolist() == [NOBODY, NOBODY, 1, 2]
-    queue.take_back(before)
+    queue.drop_step()
     assert torch.equal(queue.centres_SD, first)
     assert (queue.labels_S == NOBODY).all()
+    queue.put(torch.eye(3)[:2], torch.tensor([3, 4]), 2)
+    queue.begin_step()  # a step that is dropped before it puts anything in
+    queue.drop_step()
+    assert queue.labels_S.tolist() == [3, 4, NOBODY, NOBODY]
 
 
 def test_momentum_moves_weights_and_leaves_statistics():
@@ -147,11 +152,13 @@ def test_momentum_moves_weights_and_leaves_statistics():
 
 
 def test_slots_are_whole_batches():
-    assert queue_slots(0.3 * 1_029_950, 384) == 308_736  # ⌊308,985 / 384⌋ · 384
-    assert queue_slots(0.05 * 10_240, 128) == 512
-    assert queue_slots(0.3 * 205_990, 384) % 384 == 0
-    with pytest.raises(UserError, match=r"a queue of 30 class centres cannot hold a batch of 128"):
-        queue_slots(0.3 * 100, 128)
+    attfc = AttFC(size_ratio=0.3)
+    assert attfc.centres(1_029_950, 384) == 308_736  # ⌊308,985 / 384⌋ · 384
+    assert AttFC(size_ratio=0.05).centres(10_240, 128) == 512
+    assert attfc.centres(205_990, 384) % 384 == 0
+    assert DCQ(queue_size=1000).centres(205_990, 384) == 768
+    with pytest.raises(UserError, match=r"a queue of 30 class centres cannot hold a batch of 128: raise .*size_ratio"):
+        attfc.centres(100, 128)
 
 
 def test_a_queue_in_bfloat16_is_half_as_large_and_nearly_equal():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 from fr_core.heads.f2c import ClassPool
 from fr_core.heads.streamed import Softmax
 
@@ -78,9 +78,10 @@ def test_rolling_back_leaves_no_trace():
     pool = pool_of(4)
     pool.put(F.normalize(torch.randn(3, 4)), torch.tensor([1, 2, 3]))
     before = {k: v.clone() for k, v in pool.state_dict().items()}
-    written = pool.put(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
+    pool.begin_step()
+    pool.put(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
     assert list(pool.slots) == [2, 4, 5, 3]
-    pool.take_back(written)
+    pool.drop_step()
     assert all(torch.equal(value, before[name]) for name, value in pool.state_dict().items())
     assert list(pool.slots) == [1, 2, 3]
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 from fr_core.heads.margins import with_margin
 
 COSINES = torch.linspace(-0.99, 0.99, 41, dtype=torch.float64)

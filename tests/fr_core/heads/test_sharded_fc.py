@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import SGD, BigFace, Config, Margin
+from fr_core.config import Config
+from fr_core.config.methods import BigFace, Margin
+from fr_core.config.optim import SGD
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.optim.optimizers import head_optimizer
 from fr_core.ranks import Ranks

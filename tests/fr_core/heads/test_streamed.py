@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import fr_core.heads.streamed as streamed
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 from fr_core.heads.streamed import Softmax, TileSGD, fixed_centres_softmax, margin_softmax, same_label
 from fr_core.ranks import Ranks
 

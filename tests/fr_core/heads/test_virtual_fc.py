@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fr_core.config import Margin
+from fr_core.config.methods import Margin
 from fr_core.errors import UserError
 from fr_core.heads.streamed import Softmax
 from fr_core.heads.virtual_fc import Anchors
@@ -31,9 +31,10 @@ def test_steps_equal_a_dictionary_of_anchors():
         people = torch.randperm(30, generator=random)[:4]
         labels = people.repeat(3)[torch.randperm(12, generator=random)]
         x = torch.randn(12, 6, generator=random).requires_grad_()
-        loss, taken = head(x, labels, x, labels)
+        head.begin_step()
+        loss = head(x, labels, x, labels)
         loss.backward()
-        head.give_back(taken, dropped=False)
+        head.give_back()
 
         unit = F.normalize(x.detach().double())
         holders, returned = {}, {}
@@ -62,7 +63,9 @@ def test_a_dropped_step_leaves_no_trace():
     head = anchors_of(5)
     before = head.anchors_MD.clone()
     x = torch.randn(4, 6)
-    _, taken = head(x, torch.arange(4), x, torch.arange(4))
+    head.begin_step()
+    head(x, torch.arange(4), x, torch.arange(4))
     assert not torch.equal(head.anchors_MD, before)
-    head.give_back(taken, dropped=True)
+    head.drop_step()
+    head.give_back()
     assert torch.equal(head.anchors_MD, before)

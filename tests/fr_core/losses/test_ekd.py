@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fr_core.config import EKD, EmbeddingMSE, RelativeSimilarity
+from fr_core.config.methods import EKD, EmbeddingMSE, RelativeSimilarity
 from fr_core.losses.ekd import THRESHOLDS, Agreement
 
 

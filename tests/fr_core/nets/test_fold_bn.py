@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.open import build_net, open_net

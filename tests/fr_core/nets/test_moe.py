@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fr_core.config import IResNetNet, MoENet
+from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.moe import load_balance, take_balance

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import fr_core
-from fr_core.config import IResNetNet, MobileFaceNetNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet
 from fr_core.data.crops import read_rgb
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fr_core.config import IResNetNet
+from fr_core.config.nets import IResNetNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
 from fr_core.nets.fold_bn import folded

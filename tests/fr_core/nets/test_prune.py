@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, QuantisedNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import IResNet

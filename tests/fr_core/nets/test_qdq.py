@@ -10,7 +10,7 @@ import torch
 from onnx import helper
 from torch import nn
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
 from fr_core.nets.calibration import calibrate

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, QuantisedNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.calibration import SHARES, calibrate, least_error
 from fr_core.nets.open import build_net

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fr_core.config import FastFace, FastFaceHaar
+from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.errors import UserError
 from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
 from tests.conftest import REAL_DATA, needs_real_data, run_ranks

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fr_core.config import Constant, Cosine, MultiStep, Polynomial, parse_config
+from fr_core.config.optim import Constant, Cosine, MultiStep, Polynomial
+from fr_core.config.recipes import parse_config
 from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks

@@ -7,20 +7,21 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import fr_core.train.loop as loop
-from fr_core.config import load_config, unlabelled_batch
+from fr_core.config import unlabelled_batch
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process, make_plan, unlabelled
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets import iresnet
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import checkpoints
 from fr_core.train.distill import micro_batches, open_teacher
-from fr_core.train.state import initial_state
-from fr_core.train.tracking import read_metrics
+from fr_core.train.initial import initial_state
+from fr_core.train.methods.bigface import bigface_step
+from fr_core.train.metrics import read_metrics
 from tests.conftest import run_ranks, write_dataset
 from tests.fr_core.data.test_embeddings import embedded
 from tests.fr_core.train.test_train import interrupted, last_weights, losses, run, smooth_run

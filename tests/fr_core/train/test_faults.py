@@ -20,9 +20,9 @@ import fr_core.train.outbox as outbox
 import fr_core.train.tracking as tracking
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import Left, UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import checkpoints
 from fr_core.train.notice import Notice
 from tests.conftest import flip_a_bit, run_ranks
 from tests.fr_core.train.test_train import config_of, last_weights, losses, run
@@ -224,6 +224,7 @@ def test_figures_on_a_full_disk_are_one_line_and_no_half_row(dataset, undisturbe
 
 KILLED = """
 import os, signal, sys, torch
+import fr_core.nets.checkpoint_files as files
 import fr_core.train.checkpoint as checkpoint
 from tests.fr_core.train.test_train import config_of, run
 
@@ -243,9 +244,10 @@ def save(*args, **kwargs):
     sync()
     save_file(*args, **kwargs)
 
-calls, sync, save_file = 0, counted(lambda: None), checkpoint.save_file
-checkpoint.save_file = save
-for name in ("sha256", "write_signed", "_copy", "remove_folder"):
+calls, sync, save_file = 0, counted(lambda: None), files.save_file
+files.save_file = save
+files.sha256 = counted(files.sha256)
+for name in ("write_signed", "copy_file", "remove_folder"):
     setattr(checkpoint, name, counted(getattr(checkpoint, name)))
 run(config_of(sys.argv[1], "train.save_every=5", "train.keep=1"), sys.argv[2])
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fr_core.train.loop as loop
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
@@ -14,8 +14,8 @@ from fr_core.nets import iresnet
 from fr_core.nets.moe import take_balance
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.state import initial_state
-from pipelines.train import checked_plan
+from fr_core.train.check import checked_plan
+from fr_core.train.initial import initial_state
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import config_of, run
 

@@ -5,14 +5,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fr_core.config import IResNetNet, MobileFaceNetNet, MoENet, load_config
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
 from fr_core.nets.iresnet import recompute
 from fr_core.nets.open import build_net
 from fr_core.ranks import Ranks
+from fr_core.train.initial import initial_state
 from fr_core.train.memory import backbone_bytes, memory, saved_bytes
-from fr_core.train.state import initial_state
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -6,15 +6,16 @@ import torch
 from safetensors.torch import load_file
 
 import fr_core.train.loop as loop
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import checkpoints
-from fr_core.train.f2c import sides
-from fr_core.train.state import initial_state, parameter_figures, statistics
+from fr_core.train.initial import initial_state, parameter_figures
+from fr_core.train.methods.f2c import sides
+from fr_core.train.update import statistics
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import losses, run
 

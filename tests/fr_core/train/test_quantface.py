@@ -10,19 +10,21 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import fr_core.train.loop as loop
-from fr_core.config import BigFace, load_config
+from fr_core.config.methods import BigFace
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.losses.ekd import THRESHOLDS, Agreement
+from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import checkpoints
+from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.memory import memory
-from fr_core.train.state import initial_state, parameter_figures, statistics
-from fr_core.train.tracking import read_metrics
+from fr_core.train.metrics import read_metrics
+from fr_core.train.update import statistics
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import interrupted, losses, run
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fr_core.config import load_config
+from fr_core.config.recipes import load_config
 from fr_core.nets.open import open_net
 from tests.conftest import run_ranks
 from tests.fr_core.train.test_train import rank_run

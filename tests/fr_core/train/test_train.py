@@ -11,17 +11,19 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 import fr_core.train.loop as loop
-from fr_core.config import load_config
+import fr_core.train.update as update
+from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset, write_manifest
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.nets import iresnet
-from fr_core.nets.open import open_net, read_summary
+from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signed
+from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.bigface import bigface_step
-from fr_core.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_signed
-from fr_core.train.state import initial_state
-from fr_core.train.tracking import newest_metrics, read_metrics
+from fr_core.train.checkpoint import load_checkpoint, save_checkpoint
+from fr_core.train.initial import initial_state
+from fr_core.train.methods.bigface import bigface_step
+from fr_core.train.metrics import newest_metrics, read_metrics
 from fr_core.train.warm_start import prototypes
 from tests.conftest import run_ranks, write_dataset
 
@@ -173,7 +175,7 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
         ["train.ema=0.9", "data.augment.erase=0.5"],
         ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
-        ["optim={kind='lars', lr=2.0}"],
+        ["optim={kind='lars', lr=2.0, head={lr=0.05}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
         ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
     ],
@@ -360,16 +362,15 @@ def test_a_run_opens_as_a_net(dataset, tmp_path):
 
 def poison(monkeypatch, steps):
     """Makes the images of some steps NaN, through the whole net and its batch norm."""
-    original = bigface_step
-    import fr_core.train.bigface as method
+    original = loop.step
 
-    def step(config, chosen, state, batch, ranks):
+    def step(config, state, batch, ranks):
         with pytest.MonkeyPatch.context() as patch:
             if state.step in steps:
-                patch.setattr(method, "normalised", lambda images, std: torch.full((len(images), 3, 32, 32), torch.nan))
-            return original(config, chosen, state, batch, ranks)
+                patch.setattr(update, "normalised", lambda images, std: torch.full((len(images), 3, 32, 32), torch.nan))
+            return original(config, state, batch, ranks)
 
-    monkeypatch.setattr(loop, "bigface_step", step)
+    monkeypatch.setattr(loop, "step", step)
 
 
 def test_a_single_bad_step_leaves_no_trace(dataset, tmp_path, monkeypatch):

@@ -1,0 +1,244 @@
+"""Every knob of a run: typed, frozen, strict. No torch here.
+
+A recipe is a TOML file of these sections; ``key.path=value`` on the command line overrides single fields.
+Choices are tagged unions on ``kind``, so that a knob which does not apply cannot be written.
+Recipes state the *global* batch; the number of workers is a fact of the launch and never stands here.
+
+The rules below refuse sections that do not fit together. What must fit the data and the workers is checked by
+``fr_core/train/check.py``. Numbers that follow from the config are functions, at the end of this file.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from fr_core.config.methods import BigFace, Distill, Method
+from fr_core.config.nets import IResNetNet, Net
+from fr_core.config.optim import SGD, ClassMatrix, Cosine, FastFace, FastFaceHaar, Optim, Schedule
+from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
+
+MAX_LANES = 64
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data = Data()
+    net: Net = IResNetNet()
+    method: Method = BigFace()
+    optim: Optim = SGD()
+    schedule: Schedule = Cosine()
+    init: Init = Init()
+    train: Train = Train()
+    verify: Verify = Verify()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds_unless_told(cls, tree: Any) -> Any:
+        for section, kind in (("net", "iresnet"), ("method", "bigface"), ("optim", "sgd"), ("schedule", "cosine")):
+            if isinstance(tree, dict) and isinstance(tree.get(section), dict):
+                tree = tree | {section: {"kind": kind} | tree[section]}
+        return tree
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Config":
+        for rule in RULES:
+            for mistake in rule(self):
+                raise ValueError(mistake)
+        return self
+
+
+# Rules: each yields what is wrong and how to mend it
+
+
+def batch_rules(config: Config) -> Iterator[str]:
+    batch, accumulate, data = config.train.global_batch, config.train.accumulate, config.data
+    if batch % accumulate:
+        yield f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}"
+    if batch % data.views:
+        yield f"data.views = 2 shows each image twice: train.global_batch = {batch} must be even"
+    rows = step_rows(config)
+    if data.lanes and rows % data.lanes:
+        halved = "" if rows == batch else f", which takes {rows} images"
+        yield f"data.lanes = {data.lanes} does not divide train.global_batch = {batch}{halved}"
+    if unlabelled_batch(config) % accumulate:
+        yield (
+            f"train.accumulate = {accumulate} does not divide "
+            f"method.distill.unlabelled.batch = {unlabelled_batch(config)}"
+        )
+    facts, kind = config.method.facts, config.method.kind
+    if accumulate > 1 and facts.whole_batch:
+        yield f"{facts.whole_batch}: train.accumulate = 1"
+    if batch % facts.batch_multiple:
+        yield f"{kind} takes multiples of {facts.batch_multiple} images: train.global_batch = {batch} is none"
+
+
+def balance_rules(config: Config) -> Iterator[str]:
+    balanced, batch, wanted, data = balance(config), config.train.global_batch, group_count(config), config.data
+    if config.method.facts.class_images and (balanced or data.views > 1):
+        name = "data.balanced" if balanced else "data.views = 2"
+        yield f"{name} is for flat shards, and {config.method.kind} reads grouped ones: leave it out"
+    if balanced is None:
+        return
+    if data.views > 1:
+        yield "data.balanced and data.views = 2 are two ways to positive pairs: data.balanced.share = 0"
+    if data.variants > 1:
+        yield "data.balanced groups images of one person, of whom data.variants makes several: leave it out"
+    if abs(wanted * balanced.images - batch * balanced.share) > 1e-6 * batch or wanted == 0:
+        yield (
+            f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is no whole number of groups of "
+            f"{balanced.images} images: set share to a multiple of {balanced.images / batch:.6g}"
+        )
+    if data.lanes and wanted % data.lanes:
+        yield (
+            f"data.lanes = {data.lanes} does not divide the {wanted} groups that data.balanced puts in a "
+            f"batch: leave it out, or use {math.gcd(wanted, data.lanes)}"
+        )
+
+
+def net_rules(config: Config) -> Iterator[str]:
+    net, train = config.net, config.train
+    if small := config.data.progressive:
+        least = net.input_size - (net.input_size - 1) % net.stride
+        if not least <= small.size < net.input_size:
+            yield (
+                f"data.progressive.size = {small.size}: this net's feature map allows {least} to {net.input_size - 1}"
+            )
+    if train.recompute_blocks and not train.recompute:
+        yield "train.recompute_blocks needs train.recompute = true"
+    if train.recompute and not net.residual:
+        yield f"train.recompute is for residual nets: leave it out with net.kind = {net.kind}"
+    if train.ghost_batch and not net.normed:
+        yield "train.ghost_batch is for batch norm, and a quantised net has none: leave it out"
+
+
+def precision_rules(config: Config) -> Iterator[str]:
+    if config.train.compress_gradients == "float16" and config.train.precision != "float16":
+        yield (
+            'train.compress_gradients = "float16" needs the loss scale of train.precision = "float16", or small '
+            'gradients vanish: use "bfloat16"'
+        )
+    if config.train.precision == "float16" and not config.method.facts.scales_loss:
+        yield 'method.update = "fused" cannot scale the loss: train.precision = "bfloat16"'
+
+
+def verify_rules(config: Config) -> Iterator[str]:
+    verify = config.verify
+    if verify.pairs and not verify.images and not verify.pairs.endswith(".bin"):
+        yield "verify.pairs needs verify.images, the folder that its paths are relative to"
+    if config.train.verify_every and not verify.pairs:
+        yield "train.verify_every needs verify.pairs: name them, or leave it out"
+    if verify.images and not verify.pairs:
+        yield "verify.images needs verify.pairs, which names the images to compare"
+
+
+def method_rules(config: Config) -> Iterator[str]:
+    method, facts = config.method, config.method.facts
+    if facts.encoder == "shipped" and config.train.ema:
+        yield f"{method.kind} ships its key encoder: leave train.ema out"
+    if facts.needs_views and config.data.views == 1:
+        yield "method.labels = false has no positive pairs but two views of an image: data.views = 2"
+    distill = distillation(config)
+    if distill and distill.embeddings and config.data.variants > 1:
+        yield (
+            "method.distill.embeddings are those of the plain faces, of which data.variants makes others: "
+            "give method.distill.teacher"
+        )
+    if method.class_matrix is None and config.optim.head != ClassMatrix():
+        yield f"optim.head moves a class matrix, and {method.kind} has none: leave it out"
+    if config.optim.head_rate_unknown and method.class_matrix:
+        yield f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
+
+
+def start_rules(config: Config) -> Iterator[str]:
+    method = config.method
+    if config.init.head != "random" and not config.init.backbone:
+        yield f'init.head = "{config.init.head}" needs init.backbone'
+    if config.init.head != "random" and method.class_matrix is None:
+        yield f'init.head = "{config.init.head}" is for a class matrix; {method.kind} has none'
+    if config.train.epochs > 0:
+        return
+    if not method.facts.calibrates:
+        yield f"train.epochs = 0 calibrates a net, which is for quantface; {method.kind} takes 1 or more"
+    for name, asked in (
+        ("data.masks", config.data.masks.ratio > 0),
+        (f'schedule.kind = "{config.schedule.kind}"', isinstance(config.schedule, FastFace | FastFaceHaar)),
+    ):
+        if asked:
+            yield f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"
+
+
+RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    *(batch_rules, balance_rules, net_rules, precision_rules, verify_rules, method_rules, start_rules),
+)
+
+
+# Numbers that follow from a config
+
+
+def balance(config: Config) -> Balanced | None:
+    """``data.balanced``, where it asks for anything."""
+    balanced = config.data.balanced
+    return balanced if balanced and balanced.share else None
+
+
+def lane_count(config: Config) -> int:
+    """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64.
+
+    With class images to 16: at the ends of a lane's window, chunks are decoded of which a part is not needed yet.
+    Each of them has equally many of a batch's groups of images of one person.
+    """
+    most = MAX_LANES // 4 if config.method.facts.class_images else MAX_LANES
+    shared = math.gcd(step_rows(config), group_count(config))
+    return config.data.lanes or max(n for n in range(1, min(most, shared) + 1) if shared % n == 0)
+
+
+def step_rows(config: Config) -> int:
+    """Rows of the dataset that a step takes, over all ranks."""
+    return config.train.global_batch // config.data.views
+
+
+def step_images(config: Config) -> tuple[int, int]:
+    """Images of one micro-batch over all ranks that are trained on, and that a momentum encoder sees."""
+    accumulate, facts = config.train.accumulate, config.method.facts
+    images = config.train.global_batch // accumulate
+    return int(images * facts.trained) + unlabelled_batch(config) // accumulate, int(images * facts.encoded)
+
+
+def group_count(config: Config) -> int:
+    """Groups of images of one person in a global batch; 0 where ``data.balanced`` is not asked for."""
+    balanced = config.data.balanced
+    return round(config.train.global_batch * balanced.share / balanced.images) if balanced else 0
+
+
+def image_side(config: Config, epoch: int) -> int:
+    """Side of the images that the net trains on in an epoch, pixels."""
+    small = config.data.progressive
+    return small.size if small and epoch < small.share * config.train.epochs else config.net.input_size
+
+
+def class_count(config: Config, identities: int) -> int:
+    """Classes of a run: the dataset's identities, or all their variants."""
+    return identities * config.data.variants
+
+
+def distillation(config: Config) -> Distill | None:
+    """What a run with a class matrix distils from beside it, if it does."""
+    taught = config.method.taught
+    return taught if isinstance(taught, Distill) else None
+
+
+def unlabelled_batch(config: Config) -> int:
+    """Unlabelled images that come with each global batch."""
+    distill = distillation(config)
+    if distill is None or distill.unlabelled is None:
+        return 0
+    return distill.unlabelled.batch or config.train.global_batch
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    steps = config.train.epochs * steps_per_epoch
+    return min(steps, config.train.max_steps or steps)

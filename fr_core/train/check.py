@@ -1,0 +1,96 @@
+"""The one place where a config is checked against its data and its workers, before anything trains.
+
+The launcher calls it once for every number of workers that a run may have; ``train_loop`` calls it again for its own.
+What a config can say without data is checked by the rules in ``fr_core/config/__init__.py``.
+"""
+
+from pathlib import Path
+
+import torch
+
+from fr_core.config import Config, class_count, step_images, total_steps, unlabelled_batch
+from fr_core.config.nets import QuantisedNet
+from fr_core.data.plan import Plan
+from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.stream import make_plan, unlabelled
+from fr_core.errors import UserError
+from fr_core.optim.fastface import watcher
+from fr_core.train.distill import open_teacher
+from fr_core.verify.pairs import read_pairs
+
+
+def checked_plan(config: Config, *workers: int) -> Plan:
+    """The plan of a run that can be launched on any of these numbers of workers; opens its teacher to see that it fits.
+
+    Raises:
+        UserError: as :func:`fitting_plan`, or a teacher that does not fit.
+    """
+    plan = fitting_plan(config, dataset_of(config), *workers)
+    open_teacher(config, plan.dataset, torch.device("cpu"))
+    return plan
+
+
+def dataset_of(config: Config) -> Dataset:
+    """Raises: UserError: none is named, or there is none."""
+    if not config.data.path:
+        raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
+    return open_dataset(config.data.path)
+
+
+def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
+    """The plan of a run whose config, data and workers fit together, for each of these numbers of workers.
+
+    Raises:
+        UserError: they do not: workers, batch, centres, class images, FastFace's stretches, pairs that cannot be read,
+            or a quantised net made of nothing.
+    """
+    if isinstance(config.net, QuantisedNet) and not config.init.backbone:
+        raise UserError(
+            'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
+        )
+    plan = make_plan(config, dataset)
+    for number in workers:
+        check_workers(config, plan, number)
+    config.method.centres(class_count(config, dataset.manifest.identities), config.train.global_batch)
+    watcher(config.schedule, total_steps(config, plan.steps_per_epoch), config.train.global_batch)
+    if config.verify.pairs:
+        read_pairs(config.verify.pairs)
+        if config.verify.images and not Path(config.verify.images).is_dir():
+            raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    return plan
+
+
+def check_workers(config: Config, plan: Plan, workers: int) -> None:
+    """Raises: UserError: lanes, batches, identities or ghost batches that do not fit so many workers."""
+    plan.lanes_of(0, workers)
+    identities = plan.dataset.manifest.identities
+    if workers > identities:
+        raise UserError(f"{workers} workers for {identities} identities; use fewer workers")
+    check_shares(config, workers)
+    if other := unlabelled(config):
+        if unlabelled_batch(config) % (workers * config.train.accumulate):
+            raise UserError(
+                f"method.distill.unlabelled.batch = {unlabelled_batch(config)} is not a multiple of "
+                f"{workers} workers × train.accumulate = {config.train.accumulate}"
+            )
+        other[1].lanes_of(0, workers)
+
+
+def check_shares(config: Config, workers: int) -> None:
+    """Raises: UserError: a batch that so many workers cannot share, or ghost batches that do not fill their shares."""
+    batch, accumulate, multiple = config.train.global_batch, config.train.accumulate, config.method.facts.batch_multiple
+    if batch % (workers * accumulate):
+        raise UserError(
+            f"train.global_batch = {batch} is not a multiple of {workers} workers × train.accumulate = {accumulate}"
+        )
+    if batch // (workers * accumulate) % multiple:
+        raise UserError(
+            f"{config.method.kind} takes multiples of {multiple} images on each of {workers} workers: "
+            f"train.global_batch must be a multiple of {multiple * workers * accumulate}"
+        )
+    images, ghost = step_images(config)[0] // workers, config.train.ghost_batch
+    if ghost and images % ghost:
+        raise UserError(
+            f"train.ghost_batch = {ghost} does not divide the {images} images that each of {workers} workers trains on "
+            f"at once: use a divisor of {images}"
+        )

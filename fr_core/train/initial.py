@@ -1,0 +1,105 @@
+"""The state that a run begins with: seeded weights, the same on every rank and for every number of ranks."""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fr_core import rng
+from fr_core.config import Config, class_count, distillation, total_steps
+from fr_core.config.nets import Residual
+from fr_core.data.plan import Plan
+from fr_core.losses.ekd import Agreement
+from fr_core.nets.backbone import Backbone
+from fr_core.nets.ghost import use_ghost_batches
+from fr_core.nets.iresnet import BLOCKS, recompute
+from fr_core.nets.open import build_net, on_device
+from fr_core.optim.fastface import watcher
+from fr_core.optim.optimizers import make_optimizers
+from fr_core.ranks import Ranks
+from fr_core.train.distill import open_teacher
+from fr_core.train.methods import make_head
+from fr_core.train.state import TrainState
+
+FIRST_LOSS_SCALE = 2.0**16  # float16 only
+MAPS = 6  # that autograd keeps of a residual block
+
+
+def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device) -> TrainState:
+    """Seeded weights, the same on every rank and for every number of ranks."""
+    torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
+    backbone = on_device(trained_net(config), device)
+    head = make_head(config, class_count(config, plan.dataset.manifest.identities), ranks, device)
+    head = head.to(device) if head else None
+    distill, teacher, adapter = distillation(config), open_teacher(config, plan.dataset, device), None
+    if distill and distill.adapter and teacher:
+        torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
+        adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
+    optimizers = make_optimizers(config, nn.ModuleList([backbone, adapter] if adapter else [backbone]), head, ranks)
+    total = total_steps(config, plan.steps_per_epoch)
+    state = TrainState(plan, device, backbone, _data_parallel(config, backbone, ranks), head, optimizers, total)
+    state.teacher, state.adapter = teacher, adapter
+    if agreement := config.method.agreement:
+        state.agreement = Agreement(agreement).to(device)
+    state.watcher = watcher(config.schedule, total, config.train.global_batch)
+    if config.train.ema:
+        state.average = copy.deepcopy(backbone).requires_grad_(False)
+    if config.method.facts.encoder != "none":
+        state.encoder = copy.deepcopy(backbone).requires_grad_(False)
+        for module in state.encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # training mode is for its batch norm
+        state.ships_encoder = config.method.facts.encoder == "shipped"
+    if config.train.precision == "float16":
+        state.loss_scale = FIRST_LOSS_SCALE
+    return state
+
+
+def trained_net(config: Config) -> Backbone:
+    """The backbone as training runs it: the published net, in what the recipe makes of its memory and batch norm."""
+    net = build_net(config.net)
+    if config.train.ghost_batch:
+        use_ghost_batches(net, config.train.ghost_batch)
+    if blocks := segment_blocks(config):
+        recompute(net, blocks)
+    return net
+
+
+def segment_blocks(config: Config) -> int | None:
+    """Residual blocks that the backward pass makes anew at a time; None: it makes none.
+
+    Of n blocks in segments of k, autograd keeps n / k inputs and, at a time, MAPS·k maps: least at k = √(n / MAPS).
+    """
+    if not (config.train.recompute and isinstance(config.net, Residual)):
+        return None
+    return config.train.recompute_blocks or round(math.sqrt(sum(BLOCKS[config.net.depth]) / MAPS))
+
+
+def parameter_figures(config: Config, identities: int) -> dict[str, int]:
+    """Parameters of a run's backbone and of its classifier, the class matrix; centres without a gradient are none."""
+    with torch.device("meta"):
+        backbone = sum(param.numel() for param in build_net(config.net).parameters())
+    matrix = class_count(config, identities) * config.net.embedding if config.method.class_matrix else 0
+    return {"backbone_parameters": backbone, "classifier_parameters": matrix}
+
+
+def _data_parallel(config: Config, backbone: nn.Module, ranks: Ranks) -> nn.Module:
+    """DDP that *sums* gradients: the loss is already the mean over the global batch (``fr_core/ranks.py``)."""
+    if ranks.size == 1:
+        return backbone
+    parallel = DistributedDataParallel(backbone, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel.register_comm_hook(getattr(torch, config.train.compress_gradients or "float32"), _summed)
+    return parallel
+
+
+def _summed(precision: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The bucket summed over ranks in ``precision``.
+
+    bfloat16 has float32's range. Where float16 overflows, at the loss scale, all ranks see the same infinity and drop
+    the step, and the scale falls.
+    """
+    work = dist.all_reduce(bucket.buffer().to(precision), async_op=True)
+    return work.get_future().then(lambda future: bucket.buffer().copy_(future.value()[0]))

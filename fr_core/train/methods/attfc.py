@@ -1,0 +1,28 @@
+"""AttFC: a class encoder makes each face's class centre, a queue of centres replaces the class matrix (METHODS §3)."""
+
+from functools import partial
+
+import torch
+
+from fr_core.config import Config
+from fr_core.config.methods import AttFC
+from fr_core.data.stream import Batch
+from fr_core.heads.attfc import generative_centres
+from fr_core.heads.class_queue import ClassQueue
+from fr_core.ranks import Ranks
+from fr_core.train.precision import centre_softmax
+from fr_core.train.queue_step import queue_step
+from fr_core.train.state import TrainState
+
+
+def make_head(config: Config, method: AttFC, classes: int, device: torch.device) -> ClassQueue:
+    slots = method.centres(classes, config.train.global_batch)
+    return ClassQueue(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
+
+
+def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """Trains on one global batch, as :func:`fr_core.train.queue_step.queue_step` does, with attention over class
+    images.
+    """
+    mix = partial(generative_centres, strategy=method.strategy, temperature=method.temperature)
+    return queue_step(config, state, batch, ranks, mix, method.order, method.encoder_momentum)

@@ -1,0 +1,78 @@
+"""BigFace: a class matrix sharded over the ranks, its margin softmax, and distillation beside it (METHODS §2, §5).
+
+Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, X = B and the unlabelled ones behind them,
+D embedding, E the teacher's.
+"""
+
+from contextlib import nullcontext
+
+import torch
+
+from fr_core.config import Config
+from fr_core.config.methods import BigFace
+from fr_core.data.stream import Batch
+from fr_core.heads.sharded_fc import ShardedFC
+from fr_core.heads.streamed import TileSGD
+from fr_core.losses.distill import distillation_loss
+from fr_core.optim.optimizers import RowSGD
+from fr_core.ranks import Ranks
+from fr_core.train.distill import micro_batches
+from fr_core.train.precision import autocast
+from fr_core.train.state import TrainState
+from fr_core.train.update import backward, begin_step, embedded, update, without_sync
+
+
+def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks) -> ShardedFC:
+    return ShardedFC(classes, config.net.embedding, method, ranks, config.seed)
+
+
+def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """Trains on one global batch.
+
+    The loss is the mean over the global batch whatever the ranks and micro-batches; only batch norm sees
+    micro-batches one by one. Distillation adds its weight × the mean over labelled and unlabelled images.
+
+    Returns:
+        Those of :func:`fr_core.train.update.update`; of a distilled run also both terms.
+    """
+    head, micro, distill = state.head, config.train.accumulate, method.distill
+    assert isinstance(head, ShardedFC)
+    images_AXHWC = micro_batches(batch, micro, state.device)
+    labels_AG = [ranks.gather(labels_B) for labels_B in batch.labels_B.to(state.device).chunk(micro)]
+    rows_S = head.sample(torch.cat(labels_AG), state.step)
+    labelled = len(batch.labels_B) // micro
+    total, distance = torch.zeros(2, device=state.device).unbind()
+    with autocast(config, state.device):
+        targets_AXE = state.teacher.targets(batch, images_AXHWC) if state.teacher else []
+    begin_step(config, state)
+    sgd = tile_sgd(state) if method.update == "fused" else None
+    for a in range(micro):
+        with without_sync(state) if a < micro - 1 else nullcontext():
+            x_XD = embedded(config, state, images_AXHWC[a], ranks, a)
+            with autocast(config, state.device):
+                student_XE = state.adapter(x_XD) if state.adapter else x_XD
+            faces_BD, apart = x_XD[:labelled], torch.zeros_like(total)
+            if distill:  # each rank its own faces' share
+                apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
+                faces_BD = faces_BD + 0 * apart.detach()  # a fused head sees by it that the step is not finite
+            loss = head(ranks.gather(faces_BD), labels_AG[a], rows_S, sgd) / micro
+            total += loss.detach()
+            if distill:
+                distance += apart.detach()
+                loss = loss + distill.weight * apart
+            backward(config, state, loss, ranks)
+    share = total / ranks.size  # every rank has the whole margin loss, and its own faces' part of the distance
+    if distill is None:
+        return update(config, state, share, ranks)
+    if state.adapter:
+        assert state.adapter.weight.grad is not None
+        ranks.sum_(state.adapter.weight.grad)
+    terms = {"margin_loss": share, "distill_loss": distance}
+    return update(config, state, share + distill.weight * distance, ranks, terms)
+
+
+def tile_sgd(state: TrainState) -> TileSGD:
+    """This step's settings of the optimiser, for a head that moves its rows itself."""
+    optimizer = state.optimizers["head"]
+    assert isinstance(optimizer, RowSGD)
+    return optimizer.tile_sgd()

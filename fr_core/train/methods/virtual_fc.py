@@ -1,0 +1,44 @@
+"""Virtual FC: all images of an identity-balanced batch against anchors that many identities share
+(METHODS §3).
+
+Legend: B images of a rank, K class images of each, X = B·(K + 1) images, D embedding.
+"""
+
+import torch
+
+from fr_core.config import Config
+from fr_core.config.methods import VirtualFC
+from fr_core.data.stream import Batch
+from fr_core.heads.virtual_fc import Anchors
+from fr_core.ranks import Ranks
+from fr_core.train.precision import centre_softmax
+from fr_core.train.state import TrainState
+from fr_core.train.update import backward, begin_step, embedded, update
+
+
+def make_head(config: Config, method: VirtualFC, classes: int, device: torch.device) -> Anchors:
+    anchors = method.centres(classes, config.train.global_batch)
+    return Anchors(anchors, config.net.embedding, centre_softmax(config, method, device), config.seed)
+
+
+def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    """Trains on one global batch, and on its class images.
+
+    Departure from the paper: its batches hold equally many images of identities drawn uniformly; here images are
+    drawn uniformly, and each brings its class images.
+
+    Returns:
+        Those of :func:`fr_core.train.update.update`.
+    """
+    anchors = state.head
+    assert isinstance(anchors, Anchors)
+    count = batch.class_images_BKHWC.shape[1] + 1
+    images_XHWC = torch.cat([batch.images_BHWC, batch.class_images_BKHWC.flatten(0, 1)]).to(state.device)
+    labels_X = torch.cat([batch.labels_B, batch.labels_B.repeat_interleave(count - 1)]).to(state.device)
+    begin_step(config, state)
+    x_XD = embedded(config, state, images_XHWC, ranks)
+    loss = anchors(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
+    backward(config, state, loss, ranks)
+    metrics = update(config, state, loss, ranks)
+    anchors.give_back()
+    return metrics

@@ -1,0 +1,99 @@
+"""A run's figures as its folder holds them: ``metrics.csv``, the curves, ``report.json``."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fr_core.config.recipes import parse_config
+from fr_core.data.store import AnyPath, fetched
+from fr_core.errors import UserError
+from fr_core.losses.ekd import THRESHOLDS
+from fr_core.train.initial import parameter_figures
+
+COLUMNS = (
+    *("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm"),
+    *("margin_loss", "distill_loss"),  # of a distilled run
+    *("positive_loss", "negative_loss", *THRESHOLDS),  # of quantface
+    *("detector", "stationary"),  # of FastFace
+    *("images_per_second", "data_wait"),
+)
+PANELS = {
+    "loss": "loss",
+    "distill_loss": "distance to the teacher",
+    "positive_loss": "positives' loss",
+    "negative_loss": "negatives' loss",
+    "detector": "fall of the loss",
+    "lr": "learning rate",
+    "images_per_second": "images/s",
+}
+PARAMETERS = "backbone_parameters"  # a figure that older reports lack
+TAIL = 4096  # bytes: a few rows of metrics.csv
+
+
+def read_metrics(out: AnyPath) -> list[dict[str, float]]:
+    """Rows of a run's ``metrics.csv``; none if it has not begun. A half-written last row is left out."""
+    path = out / "metrics.csv"
+    if not path.is_file():
+        return []
+    with fetched(path) as local, local.open(newline="") as file:
+        return _whole_rows(file)
+
+
+def newest_metrics(out: AnyPath) -> dict[str, float] | None:
+    """The last row of a run's ``metrics.csv``, read from its end where it is local: a long run is followed cheaply."""
+    path = out / "metrics.csv"
+    if not isinstance(path, Path):
+        return next(reversed(read_metrics(out)), None)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        header = file.readline()
+        file.seek(max(len(header), path.stat().st_size - TAIL))  # a row that this cuts lacks its last column
+        lines = [header, *file.readlines()]
+    return next(reversed(_whole_rows(line.decode() for line in lines)), None)
+
+
+def _whole_rows(lines: Iterable[str]) -> list[dict[str, float]]:
+    rows = []
+    for row in csv.DictReader(lines):
+        try:
+            if row["data_wait"]:  # the last column: a row without it is half written
+                rows.append({name: float(row[name]) for name in COLUMNS if row.get(name)} | {"step": int(row["step"])})
+        except (TypeError, ValueError, KeyError):
+            continue
+    return rows
+
+
+def report_figures(out: AnyPath) -> dict[str, float]:
+    """Figures of a run's ``report.json``; parameters are counted by its config where an older one lacks them.
+
+    Raises:
+        UserError: no report of a training, or a config of another version.
+    """
+    path = out / "report.json"
+    try:
+        report = json.loads(path.read_text())
+        figures, config = report["figures"], report["config"]
+        identities = int(figures["identities"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no report of a finished training") from None
+    if PARAMETERS in figures:
+        return figures
+    return figures | parameter_figures(parse_config(config, str(path)), identities)
+
+
+def curves(rows: list[dict[str, float]]) -> Figure:
+    """Loss, FastFace's detector where there is one, learning rate and throughput over the steps."""
+    shown = [name for name in PANELS if any(name in row for row in rows)]
+    figure = Figure(figsize=(7, 2.4 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, shown, strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set_ylabel(PANELS[name])
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("step")
+    return figure

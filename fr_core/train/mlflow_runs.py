@@ -1,0 +1,196 @@
+"""Runs in MLflow: opening, grouping, searching them, and adding later figures."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fr_core.config.sections import Tracking
+from fr_core.data.store import AnyPath, RemotePath, fetched
+from fr_core.errors import UserError
+from fr_core.train.metrics import PARAMETERS, report_figures
+from fr_core.train.outbox import (
+    first_line,
+    log,
+    refused,
+    try_briefly,
+)
+
+PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
+
+
+def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
+    """A client, and the id of the experiment, which is made where it does not exist.
+
+    Args:
+        folder: of the runs; the database lies in it unless ``tracking.uri`` names another.
+    """
+    from mlflow import MlflowClient
+
+    if tracking.uri is None and isinstance(folder, RemotePath):
+        raise UserError(f"no database can lie at {folder}: give tracking.uri, or tracking.uri=off")
+    client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is not None:
+        return client, experiment.experiment_id
+    place = None if tracking.uri else f"file://{folder}/mlartifacts"
+    return client, client.create_experiment(tracking.experiment, artifact_location=place)
+
+
+def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:
+    """Adds figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
+
+    Args:
+        ref: where the net was opened from; only a run's folder or a checkpoint in one leads to an MLflow run.
+        files: pictures and tables to add, under ``verify/NAME``.
+
+    Returns:
+        Its id, or None where there is none.
+
+    Raises:
+        UserError: MLflow refuses.
+    """
+    run = ref.resolve()
+    run = run.parent.parent if run.parent.name == "checkpoints" else run
+    run_id = _saved_run_id(run)
+    if run_id is None:
+        return None
+    from mlflow.entities import Metric
+
+    try:
+        tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
+        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the run was copied from elsewhere
+            return None
+        client, _ = open_mlflow(tracking, run.parent)
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, metrics=[Metric(f"{name}/{n}", float(value), now, 0) for n, value in figures.items()])
+        for path in files:
+            client.log_artifact(run_id, str(path), f"verify/{name}")
+    except Exception as error:  # MLflow hands through whatever its database or store raises
+        raise UserError(f"{run}: not added to its MLflow run: {first_line(error)}") from None
+    return run_id
+
+
+class Comparison:
+    """The MLflow run that the runs of a comparison or a search are shown under; the same results go on with one.
+
+    Where a server is away, they go on without it, and ``run_id`` is None.
+
+    Args:
+        anew: whatever stood at the same path was another one.
+
+    Raises:
+        UserError: MLflow refuses, or its database cannot be.
+    """
+
+    def __init__(self, tracking: Tracking, results: AnyPath, anew: bool = False) -> None:
+        folder = results.resolve().parent
+        self.uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
+        self.run_id: str | None = None
+        key = hashlib.sha256(str(results.resolve()).encode()).hexdigest()
+        try_briefly()
+        try:
+            self.client, experiment = open_mlflow(tracking, folder)
+            tagged = f"tags.`{COMPARISON_TAG}` = '{key}'"
+            found = [] if anew else self.client.search_runs([experiment], tagged, max_results=1)  # the newest
+            facts = {"run_name": PurePath(results.name).stem, "tags": {COMPARISON_TAG: key}}
+            run = found[0] if found else self.client.create_run(experiment, **facts)
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.run_id = run.info.run_id
+        except Exception as error:  # MLflow hands through whatever its database or store raises
+            if refused(error) or not self.uri.startswith("http"):
+                raise UserError(f"tracking.uri = {self.uri}: {first_line(error)}") from None
+            log.warning("MLflow is away; its runs will stand alone: %s", first_line(error))
+
+    def close(self, table: str, files: Iterable[AnyPath] = (), status: str = "FINISHED") -> None:
+        """Records the table as it stands, in Markdown, and files beside it, if MLflow can be told.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        if self.run_id is None:
+            return
+        try:
+            self.client.log_text(self.run_id, table, "comparison.md")
+            for path in files:
+                with fetched(path) as file:
+                    self.client.log_artifact(self.run_id, str(file))
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:  # see above
+            log.warning("MLflow was not told how %s ended: %s", self.run_id, first_line(error))
+
+
+def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    """Names of the finished runs of an MLflow experiment, and what reads their figures as :func:`report_figures` does.
+
+    Figures of later verifications are among them (``NAME/FIGURE``).
+
+    Args:
+        query: MLflow's filter, or none.
+
+    Raises:
+        UserError: no such database or experiment, or a filter that MLflow does not understand.
+    """
+    from mlflow import MlflowClient
+
+    finished = " and ".join(filter(None, [query, "attributes.status = 'FINISHED'"]))
+    trainings = [run for run in search_mlflow(uri, experiment, finished) if COMPARISON_TAG not in run.data.tags]
+    client = MlflowClient(uri)
+    return [(run.info.run_name, partial(_tracked_figures, client, run)) for run in trainings]
+
+
+def search_mlflow(uri: str, experiment: str | None, query: str) -> list[Any]:
+    """Runs of an MLflow experiment, or of all of them.
+
+    Args:
+        query: MLflow's filter, or none.
+
+    Raises:
+        UserError: no such database or experiment, or a filter that MLflow does not understand.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).is_file():  # MLflow would make one
+        raise UserError(f"{uri}: no such database: give --uri, or folders of runs")
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment) if experiment else None
+        if experiment and found is None:
+            raise UserError(f"{uri}: no experiment {experiment!r}: give --experiment")
+        searched = [found] if found else client.search_experiments()
+        ids = [one.experiment_id for one in searched]
+        page = client.search_runs(ids, query)
+        runs = list(page)
+        while page.token:
+            page = client.search_runs(ids, query, page_token=page.token)
+            runs += page
+    except MlflowException as error:
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
+    return runs
+
+
+def _tracked_figures(client: Any, run: Any) -> dict[str, float]:
+    from mlflow.exceptions import MlflowException
+
+    metrics = run.data.metrics
+    if PARAMETERS in metrics:
+        return metrics
+    with TemporaryDirectory() as folder:
+        try:
+            client.download_artifacts(run.info.run_id, "report.json", folder)
+        except (MlflowException, OSError):
+            raise UserError("no report.json among its artifacts") from None
+        return report_figures(Path(folder)) | metrics
+
+
+def _saved_run_id(out: AnyPath) -> str | None:
+    try:
+        return json.loads((out / "run.json").read_text())["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None

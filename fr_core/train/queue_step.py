@@ -1,0 +1,67 @@
+"""A step with a queue of class centres, which AttFC and DCQ share (METHODS §3).
+
+Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, K class images, D embedding.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fr_core.config import Config
+from fr_core.data.stream import Batch
+from fr_core.heads.attfc import follow
+from fr_core.heads.class_queue import ClassQueue
+from fr_core.ranks import Ranks
+from fr_core.train.state import TrainState
+from fr_core.train.update import backward, begin_step, embedded, encoded, update, without_sync
+
+
+def queue_step(
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    ranks: Ranks,
+    mix: Callable[[Tensor, Tensor], Tensor],
+    order: Literal["paper", "reference"],
+    encoder_momentum: float,
+) -> dict[str, float]:
+    """Trains on one global batch.
+
+    The encoder follows the weights from before this step's update. In the paper's order all ranks' centres enter the
+    queue before the loss, so that a face's negatives include those of its own batch; in the reference order after it.
+    The queue is the same on all ranks, and each computes the loss of its own faces.
+
+    Args:
+        mix: makes of faces [B, D] and the encoder's features of their class images [B, K, D] the centres [B, D].
+
+    Returns:
+        Those of :func:`fr_core.train.update.update`.
+    """
+    queue, micro = state.head, config.train.accumulate
+    assert isinstance(queue, ClassQueue)
+    assert state.encoder is not None
+    images_ABHWC = batch.images_BHWC.to(state.device).chunk(micro)
+    class_images_ABKHWC = batch.class_images_BKHWC.to(state.device).chunk(micro)
+    labels_AB = batch.labels_B.to(state.device).chunk(micro)
+    total = torch.zeros((), device=state.device)
+    begin_step(config, state)
+    follow(state.encoder, state.backbone, encoder_momentum)
+    made = []
+    for a in range(micro):
+        with without_sync(state) if a < micro - 1 else nullcontext():
+            x_BD = embedded(config, state, images_ABHWC[a], ranks, a)
+            centres_BD = mix(x_BD, encoded(config, state, class_images_ABKHWC[a]))
+            made.append((ranks.gather(centres_BD), ranks.gather(labels_AB[a])))
+            if order == "paper":
+                queue.put(*made[a], state.step)
+            loss = queue(x_BD, centres_BD, labels_AB[a]) / (micro * ranks.size)
+            backward(config, state, loss, ranks)
+        total += loss.detach()
+    step, metrics = state.step, update(config, state, total, ranks)
+    if order == "reference" and not state.bad_steps:
+        centres_AGD, labels_AG = zip(*made, strict=True)
+        queue.put(torch.cat(centres_AGD), torch.cat(labels_AG), step)
+    return metrics

@@ -1,0 +1,165 @@
+"""The parts of a step that all methods share: rates, embeddings, gradients, the update, and what a dropped step undoes.
+
+Legend: B images of a rank's micro-batch, K class images of each, D embedding.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fr_core import rng
+from fr_core.config import Config
+from fr_core.config.nets import MoENet
+from fr_core.nets.moe import take_balance
+from fr_core.nets.open import normalised
+from fr_core.optim.optimizers import squared_norm
+from fr_core.optim.schedules import learning_rate
+from fr_core.ranks import Ranks
+from fr_core.train.precision import autocast
+from fr_core.train.state import TrainState
+
+LOSS_SCALE_PATIENCE = 2000  # good steps until it doubles
+
+
+def begin_step(config: Config, state: TrainState) -> None:
+    """Sets the learning rates, and remembers what a step that is not finite changes all the same."""
+    share = learning_rate(config.schedule, state.step, state.total_steps, state.plan.steps_per_epoch)
+    if state.watcher:
+        share *= state.watcher.factor
+    for optimizer in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
+    state.backbone.train()
+    state.buffers = [buffer.clone() for buffer in statistics(state)]
+    if state.head:
+        state.head.begin_step()
+
+
+def embedded(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
+    """The backbone's embeddings of uint8 images in training: [B, D], with gradient.
+
+    Dropout draws by the seed, the step, and the place of these images in the global batch.
+    """
+    place = ranks.rank * config.train.accumulate + micro_batch
+    torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, place))
+    with autocast(config, state.device):
+        return state.parallel(normalised(images_BHWC, state.backbone.input_std))
+
+
+@torch.no_grad()
+def encoded(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
+    """The momentum encoder's features of class images, by its batch norm's own statistics of them: [B, K, D]."""
+    assert state.encoder is not None
+    images = normalised(images_BKHWC.flatten(0, 1), state.backbone.input_std)
+    with autocast(config, state.device):
+        return state.encoder.train()(images).unflatten(0, images_BKHWC.shape[:2])
+
+
+def without_sync(state: TrainState) -> AbstractContextManager[None]:
+    """Holds back the sum of gradients over ranks, for all but the last micro-batch."""
+    parallel = state.parallel
+    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
+
+
+def statistics(state: TrainState) -> list[Tensor]:
+    """What batch norm has gathered, of the backbone and of a momentum encoder, and the thresholds of quantface.
+
+    The head takes back its own buffers (:class:`fr_core.heads.head.Head`).
+    """
+    modules = (state.backbone, state.encoder, state.agreement)
+    return [buffer for module in modules if module is not None for buffer in module.buffers()]
+
+
+def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> None:
+    """Gradients of a micro-batch's loss, at the loss scale.
+
+    A mixture of experts adds its load-balance term: the mean over ranks and micro-batches of theirs, to the gradient
+    alone; the loss that a run reports, and FastFace sees, stays that of the method.
+    """
+    if isinstance(config.net, MoENet):
+        loss = loss + config.net.balance * take_balance(state.backbone) / (config.train.accumulate * ranks.size)
+    (loss * state.loss_scale).backward()
+
+
+def update(
+    config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite:
+    then ``state.bad_steps`` is not 0.
+
+    Clips, steps both optimisers, the moving average and the loss scale. The loss scale lives here, not in
+    ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
+
+    Args:
+        loss: this rank's share; the global loss is the ranks' sum, the same to the last bit on all of them.
+        terms: of the loss, to be told beside it, shares too.
+
+    Returns:
+        lr of the backbone, loss and its terms, gradient norms (the head's is 0 where it has no gradient), and what
+        FastFace sees.
+    """
+    backbone, terms = [p for p in state.trained.values() if p.grad is not None], terms or {}
+    head = list(state.head.parameters()) if state.head else []
+    if state.loss_scale != 1:
+        for param in (*backbone, *head):
+            if param.grad is not None:
+                param.grad.div_(state.loss_scale)
+    backbone_norm = squared_norm(backbone, state.device).sqrt()
+    shared = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
+    numbers = torch.cat([torch.stack([backbone_norm, shared[0].sqrt()]), shared[1:]]).tolist()
+    metrics = {"lr": state.optimizers["backbone"].param_groups[0]["lr"]}
+    metrics |= dict(zip(("grad_norm", "head_grad_norm", "loss", *terms), numbers, strict=True))
+    if all(map(math.isfinite, numbers)):
+        _clip(backbone, metrics["grad_norm"], config.optim.clip)
+        if matrix := config.method.class_matrix:
+            _clip(head, metrics["head_grad_norm"], matrix.clip_head)
+        for optimizer in state.optimizers.values():
+            optimizer.step()
+        if state.watcher:
+            state.watcher.observe(metrics["loss"])
+        _after_good_step(config, state)
+    else:
+        state.bad_steps += 1
+        state.good_steps = 0
+        state.loss_scale = max(1.0, state.loss_scale / 2)
+        for buffer, before in zip(statistics(state), state.buffers, strict=True):
+            buffer.copy_(before)
+        if state.head:
+            state.head.drop_step()
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.watcher:
+        metrics |= {"detector": state.watcher.detector, "stationary": float(state.watcher.count)}
+    return metrics
+
+
+def _after_good_step(config: Config, state: TrainState) -> None:
+    state.bad_steps = 0
+    state.good_steps += 1
+    if config.train.precision == "float16" and state.good_steps == LOSS_SCALE_PATIENCE:
+        state.loss_scale *= 2
+        state.good_steps = 0
+    if state.average is not None:
+        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))  # a short memory while weights still race
+        _blend(state.average, state.backbone, 1 - decay)
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, current: nn.Module, share: float) -> None:
+    for ours, theirs in zip(average.state_dict().values(), current.state_dict().values(), strict=True):
+        if ours.is_floating_point():
+            ours.lerp_(theirs, share)
+        else:
+            ours.copy_(theirs)
+
+
+def _clip(params: Sequence[Tensor], norm: float, limit: float | None) -> None:
+    if limit is not None and norm > limit:
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(limit / norm)

@@ -1,0 +1,109 @@
+"""Which images of a dataset do not belong where they are: a list, nothing is deleted.
+
+Legend: I images, N identities, D embedding.
+"""
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fr_core import rng
+from fr_core.data.embeddings import Embeddings
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath, written
+from fr_core.verify.identities import centres, copies, nearest_centres
+from pipelines.datasets.embed import embed
+
+COLUMNS = ("sample_id", "identity", "finding", "own", "other", "other_identity", "copy_of")
+FINDINGS = ("flip", "outlier", "copy")
+SHOWN = 200_000  # images in the picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Cosines. EXPERIMENTS.md has what the defaults find on real faces with a MobileFaceNet."""
+
+    outlier: float = 0.2  # to the rest of its identity, below which an image does not belong there
+    flip: float = 0.4  # to another identity's centre, from which it belongs there
+    copy: float = 0.98  # to an earlier image of its identity, from which it is a copy
+
+
+def clean(
+    shards: AnyPath,
+    model: str,
+    out: Path,
+    net: str | None = None,
+    limits: Limits | None = None,
+    on_ray: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Mapping[str, float]:
+    """Looks for flipped labels, outliers and near-duplicates by the embeddings of a good net.
+
+    An image is a *flip* if the centre of another identity is nearer to it than that of the rest of its own, and near
+    enough; an *outlier* if it is far from its own and not a flip; a *copy* if it looks the same as an earlier one of
+    its identity that stays.
+
+    Args:
+        model, net: as :func:`fr_core.nets.open.open_net` takes them.
+        out: folder for ``clean.csv``, ``clean.png`` and the embeddings, which a second call finds there.
+
+    Returns:
+        images, flips, outliers, copies.
+
+    Raises:
+        UserError: as :func:`pipelines.datasets.embed.embed`.
+    """
+    limits = limits or Limits()
+    dataset = open_dataset(shards)
+    embeddings = embed(model, shards, out / "embeddings", net, on_ray=on_ray, own_folder=True, progress=progress)
+    centres_ND = all_centres(embeddings, dataset.manifest.identities, limits.outlier)
+    names, random = dataset.identity_names(), rng.generator(0, "clean")
+    counts, shown = dict.fromkeys(FINDINGS, 0), min(1.0, SHOWN / embeddings.facts.images)
+    drawn: list[np.ndarray] = []
+    with written(out / "clean.csv") as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for labels_I, ids_I, embeddings_ID in embeddings.by_identity():
+            _, own_I = centres(embeddings_ID, labels_I, limits.outlier)
+            nearest = nearest_centres(embeddings_ID, centres_ND, labels_I)
+            other_I, cosine_I = (np.concatenate(parts) for parts in zip(*nearest, strict=True))
+            flip_I = (cosine_I >= limits.flip) & ~(own_I >= cosine_I)
+            outlier_I = (own_I < limits.outlier) & ~flip_I
+            earlier_I = copies(embeddings_ID, labels_I, limits.copy, ~(flip_I | outlier_I))
+            drawn.append(np.stack([own_I, cosine_I])[:, random.random(len(own_I)) < shown])
+            for finding, found_I in zip(FINDINGS, (flip_I, outlier_I, earlier_I >= 0), strict=True):
+                counts[finding] += int(found_I.sum())
+                for i in np.flatnonzero(found_I):
+                    cosines = f"{own_I[i]:.4f}", f"{cosine_I[i]:.4f}"
+                    other = names[other_I[i]] if other_I[i] >= 0 else ""
+                    original = ids_I[earlier_I[i]] if finding == "copy" else ""
+                    writer.writerow((ids_I[i], names[labels_I[i]], finding, *cosines, other, original))
+    _figure(np.concatenate(drawn, 1), limits).savefig(out / "clean.png")
+    flips, outliers, found = counts.values()
+    return {"images": embeddings.facts.images, "flips": flips, "outliers": outliers, "copies": found}
+
+
+def all_centres(embeddings: Embeddings, identities: int, least: float = Limits.outlier) -> np.ndarray:
+    """The centres of all identities of a dataset: float32 [N, D], zeros where one has no images."""
+    centres_ND = np.zeros((identities, embeddings.facts.embedding), np.float32)
+    for labels_I, _, embeddings_ID in embeddings.by_identity():
+        centres_ND[np.unique(labels_I)], _ = centres(embeddings_ID, labels_I, least)
+    return centres_ND
+
+
+def _figure(cosines_2I: np.ndarray, limits: Limits) -> Figure:
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(cosines_2I[0], cosines_2I[1], s=2, alpha=0.3, linewidths=0)
+    low = min(-0.2, float(np.nanmin(cosines_2I)))
+    axes.plot([limits.flip, 1], [limits.flip, 1], "r", lw=1)
+    axes.plot([low, limits.flip], [limits.flip, limits.flip], "r", lw=1, label="flips above")
+    axes.plot([limits.outlier] * 2, [low, limits.flip], "k--", lw=1, label="outliers on the left")
+    axes.set(xlim=(low, 1), ylim=(low, 1), xlabel="cosine to the rest of its identity")
+    axes.set_ylabel("cosine to the nearest other identity")
+    axes.legend(loc="lower right")
+    return figure

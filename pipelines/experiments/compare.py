@@ -1,0 +1,320 @@
+"""``bigface compare``: the same data and net under several settings and seeds, one finished run a line of a CSV.
+
+A line that is there is not run again, so a comparison goes on where it was stopped; ``--minutes`` ends it between runs.
+"""
+
+import csv
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+from fr_core.config import Config
+from fr_core.config.recipes import load_config
+from fr_core.errors import UserError
+from fr_core.nets.open import open_net
+from fr_core.train.check import checked_plan
+from fr_core.train.mlflow_runs import Comparison
+from fr_core.verify.pairs import read_pairs
+from fr_core.verify.report import markdown
+from fr_core.verify.suites import find_sets, verify_suite
+from pipelines.train import train
+
+COLUMNS = (
+    *("setting", "seed", "accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "seconds", "epochs", "loss"),
+    *("images_per_second", "peak_memory_mib", "classes_mib"),
+)
+FACTS = ("images", "identities", "overrides", "commit")
+
+
+def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
+    """Overrides of the settings that FastFace is judged by: the recipe in full, and two ways to spend a quarter.
+
+    All warm up as long as the recipe does.
+    """
+    warmup = f"warmup_epochs={config.schedule.warmup_epochs}"
+    fewer = f"train.epochs={fast_epochs}"
+    return {
+        "full": [f"train.epochs={epochs}"],
+        "cosine": [fewer, f"schedule={{kind='cosine', {warmup}}}"],
+        "fastface": [
+            fewer,
+            f"schedule={{kind='fastface', {warmup}}}",
+            *(f"schedule.{setting}" for setting in fastface),
+        ],
+    }
+
+
+def heads(
+    config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float, momentum: float
+) -> dict[str, dict[str, list[str]]]:
+    """Overrides of AttFC's comparisons, by the paper's tables.
+
+    Every method has its published margin, and all one scale. Virtual FC trains on its class images too: it gets half
+    the batch, as many steps, and a warm-up of as many.
+
+    Args:
+        config: the recipe's; its batch and epochs are everyone's.
+        steps: of such a run.
+        classes: of the dataset.
+        flat, grouped: the same faces in both layouts.
+        centres: of every method in table 5.
+        scale: of every margin.
+        momentum: of every momentum encoder.
+
+    Raises:
+        UserError: an odd batch, or centres that are no multiple of it or more than the classes.
+    """
+    batch = config.train.global_batch
+    if batch % 2 or centres % batch or centres > classes:
+        raise UserError(
+            f"--centres {centres} must be a multiple of train.global_batch = {batch}, an even number, and at most the "
+            f"{classes} classes"
+        )
+    arc, encoder = f"margin={{scale={scale}, m2=0.5, m3=0}}", f"encoder_momentum={momentum!r}"
+
+    def matrix(more: str = "") -> list[str]:
+        return [f"data.path={flat}", f"method={{kind='bigface', {arc}{more}}}"]
+
+    def attfc(ratio: float = 0.3, count: int = 2, more: str = "") -> list[str]:
+        given = f"kind='attfc', {arc}, size_ratio={ratio!r}, class_images={count}, {encoder}{more}"
+        return [f"data.path={grouped}", f"method={{{given}}}"]
+
+    def other(kind: str, margin: str, size: str) -> list[str]:
+        given = f"kind='{kind}', margin={{scale={scale}, {margin}}}, {size}={centres}"
+        return [f"data.path={grouped}", f"method={{{given}}}"]
+
+    virtual = [
+        f"train.global_batch={batch // 2}",
+        f"train.max_steps={steps}",
+        f"schedule.warmup_epochs={config.schedule.warmup_epochs / 2}",
+    ]
+    return {
+        "1, 2: size of the queue": {
+            "FC": matrix(),
+            **{f"AttFC r={ratio}": attfc(ratio) for ratio in (0.1, 0.2, 0.3)},
+        },
+        "3: class images": {f"AttFC K={count}": attfc(count=count) for count in (2, 3, 4, 5)},
+        "4: strategies": {
+            "AttFC single": attfc(more=", strategy='single'"),
+            "AttFC constant": attfc(more=", strategy='constant'"),
+            "AttFC attention": attfc(),
+        },
+        "5: equal centres": {
+            f"PFC {centres}": matrix(f", sample_rate={centres / classes!r}"),
+            f"VFC {centres}": [*other("virtual_fc", "m2=0.5, m3=0", "anchors"), *virtual],
+            f"DCQ {centres}": other("dcq", "m2=0, m3=0.3", f"{encoder}, queue_size"),
+            f"F2C {centres}": other("f2c", "m2=0, m3=0.4", f"{encoder}, pool_size"),
+            f"AttFC {centres}": attfc(centres / classes),
+        },
+    }
+
+
+PUBLISHED = {  # the paper's figure of the same row: IJB-C TAR@FAR 1e-4, in table 5 the mean of four benchmarks
+    **{"FC": "96.18", "AttFC r=0.1": "95.20", "AttFC r=0.2": "95.43", "AttFC r=0.3": "95.78"},
+    **{"AttFC K=2": "95.43", "AttFC K=3": "95.49", "AttFC K=4": "95.56", "AttFC K=5": "95.50"},
+    **{"AttFC single": "94.93", "AttFC constant": "95.31", "AttFC attention": "95.78"},
+    **{"PFC": "95.32", "VFC": "84.21", "DCQ": "93.86", "F2C": "93.80", "AttFC": "95.22"},
+}
+
+
+def named_settings(given: list[str]) -> dict[str, list[str]]:
+    """Settings written as ``NAME: key.path=value …``, with no spaces inside a value.
+
+    Raises:
+        UserError: no name, or a name twice.
+    """
+    settings: dict[str, list[str]] = {}
+    for text in given:
+        name, colon, overrides = text.partition(":")
+        if not colon or not name.strip() or "=" in name:
+            raise UserError(f"--setting {text!r}: write NAME: key.path=value …")
+        if name.strip() in settings:
+            raise UserError(f"--setting {name.strip()} is there twice")
+        settings[name.strip()] = overrides.split()
+    if not settings:
+        raise UserError("nothing to compare: give --setting 'NAME: key.path=value …', twice or more")
+    return settings
+
+
+def compare(
+    recipe: str,
+    settings: Mapping[str, list[str]],
+    overrides: list[str],
+    seeds: list[int],
+    results: Path,
+    workers: int,
+    in_process: bool,
+    minutes: float,
+    say: Callable[[str], None],
+    suite: Path | None = None,
+) -> list[dict[str, str]]:
+    """Runs what is missing in ``results`` and returns its lines that belong to these settings and seeds.
+
+    Args:
+        suite: folder of sets of pairs; every run's accuracy on each becomes a column, NAME_accuracy.
+
+    Raises:
+        UserError: no pairs to verify on, or a results file of another comparison.
+    """
+    configs = {
+        (name, seed): load_config(recipe, [*overrides, *extra, f"seed={seed}"])
+        for seed in seeds
+        for name, extra in settings.items()
+    }
+    if any(config.verify.pairs is None for config in configs.values()):
+        raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
+    for config in configs.values():
+        checked_plan(config, workers)
+    for _, pairs_file in find_sets(suite).values() if suite else ():
+        read_pairs(pairs_file)  # damaged? say so now
+    columns = (*COLUMNS, *(suite_columns(suite) if suite else ()), *FACTS)
+    started, rows = time.monotonic(), read_results(results, columns)
+    tracking = next(iter(configs.values())).tracking
+    comparison = Comparison(tracking, results) if tracking.uri != "off" else None
+    if comparison:
+        tracked = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
+        configs = {key: config.model_copy(update={"tracking": tracked}) for key, config in configs.items()}
+    done = {(row["setting"], int(row["seed"])): row for row in rows}
+    finished: list[dict[str, str]] = []
+    try:
+        for (name, seed), config in configs.items():
+            given = shlex.join([recipe, *overrides, *settings[name]])
+            twins = [row for row in done.values() if (row["overrides"], row["seed"]) == (given, str(seed))]
+            if (name, seed) in done:
+                row = done[name, seed]
+                if row["overrides"] != given:
+                    raise UserError(f"{results}: {name}, seed {seed} was run as {row['overrides']}")
+            elif twins:  # another table's name for the same run
+                row = twins[0] | {"setting": name}
+                append(results, columns, row)
+            else:
+                if time.monotonic() - started > 60 * minutes:
+                    say(f"{minutes:g} minutes are over; the same command goes on with {name}, seed {seed}")
+                    break
+                say(f"{name}, seed {seed} …")
+                out = results.with_suffix("") / run_name(name, seed)
+                row = {"setting": name, "seed": str(seed)} | one_run(config, out, workers, in_process, suite)
+                row |= {"overrides": given, "commit": commit()}
+                append(results, columns, row)
+                say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.0f} s")
+            done[name, seed] = row
+            finished.append(row)
+    finally:
+        if comparison:
+            comparison.close(markdown(summary(finished, tuple(SHOWN))))
+    return finished
+
+
+def run_name(setting: str, seed: int) -> str:
+    """Of a run's folder, and so of its MLflow run."""
+    return re.sub(r"[^\w.=-]+", "-", f"{setting}-seed{seed}")
+
+
+def suite_columns(suite: Path) -> list[str]:
+    return [f"{name}_accuracy" for name in find_sets(suite)]
+
+
+def one_run(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, str]:
+    """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one.
+
+    In a process of its own, since peak memory is a high-water mark.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
+        figures = pool.submit(_figures, config, out, workers, in_process, suite).result()
+    shutil.rmtree(out)
+    with suppress(OSError):  # other runs' folders are in it
+        out.parent.rmdir()
+    wanted = (*COLUMNS[2:], *(suite_columns(suite) if suite else ()), "images", "identities")
+    return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
+
+
+def _figures(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, float]:
+    figures = train(config, out, workers, in_process, overwrite=True)
+    recogniser = open_net(out)
+    results = verify_suite(recogniser.embed, suite, recogniser.net.input_size) if suite else {}
+    return figures | {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
+
+
+def _end_with_parent() -> None:
+    """A run does not outlive its comparison, however that ends."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+SHOWN = {  # column -> heading, factor, digits
+    "accuracy": ("accuracy %", 100, 2),
+    "tar_at_far_1e-2": ("TAR@FAR 1e-2", 1, 3),
+    "tar_at_far_1e-3": ("TAR@FAR 1e-3", 1, 3),
+    "seconds": ("seconds", 1, 0),
+    "images_per_second": ("samples/s", 1, 0),
+    "peak_memory_mib": ("peak memory, MiB", 1, 0),
+    "classes_mib": ("classes, MiB", 1, 2),
+}
+
+
+def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """A table, header first. Per setting: runs, and mean ± standard deviation over seeds of each column."""
+    table: list[tuple[str, ...]] = [("setting", "runs", *(heading(column) for column in columns))]
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        cells = []
+        for column in columns:
+            _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
+            values = [factor * float(row[column]) for row in own if row[column]]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+        table.append((name, str(len(own)), *cells))
+    return table
+
+
+def heading(column: str) -> str:
+    """Of a column of the summary; those of a suite's sets are called as the sets."""
+    return SHOWN[column][0] if column in SHOWN else f"{column.removesuffix('_accuracy')} %"
+
+
+def read_results(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Lines of a results file; none if it is not there yet.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(f"{path}: not a results file of this comparison")
+        return list(reader)
+
+
+def append(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def commit() -> str:
+    """Of the source tree that runs, or "" outside of one."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

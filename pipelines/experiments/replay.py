@@ -1,0 +1,118 @@
+"""``bigface replay``: what FastFace would have done on a loss log, without training anything."""
+
+import csv
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from pydantic import ValidationError
+
+from fr_core.config.optim import FastFace, FastFaceHaar
+from fr_core.errors import UserError
+from fr_core.optim.fastface import watcher
+
+FORMS: dict[str, type[FastFace] | type[FastFaceHaar]] = {"recurrence": FastFace, "haar": FastFaceHaar}
+POINTS = 2000  # of a curve in the picture
+
+
+def replay(
+    log: Path, form: str, settings: list[str], batch: int, lr: float | None
+) -> tuple[list[dict[str, float]], int, Figure]:
+    """Feeds a log's losses to the scheduler.
+
+    Args:
+        log: CSV with columns step and loss (of single steps), or last_step and mean_loss (the mean of the steps since
+            the row before). A rate in a column lr is the base rate where ``lr`` does not say it.
+        form: recurrence or haar.
+        settings: ``name=value`` of that form's schedule section.
+        batch: global batch of the log, for ``reference_batch``.
+
+    Returns:
+        Changes (step: the first, from 1, at the new rate; factor; rate), the number of steps, and a picture.
+
+    Raises:
+        UserError: unreadable log, losses that are not finite, unknown form or setting.
+    """
+    losses, logged_rate = read_log(log)
+    if form not in FORMS:
+        raise UserError(f"--form {form}: one of {', '.join(FORMS)}")
+    try:
+        schedule = FORMS[form].model_validate(dict(map(_setting, settings)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        known = ", ".join(sorted(FORMS[form].model_fields.keys() - {"kind", "warmup_epochs"}))
+        raise UserError(f"--set {name}: {first['msg']}; {form} has {known}") from None
+    base = lr or logged_rate or 0.1
+    seen = watcher(schedule, len(losses), batch)
+    assert seen is not None
+    changes: list[dict[str, float]] = []
+    detector, factors = np.empty(len(losses)), np.empty(len(losses))
+    for step, loss in enumerate(losses.tolist(), 1):
+        factors[step - 1] = before = seen.factor
+        seen.observe(loss)
+        detector[step - 1] = seen.detector
+        if seen.factor != before:
+            changes.append({"step": step + 1, "factor": seen.factor / before, "rate": base * seen.factor})
+    return changes, len(losses), picture(losses, detector, base * factors, schedule.threshold)
+
+
+def read_log(path: Path) -> tuple[np.ndarray, float | None]:
+    """The loss of every step, float64, and the first learning rate if the log has one.
+
+    Raises:
+        UserError: no such file, other columns, steps that do not rise, values that are no finite numbers.
+    """
+    losses: list[float] = []
+    rate = None
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            means = {"last_step", "mean_loss"} <= set(columns)
+            if not means and not {"step", "loss"} <= set(columns):
+                raise UserError(f"{path}: needs columns step, loss or last_step, mean_loss; has {', '.join(columns)}")
+            for row in reader:
+                step = int(row["last_step" if means else "step"])
+                loss = float(row["mean_loss" if means else "loss"])
+                if not np.isfinite(loss):
+                    raise UserError(f"{path}: the loss of step {step} is {loss}")
+                if step <= len(losses):
+                    raise UserError(f"{path}: step {step} after step {len(losses)}: steps must rise")
+                losses += [loss] * (step - len(losses))
+                rate = rate or float(row.get("lr") or 0) or None
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: not readable as a loss log: {reason}") from None
+    if not losses:
+        raise UserError(f"{path}: holds no losses")
+    return np.array(losses), rate
+
+
+def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, threshold: float) -> Figure:
+    """Loss, detector with its threshold, and rate over the steps."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    steps = np.unique(np.linspace(0, len(losses) - 1, POINTS).astype(int))
+    for axes, values, name in zip(panels, (losses, detector, rates), ("loss", "detector", "rate"), strict=True):
+        axes.plot(steps + 1, values[steps], linewidth=1)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    panels[1].axhline(threshold, color="grey", linestyle="--", linewidth=1)
+    late = np.abs(detector[len(detector) // 10 :])
+    panels[1].set_ylim(-2 * threshold, max(4 * threshold, float(np.quantile(late, 0.98))))
+    panels[2].set_yscale("log")
+    panels[2].set_xlabel("step")
+    return figure
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: not of the form name=value")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value

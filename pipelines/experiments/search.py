@@ -1,0 +1,238 @@
+"""What a search is and what it found: trials, the best of them, tables and pictures, and a recipe of the winner."""
+
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fr_core.config import Config
+from fr_core.data.store import AnyPath, find, writable, write_text_atomically, written
+from fr_core.errors import UserError
+from fr_core.train.mlflow_runs import open_mlflow
+from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
+from fr_core.verify.report import smaller_is_better
+from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, Uniform, grid, with_values
+
+try:
+    import tomli_w
+except ImportError:
+    raise UserError("a search needs: pip install 'bigface[tune]'") from None
+
+WHOLE_RUN = "steps"  # a figure that a run's report alone has
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search is; the same one alone can go on in a folder."""
+
+    knobs: Sequence[Knob]
+    config: Config
+    trials: int = 50
+    search: str = "tpe"
+    stop: str = "asha"
+    objective: str = "accuracy"
+    against: str | None = None  # a second objective
+    seed: int = 0
+    workers: int = 1
+    in_process: bool = False
+
+    @property
+    def objectives(self) -> list[str]:
+        return [self.objective, *([self.against] if self.against else [])]
+
+    def facts(self) -> dict[str, Any]:
+        """In JSON; where it is tracked is no part of it."""
+        knobs = {knob.name: [knob.path, asdict(knob.domain)] for knob in self.knobs}
+        facts = {name: value for name, value in vars(self).items() if name not in ("knobs", "config")}
+        config = self.config.model_dump(mode="json", exclude={"tracking"})
+        return json.loads(json.dumps(facts | {"knobs": knobs, "config": config}))
+
+
+@dataclass(frozen=True)
+class Trial:
+    name: str
+    state: str  # finished, stopped by the scheduler, failed, or interrupted
+    values: dict[str, Any]
+    figures: dict[str, float]
+    reason: str = ""
+
+
+def mode(figure: str) -> str:
+    return "min" if smaller_is_better(figure) else "max"
+
+
+def ray_domain(domain: Domain, in_grid: bool) -> Any:
+    from ray import tune as ray_tune
+
+    if in_grid:
+        return ray_tune.grid_search(list(grid(domain)))
+    match domain:
+        case Uniform(low, high):
+            return ray_tune.uniform(low, high)
+        case LogUniform(low, high):
+            return ray_tune.loguniform(low, high)
+        case Integers(low, high):
+            return ray_tune.randint(low, high + 1)
+        case Choice(values):
+            return ray_tune.choice(list(values))
+
+
+def read_trials(results: Any, search: Search) -> list[Trial]:
+    """All trials that were begun; those that the search's own end cut off are interrupted."""
+    from ray.tune.result import AUTO_RESULT_KEYS
+
+    trials = []
+    for result in results:
+        try:
+            with result.filesystem.open_input_file(f"{result.path}/params.json") as file:
+                given = json.loads(file.read())
+        except FileNotFoundError:
+            continue
+        name, reason = Path(result.path).name, ""
+        if result.error:
+            state, last = "failed", str(result.error).strip().splitlines()[-1]
+            reason = last.partition("Error: ")[2] or last
+        elif result.metrics.get("done"):
+            state = "finished" if WHOLE_RUN in result.metrics else "stopped"
+        else:
+            state = "interrupted"
+        numbers = {
+            key: value
+            for key, value in result.metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and key not in AUTO_RESULT_KEYS
+        }
+        values = {knob.name: given[knob.name] for knob in search.knobs}
+        trials.append(Trial(name, state, values, numbers, reason))
+    return sorted(trials, key=lambda trial: trial.name)
+
+
+def best(search: Search, trials: Sequence[Trial]) -> list[Trial]:
+    """Finished trials: by the objective, or by the order on it of the Pareto front."""
+    done = [t for t in trials if t.state == "finished" and all(name in t.figures for name in search.objectives)]
+    signs = [-1 if mode(name) == "max" else 1 for name in search.objectives]
+
+    def score(trial: Trial) -> list[float]:
+        return [sign * trial.figures[name] for sign, name in zip(signs, search.objectives, strict=True)]
+
+    def beaten(trial: Trial) -> bool:
+        own = score(trial)
+        return any(score(t) != own and all(a <= b for a, b in zip(score(t), own, strict=True)) for t in done)
+
+    return sorted((t for t in done if not (search.against and beaten(t))), key=score)
+
+
+def table(search: Search, trials: Sequence[Trial], most: int = 10) -> list[tuple[str, ...]]:
+    """The best, header first."""
+    rows: list[tuple[str, ...]] = [("trial", *search.objectives, *(knob.name for knob in search.knobs))]
+    for trial in best(search, trials)[:most]:
+        scores = (f"{trial.figures[name]:.4g}" for name in search.objectives)
+        rows.append((trial.name, *scores, *(f"{value:.4g}" for value in trial.values.values())))
+    return rows
+
+
+def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list[AnyPath]:
+    """``trials.csv``, and of finished trials the pictures and ``winner.toml``.
+
+    Raises:
+        UserError: ``out`` cannot be written.
+    """
+    figures = sorted({name for trial in trials for name in trial.figures})
+    knobs = [knob.name for knob in search.knobs]
+    files = [out / "trials.csv"]
+    with writable(files[0]), written(files[0]) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", *(f"knob/{name}" for name in knobs), *figures, "reason"])
+        for trial in trials:
+            values = [trial.values[name] for name in knobs] + [trial.figures.get(name, "") for name in figures]
+            writer.writerow([trial.name, trial.state, *values, trial.reason])
+    if winners := best(search, trials):
+        winner = winners[0]
+        config = with_values(search.config, search.knobs, winner.values)
+        scores = ", ".join(f"{name} {winner.figures[name]:.6g}" for name in search.objectives)
+        files.append(out / "winner.toml")
+        with writable(files[-1]):
+            write_text_atomically(
+                files[-1], winner_recipe(config, scores, winner.name, len(trials), out, search.stop == "pbt")
+            )
+        for name, figure in pictures(search, trials).items():
+            files.append(out / f"{name}.png")
+            with writable(files[-1]), written(files[-1]) as part:
+                figure.savefig(part, format="png", bbox_inches="tight")
+    return files
+
+
+def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyPath, moved: bool) -> str:
+    """A whole recipe; what is None, which TOML cannot say, is a default.
+
+    Args:
+        moved: the trial may have trained with other values before.
+    """
+    lines = [
+        f"# The best of {trials} trials: {name} of {out}",
+        "#   command    bigface train winner.toml",
+        f"#   score      {scores}, of one seed, on the pairs that it was chosen by",
+    ]
+    if moved:
+        lines.append("#              and of a schedule of values (ray/pbt_*), of which these are the last")
+    return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Optuna's: parallel coordinates and importances (PED-ANOVA) of the first objective, or the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator
+    from optuna.visualization import matplotlib as plots
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    names = search.objectives
+    study = optuna.create_study(directions=["minimize" if mode(name) == "min" else "maximize" for name in names])
+    distributions = OptunaSearch.convert_search_space({k.name: ray_domain(k.domain, False) for k in search.knobs})
+    for trial in trials:
+        if trial.state == "finished" and all(name in trial.figures for name in names):
+            values = [trial.figures[name] for name in names]
+            past = optuna.trial.create_trial(params=trial.values, distributions=distributions, values=values)
+            study.add_trial(past)
+    made: dict[str, Any] = {}
+    first: dict[str, Any] = {"target_name": names[0]}  # and no target where it is the only one: the best are dark
+    if search.against:
+        first["target"] = lambda t: t.values[0]
+    with warnings.catch_warnings(action="ignore"):  # Optuna's, that its pictures are experimental
+        made["parallel"] = plots.plot_parallel_coordinate(study, **first)
+        made["parallel"].figure.set_size_inches(1.8 * (1 + len(search.knobs)), 5)  # axes' numbers stand beside them
+        if len({trial.values[0] for trial in study.trials}) > 1:  # else nothing mattered
+            sign = -1 if mode(names[0]) == "max" else 1  # PED-ANOVA asks what makes its target low
+            low: dict[str, Any] = {"target": lambda t: sign * t.values[0], "target_name": names[0]}
+            made["importance"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), **low)
+            made["importance"].get_legend().remove()  # one target, which the axis names
+        if search.against:
+            made["pareto"] = plots.plot_pareto_front(study, target_names=names)
+    return {name: axes.figure for name, axes in made.items()}
+
+
+def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
+    """Delivers to MLflow what trials could not, and closes the runs of those that were ended from outside, also those
+    that Tune had not yet noted.
+    """
+    states = {trial.name: trial.state for trial in trials}
+    try:
+        client, _ = open_mlflow(config.tracking, out.parent)
+        for path in find(out / "trials", "*/run.json"):
+            run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
+            if run_id and (left := read_undelivered(path.parent, sys.maxsize)):
+                outbox = Outbox(config.tracking, partial(tuple, (client, run_id)), path.parent)
+                for letter in [*left, ["status", "FINISHED"]]:
+                    outbox.post(letter)
+                outbox.close()
+            if run_id and state != "finished":
+                client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
+    except Exception as error:  # MLflow hands through whatever its database or store raises
+        log.warning("MLflow was not told how the trials ended: %s", first_line(error))

@@ -1,0 +1,78 @@
+"""``bigface export``: a net as an ONNX file, which is compared with the net before it stands there.
+
+Of a mixture of experts every expert runs in such a file, for every image.
+"""
+
+import statistics
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from fr_core.data.synthetic import render_face
+from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
+from fr_core.nets.open import normalised, open_net
+from pipelines.timing import in_turns, least_cosine, one_thread
+
+FACES = 8
+ALLOWED = 1e-3  # of 1 − cosine
+REPEATS = 5
+
+
+def check_name(out: Path) -> None:
+    """Raises: UserError: no file that may be called ONNX."""
+    if out.suffix != ".onnx":
+        raise UserError(f"{out}: call it FILE.onnx; a checkpoint's backbone.safetensors already holds bare weights")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder")
+
+
+@torch.inference_mode()
+def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
+    """Folds a net's batch norm and writes it as ONNX; a quantised net in integers.
+
+    Args:
+        ref, net: as :func:`fr_core.nets.open.open_net` takes them.
+        out: ``FILE.onnx``; weights of more than 1.5 GiB come to lie beside it in ``FILE.onnx.data``.
+
+    Returns:
+        mib (of all files), least_cosine of both nets' embeddings of drawn faces, max_difference (over the largest of
+        the net's values), and net_ms and onnx_ms for one face on one thread.
+
+    Raises:
+        UserError: no such net, or an ONNX file already; another kind of file asked for; embeddings that are not
+            finite or differ; or the packages are not installed.
+        OSError: ``out`` cannot be written.
+    """
+    check_name(out)
+    recogniser = open_net(ref, net, torch.device("cpu"))
+    if isinstance(recogniser.net, OnnxNet):
+        raise UserError(f"{ref} is an ONNX file already")
+    size = recogniser.net.input_size
+    faces_BHWC = torch.from_numpy(np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)]))
+    x_BCHW = normalised(faces_BHWC, recogniser.net.input_std)
+    before_BD = recogniser.net(x_BCHW)
+    if not before_BD.isfinite().all():
+        raise UserError(f"{ref}: the net's embeddings are not finite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with one_thread(), TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+        write_onnx(folded(recogniser.net), Path(folder) / out.name, recogniser.threshold)
+        opened = open_onnx(Path(folder) / out.name)
+        after_BD = opened(x_BCHW)
+        cosine = least_cosine(before_BD, after_BD)
+        if not 1 - cosine <= ALLOWED:
+            raise UserError(
+                f"{ref}: ONNX Runtime's embeddings differ from the net's (cosine {cosine:.6f}): not written"
+            )
+        taken = in_turns({"net": partial(recogniser.net, x_BCHW[:1]), "onnx": partial(opened, x_BCHW[:1])}, REPEATS)
+        files = sorted(Path(folder).iterdir(), reverse=True)  # the weights first
+        mib = sum(file.stat().st_size for file in files) / 2**20
+        for file in files:
+            file.replace(out.with_name(file.name))
+    difference = float((before_BD - after_BD).abs().max() / before_BD.abs().max())
+    figures = {"mib": mib, "least_cosine": cosine, "max_difference": difference}
+    return figures | {f"{name}_ms": statistics.median(times) for name, times in taken.items()}

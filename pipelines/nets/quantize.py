@@ -1,0 +1,212 @@
+"""``bigface quantize``: a trained net in integers, after one epoch of few images in which it follows itself in float.
+
+The training is a run like any other (METHODS §6): net.kind = "quantised", method.kind = "quantface". Beside
+the float net, the ONNX file is verified in the runtime that ships it.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from fr_core.config import Config
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
+from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath
+from fr_core.data.stream import make_plan
+from fr_core.data.synthetic import render_face
+from fr_core.errors import UserError
+from fr_core.nets.fold_bn import folded
+from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, write_onnx
+from fr_core.nets.open import Recogniser, normalised, open_float, open_net
+from fr_core.train.mlflow_runs import log_verification
+from fr_core.verify.report import verification_figures, write_report
+from fr_core.verify.suites import verify
+from pipelines.nets.export import check_name, export
+from pipelines.timing import CPU, in_turns, one_thread
+from pipelines.train import train
+
+REPEATS = 20
+MIB = 2**20
+
+
+def quantised_config(
+    ckpt: str,
+    recipe: str,
+    net: str | None = None,
+    data_share: float = 1.0,
+    calibrate_only: bool = False,
+    overrides: Iterable[str] = (),
+    **fields: Any,
+) -> Config:
+    """The config of a run that quantises a net.
+
+    Args:
+        ckpt, net: as :func:`fr_core.nets.open.open_net` takes them.
+        data_share: of an epoch's steps, and so of the images, since their order is random.
+        calibrate_only: measure the activations' ranges and train no step.
+        overrides: of the recipe, after all that is given here.
+        fields: of the recipe, ``__`` for the dot, such as data__path; None leaves the recipe's.
+
+    Raises:
+        UserError: a net that cannot be quantised, or what :func:`fr_core.config.load_config` and
+            :func:`fr_core.data.stream.make_plan` refuse.
+    """
+    given = {name.replace("__", "."): value for name, value in fields.items()}
+    given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
+    given |= {"train.epochs": 0} if calibrate_only else {}
+    written, section = load_config(recipe), float_net(ckpt, net).config
+    assert section is not None
+    if written.method.kind != "quantface":
+        raise UserError(f'{recipe}: no recipe of a quantisation, which has method.kind = "quantface"')
+    bits = written.net.model_dump(exclude={"net"}) if isinstance(written.net, QuantisedNet) else {"kind": "quantised"}
+    given = {"net": bits | {"net": section.model_dump()}} | given
+    options = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
+    config = load_config(recipe, [*options, *overrides])
+    if not 0 < data_share <= 1:
+        raise UserError(f"a data share of {data_share:g} is not in 0 … 1; for no training, calibrate only")
+    if data_share < 1:
+        steps = make_plan(config, open_dataset(config.data.path)).steps_per_epoch
+        config = load_config(recipe, [*options, f"train.max_steps={max(1, round(data_share * steps))}", *overrides])
+    return config
+
+
+def float_net(ckpt: str, net: str | None) -> Recogniser:
+    """The net that is to be quantised, on the CPU.
+
+    Raises:
+        UserError: none there, or one that cannot be.
+    """
+    opened = open_net(ckpt, net, torch.device("cpu"))
+    if opened.config is None:
+        raise UserError(f"{ckpt} is an ONNX file: quantise the run or the weights that it was made of")
+    if isinstance(opened.config, QuantisedNet):
+        raise UserError(f"{ckpt} is quantised already: name the float net")
+    if not isinstance(opened.config, IResNetNet | MobileFaceNetNet):
+        raise UserError(f'{ckpt}: net.kind = "{opened.config.kind}" cannot be quantised')
+    return opened
+
+
+def quantize(
+    config: Config,
+    run: AnyPath,
+    out: Path | None = None,
+    workers: int = 1,
+    in_process: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, float]:
+    """Trains, exports, verifies and times a quantised net; ``report.json`` of the run holds all of its figures.
+
+    Args:
+        config: of :func:`quantised_config`.
+        out: ``FILE.onnx`` for the integers; None: the simulation in floating point is what is verified.
+        run, workers, in_process, resume, overwrite: as :func:`pipelines.train.train` takes them.
+
+    Returns:
+        Those of the training, and data_share, float_mib and nominal_mib (parameters by their bits; the quantised net's
+        by net.weights), minutes_per_epoch where steps were timed, before_… and after_… of both verifications where
+        there are verify.pairs; and of an ONNX file: int8_cosine (least_cosine of :func:`pipelines.nets.export.export`),
+        int8_file_mib and those of :func:`timed`.
+
+    Raises:
+        UserError: a file that cannot be written, a scheme that cannot be exported, and what training refuses.
+    """
+    assert isinstance(config.net, QuantisedNet)
+    assert config.init.backbone
+    if out:
+        check_target(out, config.net)
+    before = Recogniser(open_float(config.net.net, config.init.backbone).eval().requires_grad_(False), CPU)
+    trained = train(config, run, workers, in_process, resume, overwrite)
+    parameters = sum(weight.numel() for weight in before.net.parameters())
+    figures = {"float_mib": parameters * 4 / MIB, "nominal_mib": parameters * config.net.weights / 8 / MIB}
+    figures["data_share"] = trained["epochs"]
+    if trained.get("images_per_second"):
+        images = config.train.global_batch * trained["steps"] / trained["epochs"]
+        figures["minutes_per_epoch"] = images / trained["images_per_second"] / 60
+    figures |= verified(config, before, "before_")
+    if out:
+        exported = export(str(run), out)
+        figures |= {"int8_cosine": exported["least_cosine"], "int8_file_mib": exported["mib"], **timed(before, out)}
+        figures |= verified(config, open_net(out), "after_")
+    elif config.verify.pairs:
+        figures |= {f"after_{name}": value for name, value in trained.items() if f"before_{name}" in figures}
+    content = json.loads((run / "report.json").read_text())
+    content |= {"command": "quantize", "figures": trained | figures, "onnx": str(out) if out else None}
+    write_report(run / "report.json", content)
+    log_verification(run, "quantize", figures)
+    return trained | figures
+
+
+def check_target(out: Path, net: QuantisedNet) -> None:
+    """Raises: UserError: a scheme without integer kernels, or a file of another kind or that cannot be written."""
+    if net.scheme != "integer":
+        raise UserError(
+            f'net.scheme = "{net.scheme}" gives every output channel a zero point of its own, which integer kernels '
+            "refuse: leave --out out, or take a recipe of scheme integer"
+        )
+    check_name(out)
+    if not installed():
+        raise UserError(f"{out}: ONNX files need: {INSTALL}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=".quantize-"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def verified(config: Config, net: Recogniser, prefix: str) -> dict[str, float]:
+    """Figures of a net on the recipe's pairs; none without pairs."""
+    if config.verify.pairs is None:
+        return {}
+    images = Path(config.verify.images) if config.verify.images else None
+    result = verify(net.embed, images, Path(config.verify.pairs), net.net.input_size)
+    return verification_figures(result.verification, prefix)
+
+
+@torch.inference_mode()
+def timed(net: Recogniser, int8: Path) -> dict[str, float]:
+    """Milliseconds of one face on one core in ONNX Runtime: the net's folded float32 against a file of integers."""
+    face_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.net.input_size)[0]]))
+    x_BCHW = normalised(face_BHWC, net.net.input_std)
+    with one_thread(), TemporaryDirectory(prefix="bigface-") as folder:
+        plain: Any = net.net
+        write_onnx(folded(plain), Path(folder) / "float.onnx")
+        files = {"float": Path(folder) / "float.onnx", "int8": int8}
+        taken = in_turns({name: partial(open_onnx(file), x_BCHW) for name, file in files.items()}, REPEATS)
+        mib = sum(file.stat().st_size for file in Path(folder).iterdir()) / MIB
+    speedup = statistics.median(a / b for a, b in zip(taken["float"], taken["int8"], strict=True))
+    milliseconds = {f"{name}_ms": statistics.median(times) for name, times in taken.items()}
+    return {"float_file_mib": mib, **milliseconds, "speedup": speedup}
+
+
+def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
+    """The net before and after in what was measured, header first."""
+    columns = {
+        "accuracy %": ("before_accuracy", "after_accuracy"),
+        "TAR@FAR 1e-3 %": ("before_tar_at_far_1e-3", "after_tar_at_far_1e-3"),
+        "params × bits MiB": ("float_mib", "nominal_mib"),
+        "file MiB": ("float_file_mib", "int8_file_mib"),
+        "ms on one core": ("float_ms", "int8_ms"),
+    }
+    columns = {column: names for column, names in columns.items() if names[0] in figures}
+    rows: list[tuple[str, ...]] = [("net", *columns)]
+    for place, net in enumerate(("float", "quantised")):
+        shares = {column: 100 if column.endswith("%") else 1 for column in columns}
+        rows.append((net, *(f"{shares[column] * figures[names[place]]:.2f}" for column, names in columns.items())))
+    return rows
+
+
+def _toml(value: Any) -> str:
+    """A value as it stands in a recipe; what is None is left out."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items() if part is not None) + "}"
+    return json.dumps(value, ensure_ascii=False)
