@@ -133,6 +133,12 @@ def with_absolute_paths(config: Config) -> Config:
     return Config.model_validate(tree)
 
 
+def last_touched(out: AnyPath) -> int | None:
+    """When a run on a local disk last wrote or touched its metrics.csv, in nanoseconds; None: it cannot be told."""
+    path = out / "metrics.csv"
+    return path.stat().st_mtime_ns if isinstance(path, Path) and path.is_file() else None
+
+
 @contextmanager
 def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     """A Rich progress line that follows a run's metrics.csv until the block ends."""
@@ -152,16 +158,20 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
         task = progress.add_task("train", total=total, loss=float("nan"), lr=0.0, rate=0.0)
 
         def follow() -> None:
-            said, step, moved = 0.0, None, time.monotonic()
+            said, step, beat, moved, patience = 0.0, None, None, time.monotonic(), SILENCE
             while not done.wait(poll):
                 row = None
                 with suppress(StorageError):  # the run itself will tell
                     row = newest_metrics(out)
+                if last_touched(out) != beat:  # steps are taken, also between two rows of metrics.csv
+                    beat, moved = last_touched(out), time.monotonic()
                 if row is None or row["step"] == step:
-                    if time.monotonic() - moved > SILENCE:
+                    if time.monotonic() - moved > patience:
                         moved = time.monotonic()
-                        log.warning("no step for %d s: a long verification, or workers wait for machines", SILENCE)
+                        log.warning("no step for %d s: a long verification, or workers wait for machines", patience)
                     continue
+                if isinstance(out, RemotePath) and step is not None:  # where rows alone tell
+                    patience = max(SILENCE, 3 * (time.monotonic() - moved))
                 step, moved = row["step"], time.monotonic()
                 loss, rate = row["loss"], row.get("images_per_second", 0.0)
                 progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)

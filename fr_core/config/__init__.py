@@ -72,7 +72,8 @@ def batch_rules(config: Config) -> Iterator[str]:
     if accumulate > 1 and facts.whole_batch:
         yield f"{facts.whole_batch}: train.accumulate = 1"
     if batch % facts.batch_multiple:
-        yield f"{kind} takes multiples of {facts.batch_multiple} images: train.global_batch = {batch} is none"
+        multiple = facts.batch_multiple
+        yield f"{kind} takes images by {multiple}s: train.global_batch = {batch} is no multiple of {multiple}"
 
 
 def balance_rules(config: Config) -> Iterator[str]:

@@ -85,7 +85,7 @@ def check_shares(config: Config, workers: int) -> None:
         )
     if batch // (workers * accumulate) % multiple:
         raise UserError(
-            f"{config.method.kind} takes multiples of {multiple} images on each of {workers} workers: "
+            f"{config.method.kind} takes images by {multiple}s on each of {workers} workers: "
             f"train.global_batch must be a multiple of {multiple * workers * accumulate}"
         )
     images, ghost = step_images(config)[0] // workers, config.train.ghost_batch

@@ -71,8 +71,8 @@ def train_loop(
             batch = clock.waited(stream)
             metrics = step(config, state, batch, ranks)
             stop_if_diverged(config, state, out)
-            if tracker and state.step == first_step + 1:
-                tracker.log_sample_batch(batch)
+            if tracker:
+                tracker.step_done(batch)
             metrics |= {"step": state.step, "epoch": epoch_of(state)}
             if due(config.train.log_every, state):
                 metrics |= clock.rates(state.step)

@@ -33,12 +33,14 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
 
     if tracking.uri is None and isinstance(folder, RemotePath):
         raise UserError(f"no database can lie at {folder}: give tracking.uri, or tracking.uri=off")
-    client = MlflowClient(tracking.uri or f"sqlite:///{folder}/mlflow.db")
+    uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is not None:
         return client, experiment.experiment_id
-    place = None if tracking.uri else f"file://{folder}/mlartifacts"
-    return client, client.create_experiment(tracking.experiment, artifact_location=place)
+    database = uri.removeprefix("sqlite:///")
+    beside = None if database == uri else f"file://{Path(database).resolve().parent}/mlartifacts"
+    return client, client.create_experiment(tracking.experiment, artifact_location=beside)
 
 
 def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:

@@ -30,6 +30,7 @@ from fr_core.train.outbox import (
 from fr_core.verify.report import contact_sheet
 
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
+BEAT_EVERY = 10.0  # seconds between touches of metrics.csv, by which others see that steps are taken
 SAMPLE_IMAGES = 32
 
 
@@ -44,7 +45,8 @@ class Tracker:
     def __init__(self, config: Config, out: AnyPath, step: int, run_id: str | None) -> None:
         self.config, self.out = config, out
         self.pending: list[Any] = []
-        self.last_flush = time.monotonic()
+        self.last_flush = self.last_beat = time.monotonic()
+        self.sampled = False
         self.run_id = None if config.tracking.uri == "off" else run_id or _saved_run_id(out)
         self.outbox: Outbox | None = None
         with writable(out):
@@ -90,7 +92,16 @@ class Tracker:
         if self.outbox:
             self.outbox.post(["file", path, folder])
 
-    def log_sample_batch(self, batch: Batch) -> None:
+    def step_done(self, batch: Batch) -> None:
+        """Shows that the run goes on, also between two rows of ``metrics.csv``; draws the first batch."""
+        if not self.sampled:
+            self.sampled = True
+            self._log_sample_batch(batch)
+        if isinstance(self.out, Path) and time.monotonic() - self.last_beat > BEAT_EVERY:
+            self.last_beat = time.monotonic()
+            os.utime(self.out / "metrics.csv")
+
+    def _log_sample_batch(self, batch: Batch) -> None:
         """The first images of a batch as the net sees them."""
         images = batch.images_BHWC[:SAMPLE_IMAGES].numpy()
         self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))

@@ -122,7 +122,9 @@ def replay(
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; again for more.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Global batch of the log.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Base rate; default: the log's first, else 0.1.")] = None,
-    picture: Annotated[Path, typer.Option(parser=output, help="PNG of loss, detector and rate.")] = Path("replay.png"),
+    picture: Annotated[
+        Path | None, typer.Option(parser=output, help="Draw loss, detector and rate into this PNG.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Tell what FastFace would have done on a past loss log."""
@@ -133,9 +135,10 @@ def replay(
     for change in changes:
         table.add_row(f"{change['step']:,}", f"{change['factor']:g}", f"{change['rate']:.6g}")
     console.print(table)
-    with writable(picture):
-        figure.savefig(picture)
-    console.print(f"picture: {picture}", markup=False)
+    if picture:
+        with writable(picture):
+            figure.savefig(picture, format="png")
+        console.print(f"picture: {picture}", markup=False)
     show("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
 
 

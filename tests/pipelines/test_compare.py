@@ -6,7 +6,6 @@ import pytest
 from fr_core.config.recipes import load_config
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from fr_core.train.initial import centres_of
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
 from pipelines.experiments.compare import PUBLISHED, heads, named_settings, summary
@@ -78,7 +77,8 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
     equal = tables["5: equal centres"]
     methods = [load_config("demo", overrides).method for overrides in equal.values()]
     assert methods[0].sample_rate == methods[4].size_ratio == 512 / 10_177
-    assert [centres_of(load_config("demo", overrides), 10_177) for overrides in equal.values()] == [0, *[512] * 4]
+    runs = [load_config("demo", overrides) for overrides in equal.values()]
+    assert [run.method.centres(10_177, run.train.global_batch) for run in runs] == [0, *[512] * 4]
     virtual = load_config("demo", equal["VFC 512"])
     assert (virtual.train.global_batch, virtual.train.max_steps, virtual.schedule.warmup_epochs) == (64, 1800, 0.25)
     with pytest.raises(UserError, match="centres 500 must be a multiple"):

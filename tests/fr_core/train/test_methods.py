@@ -56,8 +56,13 @@ def test_parameters_are_counted_without_a_net(grouped, dataset, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_are_one_rank(grouped, method):
-    """At one global batch: the same losses, and one and the same queue, pool or anchors everywhere."""
-    config = config_of(grouped, method, "train.global_batch=16")
+    """At one global batch: the same losses, and one and the same queue, pool or anchors everywhere.
+
+    The rate is small, so that four steps do not amplify what rounding parts: Virtual FC's anchors are what the net that
+    they train makes of faces. Weights off by one unit in the last place (6e-8) part centres by 1.3e-6 at this rate; at
+    the recipe's 0.05 by 4e-5, with SiLU as with PReLU. The tolerance of 1e-5 is eight times the former.
+    """
+    config = config_of(grouped, method, "train.global_batch=16", "optim.lr=0.005")
     losses, head, fc = run_ranks(1, fixed_statistics_run, config, 4)[0]
     for other_losses, other_head, other_fc in run_ranks(2, fixed_statistics_run, config, 4):
         assert np.allclose(losses, other_losses, atol=1e-4)
