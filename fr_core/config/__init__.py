@@ -10,7 +10,7 @@ The rules below refuse sections that do not fit together. What must fit the data
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -33,14 +33,6 @@ class Config(Section):
     train: Train = Train()
     verify: Verify = Verify()
     tracking: Tracking = Tracking()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kinds_unless_told(cls, tree: Any) -> Any:
-        for section, kind in (("net", "iresnet"), ("method", "bigface"), ("optim", "sgd"), ("schedule", "cosine")):
-            if isinstance(tree, dict) and isinstance(tree.get(section), dict):
-                tree = tree | {section: {"kind": kind} | tree[section]}
-        return tree
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> "Config":

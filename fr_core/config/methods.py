@@ -84,12 +84,16 @@ class Margin(Section):
     What is not given keeps its default, so name both: m2 alone makes the combination.
     """
 
+    kind: Literal["fixed"] = "fixed"
     scale: Positive = 64.0
     m1: Annotated[float, Field(ge=1, le=4)] = 1.0
     m2: Annotated[float, Field(ge=0, le=1.5)] = 0.0
     m3: Annotated[float, Field(ge=0, le=1)] = 0.4
     gradient: Literal["exact", "straight_through"] = "exact"
     past_pi: Literal["fallback", "wrap"] = "fallback"  # where m1·θ + m2 > π
+
+
+AnyMargin = Margin  # of a class matrix; a tagged union on ``kind`` once there are more
 
 
 class Unlabelled(Section):
@@ -146,7 +150,7 @@ class BigFace(BaseMethod):
 
     kind: Literal["bigface"] = "bigface"
     share_knob: ClassVar[str | None] = "sample_rate"
-    margin: Margin = Margin()
+    margin: AnyMargin = Margin()
     sample_rate: Ratio = 1.0  # below 1: Partial FC
     drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0  # cosine; 1 keeps all (inter-class filter)
     clip_head: Positive | None = None  # largest norm of the class matrix's gradient
@@ -373,11 +377,9 @@ class QuantFace(Taught, BaseMethod):
 
     @model_validator(mode="before")
     @classmethod
-    def _ekd_unless_told(cls, tree: Any) -> Any:
-        """Takes a bare word for the loss's kind."""
-        loss = tree.get("loss") if isinstance(tree, dict) else None
-        if isinstance(loss, str | dict):
-            tree = tree | {"loss": {"kind": loss} if isinstance(loss, str) else {"kind": "ekd"} | loss}
+    def _a_word_is_the_kind(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("loss"), str):
+            tree = tree | {"loss": {"kind": tree["loss"]}}
         return tree
 
     @model_validator(mode="after")

@@ -9,9 +9,6 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from fr_core.config import Config
-from fr_core.config.methods import AgreementLoss, Method
-from fr_core.config.nets import Net
-from fr_core.config.optim import Optim, Schedule
 from fr_core.config.sections import Section
 from fr_core.errors import UserError
 
@@ -114,11 +111,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _union_tags() -> set[str]:
-    members = (
-        member for union in (Net, Method, AgreementLoss, Optim, Schedule) for member in get_args(get_args(union)[0])
-    )
-    return {member.model_fields["kind"].default for member in members}
+def _union_tags(section: type[Section] = Section) -> set[str]:
+    """The kinds of all sections below one."""
+    kind = section.model_fields.get("kind")
+    own = {kind.default} if kind and not kind.is_required() else set()
+    return own.union(*(_union_tags(below) for below in section.__subclasses__()))
 
 
 def _nearest(key: str) -> str:

@@ -24,6 +24,16 @@ class Section(BaseModel):
                 raise ValueError(f"{name} = {str(value).lower()}: true and false are no value for it")
         return tree
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds_unless_told(cls, tree: Any) -> Any:
+        """A choice that does not name its kind is of the default's."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, dict) and field and field.discriminator and isinstance(field.default, Section):
+                tree = tree | {name: {"kind": field.default.model_dump()["kind"]} | value}
+        return tree
+
 
 class Augment(Section):
     """Random changes of a training image, drawn from (seed, epoch, sample id). All off but the flip by default."""

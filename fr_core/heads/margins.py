@@ -5,12 +5,12 @@ cos θ → cos(m1·θ + m2) − m3. Legend: B faces, G faces of the global batch
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 
-from fr_core.config.methods import Margin
+from fr_core.config.methods import AnyMargin, Margin
 
 MIN_SINE = 1e-4  # below it dθ/dcos is capped; its product with d cos/dx, which carries sin θ, vanishes there anyway
 
@@ -43,11 +43,13 @@ class FixedMargin(nn.Module):
         return self.margin
 
 
-def make_margin(margin: Margin) -> nn.Module:
+def make_margin(margin: AnyMargin) -> nn.Module:
     """The module of a margin's section. It may hold buffers, which the head saves and takes back with its own."""
     match margin:
         case Margin():
             return FixedMargin(margin)
+        case _ as unknown:
+            assert_never(unknown)
 
 
 def with_margin(cos_B: Tensor, margin: Margin | FaceMargin) -> tuple[Tensor, Tensor]:

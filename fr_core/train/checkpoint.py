@@ -83,8 +83,8 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
 def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, ranks: Ranks) -> None:
     rows = (state.head.lo, state.head.hi) if state.head and state.head.sharded else None
     files = {}
-    if ranks.rank == 0 or rows:
-        files[f"head_{ranks.rank:05d}.safetensors"] = _head_tensors(state, ranks)
+    if head := _head_tensors(state, ranks):
+        files[_head_file(ranks.rank)] = head
     if ranks.rank == 0:
         files[BACKBONE] = dict(state.usable.state_dict())
     if ranks.rank == 0 or config.optim.shard_state:
@@ -230,20 +230,23 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> Summary:
         "run_id": state.run_id,
         "watcher": state.watcher.state_dict() if state.watcher else None,
         "head": [
-            {"file": f"head_{rank:05d}.safetensors", "rows": rows}
-            for rank, (_, rows) in enumerate(parts)
-            if rank == 0 or rows
+            {"file": _head_file(rank), "rows": rows}
+            for rank, (facts, rows) in enumerate(parts)
+            if _head_file(rank) in facts
         ],
         "files": {name: facts for written, _ in parts for name, facts in written.items()},
         "config": config.model_dump(mode="json"),
     }
 
 
+def _head_file(rank: int) -> str:
+    return f"head_{rank:05d}.safetensors"
+
+
 def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of the head. Where no head stands for the classes, the thresholds take its place."""
+    """This rank's part of the head. Where no head stands for the classes, the thresholds take its place if any are."""
     if state.head is None:
-        assert state.agreement is not None
-        return dict(state.agreement.state_dict())
+        return dict(state.agreement.state_dict()) if state.agreement and ranks.rank == 0 else {}
     sharded = _sharded(state.head)
     own = {name: tensor for name, tensor in state.head.state_dict().items() if name in sharded or ranks.rank == 0}
     return own | _prefixed("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
@@ -251,8 +254,8 @@ def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
 
 def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
     if state.head is None:
-        assert state.agreement is not None
-        state.agreement.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
+        if state.agreement:
+            state.agreement.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
     elif state.head.sharded:
         rows, common = read_head(folder, summary, state.head.sharded, state.head.lo, state.head.hi)
         own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
