@@ -34,6 +34,7 @@ settings.register_profile("default", deadline=None)  # machines here are noisy
 settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
+collect_ignore = [] if "BIGFACE_EXTENDED" in os.environ else ["extended"]
 REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 mp.get_context("forkserver").set_forkserver_preload(["fr_core.train.loop"])  # imported once, for all ranks
 needs_real_data = pytest.mark.skipif(

@@ -3,8 +3,6 @@
 Legend: G global batch, D embedding, N identities, S this rank's rows of the class matrix (or the sampled ones).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,9 +33,7 @@ class ShardedFC(Head):
             raise ValueError(f"{identities} identities cannot be shared out to {ranks.size} ranks")
         self.ranks, self.seed, self.identities, self.sample_rate = ranks, seed, identities, method.sample_rate
         self.margin = make_margin(method.margin)
-        self.softmax = Softmax(
-            method.margin, method.drop_negatives_above, getattr(torch, method.precision), method.tile
-        )
+        self.drop_above, self.precision, self.tile = method.drop_negatives_above, method.precision, method.tile
         self.lo, self.hi = ranks.split(identities)
         self.weight = nn.Parameter(initial_rows(self.lo, self.hi, embedding, seed))
 
@@ -77,7 +73,8 @@ class ShardedFC(Head):
         column_G = torch.where(own_G, column_G, -1)
         with torch.autocast(x_GD.device.type, enabled=False):
             x_GD = x_GD.to(self.weight.dtype)
-            softmax = replace(self.softmax, margin=self.margin(x_GD.detach()))
+            margin, precision = self.margin(x_GD.detach()), getattr(torch, self.precision)
+            softmax = Softmax(margin, self.drop_above, precision, self.tile)
             return margin_softmax(F.normalize(x_GD), self.weight, column_G, softmax, self.ranks, rows_S, sgd)
 
 
