@@ -15,10 +15,13 @@ def default_device() -> torch.device:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are native there. CPUs without them emulate, ten times slower than float32."""
+    """Whether bfloat16 products are native there. CPUs without them emulate, ten times slower than float32.
+
+    A CPU that ``ATEN_CPU_CAPABILITY`` holds below AVX-512 counts as one without.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 def use_processor(threads: int) -> None:

@@ -19,7 +19,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The config of a recipe, with ``key.path=value`` overrides (values in TOML; a bare word is a string).
 
     Args:
-        recipe: a TOML file, or the name of a shipped recipe (``pipelines/recipes/NAME.toml``).
+        recipe: a TOML file, or the name of a shipped recipe (``fr_core/recipes/NAME.toml``).
 
     Raises:
         UserError: no such recipe, bad TOML, unknown key (named with its nearest neighbour), value out of bounds.

@@ -63,7 +63,7 @@ class MobileFaceNet(Backbone):
 
     Args:
         input_size: side of the square input, pixels; a multiple of 16.
-        widths: channels, as :class:`fr_core.config.MobileFaceNetNet` orders them.
+        widths: channels, as :class:`fr_core.config.nets.MobileFaceNetNet` orders them.
     """
 
     input_std = 128.0  # x = (pixel − 127.5) / input_std

@@ -58,11 +58,12 @@ def cosine(a, b):
 @torch.no_grad()
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_eight_bits_are_near_the_float_net_and_fewer_are_farther(config):
-    net = trained(config)
-    x = images(16, seed=1)
-    near, far = (cosine(quantised(net, config, weights=bits, activations=bits)(x), net(x)) for bits in (8, 4))
-    assert near > 0.9
-    assert near > far + 0.02
+    """On the mean of 64 images: the least cosine hangs on how one of them is rounded, which differs by processor."""
+    net, x = trained(config), images(64, seed=1)
+    made = (quantised(net, config, weights=bits, activations=bits) for bits in (8, 4))
+    near, far = (nn.functional.cosine_similarity(one(x), net(x)).mean() for one in made)
+    assert near > 0.95
+    assert near > far + 0.05
 
 
 @torch.no_grad()
