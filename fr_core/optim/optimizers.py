@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.optimizer import ParamsT
 
 from fr_core.config import Config
 from fr_core.config.methods import BigFace
@@ -32,7 +33,7 @@ class RowSGD(torch.optim.Optimizer):
         return TileSGD(self._momentum(param), group["lr"], group["momentum"], group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -58,12 +59,12 @@ class LayerwiseSGD(torch.optim.Optimizer):
     ``adapt = False``, and for tensors or gradients that are all zero, r = 1.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
         super().__init__(params, given)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -91,11 +92,11 @@ class OrthogonalSGD(torch.optim.Optimizer):
     m filters. In groups with ``adapt = False`` a tensor moves by SGD: v ← μ·v + g + λ·w, w ← w − η·v.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             for param in group["params"]:
