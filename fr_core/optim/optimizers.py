@@ -1,7 +1,7 @@
 """Optimisers: PyTorch's, LARS for large batches, Muon for short runs, and SGD on single rows for the class matrix."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,8 @@ def make_optimizers(
             made, given = OrthogonalSGD, given | {"momentum": optim.momentum}
             vectors |= {"adapt": False, "lr": scale * optim.sgd.lr, "momentum": optim.sgd.momentum}
             vectors["weight_decay"] = optim.sgd.weight_decay
+        case _ as unknown:
+            assert_never(unknown)
     groups = [group for group in (matrices, vectors) if group["params"]]
     if optim.shard_state and ranks.size > 1:
         body: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=made, **given)
