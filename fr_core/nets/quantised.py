@@ -353,6 +353,6 @@ def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
     return quantiser
 
 
-def _weight_quant(config: QuantisedNet) -> dict[str, Any]:
+def _weight_quant(config: QuantisedNet) -> dict[str, object]:
     scheme = Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
     return {"weight_quant": scheme, "weight_bit_width": config.weights}
