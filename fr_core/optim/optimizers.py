@@ -139,7 +139,7 @@ def make_optimizers(
     optim, scale = config.optim, config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
     trained = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay}
-    vectors: dict[str, Any] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    vectors: dict[str, object] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
     given: dict[str, Any] = {"lr": scale * optim.lr, "weight_decay": optim.weight_decay}
     made: type[torch.optim.Optimizer]
     match optim:
