@@ -1,6 +1,6 @@
 """bigface's library: ``fr_core.open_net(ref).embed(images)`` and the rooms behind it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fr_core.nets.open import open_net as open_net
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["open_net"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports PyTorch when a net is opened, not before."""
     if name == "open_net":
         from fr_core.nets.open import open_net

@@ -8,11 +8,13 @@ gradient is the sum of what all ranks made of the gathered rows. The gradients o
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,14 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         """Picklable values of all ranks, in rank order. For small things only."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: object) -> Any:
         """Rank 0's value, on all ranks."""
         return self.gather_objects(value if self.rank == 0 else None)[0]
 

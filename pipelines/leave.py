@@ -4,7 +4,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 @contextmanager
@@ -19,7 +18,7 @@ def on_signal(number: int, leave: Callable[[], object]) -> Iterator[None]:
 
     came = False
 
-    def once(*_: Any) -> None:
+    def once(*_: object) -> None:
         nonlocal came
         signal.signal(number, before)
         if came:  # somebody put this back, as Ray Tune does

@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
-from typing import Any
 
 from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
@@ -20,7 +19,7 @@ log = logging.getLogger("bigface")
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's command
 
 
-def start_logging(style: str | None = None, **where: Any) -> None:
+def start_logging(style: str | None = None, **where: object) -> None:
     """Writes the events of this process to its standard error from now on.
 
     Args:
@@ -63,7 +62,7 @@ class Line(logging.Formatter):
 class JSONLine(logging.Formatter):
     """One object: time (UTC), level, event, where it was, and the event's own facts. What is not finite is text."""
 
-    def __init__(self, where: dict[str, Any]) -> None:
+    def __init__(self, where: dict[str, object]) -> None:
         super().__init__()
         self.where = where
 
@@ -84,13 +83,13 @@ class _StandardError(logging.Handler):
             self.handleError(record)
 
 
-def _facts(record: logging.LogRecord) -> dict[str, Any]:
+def _facts(record: logging.LogRecord) -> dict[str, object]:
     return getattr(record, "facts", {})
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

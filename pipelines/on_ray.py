@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fr_core.config import Config
 from fr_core.config.recipes import parse_config
@@ -20,6 +20,9 @@ from pipelines.gauges import Gauges
 from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging, tell
 
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
 START_ATTEMPTS = 3
 MAX_FAILURES = 5  # deaths of workers after which there must be a new checkpoint
 LEAVE = ".leave"  # a file in the run's folder: the driver was asked to leave
@@ -29,6 +32,7 @@ RESIZE_EVERY = 60.0  # seconds between looks for more machines
 GROWS_AS = "ray_bootstrap_config.yaml"  # where `ray up` tells the head, in its home, what its autoscaler may start
 
 Resources = dict[str, float]
+Row = dict[str, Any]  # of Ray Data
 
 
 def start_ray(dashboard: bool = False) -> None:
@@ -56,7 +60,7 @@ def start_ray(dashboard: bool = False) -> None:
                 raise
 
 
-def mapped(rows: list[dict[str, Any]], work: Any, **options: Any) -> Iterator[dict[str, Any]]:
+def mapped(rows: list[Row], work: Callable[..., Any], **options: Any) -> Iterator[Row]:
     """What ``work``, a function or an actor's class, makes of each row, by Ray Data and in any order.
 
     Raises:
@@ -145,7 +149,7 @@ def train_on_ray(
     out: AnyPath,
     workers: int | tuple[int, int],
     cpus: float | None = None,
-    callbacks: list[Any] | None = None,
+    callbacks: "list[UserCallback] | None" = None,
     runs: int = 1,
 ) -> dict[str, float]:
     """Trains on Ray Train workers, spread over the nodes; after a death those that are left, and those that replace
@@ -199,14 +203,14 @@ def train_on_ray(
             storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=callbacks,
+            callbacks=callbacks,  # type: ignore[arg-type]  # as num_workers
         ),
     )
     with on_signal(signal.SIGTERM, partial(write_text_atomically, out / LEAVE, "")):
         while True:
             before = checkpoints(out)[-1:]
             try:
-                result: Any = trainer.fit()
+                result: Any = trainer.fit()  # mypy sees the class before 2.50
                 break
             except SystemExit:  # what Ray Train makes of Ctrl-C
                 raise KeyboardInterrupt from None
@@ -297,7 +301,7 @@ def _told(out: AnyPath) -> UserError | None:
     return UserError(next(iter(messages.values()))) if messages else None
 
 
-def _said_by(error: Any) -> UserError | None:
+def _said_by(error: Exception) -> UserError | None:
     """The user's mistake among the failures of the workers' last lives."""
     causes = (getattr(failure, "cause", failure) for failure in getattr(error, "worker_failures", {}).values())
     return next((UserError(str(cause).splitlines()[0]) for cause in causes if isinstance(cause, UserError)), None)

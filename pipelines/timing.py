@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of calls that take turns, since a machine's speed drifts, after one turn each that is not timed.
 
     It is the processor's time, which on an idle core is the time that passes: what else runs counts little.

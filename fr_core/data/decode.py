@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -53,7 +52,7 @@ def augmented_batch(
         rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
         rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
         shapes = [row.shape[:2] for row in rows]
-        matrices: Iterable[Any] = itertools.repeat(None)
+        matrices: Iterable[np.ndarray | None] = itertools.repeat(None)
         if moved or set(shapes) != {(size, size)}:
             matrices = _random_warps(np.array(shapes), draws_BU[part], size, augment)
         for i, image, matrix, u in zip(itertools.count(start), rows, matrices, draws_BU[part].tolist(), strict=False):
@@ -157,7 +156,12 @@ def _random_warps(shapes_B2: np.ndarray, draws_BU: np.ndarray, size: int, augmen
 
 
 def _warps(
-    shapes_B2: np.ndarray, size: int, flip: Any = False, shift: Any = 0.0, zoom: Any = 1.0, degrees: Any = 0.0
+    shapes_B2: np.ndarray,
+    size: int,
+    flip: bool | np.ndarray = False,
+    shift: float | np.ndarray = 0.0,
+    zoom: float | np.ndarray = 1.0,
+    degrees: float | np.ndarray = 0.0,
 ) -> np.ndarray:
     """The affine maps from source to net pixels, about the centres of both: float64 [B, 2, 3].
 
@@ -181,8 +185,8 @@ def _displace(out: np.ndarray, image: np.ndarray, matrix: np.ndarray, field: np.
     shrunk[:, 2] += matrix[:, :2] @ np.full(2, (side / len(field) - 1) / 2)
     moved = cv2.warpAffine(field, shrunk, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     moved = side * moved + cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
-    both: Any = None  # no second map: x and y are in the first
-    cv2.remap(image, moved, both, cv2.INTER_LINEAR, out, cv2.BORDER_REFLECT_101)
+    # x and y are in the first map
+    cv2.remap(image, moved, None, cv2.INTER_LINEAR, out, cv2.BORDER_REFLECT_101)  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=4)

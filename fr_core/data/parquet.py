@@ -7,7 +7,6 @@ once from begin to end, and its image bytes go to a scratch file, beside an inde
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,14 +88,14 @@ def _class_names(schema: pa.Schema, identity: str) -> list[str] | None:
         return None
 
 
-def _image(value: Any) -> tuple[str | None, bytes | None]:
+def _image(value: object) -> tuple[str | None, bytes | None]:
     if isinstance(value, dict):
         called, value = value.get("path"), value.get("bytes")
         return (called if isinstance(called, str) else None), (value if isinstance(value, bytes) else None)
     return None, value if isinstance(value, bytes) else None
 
 
-def _name(path: Path, row: int, value: Any, names: list[str] | None) -> str:
+def _name(path: Path, row: int, value: object, names: list[str] | None) -> str:
     if value is None or value == "":
         raise UserError(f"{path}: row {row} has no identity")
     if names and isinstance(value, int) and 0 <= value < len(names):

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -186,11 +186,15 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
     starts = [0]
     while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < table.num_rows:
         starts.append(int(later))
-    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     with written(path) as part:
         with pq.ParquetWriter(
-            part, table.schema, write_page_checksum=True, **plain
-        ) as writer:  # JPEG gains by none of these
+            part,
+            table.schema,
+            write_page_checksum=True,
+            compression="none",  # JPEG gains by none of these
+            use_dictionary=False,
+            write_statistics=False,
+        ) as writer:
             for start, stop in itertools.pairwise([*starts, table.num_rows]):
                 writer.write_table(table.slice(start, stop - start))
         return Shard(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -157,11 +157,11 @@ def list_unlabelled(root: str | AnyPath) -> Listing:
     Raises:
         UserError: no such folder, or no images in it.
     """
-    place: Any = to_path(root)
+    place = to_path(root)
     found = [path for path in place.rglob("*") if is_image(path.name) and path.is_file()] if place.is_dir() else []
     if not found:
         raise UserError(f"{root}: no images in it" if place.is_dir() else f"{root}: no such folder")
-    paths = sorted(str(path.relative_to(place)) for path in found)
+    paths = sorted("/".join(path.parts[len(place.parts) :]) for path in found)
     return _listing(place, "files", [str(place.resolve())], paths, [UNLABELLED] * len(paths))
 
 

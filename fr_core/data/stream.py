@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -194,7 +194,9 @@ def _grouped_batches(
         yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
 
 
-def _classes(config: Config, epoch: int, ids_B: np.ndarray, labels_B: np.ndarray) -> tuple[np.ndarray, Any]:
+def _classes(
+    config: Config, epoch: int, ids_B: np.ndarray, labels_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The classes of samples, and the displacement fields of their variants if there are any."""
     count = config.data.variants
     if count == 1:
@@ -241,7 +243,7 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _blocks(plan, step, stop)]
     each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))
 
-    def references() -> Iterator[list[Any]]:
+    def references() -> Iterator[list["ray.ObjectRef[pa.Table]"]]:
         for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first one alone
             group = ray.data.from_items(blocks[start:end], override_num_blocks=end - start)
             tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
@@ -259,14 +261,13 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Runs an iterator in a thread, ``depth`` items ahead. Its errors surface here; closing this stops it."""
-    slots: queue.Queue[Any] = queue.Queue(depth)
+    slots: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # None: the end
     stopped = threading.Event()
-    end = object()
 
-    def put(item: Any) -> bool:
+    def put(slot: tuple[T] | BaseException | None) -> bool:
         while not stopped.is_set():
             try:
-                slots.put(item, timeout=0.1)
+                slots.put(slot, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -275,22 +276,22 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     def run() -> None:
         try:
             for item in items:
-                if not put((item, None)):
+                if not put((item,)):
                     return
-            put((end, None))
+            put(None)
         except BaseException as error:  # handed to the consumer, who raises it
-            put((end, error))
+            put(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         while True:
-            item, error = slots.get()
-            if error is not None:
-                raise error
-            if item is end:
+            slot = slots.get()
+            if slot is None:
                 return
-            yield item
+            if isinstance(slot, BaseException):
+                raise slot
+            yield slot[0]
     finally:
         stopped.set()
         thread.join()

@@ -6,7 +6,6 @@ end of a range (SS1, SSV: for both ends, of V values).
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,13 +108,13 @@ def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> No
         quantiser.observer = lambda x: None
     hooks = [
         before.layer.register_forward_hook(lambda _, __, x, seen=seen: seen.append(x.abs().amax((2, 3)).mean(0)))
-        for (before, *_), seen in zip(pairs, largest, strict=True)
+        for (before, _), seen in zip(pairs, largest, strict=True)
     ]
     for x_BCHW in images_BCHW:
         net(x_BCHW)
     for hook in hooks:
         hook.remove()
-    for (before, *readers), seen in zip(pairs, largest, strict=True):
+    for (before, readers), seen in zip(pairs, largest, strict=True):
         range_C = ranks.sum_(torch.stack(seen).mean(0)) / ranks.size
         dense = [after.layer.weight for after in readers if after.layer.weight.shape[1] > 1]  # [O, I, …]
         factor_C = range_C
@@ -132,11 +131,12 @@ def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> No
             weight.mul_(factor_C.view(-1, 1, 1, 1) if depthwise else factor_C.view(1, -1, *[1] * (weight.ndim - 2)))
 
 
-def _neighbours(net: Quantised) -> Iterator[tuple[Any, ...]]:
+def _neighbours(net: Quantised) -> Iterator[tuple[QuantConv, list[Weighted]]]:
     """Convolutions whose output layers with weights alone read, and those layers."""
     for chain in (module for module in net.modules() if isinstance(module, nn.Sequential)):
         layers = [layer for layer in chain if not isinstance(layer, QuantPReLU | nn.Flatten)]
         for before, after in itertools.pairwise(layers):
-            readers = (after.branch[0], after.skip) if isinstance(after, ResidualPath) else (after,)
-            if isinstance(before, QuantConv) and all(isinstance(reader, Weighted) for reader in readers):
-                yield before, *readers
+            readers = [after.branch[0], after.skip] if isinstance(after, ResidualPath) else [after]
+            weighted = [reader for reader in readers if isinstance(reader, Weighted)]
+            if isinstance(before, QuantConv) and len(weighted) == len(readers):
+                yield before, weighted

@@ -101,7 +101,7 @@ def weights_file(ref: str | AnyPath) -> AnyPath:
 # Writing
 
 
-def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, int | str]:
     """Writes a safetensors file; returns its size and checksum, for ``checkpoint.json``."""
     with written(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
@@ -110,7 +110,7 @@ def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str,
         return _size_and_checksum(part)
 
 
-def copy_file(source: AnyPath, path: AnyPath) -> dict[str, Any]:
+def copy_file(source: AnyPath, path: AnyPath) -> dict[str, int | str]:
     """Copies a file; returns as :func:`write_tensors`."""
     with fetched(source) as local, written(path) as part:
         shutil.copyfile(local, part)
@@ -135,7 +135,7 @@ def digest(summary: Summary) -> str:
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
 
 
-def _size_and_checksum(part: Path) -> dict[str, Any]:
+def _size_and_checksum(part: Path) -> dict[str, int | str]:
     return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 

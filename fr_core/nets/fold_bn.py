@@ -11,15 +11,18 @@ Legend: B batch, I input channels, O output channels, H W pixels, D embedding.
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, assert_never
+from typing import TypeVar, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fr_core.nets.iresnet import IResBlock, IResNet
-from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.nets.iresnet import IResBlock, IResNet, Stage
+from fr_core.nets.mobilefacenet import MobileFaceNet, Part
 from fr_core.nets.moe import Mixture
+
+Net = TypeVar("Net", bound=nn.Module)
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class BiasMapConv(nn.Module):
@@ -35,7 +38,7 @@ class BiasMapConv(nn.Module):
 
 
 @torch.no_grad()
-def folded(net: Any, channelwise: bool = False) -> Any:
+def folded(net: Net, channelwise: bool = False) -> Net:
     """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
 
     The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
@@ -69,29 +72,35 @@ def bound_slopes(net: IResNet | MobileFaceNet) -> None:
         factor_C = torch.where(steep_C, -prelu.weight, 1.0)
         prelu.weight.copy_(torch.where(steep_C, 1 / prelu.weight, prelu.weight))
         before.weight.mul_(factor_C[:, None, None, None])
+        assert before.bias is not None  # the norm's shift is in it
         before.bias.mul_(factor_C)
         for layer in after:
             layer.weight.mul_(factor_C.sign().view((-1, 1, 1, 1) if layer.groups > 1 else (1, -1, 1, 1)))
 
 
-def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[Any, nn.PReLU, list[Any]]]:
+def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[nn.Conv2d, nn.PReLU, list[nn.Conv2d]]]:
     """Every PReLU, with the convolution before it and those that read it."""
     match net:
         case IResNet():
-            first: Any = net.layer1[0]
-            yield net.conv1, net.prelu, [first.bn1, first.downsample[0]]
-            residual: Any = (*net.layer1, *net.layer2, *net.layer3, *net.layer4)
-            for block in residual:
+            blocks = [module for module in net.modules() if isinstance(module, IResBlock)]
+            assert blocks[0].downsample is not None
+            yield net.conv1, net.prelu, [convolution(blocks[0].bn1), convolution(blocks[0].downsample[0])]
+            for block in blocks:
                 yield block.conv1, block.prelu, [block.conv2]
         case MobileFaceNet():
-            blocks: Any = (*net.stage3, *net.stage4, *net.stage5)
-            inside = [part for block in blocks for part in (block.expand, block.depthwise, block.project)]
-            chain: Any = [net.stem, net.stem_depthwise, *inside, net.expand, net.pool]
+            inside = [part for block in net.bottlenecks() for part in (block.expand, block.depthwise, block.project)]
+            chain = [net.stem, net.stem_depthwise, *inside, net.expand, net.pool]
             for part, following in pairwise(chain):
-                if hasattr(part, "prelu"):
+                if part.prelu is not None:
                     yield part.conv, part.prelu, [following.conv]
         case _ as unknown:
             assert_never(unknown)
+
+
+def convolution(module: nn.Module) -> nn.Conv2d:
+    """A layer of a folded net whose class says less than what stands there now."""
+    assert isinstance(module, nn.Conv2d)
+    return module
 
 
 def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
@@ -100,9 +109,8 @@ def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         if isinstance(stage, Mixture):
             _fold_before(stage.gate, *_affine(stage.norm))
-        alike: Any = stage.experts if isinstance(stage, Mixture) else [stage]
-        for blocks in alike:
-            for i, block in enumerate(blocks):
+        for part in [module for module in stage.modules() if isinstance(module, Stage)]:  # itself, or the experts
+            for i, block in enumerate(part.blocks()):
                 if channelwise:
                     block.set_submodule("bn1", _depthwise(block.bn1))
                     _fold_after(block.conv1, block.bn2)
@@ -110,7 +118,8 @@ def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
                     _fold_into_conv1(block, side if i == 0 else -(-side // 2))
                 _fold_after(block.conv2, block.bn3)
                 if block.downsample is not None:
-                    _fold_after(*block.downsample)
+                    conv, norm = block.downsample
+                    _fold_after(conv, norm)
         side = -(-side // 2)
     gain_O, shift_O = _affine(net.bn2)
     pixels = side**2  # the last linear layer reads channel after channel
@@ -152,13 +161,15 @@ def _answer(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:
 
 def _fold_mobilefacenet(net: MobileFaceNet) -> None:
     for module in net.modules():
-        if isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
-            _fold_after(module[0], module[1])
+        if isinstance(module, Part):
+            _fold_after(module.conv, module.bn)
     _fold_after(net.fc, net.features)
 
 
-def _fold_after(layer: Any, norm: Any) -> None:
+def _fold_after(layer: nn.Module, norm: nn.Module) -> None:
     """Folds the norm after a layer into it."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    assert isinstance(norm, Norm)
     gain_O, shift_O = _affine(norm)
     weight = gain_O.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight.double()
     _put(layer, weight, shift_O if layer.bias is None else gain_O * layer.bias.double() + shift_O)
@@ -170,13 +181,15 @@ def _fold_before(linear: nn.Linear, gain_I: Tensor, shift_I: Tensor) -> None:
     _put(linear, weight_OI * gain_I, linear.bias.double() + weight_OI @ shift_I)
 
 
-def _put(layer: Any, weight: Tensor, bias_O: Tensor) -> None:
+def _put(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias_O: Tensor) -> None:
     like = layer.weight
     layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
     layer.bias = nn.Parameter(bias_O.to(like), requires_grad=False)
 
 
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
     """Gain and shift of a norm in eval mode, float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return gain, norm.bias.double() - norm.running_mean.double() * gain

@@ -3,8 +3,6 @@
 Legend: B images, C channels, H W pixels.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,8 +19,9 @@ class GhostBatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: Any, size: int) -> None:
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d, size: int) -> None:
         super().__init__()
+        assert norm.momentum is not None  # a moving average
         self.size, self.eps, self.momentum = size, norm.eps, norm.momentum
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():

@@ -7,7 +7,6 @@ Module names are those of the widely published IR-ResNet weights, which load as 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +63,9 @@ class Stage(nn.Sequential):
     """
 
     recompute_blocks: int | None = None
+
+    def blocks(self) -> list[IResBlock]:
+        return [block for block in self if isinstance(block, IResBlock)]
 
     def segments(self) -> list[nn.Sequential]:
         blocks, each = list(self), self.recompute_blocks or len(self)
@@ -149,7 +151,7 @@ class IResNet(Backbone):
         self.layer1 = make_stage(first, first, one)
         self.layer2 = make_stage(first, second, two)
         self.layer3 = make_stage(second, third, three)
-        self.layer4: Any = make_stage(third, fourth, four)  # or a mixture (fr_core/nets/moe.py)
+        self.layer4: nn.Module = make_stage(third, fourth, four)  # or a mixture (fr_core/nets/moe.py)
         self.bn2 = nn.BatchNorm2d(fourth, eps=BN_EPS)
         self.dropout = nn.Dropout(dropout)
         side = -(-input_size // (STAGE_STRIDES * stem_stride))  # each halving rounds up

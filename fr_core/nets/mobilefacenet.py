@@ -4,7 +4,6 @@ conv3×3/2 64 – depthwise 64 – three groups of bottlenecks – conv1×1 512 
 fc – bn1d; PReLU after every convolution but the linear ones. Legend: B batch, C channels, H W pixels, D embedding.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -24,17 +23,24 @@ LAYERS = (  # whose output channels the net's widths are
 )
 
 
-def conv(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True, pad: bool = True
-) -> nn.Sequential:
+class Part(nn.Sequential):
     """conv – bn – PReLU (no PReLU where ``act`` is false)."""
-    layers = OrderedDict(
-        conv=nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if pad else 0, groups=groups, bias=False),
-        bn=nn.BatchNorm2d(outputs, eps=BN_EPS),
-    )
-    if act:
-        layers["prelu"] = PReLU(outputs)
-    return nn.Sequential(layers)
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        act: bool = True,
+        pad: bool = True,
+    ) -> None:
+        super().__init__()
+        padding = kernel // 2 if pad else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=BN_EPS)
+        self.prelu = PReLU(outputs) if act else None
 
 
 class Bottleneck(nn.Module):
@@ -42,9 +48,9 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, expanded: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.expand = conv(inputs, expanded, 1)
-        self.depthwise = conv(expanded, expanded, 3, stride, groups=expanded)
-        self.project = conv(expanded, outputs, 1, act=False)
+        self.expand = Part(inputs, expanded, 1)
+        self.depthwise = Part(expanded, expanded, 3, stride, groups=expanded)
+        self.project = Part(expanded, outputs, 1, act=False)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -73,13 +79,13 @@ class MobileFaceNet(Backbone):
         self.input_size, self.embedding = input_size, embedding
         side = input_size // STRIDES
         stem, inside3, out3, inside4, out4, first5, inside5, out5, last = widths
-        self.stem = conv(3, stem, 3, 2)
-        self.stem_depthwise = conv(stem, stem, 3, groups=stem)
+        self.stem = Part(3, stem, 3, 2)
+        self.stem_depthwise = Part(stem, stem, 3, groups=stem)
         self.stage3 = stage(stem, inside3, inside3, out3, 5)
         self.stage4 = stage(out3, inside4, inside4, out4, 7)
         self.stage5 = stage(out4, first5, inside5, out5, 3)
-        self.expand = conv(out5, last, 1)
-        self.pool = conv(last, last, side, groups=last, act=False, pad=False)
+        self.expand = Part(out5, last, 1)
+        self.pool = Part(last, last, side, groups=last, act=False, pad=False)
         self.fc = nn.Linear(last, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=2e-5)
         nn.init.constant_(self.features.weight, 1.0)
@@ -87,6 +93,9 @@ class MobileFaceNet(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def bottlenecks(self) -> list[Bottleneck]:
+        return [module for module in self.modules() if isinstance(module, Bottleneck)]
 
     @property
     def last_norm(self) -> nn.Module:

@@ -15,14 +15,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from onnx import ModelProto, TensorProto
+    from onnxruntime import InferenceSession
 
 INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -49,7 +54,7 @@ class Facts(BaseModel):
 class OnnxNet(Backbone):
     """A net in ONNX Runtime, on the CPU; its weights are not PyTorch's and get no gradient."""
 
-    def __init__(self, session: Any, facts: Facts, checksum: str) -> None:
+    def __init__(self, session: "InferenceSession", facts: Facts, checksum: str) -> None:
         super().__init__()
         self.session, self.checksum, self.threshold = session, checksum, facts.threshold
         self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
@@ -65,7 +70,7 @@ def installed() -> bool:
     return all(find_spec(name) for name in PACKAGES)
 
 
-def write_onnx(net: Any, path: Path, threshold: float | None = None, plain: bool = False) -> None:
+def write_onnx(net: Backbone, path: Path, threshold: float | None = None, plain: bool = False) -> None:
     """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
 
     Args:
@@ -80,27 +85,27 @@ def write_onnx(net: Any, path: Path, threshold: float | None = None, plain: bool
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
     if not net.in_integers:
-        _write_float(net, path, _facts(net, threshold), {} if plain else {torch.ops.aten.prelu.default: _prelu})
+        _write_float(net, path, _facts(net, threshold), plain)
     else:
-        from fr_core.nets.qdq import qdq_model
+        from fr_core.nets.qdq import Quantised, qdq_model
 
-        bits = {"weight_bits": net.weights, "activation_bits": net.activations}
+        assert isinstance(net, Quantised)
+        bits = {"weight_bits": str(net.weights), "activation_bits": str(net.activations)}
         model = qdq_model(net, INPUT, OUTPUT)
         for key, value in (_facts(net, threshold) | bits).items():
-            model.metadata_props.add(key=key, value=str(value))
+            model.metadata_props.add(key=key, value=value)
         path.write_bytes(model.SerializeToString())
 
 
-def _facts(net: Any, threshold: float | None) -> dict[str, Any]:
+def _facts(net: Backbone, threshold: float | None) -> dict[str, str]:
     facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
-    return facts.model_dump(exclude_none=True)
+    return {name: str(value) for name, value in facts.model_dump(exclude_none=True).items()}
 
 
-def _write_float(net: nn.Module, path: Path, facts: dict[str, Any], translations: dict[Any, Any]) -> None:
+def _write_float(net: Backbone, path: Path, facts: dict[str, str], plain: bool) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    size = facts["input_size"]
-    x_BCHW = torch.zeros(2, 3, size, size)  # a single one would be taken for a constant
+    x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
     with _quietly():
         program = torch.onnx.export(
             net,
@@ -109,12 +114,12 @@ def _write_float(net: nn.Module, path: Path, facts: dict[str, Any], translations
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("B")},),
-            custom_translation_table=translations,
+            custom_translation_table={} if plain else {torch.ops.aten.prelu.default: _prelu},
             verbose=False,
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # traces of this machine's source files
-    program.model.metadata_props.update({name: str(value) for name, value in facts.items()})
+    program.model.metadata_props.update(facts)
     weights = sum(parameter.nbytes for parameter in net.parameters())
     program.save(path, external_data=weights > WHOLE)
 
@@ -179,7 +184,7 @@ def saturates(weight_bits: int | None) -> bool:
     return weight_bits == 8 and not torch.cpu._is_vnni_supported()
 
 
-def _external_files(model: Any, path: Path) -> list[Path]:
+def _external_files(model: "ModelProto", path: Path) -> list[Path]:
     """The file beside the model that holds weights of it, if any do.
 
     Raises:
@@ -202,7 +207,7 @@ def _external_files(model: Any, path: Path) -> list[Path]:
     return [data] if wanted else []
 
 
-def _tensors(message: Any) -> Iterator[Any]:
+def _tensors(message: "Message") -> Iterator["TensorProto"]:
     """Every TensorProto in a protobuf message, however deep."""
     for field, value in message.ListFields():
         if field.message_type is None:

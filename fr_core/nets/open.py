@@ -6,7 +6,7 @@ Legend: N images, B batch, C channels, H W pixels, D embedding.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.checkpoint_files import find_checkpoint, weights_file
-from fr_core.nets.iresnet import IResNet
+from fr_core.nets.iresnet import IResNet, Stage
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
@@ -33,6 +33,7 @@ def build_net(config: Net) -> Backbone:
     match config:
         case MoENet():
             net = build_residual(config)
+            assert isinstance(net.layer4, Stage)
             net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
             return net
         case QuantisedNet():
@@ -195,7 +196,7 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
 
 def _net_config(checkpoint: AnyPath) -> Net:
     try:
-        tree: Any = json.loads((checkpoint / "checkpoint.json").read_text())
+        tree = json.loads((checkpoint / "checkpoint.json").read_text())
         return TypeAdapter(Net).validate_python(tree["config"]["net"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None

@@ -8,7 +8,6 @@ wants fine-tuning.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -95,7 +94,8 @@ def pruned(
     groups = list(graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]))
     worth = [scores[importance](group) for group in groups]  # in the whole net
     for group, worth_C in zip(groups, worth, strict=True):
-        conv: Any = target.get_submodule(names[group[0].dep.target.module])
+        conv = target.get_submodule(names[group[0].dep.target.module])
+        assert isinstance(conv, nn.Conv2d)
         surplus = len(worth_C) - conv.out_channels
         if surplus:
             group.prune(worth_C.argsort(stable=True)[:surplus].tolist())

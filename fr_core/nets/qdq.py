@@ -9,12 +9,13 @@ bits end at a minimum.
 Legend: B batch, C channels, I O input and output channels, H W pixels, D embedding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ class Graph:
     """Nodes, and constants of which equal ones are one; names are short, since they are much of a small net's file."""
 
     nodes: list[NodeProto] = field(default_factory=list)
-    constants: dict[Any, TensorProto] = field(default_factory=dict)
+    constants: dict[tuple[object, ...], TensorProto] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)  # codes -> their values
 
     def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
@@ -46,9 +47,9 @@ class Graph:
         self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
-    def constant(self, value: Any) -> str:
+    def constant(self, given: ArrayLike) -> str:
         """The name of a constant. int8 ones stay apart: x64quantprecision changes each where it stands, but once."""
-        value = np.asarray(value)
+        value = np.asarray(given)
         alone = len(self.constants) if value.dtype == np.int8 else None
         key = (value.dtype, value.shape, value.tobytes(), alone)
         name = f"c{len(self.constants)}"
@@ -74,7 +75,9 @@ class Graph:
         inputs = [self.constant(part.numpy()) for part in (codes, scale, zero_points)]
         return self.node("DequantizeLinear", *inputs, **({"axis": 0} if scale.ndim else {}))
 
-    def weighted(self, operator: str, x: Codes, layer: QuantConv | QuantLinear, **attributes: Any) -> str:
+    def weighted(
+        self, operator: str, x: Codes, layer: QuantConv | QuantLinear, **attributes: int | Sequence[int]
+    ) -> str:
         """A convolution or a linear layer: its float values."""
         codes, scale_O, bias_codes = layer.integers()
         weight = self.integers(codes, scale_O)
@@ -94,7 +97,9 @@ def qdq_model(net: Quantised, input_name: str, output_name: str) -> ModelProto:
             'which integer kernels refuse; train it with net.scheme = "integer"'
         )
     graph = Graph()
-    pixels, *layers, linear = cast(Any, net.layers)
+    pixels, *layers, linear = net.layers
+    assert isinstance(pixels, ActQuant)
+    assert isinstance(linear, QuantLinear)
     codes = _chain(graph, layers, graph.quantised(input_name, pixels))
     graph.weighted("Gemm", codes, linear, transB=1)
     graph.nodes[-1].output[0] = output_name
@@ -117,13 +122,15 @@ def _chain(graph: Graph, layers: Iterable[nn.Module], x: Codes) -> Codes:
 def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
     match layer:
         case QuantConv():
-            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer.layer)), layer.out)
+            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer)), layer.leaves())
         case QuantPReLU():
             return _prelu(graph, layer, x)
         case ResidualPath():
             branch = _chain(graph, layer.branch, x)
             skip = _layer(graph, layer.skip, x) if layer.skip else x
-            return graph.quantised(graph.node("Add", graph.dequantised(branch), graph.dequantised(skip)), layer.add.out)
+            return graph.quantised(
+                graph.node("Add", graph.dequantised(branch), graph.dequantised(skip)), layer.add.leaves()
+            )
         case nn.Flatten():
             return Codes(graph.node("Flatten", x.name), x.scale, x.zero_point)
         case _:
@@ -131,11 +138,11 @@ def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
 
 
 def _prelu(graph: Graph, layer: QuantPReLU, x: Codes) -> Codes:
-    slope_C, scale = layer.int_slope()
-    scaled = _scaled(graph, x, slope_C, scale, layer.out)
-    same = x if layer.own is None else _scaled(graph, x, torch.ones_like(slope_C), torch.ones(()), layer.out)
+    (slope_C, scale), out = layer.int_slope(), layer.leaves()
+    scaled = _scaled(graph, x, slope_C, scale, out)
+    same = x if layer.own is None else _scaled(graph, x, torch.ones_like(slope_C), torch.ones(()), out)
     greater = graph.node("Max", same.name, scaled.name)
-    return Codes(graph.capped(greater, layer.out.bits), scaled.scale, scaled.zero_point)
+    return Codes(graph.capped(greater, out.bits), scaled.scale, scaled.zero_point)
 
 
 def _scaled(graph: Graph, x: Codes, factor_C: Tensor, scale: Tensor, quantiser: ActQuant) -> Codes:
@@ -145,5 +152,6 @@ def _scaled(graph: Graph, x: Codes, factor_C: Tensor, scale: Tensor, quantiser: 
     return graph.quantised(product, quantiser, capped=False)
 
 
-def _geometry(conv: Any) -> dict[str, Any]:
+def _geometry(layer: QuantConv) -> dict[str, int | Sequence[int]]:
+    conv = layer.layer
     return {"kernel_shape": conv.kernel_size, "strides": conv.stride, "pads": conv.padding * 2, "group": conv.groups}

@@ -15,7 +15,7 @@ PReLU or an addition in float.
 Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, assert_never
 
@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from fr_core.config.nets import QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
-from fr_core.nets.fold_bn import bound_slopes, folded
-from fr_core.nets.iresnet import IResNet
+from fr_core.nets.fold_bn import bound_slopes, convolution, folded
+from fr_core.nets.iresnet import IResBlock, IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.prelu import prelu
 
@@ -103,16 +103,22 @@ class IntegerLayer(nn.Module):
     """A layer that knows the quantisers of what it reads, once it stands in a net of scheme ``integer``."""
 
     reads: tuple[ActQuant, ...] = ()
+    out: nn.Module  # the quantiser of what it leaves, or in scheme ``quantface`` an identity; the last layer has none
 
     def exact(self) -> bool:
         """Whether to compute with integers: not in training, which needs gradients."""
         return not self.training and bool(self.reads)
 
+    def leaves(self) -> ActQuant:
+        """The quantiser of what it leaves, in scheme ``integer``."""
+        assert isinstance(self.out, ActQuant)
+        return self.out
+
 
 class Weighted(IntegerLayer):
     """A layer with quantised weights: Brevitas's ``layer`` for the float one, with its weights and bias."""
 
-    def __init__(self, layer: Any, plain: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, layer: qnn.QuantConv2d | qnn.QuantLinear, plain: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.layer = layer
         self.layer.load_state_dict(plain.state_dict())
@@ -136,14 +142,14 @@ class QuantConv(Weighted):
     def __init__(self, conv: nn.Conv2d, config: QuantisedNet, out: nn.Module) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
         super().__init__(qnn.QuantConv2d(*shape, groups=conv.groups, **_weight_quant(config)), conv)
-        self.out: Any = out
+        self.out = out
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
         if not self.exact():
             return self.out(self.layer(x_BIHW))
         (read,), conv, (weight, scale_O, bias_O) = self.reads, self.layer, self.integers()
         sums_BOHW = F.conv2d(read.codes(x_BIHW), weight.float(), None, conv.stride, conv.padding, 1, conv.groups)
-        return self.out.of_sums(sums_BOHW + bias_O[:, None, None], (read.scale * scale_O)[:, None, None])
+        return self.leaves().of_sums(sums_BOHW + bias_O[:, None, None], (read.scale * scale_O)[:, None, None])
 
 
 class QuantLinear(Weighted):
@@ -178,16 +184,16 @@ class QuantPReLU(IntegerLayer):
         self.own = out
 
     @property
-    def out(self) -> Any:
+    def out(self) -> nn.Module:  # type: ignore[override]  # may be that of the layer before
         return self.own or self.reads[0]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.exact():
             return self.out(prelu(x_BCHW, self._slopes()))
         (read,), (slope_C, scale) = self.reads, self.int_slope()
-        codes_BCHW = read.codes(x_BCHW)
-        scaled_BCHW = self.out.of_sums(codes_BCHW * slope_C[:, None, None], read.scale * scale)
-        return torch.maximum(self.out.of_sums(codes_BCHW, read.scale), scaled_BCHW)
+        codes_BCHW, out = read.codes(x_BCHW), self.leaves()
+        scaled_BCHW = out.of_sums(codes_BCHW * slope_C[:, None, None], read.scale * scale)
+        return torch.maximum(out.of_sums(codes_BCHW, read.scale), scaled_BCHW)
 
     def int_slope(self) -> tuple[Tensor, Tensor]:
         """int8 [C] and its scale, float32 scalar."""
@@ -210,16 +216,16 @@ class QuantAdd(IntegerLayer):
 
     def __init__(self, out: nn.Module) -> None:
         super().__init__()
-        self.out: Any = out
+        self.out = out
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
         if not self.exact():
             return self.out(a_BCHW + b_BCHW)
-        a, b = self.reads
-        ratio_a, ratio_b = a.scale / self.out.scale, b.scale / self.out.scale
-        offset = self.out.zero_point - _fused(ratio_a, a.zero_point, ratio_b * b.zero_point)
+        (a, b), out = self.reads, self.leaves()
+        ratio_a, ratio_b = a.scale / out.scale, b.scale / out.scale
+        offset = out.zero_point - _fused(ratio_a, a.zero_point, ratio_b * b.zero_point)
         sum_BCHW = _fused(b.codes(b_BCHW) + b.zero_point, ratio_b, offset)
-        return self.out.of_codes(_fused(a.codes(a_BCHW) + a.zero_point, ratio_a, sum_BCHW).round())
+        return out.of_codes(_fused(a.codes(a_BCHW) + a.zero_point, ratio_a, sum_BCHW).round())
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -252,22 +258,22 @@ class Quantised(Backbone):
         super().__init__()
         self.input_size, self.embedding, self.input_std = net.input_size, net.embedding, net.input_std
         self.scheme, self.weights, self.activations = config.scheme, config.weights, config.activations
-        plain: Any = folded(net, channelwise=True)
+        plain = folded(net, channelwise=True)
         if config.scheme == "integer":
             bound_slopes(plain)
-        match net:
+        match plain:
             case IResNet():
                 layers = _iresnet_layers(plain, config)
             case MobileFaceNet():
                 layers = _mobilefacenet_layers(plain, config)
             case _ as unknown:
                 assert_never(unknown)
-        self.layers = nn.Sequential(
-            _pixels(self.input_std, config), *layers, nn.Flatten(), QuantLinear(plain.fc, config)
-        )
+        pixels = _pixels(self.input_std, config)
+        chain = [*layers, nn.Flatten(), QuantLinear(plain.fc, config)]
+        self.layers = nn.Sequential(pixels, *chain)
         self.requires_grad_(True)
-        if config.scheme == "integer":
-            _connect(self.layers)
+        if isinstance(pixels, ActQuant):
+            _connect(chain, pixels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
@@ -279,40 +285,39 @@ class Quantised(Backbone):
         return {name: module for name, module in self.layers[1:].named_modules() if isinstance(module, ActQuant)}
 
 
-def _connect(layers: Any, read: Any = None) -> Any:
+def _connect(layers: Iterable[nn.Module], read: ActQuant) -> ActQuant:
     """Tells the layers of a chain the quantisers of what they read; the quantiser of what the last one leaves."""
     for layer in layers:
-        if isinstance(layer, ResidualPath):
-            layer.add.reads = (_connect(layer.branch, read), _connect([layer.skip], read) if layer.skip else read)
-            read = layer.add.out
-        elif isinstance(layer, ActQuant):
-            read = layer
-        elif isinstance(layer, IntegerLayer):
-            layer.reads = (read,)
-            read = getattr(layer, "out", None)
+        match layer:
+            case ResidualPath():
+                layer.add.reads = (_connect(layer.branch, read), _connect([layer.skip], read) if layer.skip else read)
+                read = layer.add.leaves()
+            case QuantConv() | QuantPReLU():
+                layer.reads = (read,)
+                read = layer.leaves()
+            case QuantLinear():
+                layer.reads = (read,)
     return read
 
 
-def _iresnet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]:
+def _iresnet_layers(net: IResNet, config: QuantisedNet) -> Iterator[nn.Module]:
     yield from _conv_prelu(net.conv1, net.prelu, config)
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        for block in stage:
-            norm = QuantConv(block.bn1, config, _read(config)) if config.scheme == "integer" else block.bn1
-            branch = [
-                norm,
-                *_conv_prelu(block.conv1, block.prelu, config),
-                QuantConv(block.conv2, config, _left(config)),
-            ]
-            skip = block.downsample and block.downsample[0]
-            if skip and config.scheme == "integer":
-                skip = QuantConv(skip, config, _left(config))
-            yield ResidualPath(nn.Sequential(*branch), skip, QuantAdd(_read(config)))
+    for block in [module for module in net.modules() if isinstance(module, IResBlock)]:
+        norm, skip = convolution(block.bn1), block.downsample and convolution(block.downsample[0])
+        integer = config.scheme == "integer"
+        branch = [
+            QuantConv(norm, config, _read(config)) if integer else norm,
+            *_conv_prelu(block.conv1, block.prelu, config),
+            QuantConv(block.conv2, config, _left(config)),
+        ]
+        way = QuantConv(skip, config, _left(config)) if skip and integer else skip
+        yield ResidualPath(nn.Sequential(*branch), way, QuantAdd(_read(config)))
 
 
-def _mobilefacenet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]:
+def _mobilefacenet_layers(net: MobileFaceNet, config: QuantisedNet) -> Iterator[nn.Module]:
     yield from _conv_prelu(net.stem.conv, net.stem.prelu, config)
     yield from _conv_prelu(net.stem_depthwise.conv, net.stem_depthwise.prelu, config)
-    for block in (*net.stage3, *net.stage4, *net.stage5):
+    for block in net.bottlenecks():
         inside = (block.expand, block.depthwise)
         branch = [layer for part in inside for layer in _conv_prelu(part.conv, part.prelu, config)]
         out = _left(config) if block.residual else _read(config)
@@ -322,8 +327,9 @@ def _mobilefacenet_layers(net: Any, config: QuantisedNet) -> Iterator[nn.Module]
     yield QuantConv(net.pool.conv, config, _read(config))
 
 
-def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU, config: QuantisedNet) -> list[nn.Module]:
+def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU | None, config: QuantisedNet) -> list[nn.Module]:
     """With one quantiser for both where it may have 8 bits: slopes are at most 1, so what goes in spans more."""
+    assert prelu is not None
     alike = config.scheme == "integer" and config.activations == 8
     return [QuantConv(conv, config, _left(config)), QuantPReLU(prelu, config, None if alike else _read(config))]
 
@@ -347,6 +353,6 @@ def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
     return quantiser
 
 
-def _weight_quant(config: QuantisedNet) -> dict[str, Any]:
+def _weight_quant(config: QuantisedNet) -> dict[str, object]:
     scheme = Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
     return {"weight_quant": scheme, "weight_bit_width": config.weights}

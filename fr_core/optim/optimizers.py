@@ -1,11 +1,12 @@
 """Optimisers: PyTorch's, LARS for large batches, Muon for short runs, and SGD on single rows for the class matrix."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.optimizer import ParamsT
 
 from fr_core.config import Config
 from fr_core.config.methods import BigFace
@@ -32,7 +33,7 @@ class RowSGD(torch.optim.Optimizer):
         return TileSGD(self._momentum(param), group["lr"], group["momentum"], group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -58,12 +59,12 @@ class LayerwiseSGD(torch.optim.Optimizer):
     ``adapt = False``, and for tensors or gradients that are all zero, r = 1.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
         super().__init__(params, given)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -91,11 +92,11 @@ class OrthogonalSGD(torch.optim.Optimizer):
     m filters. In groups with ``adapt = False`` a tensor moves by SGD: v ← μ·v + g + λ·w, w ← w − η·v.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             for param in group["params"]:
@@ -138,7 +139,7 @@ def make_optimizers(
     optim, scale = config.optim, config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
     trained = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay}
-    vectors: dict[str, Any] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    vectors: dict[str, object] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
     given: dict[str, Any] = {"lr": scale * optim.lr, "weight_decay": optim.weight_decay}
     made: type[torch.optim.Optimizer]
     match optim:
@@ -154,6 +155,8 @@ def make_optimizers(
             made, given = OrthogonalSGD, given | {"momentum": optim.momentum}
             vectors |= {"adapt": False, "lr": scale * optim.sgd.lr, "momentum": optim.sgd.momentum}
             vectors["weight_decay"] = optim.sgd.weight_decay
+        case _ as unknown:
+            assert_never(unknown)
     groups = [group for group in (matrices, vectors) if group["params"]]
     if optim.shard_state and ranks.size > 1:
         body: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=made, **given)

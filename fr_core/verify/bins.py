@@ -45,17 +45,17 @@ def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
     return images, [bool(flag) for flag in flags]
 
 
-def read_plain_pickle(data: bytes) -> Any:
+def read_plain_pickle(data: bytes) -> object:
     """What a pickle of plain values holds; strings of bytes stay bytes.
 
     Raises:
         ValueError: it is damaged, or would build or call anything else.
         IndexError, KeyError, TypeError, AttributeError: it is damaged.
     """
-    stack: list[Any] = []
+    stack: list[object] = []
     marks: list[int] = []  # where the stack's open parts begin
-    memo: dict[int, Any] = {}
-    argument: Any
+    memo: dict[int, object] = {}
+    argument: Any  # of a kind that goes with the opcode
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in ("PROTO", "FRAME"):
@@ -97,16 +97,17 @@ def read_plain_pickle(data: bytes) -> Any:
         elif name == "GLOBAL" and argument == "_codecs encode":
             stack.append(ENCODE)
         elif name == "REDUCE" and stack[-2] is ENCODE:
-            text, encoding = stack.pop()
-            if encoding != "latin1":
-                raise ValueError("bytes in another encoding than latin1")
-            stack[-1] = text.encode("latin-1")
+            match stack.pop():
+                case (str(text), "latin1"):
+                    stack[-1] = text.encode("latin-1")
+                case _:
+                    raise ValueError("bytes in another encoding than latin1")
         else:
             raise ValueError(f"it would run {name} {argument if isinstance(argument, str) else ''}".strip())
     raise ValueError("truncated")
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[object]:
     if not isinstance(value, list):
         raise ValueError("damaged")
     return value

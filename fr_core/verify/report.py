@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ CURVE_POINTS = 400
 SMALLER_IS_BETTER = re.compile(r"(^|[/_])(mfr|fnmr_at_fmr_1e-\d+|loss|seconds|mib)$")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What the figures were measured on."""
     import torch
 
@@ -39,13 +38,18 @@ def smaller_is_better(figure: str) -> bool:
     return bool(SMALLER_IS_BETTER.search(figure))
 
 
-def report(command: str, figures: Mapping[str, float], **more: Any) -> dict[str, Any]:
+def report(command: str, figures: Mapping[str, float], **more: object) -> dict[str, object]:
     """The JSON object that every command writes: command, version, machine, figures, and what else it has to say."""
-    own = {"command": command, "version": version("bigface"), "machine": machine(), "figures": dict(figures)}
+    own: dict[str, object] = {
+        "command": command,
+        "version": version("bigface"),
+        "machine": machine(),
+        "figures": dict(figures),
+    }
     return own | more
 
 
-def write_report(path: AnyPath, content: Mapping[str, Any]) -> None:
+def write_report(path: AnyPath, content: Mapping[str, object]) -> None:
     """Writes a report, whole or not at all; NaN is refused.
 
     Raises:

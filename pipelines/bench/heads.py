@@ -4,11 +4,11 @@ Legend: B batch, D embedding, N identities, S slots of a queue, T classes of one
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.heads.streamed import Softmax, tile_size
 from fr_core.optim.optimizers import RowSGD, head_optimizer
 from fr_core.ranks import Ranks
-from pipelines.bench.turns import CPU, answer, child, ratio
+from pipelines.bench.turns import CPU, Turn, answer, child, ratio
 
 ARCFACE = Margin(scale=64, m2=0.5, m3=0)
 MILLION = 1_029_950  # identities of WebFace21M in AttFC's table 2
@@ -194,7 +194,7 @@ def _measured(
 
 
 @contextmanager
-def _children(problems: list[Any]) -> Iterator[list[Callable[[str], Any]]]:
+def _children(problems: Sequence[tuple[Head | Queue, int]]) -> Iterator[list[Turn]]:
     if not problems:
         yield []
         return
@@ -207,14 +207,23 @@ def _serve(questions: Connection, problem: Head | Queue, identities: int) -> Non
         torch.set_num_threads(problem.threads)
     else:
         use_processor(problem.threads)
-    stepper = _head_stepper if isinstance(problem, Head) else _queue_stepper
     small = replace(problem, slots=max(WARM_ROWS, problem.batch)) if isinstance(problem, Queue) else problem
-    stepper(small, WARM_ROWS)()
+    _stepper(small, WARM_ROWS)()
     base = peak_memory(CPU)
-    answer(questions, stepper(problem, identities), base)
+    answer(questions, _stepper(problem, identities), base)
 
 
-def _head_stepper(head: Any, identities: int) -> Callable[[], float]:
+def _stepper(problem: Head | Queue, identities: int) -> Callable[[], float]:
+    match problem:
+        case Head():
+            return _head_stepper(problem, identities)
+        case Queue():
+            return _queue_stepper(problem, identities)
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def _head_stepper(head: Head, identities: int) -> Callable[[], float]:
     random = torch.Generator().manual_seed(0)
     x_BD = torch.randn(head.batch, head.embedding, generator=random)
     labels_B = torch.randint(0, identities, (head.batch,), generator=random)
@@ -278,7 +287,7 @@ def _products(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -
     return step
 
 
-def _queue_stepper(problem: Any, identities: int) -> Callable[[], float]:
+def _queue_stepper(problem: Queue, identities: int) -> Callable[[], float]:
     random = torch.Generator().manual_seed(0)
     x_BD = torch.randn(problem.batch, problem.embedding, generator=random)
     centres_BD = F.normalize(x_BD + torch.randn(x_BD.shape, generator=random))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.crops import encode, read_rgb, similarity, warped
 from fr_core.data.synthetic import render_face
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
@@ -72,7 +73,7 @@ def name_of(config: Net) -> str:
 
 
 @torch.no_grad()
-def settled(config: Net) -> nn.Module:
+def settled(config: Net) -> Backbone:
     """A random net whose norms have the statistics of a batch of noise, so that deep ones do not overflow."""
     net = on_device(build_net(config), CPU)
     for module in net.modules():
@@ -85,7 +86,7 @@ def settled(config: Net) -> nn.Module:
 
 @torch.inference_mode()
 def _row(
-    name: str, net: Any, align_ms: float, budget_ms: float, repeats: int, say: Callable[[str], None]
+    name: str, net: Backbone, align_ms: float, budget_ms: float, repeats: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     with TemporaryDirectory(prefix="bigface-") as folder:
         forms = {"onnx": net} if isinstance(net, OnnxNet) else _forms(net, Path(folder))
@@ -106,7 +107,7 @@ def _row(
     return row
 
 
-def _forms(net: Any, folder: Path) -> dict[str, nn.Module]:
+def _forms(net: Backbone, folder: Path) -> dict[str, nn.Module]:
     inference = on_device(folded(net), CPU)
     forms: dict[str, nn.Module] = {"plain": net, "folded": inference}
     if installed():

@@ -4,7 +4,7 @@ Legend: B batch, C channels, H W pixels.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,10 @@ import torch
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
+from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import folded
+from fr_core.nets.iresnet import IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, saturates, write_onnx
 from fr_core.nets.open import normalised, open_net
 from fr_core.ranks import Ranks
@@ -37,7 +40,7 @@ def bench_quant(
     repeats: int,
     say: Callable[[str], None],
     nets: Sequence[FloatNet] = NETS,
-) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, object]]:
     """Nets as three ONNX files that take turns: integers, calibrated on drawn faces; float32 as ``bigface export``
     writes it; and ``plain`` float32, whose PReLU is one operator, as PyTorch exports it.
 
@@ -60,7 +63,7 @@ def bench_quant(
     figures: dict[str, float] = {}
     with one_thread():
         for config, name, plain in _nets(model, net, nets):
-            quantised: Any = _calibrated(plain, QuantisedNet(net=config, weights=weights, activations=activations))
+            quantised = _calibrated(plain, QuantisedNet(net=config, weights=weights, activations=activations))
             row, found = _row(plain, quantised, repeats)
             say(f"{name}: " + ", ".join(f"{form} {row[f'{form}_ms']:,.2f} ms" for form in FORMS))
             rows.append({"net": name} | row)
@@ -73,7 +76,7 @@ def bench_quant(
     return rows, figures, processor
 
 
-def _nets(model: str | None, net: str | None, nets: Sequence[FloatNet]) -> Any:
+def _nets(model: str | None, net: str | None, nets: Sequence[FloatNet]) -> Iterator[tuple[FloatNet, str, Backbone]]:
     """Config, name and module of each."""
     if model is None:
         yield from ((config, short_name(config), settled(config)) for config in nets)
@@ -88,10 +91,11 @@ def short_name(config: FloatNet) -> str:
     return name_of(config).replace("iresnet", "r")
 
 
-def _calibrated(plain: Any, config: QuantisedNet) -> Any:
+def _calibrated(plain: Backbone, config: QuantisedNet) -> Backbone:
     from fr_core.nets.calibration import calibrate
     from fr_core.nets.quantised import Quantised
 
+    assert isinstance(plain, IResNet | MobileFaceNet)
     net = Quantised(plain, config)
     calibrate(net, lambda: [_faces(net.input_size, net.input_std)], Ranks(), config)
     return net.requires_grad_(False)
@@ -103,7 +107,7 @@ def _faces(size: int, std: float) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _row(plain: Any, quantised: Any, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def _row(plain: Backbone, quantised: Backbone, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     x_BCHW = _faces(plain.input_size, plain.input_std)
     with TemporaryDirectory(prefix="bigface-") as folder:
         files = {form: Path(folder) / f"{form}.onnx" for form in FORMS}

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -19,6 +19,10 @@ from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.train.metrics import read_metrics
 from fr_core.verify.pairs import write_pairs
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
+    from ray.cluster_utils import Cluster
 
 CPUS: dict[str, Any] = {"num_cpus": 4}  # of each node, whatever the machine has
 WORKERS = 2  # one a node
@@ -77,7 +81,7 @@ def _config(scratch: Path, steps: int, save_every: int) -> Config:
 
 
 @contextmanager
-def _two_nodes() -> Iterator[tuple[Any, Any]]:
+def _two_nodes() -> Iterator[tuple["Cluster", "Node"]]:
     """A cluster of two raylets, and the node that is not its head."""
     import ray
     from ray.cluster_utils import Cluster

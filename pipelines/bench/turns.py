@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 from fr_core.device import peak_memory
 
 CPU = torch.device("cpu")
+Turn = Callable[[str], tuple[float, float]]
 
 
 @contextmanager
-def child(serve: Callable[..., None], *problem: Any) -> Iterator[Callable[[str], Any]]:
+def child(serve: Callable[..., None], *problem: object) -> Iterator[Turn]:
     """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -27,7 +27,7 @@ def child(serve: Callable[..., None], *problem: Any) -> Iterator[Callable[[str],
     process.start()
     theirs.close()
 
-    def turn(question: str) -> Any:
+    def turn(question: str) -> tuple[float, float]:
         ours.send(question)
         return ours.recv()
 

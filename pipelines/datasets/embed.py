@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Recogniser, open_net
-from pipelines.on_ray import capacity, cluster_machines, mapped, start_ray
+from pipelines.on_ray import Row, capacity, cluster_machines, mapped, start_ray
 
 
 class ShardEmbedder:
@@ -35,7 +34,7 @@ class ShardEmbedder:
             raise UserError(f"{ref} changed while it was used; name one of its checkpoints")
         self.out, self.facts, self.threads = out, facts, ThreadPoolExecutor(threads)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Row) -> Row:
         """Writes the embeddings of shard ``row["shard"]``, a row group of images in memory at a time."""
         shard, size = int(row["shard"]), self.recogniser.net.input_size
         ids, labels, parts = [], [], []
@@ -117,12 +116,12 @@ def weights_checksum(recogniser: Recogniser) -> str:
 Actor = tuple[str, str | None, AnyPath, Path, Facts]  # what a ShardEmbedder is made of, but for its threads
 
 
-def _here(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
+def _here(actor: Actor, shards: list[int]) -> Iterator[Row]:
     embedder = ShardEmbedder(*actor, torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that there are
     return (embedder({"shard": shard}) for shard in shards)
 
 
-def _by_ray(actor: Actor, shards: list[int]) -> Iterator[dict[str, Any]]:
+def _by_ray(actor: Actor, shards: list[int]) -> Iterator[Row]:
     start_ray()
     cpus, cards = map(int, capacity(cluster_machines()))
     actors = min(len(shards), cards or cpus)

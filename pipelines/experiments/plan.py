@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from fr_core.config import Config
 from fr_core.config.methods import Distill
@@ -12,6 +11,7 @@ from fr_core.train.check import check_shares
 from fr_core.train.memory import memory
 
 GIB = 2**30
+Changes = dict[str, dict[str, object]]  # fields by their section
 FUSED, WHOLE = {"update": "fused"}, {"accumulate": 1, "precision": "bfloat16"}
 
 
@@ -76,7 +76,7 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
     return "No single knob mends it: use more cards and a smaller batch together."
 
 
-def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]]:
+def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
     """Changes from the mildest on: the same training first, then the same in expectation, then another one."""
     batch, method = config.train.global_batch, config.method
     if method.leaner:
@@ -86,7 +86,7 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]
     for factor in (2, 4, 8, 16):
         accumulate = config.train.accumulate * factor
         if batch % (gpus * accumulate) == 0 and batch // (gpus * accumulate) > 1:
-            changes: dict[str, Any] = {"train": {"accumulate": accumulate}}
+            changes: Changes = {"train": {"accumulate": accumulate}}
             looked_at = config.train.ghost_batch or batch // gpus // accumulate
             words = f"train.accumulate={accumulate} (batch norm over {looked_at} images)"
             if method.in_parts:
@@ -107,11 +107,11 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, dict[str, Any], int]
             yield f"train.global_batch={batch // factor}", {"train": {"global_batch": batch // factor}}, gpus
 
 
-def written(fields: Mapping[str, Any]) -> str:
+def written(fields: Mapping[str, object]) -> str:
     return " ".join(f"method.{name}={value}" for name, value in fields.items())
 
 
-def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+def changed(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:
     """The config with some fields of some sections replaced, validated. A ``kind`` begins its section anew."""
     tree = config.model_dump()
     for section, fields in changes.items():

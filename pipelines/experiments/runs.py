@@ -8,13 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fr_core.config.recipes import flat
 from fr_core.errors import UserError
 from fr_core.train.metrics import read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.verify.report import smaller_is_better
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as TrackedRun
 
 TAR = "tar_at_far_1e-3"
 
@@ -94,7 +97,7 @@ def run_facts(trees: Iterable[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _tracked(run: Any) -> Run:
+def _tracked(run: "TrackedRun") -> Run:
     """Of MLflow's."""
     params, info = run.data.params, run.info
     end = info.end_time or (time.time() * 1000 if info.status == "RUNNING" else None)

@@ -4,11 +4,11 @@ import csv
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from fr_core.config import Config
 from fr_core.data.store import AnyPath, find, writable, write_text_atomically, written
@@ -16,7 +16,12 @@ from fr_core.errors import UserError
 from fr_core.train.mlflow_runs import open_mlflow
 from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
 from fr_core.verify.report import smaller_is_better
-from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, Uniform, grid, with_values
+from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, StepShare, Uniform, grid, with_values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from ray.tune import ResultGrid
+    from ray.tune.search.sample import Domain as RayDomain
 
 try:
     import tomli_w
@@ -57,7 +62,7 @@ class Search:
 class Trial:
     name: str
     state: str  # finished, stopped by the scheduler, failed, or interrupted
-    values: dict[str, Any]
+    values: dict[str, float]
     figures: dict[str, float]
     reason: str = ""
 
@@ -66,7 +71,7 @@ def mode(figure: str) -> str:
     return "min" if smaller_is_better(figure) else "max"
 
 
-def ray_domain(domain: Domain, in_grid: bool) -> Any:
+def ray_domain(domain: Domain, in_grid: bool) -> "RayDomain | dict[str, Iterable[float]]":
     from ray import tune as ray_tune
 
     if in_grid:
@@ -80,30 +85,35 @@ def ray_domain(domain: Domain, in_grid: bool) -> Any:
             return ray_tune.randint(low, high + 1)
         case Choice(values):
             return ray_tune.choice(list(values))
+        case StepShare():
+            raise TypeError("at_steps makes numbers of steps of it")
+        case _ as unknown:
+            assert_never(unknown)
 
 
-def read_trials(results: Any, search: Search) -> list[Trial]:
+def read_trials(results: "ResultGrid", search: Search) -> list[Trial]:
     """All trials that were begun; those that the search's own end cut off are interrupted."""
     from ray.tune.result import AUTO_RESULT_KEYS
 
     trials = []
-    for result in results:
+    for number in range(len(results)):
+        result = results[number]
         try:
             with result.filesystem.open_input_file(f"{result.path}/params.json") as file:
                 given = json.loads(file.read())
         except FileNotFoundError:
             continue
-        name, reason = Path(result.path).name, ""
+        name, reason, metrics = Path(result.path).name, "", result.metrics or {}
         if result.error:
             state, last = "failed", str(result.error).strip().splitlines()[-1]
             reason = last.partition("Error: ")[2] or last
-        elif result.metrics.get("done"):
-            state = "finished" if WHOLE_RUN in result.metrics else "stopped"
+        elif metrics.get("done"):
+            state = "finished" if WHOLE_RUN in metrics else "stopped"
         else:
             state = "interrupted"
         numbers = {
             key: value
-            for key, value in result.metrics.items()
+            for key, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and key not in AUTO_RESULT_KEYS
         }
         values = {knob.name: given[knob.name] for knob in search.knobs}
@@ -182,7 +192,7 @@ def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyP
     return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
+def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, "Figure"]:
     """Optuna's: parallel coordinates and importances (PED-ANOVA) of the first objective, or the Pareto front."""
     import matplotlib
 
@@ -201,17 +211,19 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, Any]:
             values = [trial.figures[name] for name in names]
             past = optuna.trial.create_trial(params=trial.values, distributions=distributions, values=values)
             study.add_trial(past)
-    made: dict[str, Any] = {}
-    first: dict[str, Any] = {"target_name": names[0]}  # and no target where it is the only one: the best are dark
-    if search.against:
-        first["target"] = lambda t: t.values[0]
+    made: dict[str, Any] = {}  # Axes of Matplotlib
+    first = (lambda t: t.values[0]) if search.against else None  # none where it is the only one: the best are dark
     with warnings.catch_warnings(action="ignore"):  # Optuna's, that its pictures are experimental
-        made["parallel"] = plots.plot_parallel_coordinate(study, **first)
+        made["parallel"] = plots.plot_parallel_coordinate(study, target=first, target_name=names[0])
         made["parallel"].figure.set_size_inches(1.8 * (1 + len(search.knobs)), 5)  # axes' numbers stand beside them
         if len({trial.values[0] for trial in study.trials}) > 1:  # else nothing mattered
             sign = -1 if mode(names[0]) == "max" else 1  # PED-ANOVA asks what makes its target low
-            low: dict[str, Any] = {"target": lambda t: sign * t.values[0], "target_name": names[0]}
-            made["importance"] = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), **low)
+            made["importance"] = plots.plot_param_importances(
+                study,
+                evaluator=PedAnovaImportanceEvaluator(),
+                target=lambda t: sign * t.values[0],
+                target_name=names[0],
+            )
             made["importance"].get_legend().remove()  # one target, which the axis names
         if search.against:
             made["pareto"] = plots.plot_pareto_front(study, target_names=names)

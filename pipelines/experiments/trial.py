@@ -3,10 +3,10 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fr_core.config import Config, total_steps
 from fr_core.config.nets import QuantisedNet
@@ -16,13 +16,33 @@ from fr_core.errors import StorageError, UserError
 from fr_core.train.checkpoint import take_over
 from pipelines.gauges import Gauges
 from pipelines.logs import start_logging, tell
-from tune_spaces.fields import with_values
+from tune_spaces.fields import Knob, with_values
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+    from ray.train.v2._internal.execution.context import TrainRunContext
 
 MISTAKE = "mistake.txt"  # in a trial's folder: the user's, which another life would only repeat
 TURN = 2.0  # seconds between looks for a free turn
 
 
-def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
+class Launch(TypedDict):
+    """What all trials of a search have in common."""
+
+    config: dict[str, Any]  # in JSON
+    knobs: Sequence[Knob]
+    trials: str  # the folder of their runs
+    steps_per_epoch: int
+    workers: int
+    in_process: bool
+    pbt: bool
+    judged: bool  # by a scheduler
+    cpus: float  # of each worker
+    at_once: int  # trials
+    objectives: list[str]
+
+
+def run_trial(values: dict[str, float], launch: Launch) -> None:
     """What a trial's process runs: the recipe with its values, from its newest checkpoint or the one given."""
     from ray import tune as ray_tune
 
@@ -58,14 +78,14 @@ def run_trial(values: dict[str, Any], launch: dict[str, Any]) -> None:
     ray_tune.report({**figures, "step": total, "done": True})  # done: no scheduler puts it off once more
 
 
-def judged(metrics: dict[str, float], launch: dict[str, Any], total: int) -> bool:
+def judged(metrics: dict[str, float], launch: Launch, total: int) -> bool:
     """Whether a scheduler hears of it: not of the last step, whose report is the whole run's, nor of a checkpoint
     without figures, as one for a drained node.
     """
-    return bool(launch["judged"]) and metrics["step"] < total and all(name in metrics for name in launch["objectives"])
+    return launch["judged"] and metrics["step"] < total and all(name in metrics for name in launch["objectives"])
 
 
-def train_here(config: Config, out: AnyPath, launch: dict[str, Any], total: int) -> dict[str, float]:
+def train_here(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
     """By this process alone."""
     from ray import tune as ray_tune
 
@@ -88,14 +108,16 @@ def train_here(config: Config, out: AnyPath, launch: dict[str, Any], total: int)
     return train_loop(config, out, Ranks(), blocks_in_process, heard)
 
 
-def train_in_trial(config: Config, out: AnyPath, launch: dict[str, Any], total: int) -> dict[str, float]:
+def train_in_trial(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
     """By Ray Train's workers, whose reports Ray Tune hears."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from pipelines.on_ray import train_on_ray
 
     class ToTune(TuneReportCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        def after_report(
+            self, run_context: "TrainRunContext", metrics: list[dict[str, float]], checkpoint: "Checkpoint | None"
+        ) -> None:
             if judged(metrics[0], launch, total):
                 super().after_report(run_context, metrics, checkpoint)
 

@@ -8,12 +8,12 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from pipelines.experiments.search import (
     table,
     write_results,
 )
-from pipelines.experiments.trial import MISTAKE, run_trial
+from pipelines.experiments.trial import MISTAKE, Launch, run_trial
 from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging
 from pipelines.train import trackable, with_absolute_paths
@@ -56,6 +56,13 @@ from tune_spaces.fields import (
     check_knobs,
     grid,
 )
+
+if TYPE_CHECKING:
+    from ray.tune import Callback, Tuner
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial as TuneTrial
+    from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+    from ray.tune.search import SearchAlgorithm, Searcher
 
 RUNGS = 8  # verifications of a trial; ASHA looks after 1, 2 and 4 of them
 DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its work
@@ -122,7 +129,7 @@ def tune(
     parent = Comparison(tracking, out, anew=not resume) if tracking.uri != "off" else None
     rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
     base = tracked(search, rung, parent)
-    launch = {
+    launch: Launch = {
         "config": base.model_dump(mode="json"),
         "knobs": search.knobs,
         "trials": str(out / "trials"),
@@ -281,10 +288,10 @@ def claim(search: Search, out: AnyPath, resume: bool, at_once: int, told: bool =
 
 def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
     """The trials' config: they save and verify where the scheduler looks, and stand under the parent in MLflow."""
-    changes: dict[str, Any] = {"save_every": rung, "log_every": min(rung, search.config.train.log_every)}
+    changes: dict[str, object] = {"save_every": rung, "log_every": min(rung, search.config.train.log_every)}
     if search.stop != "none":
         changes["verify_every"] = rung
-    update: dict[str, Any] = {"train": search.config.train.model_copy(update=changes)}
+    update: dict[str, object] = {"train": search.config.train.model_copy(update=changes)}
     if parent:
         child = {"uri": parent.uri, "parent": parent.run_id}
         update["tracking"] = search.config.tracking.model_copy(update=child)
@@ -292,8 +299,14 @@ def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
 
 
 def make_tuner(
-    search: Search, out: AnyPath, trainable: Any, held: dict[str, float], at_once: int, rung: int, resume: bool
-) -> Any:
+    search: Search,
+    out: AnyPath,
+    trainable: Callable[[dict[str, float]], None],
+    held: dict[str, float],
+    at_once: int,
+    rung: int,
+    resume: bool,
+) -> "Tuner":
     """Ray Tune's view of the search; a resumed one knows its own searcher and callbacks."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
@@ -315,12 +328,12 @@ def make_tuner(
         )
     remove_folder(out / "ray")  # of a search that ended before Tune first saved its state
     several, judge = len(search.objectives) > 1, scheduler(search, space, rung)
-    goal: dict[str, Any] = {} if several else {"metric": search.objective, "mode": mode(search.objective)}
     return ray_tune.Tuner(
         trainable,
         param_space=space,
         tune_config=ray_tune.TuneConfig(
-            **goal,
+            metric=None if several else search.objective,
+            mode=None if several else mode(search.objective),
             search_alg=searcher(search, at_once),
             scheduler=judge,
             num_samples=1 if search.search == "grid" else search.trials,
@@ -340,7 +353,7 @@ def make_tuner(
     )
 
 
-def searcher(search: Search, at_once: int) -> Any:
+def searcher(search: Search, at_once: int) -> "Searcher | SearchAlgorithm":
     if search.search == "tpe":
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -357,7 +370,7 @@ def searcher(search: Search, at_once: int) -> Any:
     return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
 
 
-def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
+def scheduler(search: Search, space: dict[str, Any], rung: int) -> "TrialScheduler | None":
     """Time is a run's steps, which a resumed trial goes on counting."""
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
@@ -380,7 +393,7 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> Any:
     return None
 
 
-def population() -> Any:
+def population() -> "type[PopulationBasedTraining]":
     """Tune's population based training, which would wait for ever for a trial that failed, and for one that a resumed
     search has not heard of.
     """
@@ -388,10 +401,10 @@ def population() -> Any:
     from ray.tune.schedulers import PopulationBasedTraining
 
     class Population(PopulationBasedTraining):
-        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        def on_trial_error(self, tune_controller: "TuneController", trial: TuneTrial) -> None:
             self._trial_state[trial].last_train_time = sys.maxsize
 
-        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        def choose_trial_to_run(self, tune_controller: "TuneController") -> TuneTrial | None:
             chosen = super().choose_trial_to_run(tune_controller)
             waiting = [trial for trial in tune_controller.get_trials() if trial.status == TuneTrial.PAUSED]
             running = any(trial.status == TuneTrial.RUNNING for trial in tune_controller.get_trials())
@@ -404,10 +417,10 @@ def population() -> Any:
     return Population
 
 
-def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
+def bounded(knobs: Sequence[Knob], values: dict[str, float]) -> dict[str, float]:
     """The values, those beyond an end of their domain put on it, those beside a choice on the nearest one."""
 
-    def inside(domain: Domain, value: Any) -> Any:
+    def inside(domain: Domain, value: float) -> float:
         if isinstance(domain, Choice):
             return value if value in domain.values else min(domain.values, key=lambda one: abs(one - value))
         return min(max(value, domain.low), domain.high)
@@ -415,7 +428,7 @@ def bounded(knobs: Sequence[Knob], values: dict[str, Any]) -> dict[str, Any]:
     return values | {knob.name: inside(knob.domain, values[knob.name]) for knob in knobs}
 
 
-def ended_trials(search: Search, judge: Any) -> Any:
+def ended_trials(search: Search, judge: "TrialScheduler | None") -> "Callback":
     """A line for each trial that ends; and, for a search that goes on, what ASHA compares trials with: Tune keeps the
     states of searchers and callbacks, and none of schedulers.
     """
@@ -426,20 +439,23 @@ def ended_trials(search: Search, judge: Any) -> Any:
         def __init__(self) -> None:
             self.judge = judge  # an attribute: the same object as the search's also once both were pickled
 
-        def get_state(self) -> dict[str, Any] | None:
+        def get_state(self) -> dict[str, object] | None:
             return {"brackets": self.judge._brackets} if isinstance(self.judge, ASHAScheduler) else None
 
         def set_state(self, state: dict[str, Any]) -> None:
+            assert isinstance(self.judge, ASHAScheduler)
             self.judge._brackets = state["brackets"]
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list["TuneTrial"], trial: "TuneTrial", **info: object
+        ) -> None:
             figures = trial.last_result or {}
             scores = {name: figures[name] for name in search.objectives if name in figures}
             done = sum(other is trial or other.is_finished() for other in trials)
             facts = {"trial": trial.trial_id, "ended": f"{done}/{search.trials}", "step": figures.get("step", 0)}
             log.info("trial ended", extra={"facts": facts | scores})
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_error(self, iteration: int, trials: list["TuneTrial"], trial: "TuneTrial", **info: object) -> None:
             log.warning("trial failed", extra={"facts": {"trial": trial.trial_id}})
 
     return Ended()

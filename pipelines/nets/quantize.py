@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ def quantised_config(
     data_share: float = 1.0,
     calibrate_only: bool = False,
     overrides: Iterable[str] = (),
-    **fields: Any,
+    **fields: object,
 ) -> Config:
     """The config of a run that quantises a net.
 
@@ -178,8 +177,7 @@ def timed(net: Recogniser, int8: Path) -> dict[str, float]:
     face_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.net.input_size)[0]]))
     x_BCHW = normalised(face_BHWC, net.net.input_std)
     with one_thread(), TemporaryDirectory(prefix="bigface-") as folder:
-        plain: Any = net.net
-        write_onnx(folded(plain), Path(folder) / "float.onnx")
+        write_onnx(folded(net.net), Path(folder) / "float.onnx")
         files = {"float": Path(folder) / "float.onnx", "int8": int8}
         taken = in_turns({name: partial(open_onnx(file), x_BCHW) for name, file in files.items()}, REPEATS)
         mib = sum(file.stat().st_size for file in Path(folder).iterdir()) / MIB
@@ -205,7 +203,7 @@ def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """A value as it stands in a recipe; what is None is left out."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items() if part is not None) + "}"
