@@ -1,69 +1,23 @@
-"""What people already have: identity folders, archives of them, RecordIO, lists of files; and landmark tables.
-
-Listing a source reads names and positions, no pixels. An image's bytes are then read from where they lie
-(:func:`read_image`), by any process and in any order.
-"""
+"""What people already have, listed: identity folders, archives of them, RecordIO, Parquet, lists of files."""
 
 import csv
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from fr_core.data.archives import Member, read_zip_member, tar_members, zip_members
-from fr_core.data.crops import LONGEST, RejectedImage, read_file
+from fr_core.data.archives import Member, tar_members, zip_members
+from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
 from fr_core.data.parquet import unpack_parquet
-from fr_core.data.recordio import image_of, list_records, read_record
-from fr_core.data.store import AnyPath, LocalBytes, RemoteBytes, RemotePath, fetched, find, to_path
+from fr_core.data.recordio import list_records
+from fr_core.data.store import AnyPath, LocalBytes, RemotePath, fetched, find, to_path
 from fr_core.errors import UserError
 
-Kind = Literal["files", "plain", "zip", "rec"]  # plain: as they are, in a tar or beside one another
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
 IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
-UNLABELLED = "(unlabelled)"  # name of the only identity of such a set
 LONGEST_CLASS = 1000  # bytes of an identity's name
-LANDMARK_COLUMNS = tuple(
-    f"{point}_{axis}" for point in ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right") for axis in ("x", "y")
-)
-DENSE_COLUMNS = tuple(f"{axis}_{point}" for point in range(68) for axis in "xy")
-COLUMNS = pa.schema(
-    [
-        ("path", pa.string()),  # what the image is called in its source
-        ("label", pa.int32()),
-        ("file", pa.int32()),  # which of the listing's files it lies in
-        ("start", pa.int64()),  # bytes into that
-        ("length", pa.int64()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a source in a fixed order; the position in it is an image's sample id."""
-
-    root: AnyPath
-    kind: Kind
-    names: list[str]  # of the identities, by label
-    files: list[str]  # that hold the images; of loose files, the folder they lie in
-    images: pa.Table  # of COLUMNS
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 [images]."""
-        return self.images["label"].to_numpy()
-
-    @property
-    def paths(self) -> list[str]:
-        return self.images["path"].to_pylist()
 
 
 def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scratch: Path | None = None) -> Listing:
@@ -140,7 +94,7 @@ def list_folder(root: str | AnyPath) -> Listing:
         loose = any(is_image(p.name) for p in root.iterdir())
         hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
         raise UserError(f"{root}: no identity folders with images in it: {hint}")
-    return _listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
+    return make_listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
 
 
 def _images_below(folder: Path, root: Path) -> Iterator[str]:
@@ -162,7 +116,7 @@ def list_unlabelled(root: str | AnyPath) -> Listing:
     if not found:
         raise UserError(f"{root}: no images in it" if place.is_dir() else f"{root}: no such folder")
     paths = sorted("/".join(path.parts[len(place.parts) :]) for path in found)
-    return _listing(place, "files", [str(place.resolve())], paths, [UNLABELLED] * len(paths))
+    return make_listing(place, "files", [str(place.resolve())], paths, [UNLABELLED] * len(paths))
 
 
 def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
@@ -190,7 +144,7 @@ def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
     if not paths:
         raise UserError(f"{root}: no JPEG or PNG files in it")
     files = [str(path.resolve()) for path in archives]
-    return _listing(root, "zip" if zipped else "plain", files, paths, owners, places)
+    return make_listing(root, "zip" if zipped else "plain", files, paths, owners, places)
 
 
 def list_rec(path: AnyPath) -> Listing:
@@ -199,7 +153,9 @@ def list_rec(path: AnyPath) -> Listing:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
-    return _listing(path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places)
+    return make_listing(
+        path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places
+    )
 
 
 def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
@@ -218,7 +174,9 @@ def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) 
         places.append(np.column_stack([np.full(len(called), number), extents]))
     if not paths:
         raise UserError(f"{root}: no images in it")
-    return _listing(root, "plain", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places))
+    return make_listing(
+        root, "plain", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places)
+    )
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:
@@ -233,139 +191,13 @@ def list_files(table: AnyPath, root: AnyPath) -> Listing:
     rows: list[tuple[str, str]] = []
     try:
         with fetched(table) as local, local.open(newline="") as file:
-            for number, row in _list_rows(table, file):
+            for number, row in _rows_of(table, file):
                 if len(row) != 2 or not all(row):
                     raise UserError(f"{table}: line {number}: expected a path and an identity")
                 rows.append((row[0], row[1]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table}: {error}") from None
-    for path, _ in rows:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{table}: {path} leads out of {root}")
-    paths, owners = [path for path, _ in rows], [owner for _, owner in rows]
-    if not paths:
-        raise UserError(f"{table}: no images")
-    if len(set(paths)) < len(paths):
-        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is there twice")
-    return _listing(root, "files", [str(root.resolve())], paths, owners)
-
-
-def is_image(name: str) -> bool:
-    """By its suffix; what macOS leaves beside images (``__MACOSX/``, ``._1.jpg``) is none."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
-
-
-def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> bytes:
-    """The bytes of one image of a listing.
-
-    Raises:
-        RejectedImage: missing, truncated, damaged, encrypted or too large.
-    """
-    try:
-        if kind == "files":
-            return read_file(to_path(file) / path)
-        data = _opened(file)
-        if kind == "zip":
-            return read_zip_member(data, start, length, LONGEST)
-        if kind == "rec":
-            return image_of(read_record(data, start, LONGEST))
-        if length > LONGEST:
-            raise RejectedImage("too large")
-        if start + length > len(data):
-            raise RejectedImage("truncated archive")
-        return bytes(data[start : start + length])
-    except OSError as error:
-        raise RejectedImage(error.strerror or "unreadable") from None
-    except ValueError as error:
-        raise RejectedImage(str(error)) from None
-
-
-def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
-    """Five points of every image from a CSV with columns ``path``, ``left_eye_x`` … ``mouth_right_y``.
-
-    Or 68 points in columns ``x_0`` … ``x_67``, ``y_0`` … ``y_67``, called as OpenFace calls them, in iBUG's order.
-
-    Returns:
-        path -> float32 [5, 2], pixels of that image.
-
-    Raises:
-        UserError: unreadable, a column missing, or a cell that is no number (names the line).
-    """
-    table: dict[str, np.ndarray] = {}
-    try:
-        with fetched(to_path(path)) as local, local.open(newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)  # OpenFace writes ", "
-            names = reader.fieldnames or ()
-            columns = DENSE_COLUMNS if DENSE_COLUMNS[0] in names else LANDMARK_COLUMNS
-            missing = {"path", *columns} - set(names)
-            if missing:
-                raise UserError(f"{path}: no column {sorted(missing)[0]}")
-            for row in reader:
-                points = np.array([float(row[column]) for column in columns], np.float32).reshape(-1, 2)
-                table[row["path"]] = five_points(points) if len(points) == 68 else points
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: line {reader.line_num}: not {len(columns)} numbers") from None
-    return table
-
-
-def five_points(points: np.ndarray) -> np.ndarray:
-    """The template's five points, the left of the image first, of 68 in iBUG's order: float32 [68, 2] -> [5, 2].
-
-    Sagonas et al., "300 Faces in-the-Wild Challenge", 2013. An eye is the mean of the six points around it.
-    """
-    left_eye, right_eye, (nose, mouth_left, mouth_right) = points[36:42], points[42:48], points[[30, 48, 54]]
-    return np.stack([left_eye.mean(0), right_eye.mean(0), nose, mouth_left, mouth_right])
-
-
-def match_landmarks(listing: Listing, table: dict[str, np.ndarray]) -> np.ndarray:
-    """The points of each listed image; paths in the table may or may not start with the source folder's name.
-
-    Returns:
-        float32 [images, 5, 2], NaN where the table has none.
-
-    Raises:
-        UserError: the table names none of the images.
-    """
-    prefix, none = listing.root.name, np.full((5, 2), np.nan, np.float32)
-    paths = listing.paths
-    points = np.stack([table.get(path, table.get(f"{prefix}/{path}", none)) for path in paths])
-    if np.isnan(points).all():
-        raise UserError(f"the landmark table names none of the images, such as {paths[0]}")
-    return points
-
-
-def _listing(
-    root: AnyPath,
-    kind: Kind,
-    files: list[str],
-    paths: list[str],
-    owners: Sequence[str] | np.ndarray,
-    places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
-) -> Listing:
-    """Numbers the identities by name and sorts the images by them; within one, they keep their order.
-
-    Raises:
-        UserError: one identity, or one image per identity, only; a name that is no UTF-8.
-    """
-    try:
-        coded, named = pa.array(owners).dictionary_encode(), pa.array(paths, pa.string())
-    except UnicodeEncodeError as error:
-        raise UserError(f"{root}: {error.object!r} is not called in UTF-8; rename it") from None
-    order = pc.sort_indices(coded.dictionary).to_numpy()
-    names = [str(name) for name in coded.dictionary.take(pa.array(order)).to_pylist()]
-    labels = np.argsort(order)[coded.indices.to_numpy()]
-    if len(names) == 1 and names != [UNLABELLED]:
-        raise UserError(f"{root}: one identity only, {names[0]!r}; name what holds one folder per person")
-    if len(names) == len(paths) and names != [UNLABELLED]:
-        raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
-    order = np.argsort(labels, kind="stable")
-    where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
-    columns = [named.take(pa.array(order)), labels[order], *where[order].T]
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
-    return Listing(root, kind, names, files, table)
+    return list_rows(table, root, rows)
 
 
 def _owners(members: list[Member], archive: str) -> list[str]:
@@ -394,7 +226,7 @@ def _key(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _list_rows(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def _rows_of(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """(line number, [path, identity]) of CSV with a header, or of lines cut at their last tab or else space."""
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
@@ -407,10 +239,3 @@ def _list_rows(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, [part.strip() for part in (line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1))]
-
-
-@lru_cache(maxsize=16)
-def _opened(file: str) -> LocalBytes | RemoteBytes:
-    """The bytes of an archive, to take slices of."""
-    path = to_path(file)
-    return RemoteBytes(path) if isinstance(path, RemotePath) else LocalBytes(path)

@@ -20,8 +20,8 @@ import simplejpeg
 
 from fr_core.data import portrait
 from fr_core.data.crops import TEMPLATE_SIZE
+from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.portrait import Array, Canvas
-from fr_core.data.sources import LANDMARK_COLUMNS
 
 SPREAD_LIMIT = 2.2  # traits are normal, cut at this many standard deviations
 GRAIN_ONE, GRAIN_ROOM = 32, 64  # the byte that stands for 1; pixels by which the crop of the grain can move

@@ -20,6 +20,8 @@ import pyarrow as pa
 from fr_core import rng
 from fr_core.data.crops import RejectedImage, make_crop
 from fr_core.data.detect import detector, find_face
+from fr_core.data.landmarks import match_landmarks, read_landmarks
+from fr_core.data.listing import Listing, read_image
 from fr_core.data.schema import (
     GROUP_IMAGES,
     SCHEMA_VERSION,
@@ -32,14 +34,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
-from fr_core.data.sources import (
-    Listing,
-    list_source,
-    list_unlabelled,
-    match_landmarks,
-    read_image,
-    read_landmarks,
-)
+from fr_core.data.sources import list_source, list_unlabelled
 from fr_core.data.store import AnyPath, RemotePath, ahead_of, begin, to_path, writable, write_text_atomically, written
 from fr_core.errors import UserError
 from pipelines.on_ray import mapped, start_ray

@@ -11,8 +11,9 @@ import numpy as np
 from fr_core import rng
 from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb, square
+from fr_core.data.landmarks import read_landmarks
 from fr_core.data.masks import DRAWS, choose, masked
-from fr_core.data.sources import list_unlabelled, read_landmarks
+from fr_core.data.sources import list_unlabelled
 from fr_core.errors import UserError
 from fr_core.verify.pairs import Pairs, read_pairs
 from fr_core.verify.report import contact_sheet

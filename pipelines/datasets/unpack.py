@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.schema import Dataset, open_dataset
-from fr_core.data.sources import LANDMARK_COLUMNS
 from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
 

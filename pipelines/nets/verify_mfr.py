@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.sources import is_image
+from fr_core.data.listing import is_image
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.verify.mfr import WEIGHTS, NonMatches, nonmatches, score

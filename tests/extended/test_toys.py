@@ -1,5 +1,6 @@
 """What docs/extending.md adds, at work. Collected by tests/test_extending.py alone, on the extended sources."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import fr_core.train.loop as loop
 from fr_core.config.methods import BigFace
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
+from fr_core.data.sources import list_source
 from fr_core.data.stream import batches, blocks_in_process, make_plan
+from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
@@ -22,6 +25,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import load_checkpoint
 from fr_core.train.initial import initial_state
 from fr_core.train.metrics import read_metrics
+from pipelines.datasets.ingest import ingest
 from pipelines.nets.export import export
 from tests.conftest import run_ranks
 from tune_spaces import joined
@@ -168,6 +172,23 @@ def test_two_ranks_of_the_method_are_one(grouped):
     assert alone[0] != alone[1]
     for losses in run_ranks(2, first_steps, config):
         assert losses == pytest.approx(alone, rel=1e-4)
+
+
+# The source
+
+
+def test_the_source_is_ingested(photos, tmp_path):
+    table = photos / "faces.jsonl"
+    rows = [{"path": f"{file.parent.name}/{file.name}", "identity": file.parent.name} for file in photos.rglob("*.jpg")]
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    manifest = ingest(table, tmp_path / "shards", image_size=32, on_ray=False)
+    assert (manifest.images, manifest.identities) == (30, 6)
+    table.write_text('{"path": "../a.jpg", "identity": "a"}\n')
+    with pytest.raises(UserError, match="leads out of"):
+        list_source(table)
+    table.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1: expected a path and an identity in JSON"):
+        list_source(table)
 
 
 # The space

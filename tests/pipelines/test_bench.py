@@ -40,7 +40,8 @@ def test_bench_ingest_writes_what_ingest_reads(tmp_path):
     import os
 
     from fr_core.data.crops import encode
-    from fr_core.data.sources import list_source, read_image
+    from fr_core.data.listing import read_image
+    from fr_core.data.sources import list_source
     from pipelines.bench.data import _held_by, _write_rec, _write_tar
 
     jpegs = [encode(np.full((16, 16, 3), grey, np.uint8)) for grey in (0, 99, 200)]

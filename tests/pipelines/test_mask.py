@@ -8,7 +8,7 @@ import pytest
 
 from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE, encode, read_rgb
-from fr_core.data.sources import LANDMARK_COLUMNS
+from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.verify.pairs import read_pairs

@@ -38,7 +38,7 @@ def test_there_and_back(photos, tmp_path, layout, form):
 
 def test_landmarks_come_along(photos, tmp_path):
     from fr_core.data.crops import TEMPLATE
-    from fr_core.data.sources import LANDMARK_COLUMNS
+    from fr_core.data.landmarks import LANDMARK_COLUMNS
 
     numbers = ",".join(str(x) for x in np.float32(TEMPLATE).ravel())
     lines = [f"{path.relative_to(photos)},{numbers}" for path in sorted(photos.rglob("*.jpg"))]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.crops import RejectedImage
+from fr_core.data.listing import read_image
 from fr_core.data.schema import open_dataset
-from fr_core.data.sources import list_source, read_image
+from fr_core.data.sources import list_source
 from fr_core.errors import UserError
 from tests.fr_core.data.test_recordio import payload, write_rec
 from tests.fr_core.data.test_sources import make_tar, make_zip

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fr_core.data.listing import read_image
 from fr_core.data.schema import open_dataset
-from fr_core.data.sources import list_source, read_image
+from fr_core.data.sources import list_source
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
 

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from fr_core.data.crops import LONGEST, RejectedImage
-from fr_core.data.sources import (
-    DENSE_COLUMNS,
-    LANDMARK_COLUMNS,
-    list_folder,
-    list_source,
-    match_landmarks,
-    read_image,
-    read_landmarks,
-)
+from fr_core.data.landmarks import DENSE_COLUMNS, LANDMARK_COLUMNS, match_landmarks, read_landmarks
+from fr_core.data.listing import read_image
+from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 
 HEADER = ",".join(("path", *LANDMARK_COLUMNS))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fr_core.data.crops import TEMPLATE
-from fr_core.data.sources import LANDMARK_COLUMNS
+from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.synthetic import render_face, write_faces
 
 
