@@ -4,7 +4,7 @@ Nothing outside ``fr_core/train/methods/`` asks which method runs; it asks the s
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,12 +45,12 @@ class BaseMethod(Section):
         return Facts()
 
     @property
-    def leaner(self) -> dict[str, Any]:
+    def leaner(self) -> dict[str, object]:
         """Fields with which the same training needs less memory."""
         return {}
 
     @property
-    def in_parts(self) -> dict[str, Any]:
+    def in_parts(self) -> dict[str, object]:
         """Fields with which a step can be cut into micro-batches, where as it is it cannot."""
         return {}
 
@@ -167,11 +167,11 @@ class BigFace(BaseMethod):
         return Facts(whole_batch=moves, scales_loss=False)
 
     @property
-    def leaner(self) -> dict[str, Any]:
+    def leaner(self) -> dict[str, object]:
         return {"update": "fused"} if self.update == "plain" else {}
 
     @property
-    def in_parts(self) -> dict[str, Any]:
+    def in_parts(self) -> dict[str, object]:
         return {"update": "plain"} if self.update == "fused" else {}
 
     @property
@@ -194,7 +194,7 @@ class MarginOfItsOwn(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _parts_not_given(cls, tree: Any) -> Any:
+    def _parts_not_given(cls, tree: object) -> object:
         if isinstance(tree, dict) and isinstance(tree.get("margin"), dict):
             tree = tree | {"margin": cls.model_fields["margin"].default.model_dump() | tree["margin"]}
         return tree
@@ -230,7 +230,7 @@ class AttFC(FixedCentres):
         return Facts(class_images=count, encoded=count, encoder="kept", whole_batch=whole)
 
     @property
-    def in_parts(self) -> dict[str, Any]:
+    def in_parts(self) -> dict[str, object]:
         return {"order": "reference"} if self.order == "paper" else {}
 
     def centres(self, classes: int, global_batch: int) -> int:
@@ -377,7 +377,7 @@ class QuantFace(Taught, BaseMethod):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_word_is_the_kind(cls, tree: Any) -> Any:
+    def _a_word_is_the_kind(cls, tree: object) -> object:
         if isinstance(tree, dict) and isinstance(tree.get("loss"), str):
             tree = tree | {"loss": {"kind": tree["loss"]}}
         return tree

@@ -1,6 +1,6 @@
 """Sections of the backbone, ``net.kind``."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,7 +41,7 @@ class Residual(BaseNet):
 
     @model_validator(mode="before")
     @classmethod
-    def _width_of_widths(cls, tree: Any) -> Any:
+    def _width_of_widths(cls, tree: object) -> object:
         if isinstance(tree, dict) and isinstance(tree.get("widths"), list | tuple) and tree["widths"]:
             tree = {"width": tree["widths"][0]} | tree
         return tree

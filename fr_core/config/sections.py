@@ -1,6 +1,6 @@
 """Sections that every run has: data, start, training, verification, tracking; and what all sections share."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,7 +17,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_flag_is_no_number(cls, tree: Any) -> Any:
+    def _a_flag_is_no_number(cls, tree: object) -> object:
         for name, value in tree.items() if isinstance(tree, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field and bool not in (field.annotation, *get_args(field.annotation)):
@@ -26,7 +26,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _kinds_unless_told(cls, tree: Any) -> Any:
+    def _kinds_unless_told(cls, tree: object) -> object:
         """A choice that does not name its kind is of the default's."""
         for name, value in tree.items() if isinstance(tree, dict) else ():
             field = cls.model_fields.get(name)

@@ -293,7 +293,7 @@ MOVABLE = {"method.teacher"} | {
 def _check_same_run(config: Config, state: TrainState, summary: Summary, folder: AnyPath) -> None:
     old = parse_config(summary["config"], str(folder))  # a knob that it lacks had the default
     now, then = config.model_dump(mode="json"), old.model_dump(mode="json")
-    facts: dict[str, tuple[Any, Any]] = {
+    facts: dict[str, tuple[object, object]] = {
         "seed": (config.seed, old.seed),
         "train.global_batch": (config.train.global_batch, old.train.global_batch),
         "train.ema on": (config.train.ema > 0, old.train.ema > 0),

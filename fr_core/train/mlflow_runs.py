@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, RemotePath, fetched
@@ -20,10 +20,14 @@ from fr_core.train.outbox import (
     try_briefly,
 )
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 
 
-def open_mlflow(tracking: Tracking, folder: AnyPath) -> tuple[Any, str]:
+def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str]":
     """A client, and the id of the experiment, which is made where it does not exist.
 
     Args:
@@ -99,8 +103,11 @@ class Comparison:
             self.client, experiment = open_mlflow(tracking, folder)
             tagged = f"tags.`{COMPARISON_TAG}` = '{key}'"
             found = [] if anew else self.client.search_runs([experiment], tagged, max_results=1)  # the newest
-            facts = {"run_name": PurePath(results.name).stem, "tags": {COMPARISON_TAG: key}}
-            run = found[0] if found else self.client.create_run(experiment, **facts)
+            if found:
+                run = found[0]
+            else:
+                name, tags = PurePath(results.name).stem, {COMPARISON_TAG: key}
+                run = self.client.create_run(experiment, run_name=name, tags=tags)
             self.client.update_run(run.info.run_id, status="RUNNING")
             self.run_id = run.info.run_id
         except Exception as error:  # MLflow hands through whatever its database or store raises
@@ -145,7 +152,7 @@ def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Call
     return [(run.info.run_name, partial(_tracked_figures, client, run)) for run in trainings]
 
 
-def search_mlflow(uri: str, experiment: str | None, query: str) -> list[Any]:
+def search_mlflow(uri: str, experiment: str | None, query: str) -> "list[Run]":
     """Runs of an MLflow experiment, or of all of them.
 
     Args:
@@ -177,7 +184,7 @@ def search_mlflow(uri: str, experiment: str | None, query: str) -> list[Any]:
     return runs
 
 
-def _tracked_figures(client: Any, run: Any) -> dict[str, float]:
+def _tracked_figures(client: "MlflowClient", run: "Run") -> dict[str, float]:
     from mlflow.exceptions import MlflowException
 
     metrics = run.data.metrics

@@ -10,11 +10,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, fetched, writable, write_text_atomically
 from fr_core.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 UNDELIVERED = "undelivered.jsonl"
 RETRY_AFTER = 5.0  # seconds
@@ -37,10 +40,10 @@ class Outbox:
         UserError: MLflow refuses, so that no later try can succeed.
     """
 
-    def __init__(self, tracking: Tracking, open_run: Callable[[], tuple[Any, str]], out: AnyPath) -> None:
+    def __init__(self, tracking: Tracking, open_run: Callable[[], tuple["MlflowClient", str]], out: AnyPath) -> None:
         try_briefly()
         self.open_run, self.out = open_run, out
-        self.client: Any = None
+        self.client: MlflowClient | None = None
         self.run_id: str | None = None
         self.letters: list[Letter] = []
         self.away = False  # the last try failed
@@ -128,6 +131,8 @@ class Outbox:
     def _send(self, letter: Letter) -> None:
         from mlflow.entities import Metric, Param
 
+        assert self.client is not None
+        assert self.run_id is not None
         match letter:
             case ["metrics", rows]:
                 self.client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows])

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
@@ -29,6 +29,9 @@ from fr_core.train.outbox import (
 )
 from fr_core.verify.report import contact_sheet
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
 BEAT_EVERY = 10.0  # seconds between touches of metrics.csv, by which others see that steps are taken
 SAMPLE_IMAGES = 32
@@ -44,7 +47,7 @@ class Tracker:
 
     def __init__(self, config: Config, out: AnyPath, step: int, run_id: str | None) -> None:
         self.config, self.out = config, out
-        self.pending: list[Any] = []
+        self.pending: list[list[str | float]] = []
         self.last_flush = self.last_beat = time.monotonic()
         self.sampled = False
         self.run_id = None if config.tracking.uri == "off" else run_id or _saved_run_id(out)
@@ -163,7 +166,7 @@ class Tracker:
         with writable(path):
             write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 
-    def _open_run(self) -> tuple[Any, str]:
+    def _open_run(self) -> "tuple[MlflowClient, str]":
         from mlflow.exceptions import MlflowException
 
         tracking = self.config.tracking

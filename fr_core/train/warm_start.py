@@ -4,7 +4,6 @@ Legend: B batch, G global batch, D embedding, S this rank's rows of the class ma
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +47,11 @@ def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Ba
         UserError: as :func:`fr_core.nets.calibration.calibrate`.
     """
     from fr_core.nets.calibration import calibrate as calibrated
+    from fr_core.nets.quantised import Quantised
 
+    net = state.backbone
     assert isinstance(config.net, QuantisedNet)
-    net: Any = state.backbone
+    assert isinstance(net, Quantised)
 
     def images() -> Iterator[Tensor]:
         return (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start())

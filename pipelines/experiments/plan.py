@@ -100,7 +100,7 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
         yield f"method.class_images={count} (another training)", {"method": {"class_images": count}}, gpus
     for rate in (0.5, 0.3, 0.1):
         if method.share_knob and rate < getattr(method, method.share_knob):
-            changes = {"method": {method.share_knob: rate} | method.leaner}
+            changes = {"method": {method.share_knob: rate, **method.leaner}}
             yield f"method.{method.share_knob}={rate} (another training)", changes, gpus
     for factor in (2, 4, 8):
         if batch % (gpus * factor) == 0:
