@@ -28,11 +28,14 @@ class Section(BaseModel):
     @classmethod
     def _kinds_unless_told(cls, tree: object) -> object:
         """A choice that does not name its kind is of the default's."""
-        for name, value in tree.items() if isinstance(tree, dict) else ():
+        if not isinstance(tree, dict):
+            return tree
+        told: dict[str, object] = {}
+        for name, value in tree.items():
             field = cls.model_fields.get(name)
             if isinstance(value, dict) and field and field.discriminator and isinstance(field.default, Section):
-                tree = tree | {name: {"kind": field.default.model_dump()["kind"]} | value}
-        return tree
+                told[name] = {"kind": field.default.model_dump()["kind"]} | value
+        return tree | told
 
 
 class Augment(Section):
