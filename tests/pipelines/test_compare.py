@@ -9,7 +9,7 @@ from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
 from pipelines.experiments.compare import PUBLISHED, heads, named_settings, summary
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pipelines.datasets.clean import clean
 from pipelines.datasets.embed import embed
 from pipelines.datasets.ingest import ingest
 from pipelines.datasets.merge import merge, split
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.fixture(scope="module")

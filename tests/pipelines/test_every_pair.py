@@ -14,7 +14,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.ranks import Ranks
 from fr_core.train.loop import rest_of_run, resume_or_init, step
-from tests.conftest import write_dataset
+from tests.helpers.datasets import write_dataset
 
 # Recipe, what else it takes, and the layout that it reads.
 METHODS = {

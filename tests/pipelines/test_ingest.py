@@ -13,7 +13,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
-from tests.conftest import REAL_DATA, needs_detector, needs_real_data
+from tests.helpers.machine import REAL_DATA, needs_detector, needs_real_data
 
 
 @pytest.fixture(scope="module")

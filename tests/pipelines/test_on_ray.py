@@ -27,7 +27,7 @@ from pipelines import on_ray
 from pipelines.datasets.ingest import ingest
 from pipelines.on_ray import capacity, cluster_machines, one_a_node, train_on_ray, worker_cpus
 from pipelines.train import train
-from tests.conftest import flip_a_bit, write_dataset
+from tests.helpers.datasets import flip_a_bit, write_dataset
 
 pytestmark = pytest.mark.ray
 

@@ -12,8 +12,8 @@ from fr_core.train.metrics import read_metrics
 from fr_core.verify.pairs import write_pairs
 from pipelines.nets import quantize as pipeline
 from pipelines.nets.quantize import quantised_config
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import write_dataset
 
 pytest.importorskip("brevitas")
 SMALL = ("--in-process", "net.calibration_batches=2", "train.global_batch=16")

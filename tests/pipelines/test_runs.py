@@ -9,7 +9,7 @@ from fr_core.config.sections import Tracking
 from fr_core.errors import UserError
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
 from pipelines.experiments.runs import run_table, runs
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "schedule.kind": "fastface"}
 

@@ -37,8 +37,8 @@ from pipelines.experiments.trial import MISTAKE, judged, run_trial, turn
 from pipelines.experiments.tune import DRIVER, bounded, claim, ended_early, share
 from pipelines.on_ray import start_ray
 from pipelines.train import train
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
+from tests.helpers.datasets import write_dataset
 from tune_spaces import joined
 from tune_spaces.fields import Choice, Integers
 

@@ -21,7 +21,7 @@ from fr_core.data.store import (
     written,
 )
 from fr_core.errors import StorageError, UserError
-from tests.conftest import flip_a_bit, put
+from tests.helpers.datasets import flip_a_bit, put
 
 
 def test_a_url_is_a_remote_path_and_anything_else_a_local_one():

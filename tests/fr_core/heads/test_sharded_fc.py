@@ -10,7 +10,7 @@ from fr_core.config.optim import SGD
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.optim.optimizers import head_optimizer
 from fr_core.ranks import Ranks
-from tests.conftest import run_ranks
+from tests.helpers.ranks import run_ranks
 
 N, D, G = 11, 8, 6  # 11 rows divide by neither 2 nor 3
 ARC = BigFace(margin=Margin(scale=16, m2=0.5, m3=0))

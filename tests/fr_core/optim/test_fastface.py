@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.errors import UserError
 from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
-from tests.conftest import REAL_DATA, needs_real_data, run_ranks
+from tests.helpers.machine import REAL_DATA, needs_real_data
+from tests.helpers.ranks import run_ranks
 
 HAAR_CHANGES = [54273, 72866, 94820, 113104, 135860, 143861, 151862, 159863, 175826, 183827, 191828, 199829]
 RECURRENCE_CHANGES = [94270, 135927, 156070, 175310, 185427, 195544]

@@ -24,8 +24,9 @@ from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.notice import Notice
-from tests.conftest import flip_a_bit, run_ranks
-from tests.fr_core.train.test_train import config_of, last_weights, losses, run
+from tests.helpers.datasets import flip_a_bit
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import config_of, last_weights, losses, run
 
 
 def equal(one, other):
@@ -226,7 +227,7 @@ KILLED = """
 import os, signal, sys, torch
 import fr_core.nets.checkpoint_files as files
 import fr_core.train.checkpoint as checkpoint
-from tests.fr_core.train.test_train import config_of, run
+from tests.helpers.runs import config_of, run
 
 def counted(function):
     def call(*args, **kwargs):

@@ -16,8 +16,8 @@ from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods.f2c import sides
 from fr_core.train.update import statistics
-from tests.conftest import run_ranks
-from tests.fr_core.train.test_train import losses, run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import losses, run
 
 METHODS = ["attfc", "dcq", "f2c", "virtual_fc"]
 

@@ -25,8 +25,8 @@ from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.memory import memory
 from fr_core.train.metrics import read_metrics
 from fr_core.train.update import statistics
-from tests.conftest import run_ranks
-from tests.fr_core.train.test_train import interrupted, losses, run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import interrupted, losses, run
 
 CROSS_ENTROPY = "method.cross_entropy={weight=0.1}"
 
