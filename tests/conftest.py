@@ -20,7 +20,8 @@ settings.register_profile("default", deadline=None)  # machines here are noisy
 settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
-mp.get_context("forkserver").set_forkserver_preload(["fr_core.train.loop"])  # imported once, for all ranks
+RANKS = ["tests.helpers.ranks", "tests.helpers.runs"]
+mp.get_context("forkserver").set_forkserver_preload(RANKS)  # with the loop: imported once, for all ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 import fr_core.train.loop as loop
@@ -147,12 +146,6 @@ def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def rank_losses(ranks, config, out):
-    """Steps on from the newest checkpoint without batch norm's memory of ranks; the losses."""
-    run(config, out, ranks)
-    return losses(out)
-
-
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path):
     """The uninterrupted run of two is the yardstick; batch statistics differ with the ranks, so it is met nearly.
 
@@ -176,10 +169,15 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path)
         assert (ours["fc.weight"] - theirs["fc.weight"]).norm() < 0.5 * moved
 
 
+def smooth_runs(ranks, configs):
+    for out, config in configs.items():
+        smooth_run(ranks, config, out)
+
+
 def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_ranks(dataset, tmp_path):
     adamw = "optim={kind='adamw', head={lr=0.05}, shard_state=%s}"
-    for shard in ("false", "true"):
-        run_ranks(2, smooth_run, config_of(dataset, adamw % shard, "train.save_every=10"), tmp_path / shard)
+    given = {shard: config_of(dataset, adamw % shard, "train.save_every=10") for shard in ("false", "true")}
+    run_ranks(2, smooth_runs, {tmp_path / shard: config for shard, config in given.items()})
     ours, theirs = last_weights(tmp_path / "true"), last_weights(tmp_path / "false")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
     start = tmp_path / "true" / "checkpoints" / "step_00000010"
@@ -216,6 +214,8 @@ def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path):
 
 
 def test_a_run_that_was_moved_goes_on_in_a_new_run_of_mlflow(dataset, tmp_path, caplog):
+    from mlflow import MlflowClient
+
     client, ids = {}, {}
     for place, steps in (("here", 4), ("there", 8)):
         if place == "there":
@@ -464,31 +464,55 @@ def rows_of(ranks, config):
     return state.head.weight.detach()
 
 
-@pytest.mark.parametrize("variants", [1, 3])
-def test_known_identities_keep_their_rows_whatever_the_ranks(dataset, tmp_path, variants):
-    given = [f"data.variants={variants}", "train.max_steps=5"]
-    for ranks in (1, 2):  # the head in one file, or in two
-        run_ranks(ranks, rank_run, config_of(dataset, *given), tmp_path / f"first{ranks}")
+def runs_and_rows(ranks, firsts, later):
+    """Runs to their ends; then the rows that others start with, of the same run or of one that is there already."""
+    for out, config in firsts.items():
+        run(config, out, ranks)
+    ranks.gather_objects(None)  # all of them have left the last run
+    return {case: rows_of(ranks, config) for case, config in later.items()}
+
+
+def test_known_identities_keep_their_rows_whatever_the_ranks(dataset, tmp_path):
+    """The head lies in one file, or in two; each identity has one row, or three."""
     shutil.copytree(dataset, tmp_path / "other")
     opened = open_dataset(dataset)
     names = ["new" if i % 10 == 9 else f"id{(i + 7) % 40}" for i in range(40)]  # others, and in another order
     write_manifest(tmp_path / "other", opened.manifest, names, opened.identity_counts())
-    for first in (tmp_path / "first1", tmp_path / "first2"):
-        old = last_weights(first)["head"].unflatten(0, (40, variants))
-        warm = [*given, f"init.backbone={first}"]
-        fresh = rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=prototypes"))
-        config = config_of(tmp_path / "other", *warm, "init.head=names")
-        for ranks in (1, 2):
-            rows = torch.cat(run_ranks(ranks, rows_of, config)).unflatten(0, (40, variants))
+    given = {variants: [f"data.variants={variants}", "train.max_steps=5"] for variants in (1, 3)}
+    cases = {(files, variants): tmp_path / f"{files}_{variants}" for files in (1, 2) for variants in given}
+    warm = {case: [*given[case[1]], f"init.backbone={first}"] for case, first in cases.items()}
+    firsts = [
+        {first: config_of(dataset, *given[variants]) for (files, variants), first in cases.items() if files == ranks}
+        for ranks in (1, 2)
+    ]
+    later = {case: config_of(tmp_path / "other", *start, "init.head=names") for case, start in warm.items()}
+    run_ranks(1, runs_and_rows, firsts[0], {})
+    found = {2: run_ranks(2, runs_and_rows, firsts[1], later)}
+    found[1] = run_ranks(1, runs_and_rows, {}, later)
+    for case, first in cases.items():
+        shape = (40, case[1])
+        old = last_weights(first)["head"].unflatten(0, shape)
+        fresh = rows_of(Ranks(), config_of(tmp_path / "other", *warm[case], "init.head=prototypes"))
+        for ranks, parts in found.items():
+            rows = torch.cat([part[case] for part in parts]).unflatten(0, shape)
             for label, name in enumerate(names):
-                expected = fresh.unflatten(0, (40, variants))[label].clone()
+                expected = fresh.unflatten(0, shape)[label].clone()
                 if name != "new":
                     expected[0] = old[int(name[2:])][0]  # the others are warps of their own in every run
-                assert torch.allclose(rows[label], expected, atol=1e-4)
+                assert torch.allclose(rows[label], expected, atol=1e-4), (case, ranks, label)
+
+
+def test_a_head_that_knows_nobody_or_is_not_there_starts_no_run_by_names(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=1"), tmp_path / "first")
+    shutil.copytree(dataset, tmp_path / "other")
+    opened = open_dataset(dataset)
     write_manifest(tmp_path / "other", opened.manifest, [f"x{i}" for i in range(40)], opened.identity_counts())
+    by_names = [f"init.backbone={tmp_path / 'first'}", "init.head=names"]
     with pytest.raises(UserError, match="it knew nobody"):
-        rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=names"))
-    weights = tmp_path / "first1" / "bare.safetensors"
-    shutil.copy(checkpoints(tmp_path / "first1")[-1] / "backbone.safetensors", weights)
+        rows_of(Ranks(), config_of(tmp_path / "other", *by_names))
+    with pytest.raises(UserError, match="it knew nobody"):
+        rows_of(Ranks(), config_of(tmp_path / "other", *by_names, "data.variants=3"))
+    weights = tmp_path / "first" / "bare.safetensors"
+    shutil.copy(checkpoints(tmp_path / "first")[-1] / "backbone.safetensors", weights)
     with pytest.raises(UserError, match="no checkpoint there"):
         rows_of(Ranks(), config_of(tmp_path / "other", f"init.backbone={weights}", "init.head=names"))
