@@ -1,9 +1,10 @@
-"""Fixtures: small datasets, and functions run on real gloo processes."""
+"""Fixtures, and in what order and where tests run."""
 
 import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +21,34 @@ settings.register_profile("default", deadline=None)  # machines here are noisy
 settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
+LONG = ["train", "pipelines"]  # folders whose files take the longest
 RANKS = ["tests.helpers.ranks", "tests.helpers.runs"]
 mp.get_context("forkserver").set_forkserver_preload(RANKS)  # with the loop: imported once, for all ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soaks run only when asked for; tests of Ray one after the other, where several processes test."""
+    """Soaks run only when asked for; tests of Ray one after the other, where several processes test.
+
+    They come first, then the long files: at the end there are short ones to share out.
+    """
+    items.sort(key=lambda item: ("ray" not in item.keywords, item.path.parent.name not in LONG, item.path.parent.name))
     for item in items:
         if "ray" in item.keywords:
             item.add_marker(pytest.mark.xdist_group("ray"))
         if "soak" in item.keywords and "soak" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="minutes long: make soak"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share its fixtures, so one process has them all; those of Ray are a group of their own."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class OneFileAProcess(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
+
+    return OneFileAProcess(config, log)
 
 
 @pytest.fixture
