@@ -48,6 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return super()._split_scope(nodeid).partition("::")[0]
 
+    config.option.loadscopereorder = False  # by number of tests, it would be
     return OneFileAProcess(config, log)
 
 
@@ -106,6 +107,16 @@ def bucket(s3: None) -> RemotePath:
     FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")[0].create_dir(name)
     path = to_path(f"s3://{name}")
     assert isinstance(path, RemotePath)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow, to be copied: to make its tables takes longer than a small run."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

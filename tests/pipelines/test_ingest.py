@@ -150,6 +150,7 @@ def test_every_kind_of_source_is_aligned_alike(drawn, tmp_path):
 
 
 @needs_detector
+@pytest.mark.soak
 @pytest.mark.ray
 def test_ray_aligns_as_this_process_does(drawn, tmp_path):
     ingest(drawn, tmp_path / "a", align=True, on_ray=False)

@@ -173,6 +173,7 @@ def test_the_summary_has_a_column_for_what_was_measured():
     assert rows == [("float", "90.00", "50.00", "4.00"), ("quantised", "89.00", "25.00", "1.00")]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_two_ray_workers_quantise_as_one_process(dataset, trained, tmp_path):
     small = ["--data", dataset, "net.calibration_batches=2", "train.global_batch=16", "tracking.uri=off"]

@@ -158,11 +158,11 @@ def test_runs_too_short_to_decide_are_refused():
 
 
 def rates_of(ranks):
-    """20,000 steps of losses that differ between ranks; each feeds their mean."""
+    """2,000 steps of losses that differ between ranks; each feeds their mean."""
     random = np.random.default_rng(ranks.rank)
-    watching = Recurrence(FastFace(patience=0.01), 20_000, 128)
+    watching = Recurrence(FastFace(patience=0.1), 2000, 128)
     factors = []
-    for loss in 5 + random.normal(0, 0.5, 20_000):
+    for loss in 5 + random.normal(0, 0.5, 2000):
         watching.observe(float(ranks.sum_(torch.tensor(loss)) / ranks.size))
         factors.append(watching.factor)
     return factors

@@ -96,14 +96,13 @@ def test_three_ranks_hold_one_queue(grouped):
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_equals_uninterrupted(grouped, tmp_path, method):
     """Bit for bit, from the middle of the queue."""
-    config = config_of(grouped, method, "train.save_every=7", "train.keep=9")
+    config = config_of(grouped, method, "train.save_every=7", "train.max_steps=12")
     run(config, tmp_path / "whole")
     run(config, tmp_path / "whole2")
-    (tmp_path / "whole2" / "checkpoints" / "step_00000020").rename(tmp_path / "gone")
-    (tmp_path / "whole2" / "checkpoints" / "step_00000014").rename(tmp_path / "gone14")
+    (tmp_path / "whole2" / "checkpoints" / "step_00000012").rename(tmp_path / "gone")
     run(config, tmp_path / "whole2")
     one, other = (checkpoints(tmp_path / name)[-1] for name in ("whole", "whole2"))
-    assert one.name == other.name == "step_00000020"
+    assert one.name == other.name == "step_00000012"
     for file in sorted(path.name for path in one.glob("*.safetensors")):
         ours, theirs = load_file(one / file), load_file(other / file)
         assert ours.keys() == theirs.keys()
