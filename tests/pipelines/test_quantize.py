@@ -52,9 +52,10 @@ def test_the_config_is_the_recipe_with_the_net_of_the_checkpoint(dataset, traine
     assert (baseline.method.loss.kind, baseline.train.epochs) == ("mse", 0)
 
 
-def test_a_run_reports_the_net_before_and_after(dataset, trained, pairs, tmp_path):
+def test_a_run_reports_the_net_before_and_after(dataset, trained, pairs, tmp_path, mlflow_database):
     from mlflow import MlflowClient
 
+    shutil.copy(mlflow_database, tmp_path)
     run = tmp_path / "run"
     given = ["--run", run, "--data-share", 0.03, "train.log_every=1"]
     said = bigface(

@@ -1,6 +1,7 @@
 """``bigface runs``: families of runs in MLflow, runs in folders, orders and filters."""
 
 import json
+import shutil
 from datetime import datetime
 
 import pytest
@@ -15,9 +16,10 @@ PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "sch
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, mlflow_database):
     """A search of two trials, a plain run, one that runs still, and a folder that MLflow knows nothing of."""
     root = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_database, root)
     client, experiment = open_mlflow(Tracking(), root)
 
     def run(name, started, status="FINISHED", parent=None, params=PARAMS, **metrics):

@@ -316,12 +316,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(dataset, tmp_path, monkeypatch):
+def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
+    dataset, tmp_path, monkeypatch, mlflow_database
+):
     """Absent from the start to the end of one life, there in the next, stopped in its middle, and there again."""
     from mlflow import MlflowClient
 
     monkeypatch.setattr(outbox, "RETRY_AFTER", 0.2)
     monkeypatch.setattr(tracking, "FLUSH_EVERY", 0.0)
+    shutil.copy(mlflow_database, tmp_path / "server.db")
     port, out = free_port(), tmp_path / "run"
     config = config_of(dataset, f"tracking.uri=http://127.0.0.1:{port}", "train.save_every=6")
 
