@@ -116,7 +116,7 @@ def test_a_job_trains_to_its_report(head, dataset, tmp_path):
         while job.poll() is None:
             found = wait_for(metrics, "")
             exported = found if "ray_bigface_loss{" in found else exported
-            time.sleep(0.2)
+            time.sleep(0.5)  # as often as the head is told
     finally:
         job.kill()
         job.wait()

@@ -88,10 +88,13 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undis
     assert equal(out, undisturbed)
 
 
-def test_ctrl_c_is_an_exit_code_and_nothing_is_said(dataset, tmp_path):
+def test_ctrl_c_is_an_exit_code_and_no_traceback(dataset, tmp_path):
     out = tmp_path / "run"
     command = ["train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off", "--in-process", "--out", str(out)]
-    assert signalled(signal.SIGINT, out, *command) == (130, "")
+    code, said = signalled(signal.SIGINT, out, *command, "train.epochs=10", "train.max_steps=400")
+    assert code == 130
+    [begun] = said.splitlines()
+    assert "training" in begun
 
 
 def save_at_four_and_leave_at_eight(ranks, config, out):
