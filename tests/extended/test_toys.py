@@ -13,21 +13,18 @@ from torch.nn import functional as F
 import fr_core
 import fr_core.train.loop as loop
 from fr_core.config.methods import BigFace
-from fr_core.config.recipes import load_config
-from fr_core.data.schema import open_dataset
 from fr_core.data.sources import list_source
-from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import load_checkpoint
-from fr_core.train.initial import initial_state
-from fr_core.train.metrics import read_metrics
 from pipelines.datasets.ingest import ingest
 from pipelines.nets.export import export
-from tests.conftest import run_ranks
+from tests.helpers import runs
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import losses, rank_run, run, state_and_batches
 from tune_spaces import joined
 from tune_spaces.fields import with_values
 
@@ -36,30 +33,16 @@ MEAN = "margin.mean_length"
 
 
 def config_of(shards, *overrides):
-    base = [f"data.path={shards}", "tracking.uri=off", "data.lanes=8", "train.global_batch=24", "train.max_steps=6"]
-    return load_config("debug_bigface", [*base, *overrides])
+    return runs.config_of(shards, "train.global_batch=24", "train.max_steps=6", *overrides)
 
 
 def npair_of(shards, *overrides):
     return config_of(shards, "method={kind='npair'}", "data.lanes=4", "data.shuffle_window=256", *overrides)
 
 
-def begun(config, ranks=None):
-    ranks = ranks or Ranks()
-    plan = make_plan(config, open_dataset(config.data.path))
-    state = initial_state(config, plan, ranks, torch.device("cpu"))
-    return state, batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
-
-
-def run(ranks, config, out):
-    torch.set_num_threads(1)
-    loop.train_loop(config, Path(out), ranks, blocks_in_process, lambda metrics, saved: None)
-    return [row["loss"] for row in read_metrics(Path(out))]
-
-
 def restored(ranks, config, folder):
     """What every rank holds of the margin after it opened a checkpoint."""
-    state, stream = begun(config, ranks)
+    state, stream = state_and_batches(config, ranks)
     stream.close()
     load_checkpoint(config, state, folder, ranks)
     return state.head.state_dict()[MEAN]
@@ -96,7 +79,7 @@ def test_the_margin_is_its_formula():
 
 def test_a_dropped_step_takes_the_margins_buffer_back(dataset):
     config = config_of(dataset, BY_LENGTH)
-    state, stream = begun(config)
+    state, stream = state_and_batches(config)
     loop.step(config, state, next(stream), Ranks())
     before = state.head.margin.mean_length.clone()
     state.backbone.conv1.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -109,7 +92,7 @@ def test_a_dropped_step_takes_the_margins_buffer_back(dataset):
 
 def test_the_margins_buffer_goes_with_a_run_to_other_numbers_of_workers(dataset, tmp_path):
     config = config_of(dataset, BY_LENGTH, "train.save_every=3")
-    run_ranks(2, run, config, tmp_path / "two")
+    run_ranks(2, rank_run, config, tmp_path / "two")
     [first, last] = checkpoints(tmp_path / "two")
     saved = load_file(first / "head_00000.safetensors")[MEAN]
     assert saved > 0
@@ -117,8 +100,8 @@ def test_the_margins_buffer_goes_with_a_run_to_other_numbers_of_workers(dataset,
     for size in (1, 3):
         assert all(torch.equal(mean, saved) for mean in run_ranks(size, restored, config, first))
     shutil.copytree(first, tmp_path / "one" / "checkpoints" / first.name)
-    losses = run(Ranks(), config, tmp_path / "one")
-    assert len(losses) == 3
+    run(config, tmp_path / "one")
+    assert len(losses(tmp_path / "one")) == 3
     [_, ours] = checkpoints(tmp_path / "one")
     ours, theirs = (load_file(folder / "head_00000.safetensors")[MEAN] for folder in (ours, last))
     assert not torch.equal(theirs, saved)
@@ -132,9 +115,9 @@ def test_the_backbone_trains_opens_and_is_exported(dataset, tmp_path):
     pytest.importorskip("onnxruntime")
     net = "net={kind='patchnet', width=8, input_size=32, embedding=32}"
     config = config_of(dataset, net, "data.variants=2", "train.ema=0.5")
-    losses = run(Ranks(), config, tmp_path / "run")
-    assert len(losses) == 6
-    assert np.isfinite(losses).all()
+    run(config, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 6
+    assert np.isfinite(losses(tmp_path / "run")).all()
     opened = open_net(tmp_path / "run")
     images = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
     bare = open_net(checkpoints(tmp_path / "run")[-1] / "backbone.safetensors")
@@ -149,29 +132,29 @@ def test_the_backbone_trains_opens_and_is_exported(dataset, tmp_path):
 
 def test_the_method_resumes_bit_for_bit(grouped, tmp_path):
     config = npair_of(grouped, "train.save_every=3")
-    whole = run(Ranks(), config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     [first, last] = checkpoints(tmp_path / "whole")
     assert not list(last.glob("head_*"))
     shutil.copytree(first, tmp_path / "resumed" / "checkpoints" / first.name)
-    resumed = run(Ranks(), config, tmp_path / "resumed")
-    assert resumed == whole[3:]
+    run(config, tmp_path / "resumed")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
 
 
 def first_steps(ranks, config):
     """Losses with batch norm as at inference, which is the same for every number of ranks."""
-    state, stream = begun(config, ranks)
+    state, stream = state_and_batches(config, ranks)
     state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
-    losses = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(3)]
+    found = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(3)]
     stream.close()
-    return losses
+    return found
 
 
 def test_two_ranks_of_the_method_are_one(grouped):
     config = npair_of(grouped, "optim.lr=0.005")
     alone = first_steps(Ranks(), config)
     assert alone[0] != alone[1]
-    for losses in run_ranks(2, first_steps, config):
-        assert losses == pytest.approx(alone, rel=1e-4)
+    for found in run_ranks(2, first_steps, config):
+        assert found == pytest.approx(alone, rel=1e-4)
 
 
 # The source

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fr_core.ranks import Ranks
-from tests.conftest import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 @pytest.mark.parametrize(("total", "size"), [(10, 3), (3, 3), (7, 2), (1, 1), (100, 7)])

@@ -1,10 +1,21 @@
+import multiprocessing as mp
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from pipelines.bench import turns
 from pipelines.bench.data import bench_grouped, bench_masks
 from pipelines.bench.heads import bench_attfc, bench_head
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Measured processes come of one that has imported all, within a moment; test_bench_memory spawns them."""
+    monkeypatch.setattr(turns, "mp", SimpleNamespace(get_context=lambda _: mp.get_context("forkserver")))
+
+
+@pytest.mark.usefixtures("forked")
 def test_bench_head_on_a_small_problem():
     """The formulations agree (else it raises) and every figure is there; speed is not judged here."""
     figures = bench_head(2000, 16, 32, 1, 1, False, True, lambda line: None)
@@ -20,6 +31,7 @@ def test_bench_head_on_a_small_problem():
     assert all(value > 0 for name, value in figures.items() if name.startswith(("seconds", "time")))
 
 
+@pytest.mark.usefixtures("forked")
 def test_bench_attfc_on_a_small_problem():
     figures = bench_attfc(100_000, 16, 64, 5000, 1, 1, True, lambda line: None)
     wanted = ("head_time_ratio_float32", "head_time_ratio_bf16", "head_memory_ratio", "seconds_n5000", "seconds_n50000")

@@ -8,29 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
-from pipelines.cli import app
-from tests.conftest import flip_a_bit, write_dataset
-
-
-def bigface(*args):
-    """Runs a command in this process; the user's mistakes surface as UserError."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def figures(path):
-    content = json.loads(path.read_text())
-    assert {"command", "version", "machine", "figures"} <= set(content)
-    return content["figures"]
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import flip_a_bit, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing as mp
 
 import pytest
 
@@ -8,8 +9,9 @@ from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
+from pipelines.experiments import compare
 from pipelines.experiments.compare import PUBLISHED, heads, named_settings, summary
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,8 @@ def compared(given, folder, *options):
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch):
+    """Its runs have processes of their own, here of one that has imported all."""
+    monkeypatch.setattr(compare, "get_context", lambda _: mp.get_context("forkserver"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = compared(given, tmp_path, "--seeds", 1, "--minutes", 0)
     assert "0 minutes are over" in output or len(list(csv.DictReader((tmp_path / "r.csv").open()))) == 1

@@ -10,8 +10,8 @@ from fr_core.train.memory import memory
 from fr_core.train.metrics import read_metrics
 from pipelines.experiments.plan import plan
 from pipelines.train import with_absolute_paths
-from tests.conftest import flip_a_bit, write_dataset
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import flip_a_bit, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pipelines.datasets.clean import clean
 from pipelines.datasets.embed import embed
 from pipelines.datasets.ingest import ingest
 from pipelines.datasets.merge import merge, split
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,7 @@ def test_the_commands(tmp_path, net, small):
             bigface(*command, "--out", "s3://bucket/out")
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_ray_actors_write_what_this_process_does(tmp_path, net, small):
     here = whole(embed(net[0], small, tmp_path / "here", net[1], on_ray=False))

@@ -1,6 +1,6 @@
-"""Every method with every schedule that watches or does not, with and without masks; and the pairs that are refused."""
+"""Every method with a schedule that watches and one that does not, with and without masks; pairs that are refused."""
 
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.ranks import Ranks
 from fr_core.train.loop import rest_of_run, resume_or_init, step
-from tests.conftest import write_dataset
+from tests.helpers.datasets import write_dataset
 
 # Recipe, what else it takes, and the layout that it reads.
 METHODS = {
@@ -63,7 +63,31 @@ def first_images(config):
     return batch.images_BHWC, batch.class_images_BKHWC
 
 
-@pytest.mark.parametrize(("method", "schedule", "masks"), product(METHODS, SCHEDULES, MASKS))
+def pairs_in(run):
+    """Each two values of a run, with whose values they are."""
+    return set(combinations(enumerate(run), 2))
+
+
+def pairwise(*factors):
+    """Of all runs as many as together have each pair of values of any two factors: always the one with most new."""
+    runs = list(product(*factors))
+    missing, chosen = set().union(*map(pairs_in, runs)), []
+    while missing:
+        chosen.append(max(runs, key=lambda run: len(pairs_in(run) & missing)))
+        missing -= pairs_in(chosen[-1])
+    return chosen
+
+
+def test_each_two_values_are_in_a_run_and_no_run_is_in_vain():
+    for factors in ((METHODS, SCHEDULES, MASKS), ("ab", "cde", "fg", "hij")):
+        runs = pairwise(*factors)
+        for one, other in combinations(range(len(factors)), 2):
+            assert {(run[one], run[other]) for run in runs} == set(product(factors[one], factors[other]))
+        assert all(pairs_in(run) - set().union(*map(pairs_in, runs[:number])) for number, run in enumerate(runs))
+    assert len(pairwise(METHODS, SCHEDULES, MASKS)) == len(METHODS) * 2
+
+
+@pytest.mark.parametrize(("method", "schedule", "masks"), pairwise(METHODS, SCHEDULES, MASKS))
 def test_every_pair_trains(places, tmp_path, method, schedule, masks):
     config = config_of(places, method, *SCHEDULES[schedule], f"data.masks.ratio={MASKS[masks]}")
     state = resume_or_init(config, tmp_path, Ranks(), blocks_in_process)

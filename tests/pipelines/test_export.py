@@ -18,7 +18,7 @@ from fr_core.nets.quantised import Quantised
 from fr_core.ranks import Ranks
 from pipelines.bench.latency import bench_latency, settled
 from pipelines.nets import export as pipeline
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
 
 SMALL = IResNetNet(depth=10, width=8, input_size=32, embedding=16)
 

@@ -13,7 +13,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
-from tests.conftest import REAL_DATA, needs_detector, needs_real_data
+from tests.helpers.machine import REAL_DATA, needs_detector, needs_real_data
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,7 @@ def test_every_kind_of_source_is_aligned_alike(drawn, tmp_path):
 
 
 @needs_detector
+@pytest.mark.soak
 @pytest.mark.ray
 def test_ray_aligns_as_this_process_does(drawn, tmp_path):
     ingest(drawn, tmp_path / "a", align=True, on_ray=False)

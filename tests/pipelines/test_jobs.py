@@ -27,7 +27,7 @@ from pipelines.on_ray import GROWS_AS
 ROOT = Path(__file__).parents[2]
 RAY, BIGFACE = (Path(sys.executable).with_name(name) for name in ("ray", "bigface"))
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]  # a head and its job take minutes on a busy machine
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]  # a head and its job take minutes on a busy machine
 
 
 def free_ports(number):
@@ -116,7 +116,7 @@ def test_a_job_trains_to_its_report(head, dataset, tmp_path):
         while job.poll() is None:
             found = wait_for(metrics, "")
             exported = found if "ray_bigface_loss{" in found else exported
-            time.sleep(0.2)
+            time.sleep(0.5)  # as often as the head is told
     finally:
         job.kill()
         job.wait()
@@ -141,6 +141,7 @@ def training(dataset, out, log, environment, *options, before=()):
         return subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file)
 
 
+@pytest.mark.soak
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(head, dataset, tmp_path):
     """`ray job stop` is a SIGTERM: the checkpoint holds every step that was trained."""
     environment, address, _ = head
@@ -164,6 +165,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(head, dataset, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     with running_head() as (environment, _, _):
@@ -178,6 +180,7 @@ def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_pa
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
 
 
+@pytest.mark.soak
 def test_a_cluster_without_a_worker_starts_machines_for_a_run(dataset, tmp_path):
     """As cluster.yaml's: the head has no CPU to give. Each worker needs a machine of its own here."""
     machine = {"resources": {"CPU": 2, "object_store_memory": 200_000_000}, "node_config": {}, "min_workers": 0}
@@ -201,6 +204,7 @@ def test_a_cluster_without_a_worker_starts_machines_for_a_run(dataset, tmp_path)
     assert json.loads((out / "report.json").read_text())["figures"]["workers"] == 2
 
 
+@pytest.mark.soak
 def test_nobody_submits_without_the_token(head):
     _, address, _ = head
     with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -6,7 +6,7 @@ import pytest
 from fr_core.data.store import check_lasts, to_path
 from fr_core.errors import UserError
 from pipelines.logs import IN_JOB, start_logging, tell
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 
 @pytest.fixture(autouse=True)

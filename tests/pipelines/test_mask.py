@@ -14,7 +14,7 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.verify.pairs import read_pairs
 from fr_core.verify.suites import find_sets
 from pipelines.datasets.mask import mask
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 ALL = Masks(ratio=1)
 

@@ -19,9 +19,9 @@ from pipelines.datasets.ingest import ingest, write_one
 from pipelines.datasets.inspect import inspect
 from pipelines.datasets.unpack import unpack
 from pipelines.train import train
-from tests.conftest import put
-from tests.fr_core.data.test_recordio import payload, write_rec
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
+from tests.helpers.datasets import put
+from tests.helpers.packed import payload, write_rec
 
 
 def content(folder):

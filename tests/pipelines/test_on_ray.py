@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,16 +10,21 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import ray
+import ray.train.torch
 import yaml
+from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import save_file
 
 from fr_core.config.recipes import load_config
+from fr_core.data import stream
 from fr_core.data.schema import open_dataset
+from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.iresnet import IResNet
@@ -27,9 +33,7 @@ from pipelines import on_ray
 from pipelines.datasets.ingest import ingest
 from pipelines.on_ray import capacity, cluster_machines, one_a_node, train_on_ray, worker_cpus
 from pipelines.train import train
-from tests.conftest import flip_a_bit, write_dataset
-
-pytestmark = pytest.mark.ray
+from tests.helpers.datasets import flip_a_bit, write_dataset
 
 
 def test_workers_leave_half_of_the_cpus_to_ray_data():
@@ -54,6 +58,8 @@ def test_a_cluster_that_grows_counts_the_machines_that_may_come(tmp_path, monkey
     assert one_a_node(machines) == 24.5
 
 
+@pytest.mark.soak
+@pytest.mark.ray
 def test_ingest_by_ray_equals_ingest_in_this_process(photos, tmp_path):
     here = ingest(photos, tmp_path / "here", on_ray=False)
     there = ingest(photos, tmp_path / "there", on_ray=True)
@@ -69,6 +75,8 @@ def kill_a_worker_after_the_first_checkpoint(out: Path, killed: list[int]) -> No
     killed.append(workers[-1].pid)
 
 
+@pytest.mark.soak
+@pytest.mark.ray
 def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
     """Two streams of Ray Data for each of two workers, the teacher on both, and at the end one of real faces: one
     process but for batch norm.
@@ -85,21 +93,23 @@ def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
     assert two[-1]["distill_loss"] < 0.9 * two[0]["distill_loss"]
 
 
-def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path, mlflow_database):
     """Every step is there once, and the MLflow run is one."""
-    overrides = [f"data.path={dataset}", "train.epochs=10", "train.max_steps=300", "train.save_every=50"]
+    overrides = [f"data.path={dataset}", "train.epochs=10", "train.max_steps=120", "train.save_every=40"]
     config = load_config("debug_bigface", overrides)
+    shutil.copy(mlflow_database, tmp_path)
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker_after_the_first_checkpoint, args=(tmp_path / "run", killed))
     killer.start()
     figures = train(config, tmp_path / "run", workers=2)
     killer.join()
     assert len(killed) == 1
-    assert (figures["steps"], figures["workers"]) == (300, 2)
+    assert (figures["steps"], figures["workers"]) == (120, 2)
     rows = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == list(range(1, 301))
+    assert [row["step"] for row in rows] == list(range(1, 121))
     assert np.mean([row["loss"] for row in rows[-20:]]) < 0.5 * np.mean([row["loss"] for row in rows[:20]])
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["steps"] == 300
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["steps"] == 120
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -108,12 +118,58 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path):
 
 
 def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray, "start_ray", lambda: None)
     monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 8.0, "GPU": 1.0}])
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
     with pytest.raises(UserError, match="2 workers for 1 GPUs; use --workers 1"):
         train_on_ray(config, tmp_path / "run", 2)
 
 
+def without_a_cluster(monkeypatch, fit):
+    """Ray Train's ``fit`` is the function given, and a worker that it calls is alone, in this process."""
+    monkeypatch.setattr(on_ray, "start_ray", lambda: None)
+    monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(on_ray, "threads_of_each", lambda *_: 1)
+    monkeypatch.setattr(stream, "blocks_by_ray", blocks_in_process)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(ray.train, "report", lambda metrics: None)
+    made = lambda work, train_loop_config, **more: SimpleNamespace(fit=lambda: fit(work, train_loop_config))  # noqa: E731
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", made)
+
+
+def test_a_mistake_that_a_worker_meets_is_told_by_the_driver_in_one_line(tmp_path, monkeypatch):
+    root = write_dataset(tmp_path / "shards", 300, 10)
+    flip_a_bit(root / "shard-00000.parquet", 5000)
+    lives = []
+
+    def fit(work, launch):
+        with pytest.raises(UserError):
+            work(launch)
+        lives.append(work(launch))  # where Ray starts it again
+        raise WorkerGroupError("a worker died", {0: RuntimeError("what Ray makes of it")})
+
+    without_a_cluster(monkeypatch, fit)
+    config = load_config("debug_bigface", [f"data.path={root}", "tracking.uri=off"])
+    with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged") as caught:
+        train_on_ray(config, tmp_path / "run", 1)
+    assert "\n" not in str(caught.value)
+    assert lives == [{}]
+    assert not list((tmp_path / "run").glob(on_ray.MISTAKES))
+
+
+def test_a_mistake_that_no_file_tells_is_found_among_what_ray_says(dataset, tmp_path, monkeypatch):
+    def fit(work, launch):
+        raise WorkerGroupError("workers died", {0: OSError("lost"), 1: UserError("the mend\nand Ray's own lines")})
+
+    without_a_cluster(monkeypatch, fit)
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
+    with pytest.raises(UserError, match=r"^the mend$"):
+        train_on_ray(config, tmp_path / "run", 1)
+
+
+@pytest.mark.soak
+@pytest.mark.ray
 def test_a_mistake_inside_the_workers_comes_out_in_one_line(tmp_path):
     root = write_dataset(tmp_path / "shards", 300, 10)
     flip_a_bit(root / "shard-00000.parquet", 5000)
@@ -134,6 +190,8 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak
+@pytest.mark.ray
 def test_ctrl_c_leaves_no_process_behind(dataset, tmp_path):
     ray.shutdown()  # of the tests before: one node is enough for small machines
     mark = uuid.uuid4().hex

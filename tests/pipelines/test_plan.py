@@ -5,7 +5,7 @@ import pytest
 from fr_core.config.recipes import load_config
 from fr_core.errors import UserError
 from pipelines.experiments.plan import plan
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 R50 = ["train.global_batch=384"]
 

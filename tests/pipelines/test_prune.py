@@ -12,7 +12,7 @@ import pipelines.nets.prune as pipeline
 from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser, build_net, open_net
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
 
 pytest.importorskip("torch_pruning")
 

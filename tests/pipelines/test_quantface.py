@@ -7,7 +7,7 @@ from fr_core.errors import UserError
 from fr_core.train.metrics import read_metrics
 from pipelines.experiments.plan import plan
 from pipelines.train import with_absolute_paths
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from fr_core.train.metrics import read_metrics
 from fr_core.verify.pairs import write_pairs
 from pipelines.nets import quantize as pipeline
 from pipelines.nets.quantize import quantised_config
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import write_dataset
 
 pytest.importorskip("brevitas")
 SMALL = ("--in-process", "net.calibration_batches=2", "train.global_batch=16")
@@ -52,9 +52,10 @@ def test_the_config_is_the_recipe_with_the_net_of_the_checkpoint(dataset, traine
     assert (baseline.method.loss.kind, baseline.train.epochs) == ("mse", 0)
 
 
-def test_a_run_reports_the_net_before_and_after(dataset, trained, pairs, tmp_path):
+def test_a_run_reports_the_net_before_and_after(dataset, trained, pairs, tmp_path, mlflow_database):
     from mlflow import MlflowClient
 
+    shutil.copy(mlflow_database, tmp_path)
     run = tmp_path / "run"
     given = ["--run", run, "--data-share", 0.03, "train.log_every=1"]
     said = bigface(
@@ -173,6 +174,7 @@ def test_the_summary_has_a_column_for_what_was_measured():
     assert rows == [("float", "90.00", "50.00", "4.00"), ("quantised", "89.00", "25.00", "1.00")]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_two_ray_workers_quantise_as_one_process(dataset, trained, tmp_path):
     small = ["--data", dataset, "net.calibration_batches=2", "train.global_batch=16", "tracking.uri=off"]

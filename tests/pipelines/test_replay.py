@@ -3,8 +3,8 @@ import json
 import pytest
 
 from fr_core.errors import UserError
-from tests.conftest import REAL_DATA, needs_real_data
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
+from tests.helpers.machine import REAL_DATA, needs_real_data
 
 
 @needs_real_data

@@ -1,6 +1,7 @@
 """``bigface runs``: families of runs in MLflow, runs in folders, orders and filters."""
 
 import json
+import shutil
 from datetime import datetime
 
 import pytest
@@ -9,15 +10,16 @@ from fr_core.config.sections import Tracking
 from fr_core.errors import UserError
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
 from pipelines.experiments.runs import run_table, runs
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
 
 PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "schedule.kind": "fastface"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, mlflow_database):
     """A search of two trials, a plain run, one that runs still, and a folder that MLflow knows nothing of."""
     root = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_database, root)
     client, experiment = open_mlflow(Tracking(), root)
 
     def run(name, started, status="FINISHED", parent=None, params=PARAMS, **metrics):

@@ -8,7 +8,7 @@ from fr_core.errors import UserError
 from fr_core.train.initial import parameter_figures
 from fr_core.train.mlflow_runs import COMPARISON_TAG, open_mlflow
 from pipelines.experiments.scaling import parameter_count, run_of
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
 
 COUNTS = {"backbone_parameters": 900, "classifier_parameters": 100}
 

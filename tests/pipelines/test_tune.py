@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,8 @@ from pipelines.experiments.trial import MISTAKE, judged, run_trial, turn
 from pipelines.experiments.tune import DRIVER, bounded, claim, ended_early, share
 from pipelines.on_ray import start_ray
 from pipelines.train import train
-from tests.conftest import write_dataset
-from tests.pipelines.test_cli import bigface
+from tests.helpers.commands import bigface
+from tests.helpers.datasets import write_dataset
 from tune_spaces import joined
 from tune_spaces.fields import Choice, Integers
 
@@ -262,6 +263,7 @@ def small(tmp_path_factory):
     return ["debug_bigface", f"data.path={root / 'shards'}", *steps, *pairs]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_no_more_trials_train_than_have_turns():
     """Of six drivers, as Tune starts them after a failure, two at a time; also where one dies in its turn."""
@@ -342,7 +344,9 @@ def test_a_search_of_two_workers_a_trial(small, tmp_path):
     assert all(trial["figures"]["workers"] == 2 for trial in finished)
 
 
-def test_what_trials_could_not_tell_mlflow_is_delivered_at_the_end(small, tmp_path):
+def test_what_trials_could_not_tell_mlflow_is_delivered_at_the_end(small, tmp_path, mlflow_database):
+    (tmp_path / "search" / "trials").mkdir(parents=True)
+    shutil.copy(mlflow_database, tmp_path / "search" / "trials")
     config = load_config(small[0], [*small[1:], "train.max_steps=2"])
     run = tmp_path / "search" / "trials" / "one"
     train(config, run, in_process=True)
@@ -363,9 +367,10 @@ def steps_of(run):
 
 
 @pytest.mark.ray
-def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch):
+def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch, mlflow_database):
     """Killed with its process group, in its second trial; the first is not run again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copy(mlflow_database, tmp_path)
     out = tmp_path / "search"
     options = ["--only", "lr,m3", "--trials", 3, "--in-process", "--at-once", 1, "--out", out]
     command = [str(word) for word in ("tune", "bigface", *small, *options)]
@@ -401,6 +406,7 @@ def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch):
     bigface("train", out / "winner.toml", "train.max_steps=1", "--in-process", "--out", tmp_path / "winner")
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_population_hands_weights_on(small, tmp_path, monkeypatch):
     """Two trials of different rates have the same weights at some step only where one went on from the other."""

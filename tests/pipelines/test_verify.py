@@ -9,7 +9,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.verify.baselines import raw_pixels
 from fr_core.verify.suites import find_sets, suite_table, verify_suite
-from tests.pipelines.test_cli import bigface, figures
+from tests.helpers.commands import bigface, figures
 
 
 @pytest.fixture

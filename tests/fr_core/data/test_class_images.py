@@ -12,7 +12,7 @@ from fr_core.data.stream import batches, blocks_by_ray, blocks_in_process, make_
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 from pipelines.on_ray import start_ray
-from tests.conftest import write_dataset
+from tests.helpers.datasets import write_dataset
 
 
 def config_of(root, *overrides):

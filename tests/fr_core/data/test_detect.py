@@ -10,7 +10,7 @@ from fr_core.data.crops import RejectedImage
 from fr_core.data.detect import find_face, main_face, search
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
-from tests.conftest import needs_detector
+from tests.helpers.machine import needs_detector
 
 
 def photo(faces, height=750, width=1000):

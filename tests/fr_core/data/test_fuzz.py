@@ -17,8 +17,7 @@ from fr_core.data.listing import read_image
 from fr_core.data.schema import open_dataset
 from fr_core.data.sources import list_source
 from fr_core.errors import UserError
-from tests.fr_core.data.test_recordio import payload, write_rec
-from tests.fr_core.data.test_sources import make_tar, make_zip
+from tests.helpers.packed import make_tar, make_zip, payload, write_rec
 
 pytestmark = pytest.mark.fuzz
 FILES = {f"{person}/{shot}.jpg": bytes([shot]) * (300 * shot + 5) for person in "abc" for shot in range(3)}

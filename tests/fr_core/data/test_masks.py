@@ -9,7 +9,7 @@ from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE
 from fr_core.data.landmarks import read_landmarks
 from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, masked, masking, textures
-from tests.conftest import REAL_DATA, needs_real_data
+from tests.helpers.machine import REAL_DATA, needs_real_data
 
 YS, XS = np.mgrid[:112, :112]
 TOOLS = {"warped": Masks(rendered=0), "rendered": Masks(rendered=1)}

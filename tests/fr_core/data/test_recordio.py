@@ -1,44 +1,10 @@
 import struct
 
-import numpy as np
 import pytest
 
 from fr_core.data.recordio import image_of, list_records, read_record
 from fr_core.errors import UserError
-
-MAGIC = struct.pack("<I", 0xCED7230A)
-
-
-def frame(part, data):
-    return MAGIC + struct.pack("<I", part << 29 | len(data)) + data + bytes(-len(data) % 4)
-
-
-def record(payload):
-    """As dmlc-core's writer: cut at every magic number that begins at a multiple of four bytes."""
-    cuts = [i for i in range(0, len(payload) - 3, 4) if payload[i : i + 4] == MAGIC]
-    parts, begin = [], 0
-    for cut in cuts:
-        parts.append(payload[begin:cut])
-        begin = cut + 4
-    parts.append(payload[begin:])
-    if len(parts) == 1:
-        return frame(0, payload)
-    kinds = [1, *[2] * (len(parts) - 2), 3]
-    return b"".join(frame(kind, part) for kind, part in zip(kinds, parts, strict=True))
-
-
-def payload(image, label, number, more=()):
-    labels = struct.pack(f"<{len(more)}f", *more)
-    return struct.pack("<IfQQ", len(more), label, number, 0) + labels + image
-
-
-def write_rec(path, payloads, index=True):
-    starts = np.cumsum([0, *(len(record(p)) for p in payloads)])
-    path.write_bytes(b"".join(record(p) for p in payloads))
-    if index:
-        path.with_suffix(".idx").write_text("".join(f"{i}\t{s}\n" for i, s in enumerate(starts[:-1])))
-    return path
-
+from tests.helpers.packed import MAGIC, frame, payload, write_rec
 
 IMAGES = [b"jpeg" * n + b"x" * (n % 3) for n in range(1, 7)]
 

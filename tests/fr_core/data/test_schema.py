@@ -7,7 +7,7 @@ import pytest
 
 from fr_core.data.schema import _open_parquet, grouped_table, open_dataset, write_shard
 from fr_core.errors import UserError
-from tests.conftest import write_dataset
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.fixture

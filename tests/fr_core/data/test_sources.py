@@ -1,4 +1,3 @@
-import io
 import os
 import tarfile
 import zipfile
@@ -11,6 +10,7 @@ from fr_core.data.landmarks import DENSE_COLUMNS, LANDMARK_COLUMNS, match_landma
 from fr_core.data.listing import read_image
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
+from tests.helpers.packed import make_tar, make_zip
 
 HEADER = ",".join(("path", *LANDMARK_COLUMNS))
 DENSE_HEADER = ",".join(("path", *DENSE_COLUMNS))
@@ -102,22 +102,6 @@ def content(listing):
         data = read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"])
         found.setdefault(listing.names[row["label"]], []).append(data)
     return found
-
-
-def make_zip(path, files, method=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
-def make_tar(path, files):
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def files_of(photos, prefix):

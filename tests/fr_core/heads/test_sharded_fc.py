@@ -1,4 +1,5 @@
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fr_core.config.optim import SGD
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.optim.optimizers import head_optimizer
 from fr_core.ranks import Ranks
-from tests.conftest import run_ranks
+from tests.helpers.ranks import run_ranks
 
 N, D, G = 11, 8, 6  # 11 rows divide by neither 2 nor 3
 ARC = BigFace(margin=Margin(scale=16, m2=0.5, m3=0))
@@ -57,19 +58,24 @@ def sharded(ranks, method, labels):
     return {"loss": loss.detach(), "x": x_BD.grad, "weight": head.weight.grad, "rows": (head.lo, head.hi)}
 
 
-def all_cases(ranks):
-    return {(m, k): sharded(ranks, METHODS[m], LABELS[k]) for m in METHODS for k in LABELS}
+def everything(ranks):
+    """What the tests below compare, by the name of the case."""
+    found = {(m, k): sharded(ranks, METHODS[m], LABELS[k]) for m in METHODS for k in LABELS}
+    found |= {"fused": fused_steps(ranks), "fused, many": fused_steps(ranks, 1000), "partial": partial_step(ranks)}
+    return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def cases(request):
-    return run_ranks(request.param, all_cases)
+@pytest.fixture(scope="module")
+def found_on():
+    """Of a number of ranks: the results of each, by case."""
+    return cache(lambda size: run_ranks(size, everything))
 
 
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("method", METHODS)
-def test_loss_and_gradients_equal_the_whole_matrix_in_float64(cases, method, labels):
-    results = [case[method, labels] for case in cases]
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_loss_and_gradients_equal_the_whole_matrix_in_float64(found_on, size, method, labels):
+    results = [found[method, labels] for found in found_on(size)]
     weight = initial_rows(0, N, D, seed=1)
     loss, x_grad, weight_grad = reference(METHODS[method], embeddings(), weight, torch.tensor(LABELS[labels]))
     for result in results:
@@ -99,8 +105,8 @@ def fused_steps(ranks, identities=N):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_fused_steps_equal_sgd_on_the_whole_matrix(size):
-    results = run_ranks(size, fused_steps)
+def test_fused_steps_equal_sgd_on_the_whole_matrix(found_on, size):
+    results = [found["fused"] for found in found_on(size)]
     weight = initial_rows(0, N, D, seed=1).double().requires_grad_()
     optimizer = torch.optim.SGD([weight], **SGD().model_dump(include={"lr", "momentum", "weight_decay"}))
     for step in range(3):
@@ -110,12 +116,8 @@ def test_fused_steps_equal_sgd_on_the_whole_matrix(size):
     assert torch.allclose(torch.cat([rows for _, rows, _ in results]).double(), weight, atol=1e-5)
 
 
-def bytes_for_few_and_many_identities(ranks):
-    return [fused_steps(ranks, identities)[2] for identities in (N, 1000)]
-
-
-def test_bytes_between_ranks_do_not_depend_on_the_identities():
-    small, large = run_ranks(2, bytes_for_few_and_many_identities)[0]
+def test_bytes_between_ranks_do_not_depend_on_the_identities(found_on):
+    small, large = (found_on(2)[0][case][2] for case in ("fused", "fused, many"))
     faces, statistics = G // 2 * D * 4, 2 * G * 4
     assert small == large == {"all_gather": faces + statistics, "reduce_scatter": 2 * faces}
 
@@ -166,8 +168,8 @@ def partial_step(ranks):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_partial_fc_moves_sampled_rows_only_and_holds_all_positives(size):
-    ranks = run_ranks(size, partial_step)
+def test_partial_fc_moves_sampled_rows_only_and_holds_all_positives(found_on, size):
+    ranks = [found["partial"] for found in found_on(size)]
     for parts in zip(*ranks, strict=True):
         rows = torch.cat([part[1] for part in parts])
         assert torch.equal(torch.cat([part[0] for part in parts]), rows)

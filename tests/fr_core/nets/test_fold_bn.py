@@ -8,9 +8,9 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.open import build_net, open_net
-from tests.conftest import REAL_DATA, needs_real_data
+from tests.helpers.machine import REAL_DATA, needs_real_data
+from tests.helpers.nets import NORMS, random_net
 
-NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 SMALL = [
     *(IResNetNet(depth=depth, width=8, input_size=32, embedding=8) for depth in BLOCKS),
     IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
@@ -19,29 +19,6 @@ SMALL = [
     MoENet(depth=18, width=8, input_size=32, embedding=8, experts=3, active=2),
     MobileFaceNetNet(input_size=64, embedding=8),
 ]
-
-
-@torch.no_grad()
-def random_net(config, dtype=torch.float32):
-    """Random norms, gammas among them that are zero, tiny or negative; statistics near those of some noise."""
-    torch.manual_seed(0)
-    net = build_net(config).to(dtype)
-    norms = [module for module in net.modules() if isinstance(module, NORMS)]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.weight.normal_(1, 0.5)
-        norm.weight[::5] = 0
-        norm.weight[1::5] *= -1
-        norm.weight[2::5] *= 1e-7
-        norm.bias.normal_(0, 0.5)
-    x = torch.randn(4, 3, config.input_size, config.input_size, dtype=dtype)
-    net.features.float()  # as the forward pass wants it
-    net.fc.float()
-    net.train()(x)
-    for norm in norms:
-        norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
-        norm.running_var *= 0.8 + 0.4 * torch.rand_like(norm.running_var)
-    return net.eval()
 
 
 @torch.no_grad()

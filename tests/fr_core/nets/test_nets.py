@@ -15,7 +15,7 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
 from fr_core.nets.open import build_net, open_net
 from fr_core.verify.pairs import cosines, read_pairs, score_pairs
-from tests.conftest import REAL_DATA, needs_real_data
+from tests.helpers.machine import REAL_DATA, needs_real_data
 
 PARAMETERS = {  # METHODS §5, in millions at 112×112 and 512 dimensions
     18: 24.026,

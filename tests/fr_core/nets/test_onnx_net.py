@@ -12,7 +12,7 @@ from fr_core.nets import onnx_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, write_onnx
 from fr_core.nets.open import Recogniser, build_net, open_net
-from tests.conftest import put
+from tests.helpers.datasets import put
 
 CPU = torch.device("cpu")
 METADATA = {

@@ -13,8 +13,8 @@ from fr_core.nets.calibration import SHARES, calibrate, least_error
 from fr_core.nets.open import build_net
 from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted
 from fr_core.ranks import Ranks
-from tests.conftest import run_ranks
-from tests.fr_core.nets.test_fold_bn import random_net
+from tests.helpers.nets import random_net
+from tests.helpers.ranks import run_ranks
 
 NETS = {
     "iresnet": IResNetNet(depth=10, width=8, input_size=32, embedding=8),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.errors import UserError
 from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
-from tests.conftest import REAL_DATA, needs_real_data, run_ranks
+from tests.helpers.machine import REAL_DATA, needs_real_data
+from tests.helpers.ranks import run_ranks
 
 HAAR_CHANGES = [54273, 72866, 94820, 113104, 135860, 143861, 151862, 159863, 175826, 183827, 191828, 199829]
 RECURRENCE_CHANGES = [94270, 135927, 156070, 175310, 185427, 195544]
@@ -157,11 +158,11 @@ def test_runs_too_short_to_decide_are_refused():
 
 
 def rates_of(ranks):
-    """20,000 steps of losses that differ between ranks; each feeds their mean."""
+    """2,000 steps of losses that differ between ranks; each feeds their mean."""
     random = np.random.default_rng(ranks.rank)
-    watching = Recurrence(FastFace(patience=0.01), 20_000, 128)
+    watching = Recurrence(FastFace(patience=0.1), 2000, 128)
     factors = []
-    for loss in 5 + random.normal(0, 0.5, 20_000):
+    for loss in 5 + random.normal(0, 0.5, 2000):
         watching.observe(float(ranks.sum_(torch.tensor(loss)) / ranks.size))
         factors.append(watching.factor)
     return factors

@@ -22,9 +22,10 @@ from fr_core.train.distill import micro_batches, open_teacher
 from fr_core.train.initial import initial_state
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import read_metrics
-from tests.conftest import run_ranks, write_dataset
-from tests.fr_core.data.test_embeddings import embedded
-from tests.fr_core.train.test_train import interrupted, last_weights, losses, run, smooth_run
+from tests.helpers.datasets import write_dataset
+from tests.helpers.embeddings import embedded
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import interrupted, last_weights, losses, run, smooth_run
 
 
 @pytest.fixture(scope="module")

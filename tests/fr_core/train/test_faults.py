@@ -24,8 +24,10 @@ from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.notice import Notice
-from tests.conftest import flip_a_bit, run_ranks
-from tests.fr_core.train.test_train import config_of, last_weights, losses, run
+from tests.helpers.commands import bigface
+from tests.helpers.datasets import flip_a_bit
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import config_of, last_weights, losses, run
 
 
 def equal(one, other):
@@ -53,27 +55,46 @@ def cut(undisturbed, out, at):
 # SIGTERM
 
 
-def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undisturbed, tmp_path):
+def signalled(number, out, *command):
+    """A command that gets a signal after its first step: its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not losses(out):
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undisturbed, tmp_path, mlflow_database):
     from mlflow import MlflowClient
 
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pipelines.cli", "train", "debug_bigface", f"data.path={dataset}", "data.lanes=8"]
-    command += ["--in-process", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    while not losses(out):
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=60)[1]
+    shutil.copy(mlflow_database, tmp_path)
+    command = ["train", "debug_bigface", f"data.path={dataset}", "data.lanes=8", "--in-process", "--out", str(out)]
+    code, said = signalled(signal.SIGTERM, out, *command)
     step = len(losses(out))
-    assert run.returncode == 143
+    assert code == 143
     assert said.strip().splitlines()[-1] == f"bigface: left at step {step}; --resume goes on"
     assert step < 20
     assert checkpoints(out)[-1].name == f"step_{step:08d}"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert client.get_run(json.loads((out / "run.json").read_text())["run_id"]).info.status == "KILLED"
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, env=environment)
+    bigface(*command, "--resume")
     assert equal(out, undisturbed)
+
+
+def test_ctrl_c_is_an_exit_code_and_no_traceback(dataset, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off", "--in-process", "--out", str(out)]
+    code, said = signalled(signal.SIGINT, out, *command, "train.epochs=10", "train.max_steps=400")
+    assert code == 130
+    [begun] = said.splitlines()
+    assert "training" in begun
 
 
 def save_at_four_and_leave_at_eight(ranks, config, out):
@@ -177,10 +198,11 @@ def fill(folder, leave):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_others_and_the_run_goes_on_later(
-    dataset, undisturbed, small_disk, tmp_path
+    dataset, undisturbed, small_disk, tmp_path, mlflow_database
 ):
     from mlflow import MlflowClient
 
+    shutil.copy(mlflow_database, tmp_path)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = config_of(dataset, "train.save_every=5", f"tracking.uri={uri}")
     out = cut(undisturbed, small_disk / "run", 5)
@@ -226,7 +248,7 @@ KILLED = """
 import os, signal, sys, torch
 import fr_core.nets.checkpoint_files as files
 import fr_core.train.checkpoint as checkpoint
-from tests.fr_core.train.test_train import config_of, run
+from tests.helpers.runs import config_of, run
 
 def counted(function):
     def call(*args, **kwargs):
@@ -297,12 +319,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(dataset, tmp_path, monkeypatch):
+def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
+    dataset, tmp_path, monkeypatch, mlflow_database
+):
     """Absent from the start to the end of one life, there in the next, stopped in its middle, and there again."""
     from mlflow import MlflowClient
 
     monkeypatch.setattr(outbox, "RETRY_AFTER", 0.2)
     monkeypatch.setattr(tracking, "FLUSH_EVERY", 0.0)
+    shutil.copy(mlflow_database, tmp_path / "server.db")
     port, out = free_port(), tmp_path / "run"
     config = config_of(dataset, f"tracking.uri=http://127.0.0.1:{port}", "train.save_every=6")
 

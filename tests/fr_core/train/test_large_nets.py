@@ -16,8 +16,8 @@ from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan
 from fr_core.train.initial import initial_state
-from tests.conftest import run_ranks
-from tests.fr_core.train.test_train import config_of, run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import config_of, run
 
 MOE = ["net.kind=moe", "net.experts=3", "net.balance=0.5"]
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.memory import memory
 from fr_core.train.metrics import read_metrics
 from fr_core.train.update import statistics
-from tests.conftest import run_ranks
-from tests.fr_core.train.test_train import interrupted, losses, run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import interrupted, losses, run
 
 CROSS_ENTROPY = "method.cross_entropy={weight=0.1}"
 
@@ -164,10 +165,14 @@ def quantised(teacher, scheme):
     return [*teacher, f"init.backbone={path}", f"net={{kind='quantised', net={inner}, {bits}}}"]
 
 
-def quantised_step(ranks, config, out):
-    """A step's loss, what it moved the weights by, and the ranges before it."""
+def quantised_steps(ranks, configs):
+    """By scheme: a step's loss, what it moved the weights by, and the ranges before it."""
     torch.set_num_threads(1)
-    state = loop.resume_or_init(config, out, ranks, blocks_in_process)
+    return {scheme: quantised_step(ranks, config) for scheme, config in configs.items()}
+
+
+def quantised_step(ranks, config):
+    state = loop.resume_or_init(config, Path("none"), ranks, blocks_in_process)
     stream = loop.rest_of_run(config, state, ranks, blocks_in_process)
     before = torch.cat([weight.detach().flatten().clone() for weight in state.trained.values()])
     loss = loop.step(config, state, next(stream), ranks)["loss"]
@@ -176,15 +181,22 @@ def quantised_step(ranks, config, out):
     return loss, before - after, [quantiser.scale.item() for quantiser in state.backbone.ranges().values()]
 
 
-@pytest.mark.parametrize("scheme", ["integer", "quantface"])
-def test_two_ranks_train_a_quantised_net_as_one(dataset, tmp_path, scheme):
-    """As far as codes allow, of which few round otherwise in batches of another size."""
+@pytest.fixture(scope="module")
+def one_and_two_ranks(dataset, tmp_path_factory):
+    """A step of each scheme on one rank, and on each of two."""
     pytest.importorskip("brevitas")
-    teacher = saved(tmp_path / "teacher.safetensors", 32, 32)
+    teacher = saved(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", 32, 32)
     plain = ["method.loss=mse", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=0.1"]
-    config = config_of(dataset, *quantised(teacher, scheme), *plain)
-    loss, moved, scales = quantised_step(Ranks(), config, tmp_path)
-    for shared_loss, shared_moved, shared_scales in run_ranks(2, quantised_step, config, tmp_path):
+    configs = {scheme: config_of(dataset, *quantised(teacher, scheme), *plain) for scheme in ("integer", "quantface")}
+    return [run_ranks(size, quantised_steps, configs) for size in (1, 2)]
+
+
+@pytest.mark.parametrize("scheme", ["integer", "quantface"])
+def test_two_ranks_train_a_quantised_net_as_one(one_and_two_ranks, scheme):
+    """As far as codes allow, of which few round otherwise in batches of another size."""
+    [alone], shared = one_and_two_ranks
+    loss, moved, scales = alone[scheme]
+    for shared_loss, shared_moved, shared_scales in (found[scheme] for found in shared):
         assert shared_scales == pytest.approx(scales, rel=1e-4)
         assert shared_loss == pytest.approx(loss, rel=0.03)
         assert F.cosine_similarity(shared_moved, moved, dim=0) > 0.98

@@ -8,8 +8,8 @@ import torch
 
 from fr_core.config.recipes import load_config
 from fr_core.nets.open import open_net
-from tests.conftest import run_ranks
-from tests.fr_core.train.test_train import rank_run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rank_run
 
 
 @pytest.fixture

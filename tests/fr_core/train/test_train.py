@@ -7,59 +7,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 import fr_core.train.loop as loop
 import fr_core.train.update as update
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset, write_manifest
-from fr_core.data.stream import batches, blocks_in_process, make_plan
+from fr_core.data.stream import batches, blocks_in_process
 from fr_core.errors import UserError
-from fr_core.nets import iresnet
 from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signed
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import load_checkpoint, save_checkpoint
-from fr_core.train.initial import initial_state
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import newest_metrics, read_metrics
 from fr_core.train.warm_start import prototypes
-from tests.conftest import run_ranks, write_dataset
+from tests.helpers.datasets import write_dataset
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import (
+    config_of,
+    interrupted,
+    last_weights,
+    losses,
+    rank_run,
+    run,
+    smooth_run,
+    state_and_batches,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-def config_of(dataset, *overrides):
-    base = [f"data.path={dataset}", "tracking.uri=off", "data.lanes=8"]
-    return load_config("debug_bigface", [*base, *overrides])
-
-
-def run(config, out, ranks=None):
-    torch.set_num_threads(1)
-    return loop.train_loop(config, Path(out), ranks or Ranks(), blocks_in_process, lambda metrics, saved: None)
-
-
-def losses(out):
-    return [row["loss"] for row in read_metrics(Path(out))]
-
-
-def last_weights(out):
-    """The whole model of a run's newest checkpoint, the class matrix put together again."""
-    folder = checkpoints(Path(out))[-1]
-    head = torch.cat([load_file(path)["weight"] for path in sorted(folder.glob("head_*"))])
-    return load_file(folder / "backbone.safetensors") | {"head": head}
-
-
-def rank_run(ranks, config, out):
-    run(config, out, ranks)
-
-
-def smooth_run(ranks, config, out):
-    """A run without PReLU's kink, across which rounding would flip a whole slope and be amplified from step to step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
-        run(config, out, ranks)
 
 
 # Equality of ranks and micro-batches
@@ -108,13 +84,6 @@ def test_accumulation_equals_the_big_batch_where_batch_norm_is_fixed(dataset, sa
     assert torch.allclose(fc, other_fc, atol=1e-5)
 
 
-def state_and_batches(config, ranks=None):
-    ranks = ranks or Ranks()
-    plan = make_plan(config, open_dataset(config.data.path))
-    state = initial_state(config, plan, ranks, torch.device("cpu"))
-    return state, batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
-
-
 @pytest.mark.parametrize("name", ["arcface", "cosface", "partial"])
 def test_golden_curves(dataset, tmp_path, name):
     """The stored 20-step losses: a refactoring keeps them, a numerical change renews them on purpose."""
@@ -153,27 +122,13 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
 # Resuming
 
 
-def interrupted(config, out, at, monkeypatch, ranks=None):
-    """Runs until just after step ``at``, then dies without saving."""
-
-    def dying(config, state, batch, ranks, step=loop.step):
-        if state.step == at:
-            raise KeyboardInterrupt
-        return step(config, state, batch, ranks)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run(config, out, ranks)
-
-
 @pytest.mark.parametrize(
     "extra",
     [
         [],
         ["method.sample_rate=0.5", "net.dropout=0.3"],
         ["train.ema=0.9", "data.augment.erase=0.5"],
-        ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.1}"],
+        ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.2}"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
         ["optim={kind='lars', lr=2.0, head={lr=0.05}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
@@ -181,20 +136,14 @@ def interrupted(config, out, at, monkeypatch, ranks=None):
     ],
 )
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
-    config = config_of(dataset, "train.save_every=7", *extra)
+    config = config_of(dataset, "train.save_every=5", "train.max_steps=12", *extra)
     run(config, tmp_path / "whole")
-    interrupted(config, tmp_path / "resumed", 11, monkeypatch)
-    assert [path.name for path in checkpoints(tmp_path / "resumed")] == ["step_00000007"]
+    interrupted(config, tmp_path / "resumed", 8, monkeypatch)
+    assert [path.name for path in checkpoints(tmp_path / "resumed")] == ["step_00000005"]
     run(config, tmp_path / "resumed")
     assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
     ours, theirs = last_weights(tmp_path / "whole"), last_weights(tmp_path / "resumed")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def rank_losses(ranks, config, out):
-    """Steps on from the newest checkpoint without batch norm's memory of ranks; the losses."""
-    run(config, out, ranks)
-    return losses(out)
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path):
@@ -220,10 +169,15 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path)
         assert (ours["fc.weight"] - theirs["fc.weight"]).norm() < 0.5 * moved
 
 
+def smooth_runs(ranks, configs):
+    for out, config in configs.items():
+        smooth_run(ranks, config, out)
+
+
 def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_ranks(dataset, tmp_path):
     adamw = "optim={kind='adamw', head={lr=0.05}, shard_state=%s}"
-    for shard in ("false", "true"):
-        run_ranks(2, smooth_run, config_of(dataset, adamw % shard, "train.save_every=10"), tmp_path / shard)
+    given = {shard: config_of(dataset, adamw % shard, "train.save_every=10") for shard in ("false", "true")}
+    run_ranks(2, smooth_runs, {tmp_path / shard: config for shard, config in given.items()})
     ours, theirs = last_weights(tmp_path / "true"), last_weights(tmp_path / "false")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
     start = tmp_path / "true" / "checkpoints" / "step_00000010"
@@ -259,11 +213,15 @@ def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path):
     assert run(config_of(dataset, "train.max_steps=5"), tmp_path)["peak_memory_mib"] != 12345
 
 
-def test_a_run_that_was_moved_goes_on_in_a_new_run_of_mlflow(dataset, tmp_path, caplog):
+def test_a_run_that_was_moved_goes_on_in_a_new_run_of_mlflow(dataset, tmp_path, mlflow_database):
+    from mlflow import MlflowClient
+
     client, ids = {}, {}
     for place, steps in (("here", 4), ("there", 8)):
         if place == "there":
             shutil.copytree(tmp_path / "here" / "run", tmp_path / "there" / "run")
+        (tmp_path / place).mkdir(exist_ok=True)
+        shutil.copy(mlflow_database, tmp_path / place)
         config = load_config("debug_bigface", [f"data.path={dataset}", f"train.max_steps={steps}"])
         run(config, tmp_path / place / "run")
         client[place] = MlflowClient(f"sqlite:///{tmp_path / place}/mlflow.db")
@@ -416,7 +374,7 @@ def test_float16_scales_its_loss_and_recovers_from_overflow(dataset):
     config = config_of(dataset, "train.precision=float16")
     state, stream = state_and_batches(config)
     state.loss_scale = 2.0**40
-    for _ in range(12):
+    for _ in range(4):
         bigface_step(config, config.method, state, next(stream), Ranks())
     assert state.loss_scale < 2.0**40
     plain = config_of(dataset)
@@ -508,31 +466,56 @@ def rows_of(ranks, config):
     return state.head.weight.detach()
 
 
-@pytest.mark.parametrize("variants", [1, 3])
-def test_known_identities_keep_their_rows_whatever_the_ranks(dataset, tmp_path, variants):
-    given = [f"data.variants={variants}", "train.max_steps=5"]
-    for ranks in (1, 2):  # the head in one file, or in two
-        run_ranks(ranks, rank_run, config_of(dataset, *given), tmp_path / f"first{ranks}")
+def runs_and_rows(ranks, firsts, later):
+    """Runs to their ends; then the rows that others start with, of the same run or of one that is there already."""
+    for out, config in firsts.items():
+        run(config, out, ranks)
+    ranks.gather_objects(None)  # all of them have left the last run
+    return {case: rows_of(ranks, config) for case, config in later.items()}
+
+
+def test_known_identities_keep_their_rows_whatever_the_ranks(tmp_path):
+    """The head lies in one file, or in two; each identity has one row, or three."""
+    dataset = write_dataset(tmp_path / "shards", 320, 40)
     shutil.copytree(dataset, tmp_path / "other")
     opened = open_dataset(dataset)
     names = ["new" if i % 10 == 9 else f"id{(i + 7) % 40}" for i in range(40)]  # others, and in another order
     write_manifest(tmp_path / "other", opened.manifest, names, opened.identity_counts())
-    for first in (tmp_path / "first1", tmp_path / "first2"):
-        old = last_weights(first)["head"].unflatten(0, (40, variants))
-        warm = [*given, f"init.backbone={first}"]
-        fresh = rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=prototypes"))
-        config = config_of(tmp_path / "other", *warm, "init.head=names")
-        for ranks in (1, 2):
-            rows = torch.cat(run_ranks(ranks, rows_of, config)).unflatten(0, (40, variants))
+    given = {variants: [f"data.variants={variants}", "train.max_steps=5"] for variants in (1, 3)}
+    cases = {(files, variants): tmp_path / f"{files}_{variants}" for files in (1, 2) for variants in given}
+    warm = {case: [*given[case[1]], f"init.backbone={first}"] for case, first in cases.items()}
+    firsts = [
+        {first: config_of(dataset, *given[variants]) for (files, variants), first in cases.items() if files == ranks}
+        for ranks in (1, 2)
+    ]
+    later = {case: config_of(tmp_path / "other", *start, "init.head=names") for case, start in warm.items()}
+    run_ranks(1, runs_and_rows, firsts[0], {})
+    found = {2: run_ranks(2, runs_and_rows, firsts[1], later)}
+    found[1] = run_ranks(1, runs_and_rows, {}, later)
+    for case, first in cases.items():
+        shape = (40, case[1])
+        old = last_weights(first)["head"].unflatten(0, shape)
+        fresh = rows_of(Ranks(), config_of(tmp_path / "other", *warm[case], "init.head=prototypes"))
+        for ranks, parts in found.items():
+            rows = torch.cat([part[case] for part in parts]).unflatten(0, shape)
             for label, name in enumerate(names):
-                expected = fresh.unflatten(0, (40, variants))[label].clone()
+                expected = fresh.unflatten(0, shape)[label].clone()
                 if name != "new":
                     expected[0] = old[int(name[2:])][0]  # the others are warps of their own in every run
-                assert torch.allclose(rows[label], expected, atol=1e-4)
+                assert torch.allclose(rows[label], expected, atol=1e-4), (case, ranks, label)
+
+
+def test_a_head_that_knows_nobody_or_is_not_there_starts_no_run_by_names(dataset, tmp_path):
+    run(config_of(dataset, "train.max_steps=1"), tmp_path / "first")
+    shutil.copytree(dataset, tmp_path / "other")
+    opened = open_dataset(dataset)
     write_manifest(tmp_path / "other", opened.manifest, [f"x{i}" for i in range(40)], opened.identity_counts())
+    by_names = [f"init.backbone={tmp_path / 'first'}", "init.head=names"]
     with pytest.raises(UserError, match="it knew nobody"):
-        rows_of(Ranks(), config_of(tmp_path / "other", *warm, "init.head=names"))
-    weights = tmp_path / "first1" / "bare.safetensors"
-    shutil.copy(checkpoints(tmp_path / "first1")[-1] / "backbone.safetensors", weights)
+        rows_of(Ranks(), config_of(tmp_path / "other", *by_names))
+    with pytest.raises(UserError, match="it knew nobody"):
+        rows_of(Ranks(), config_of(tmp_path / "other", *by_names, "data.variants=3"))
+    weights = tmp_path / "first" / "bare.safetensors"
+    shutil.copy(checkpoints(tmp_path / "first")[-1] / "backbone.safetensors", weights)
     with pytest.raises(UserError, match="no checkpoint there"):
         rows_of(Ranks(), config_of(tmp_path / "other", f"init.backbone={weights}", "init.head=names"))
