@@ -1,0 +1,88 @@
+"""A config is checked against data and workers in one place, whoever starts the run."""
+
+import pytest
+
+from fr_core.config.methods import DCQ, F2C, AttFC, BigFace, QuantFace, VirtualFC
+from fr_core.config.recipes import load_config
+from fr_core.data.stream import blocks_in_process
+from fr_core.errors import UserError
+from fr_core.ranks import Ranks
+from fr_core.train.check import checked_plan
+from fr_core.train.loop import train_loop
+from pipelines.train import train
+from tests.helpers.runs import config_of, state_and_batches
+
+MISTAKES = {
+    "no data": (1, ["data.path="], "data.path is not set"),
+    "grouped shards wanted": (
+        1,
+        ["method.kind=attfc"],
+        "bigface.* holds flat shards; attfc reads grouped ones|holds flat",
+    ),
+    "a batch that two workers cannot share": (
+        2,
+        ["train.global_batch=33", "data.lanes=33"],
+        "lanes|not a multiple of 2",
+    ),
+    "ghosts that do not fill a share": (2, ["train.ghost_batch=12"], "train.ghost_batch = 12 does not divide the 16"),
+    "a stretch too short to decide": (1, ["schedule={kind='fastface_haar', window=0.01}"], "is less than 2"),
+    "pairs that are not there": (1, ["verify.pairs=none.csv", "verify.images=none"], "none.csv"),
+    "a net made of nothing": (1, ["net={kind='quantised', net={kind='iresnet'}}"], "made of a trained net"),
+    "more workers than identities": (41, ["train.global_batch=41", "data.lanes=41"], "41 workers for 40 identities"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_loop_refuses_what_the_command_line_refuses(dataset, tmp_path, mistake):
+    workers, overrides, message = MISTAKES[mistake]
+    config = config_of(dataset, *overrides)
+    with pytest.raises(UserError, match=message) as launched:
+        train(config, tmp_path / "run", workers)
+    with pytest.raises(UserError, match=message) as looped:
+        train_loop(config, tmp_path / "run", Ranks(0, workers), blocks_in_process, lambda metrics, saved: None)
+    assert str(launched.value).split(": ")[-1] == str(looped.value).split(": ")[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lars"])
+def test_the_class_matrixs_rate_is_asked_for_wherever_a_config_is_made(dataset, kind):
+    """AdamW's 1e-3 is no rate for SGD, which moves the class matrix."""
+    with pytest.raises(UserError, match=f"whose rate is not that of {kind}: give optim.head.lr"):
+        config_of(dataset, f"optim.kind={kind}")
+    assert config_of(dataset, f"optim={{kind='{kind}', head={{lr=0.05}}}}").optim.head.lr == 0.05
+    assert load_config("debug_attfc", [f"optim.kind={kind}"]).optim.head.lr is None  # it has no class matrix
+
+
+FACTS = {  # layout, images trained and encoded per image of a batch, multiple, micro-batches, encoder, centres of 100
+    BigFace: ("flat", 1, 0, 1, True, "none", 0),
+    AttFC: ("grouped", 1, 2, 1, False, "kept", 24),
+    DCQ: ("grouped", 1, 1, 1, True, "shipped", 8192),
+    F2C: ("grouped", 1.5, 1.5, 4, False, "kept", 8192),
+    VirtualFC: ("grouped", 2, 0, 1, False, "none", 8192),
+    QuantFace: ("flat", 1, 0, 1, False, "none", 0),
+}
+
+
+@pytest.mark.parametrize("section", FACTS, ids=lambda section: section.__name__)
+def test_every_method_states_its_facts(section):
+    method = section()
+    facts = method.facts
+    found = (facts.layout, facts.trained, facts.encoded, facts.batch_multiple, facts.whole_batch is None, facts.encoder)
+    assert (*found, method.centres(100, 8)) == FACTS[section]
+
+
+@pytest.mark.parametrize("method", ["bigface", "attfc", "dcq", "f2c", "virtual_fc"])
+def test_what_a_state_holds_is_what_the_section_says(dataset, grouped, method):
+    shards = dataset if method == "bigface" else grouped
+    config = load_config(f"debug_{method}", [f"data.path={shards}", "tracking.uri=off", "data.lanes=8"])
+    plan = checked_plan(config, 1)
+    state, stream = state_and_batches(config)
+    batch = next(stream)
+    stream.close()
+    facts = config.method.facts
+    assert plan.dataset.manifest.layout == facts.layout
+    assert batch.class_images_BKHWC.shape[1] == facts.class_images
+    assert (state.encoder is not None) == (facts.encoder != "none")
+    assert state.ships_encoder == (facts.encoder == "shipped")
+    centres = config.method.centres(plan.dataset.manifest.identities, config.train.global_batch)
+    assert [len(centre) for centre in state.head.state_dict().values() if centre.ndim == 2][:1] in ([centres], [40])
