@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz soak format clean
+.PHONY: demo test portable check fuzz soak format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
@@ -20,6 +20,16 @@ fuzz: $(VENV)/.installed  # minutes; make test runs the same with 100 cases a te
 
 soak: $(VENV)/.installed  # minutes of jobs, searches, killed workers and nodes; make test leaves it out
 	$(BIN)/pytest -m soak
+
+NUMERIC := data heads losses nets optim train verify
+AS_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AS_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+
+portable: portable-default portable-avx2 $(if $(shell grep -m1 avx512f /proc/cpuinfo),portable-avx512)
+
+portable-%: $(VENV)/.installed  # the numeric tests, as a processor with these instructions computes
+	$(AS_$*) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(NUMERIC:%=tests/fr_core/%)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

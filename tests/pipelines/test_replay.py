@@ -28,6 +28,13 @@ def test_a_log_of_single_steps(tmp_path):
     assert [change["step"] for change in changes[:2]] == [13, 24]
 
 
+def test_a_replay_leaves_no_file_unasked(tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{step},2.0\n" for step in range(1, 101)))
+    monkeypatch.chdir(tmp_path)
+    assert "100 steps" in bigface("replay", "log.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
