@@ -165,10 +165,22 @@ def quantised(teacher, scheme):
     return [*teacher, f"init.backbone={path}", f"net={{kind='quantised', net={inner}, {bits}}}"]
 
 
+class Clipped:
+    """Activations kept in their ranges, without the grid."""
+
+    @staticmethod
+    def apply(x, scale, low, high):
+        return F.hardtanh(x, low, high)
+
+
 def quantised_steps(ranks, configs):
     """By scheme: a step's loss, what it moved the weights by, and the ranges before it."""
+    from fr_core.nets import quantised
+
     torch.set_num_threads(1)
-    return {scheme: quantised_step(ranks, config) for scheme, config in configs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantised, "_OnGrid", Clipped)
+        return {scheme: quantised_step(ranks, config) for scheme, config in configs.items()}
 
 
 def quantised_step(ranks, config):
@@ -186,21 +198,34 @@ def one_and_two_ranks(dataset, tmp_path_factory):
     """A step of each scheme on one rank, and on each of two."""
     pytest.importorskip("brevitas")
     teacher = saved(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", 32, 32)
-    plain = ["method.loss=mse", "optim.momentum=0", "optim.weight_decay=0", "optim.lr=0.1"]
+    plain = [
+        "method.loss=mse",
+        "optim.momentum=0",
+        "optim.weight_decay=0",
+        "optim.lr=0.1",
+        "net.ranges=extremes",
+        "net.equalise=false",
+    ]
     configs = {scheme: config_of(dataset, *quantised(teacher, scheme), *plain) for scheme in ("integer", "quantface")}
     return [run_ranks(size, quantised_steps, configs) for size in (1, 2)]
 
 
 @pytest.mark.parametrize("scheme", ["integer", "quantface"])
 def test_two_ranks_train_a_quantised_net_as_one(one_and_two_ranks, scheme):
-    """As far as codes allow, of which few round otherwise in batches of another size."""
+    """Weights lie on their grid, the same for all ranks; activations are clipped to their ranges but not rounded.
+
+    On the grid one code that rounds otherwise, in a batch of another size or on another processor, changes this loss by
+    up to 10 % and turns the step (cosine .3 to 1 over three seeds and two instruction sets). For the same reason the
+    ranges are the extremes, and no channels are equalised, which would move weights before they are rounded.
+    """
     [alone], shared = one_and_two_ranks
     loss, moved, scales = alone[scheme]
+    assert moved.norm() > 0
     for shared_loss, shared_moved, shared_scales in (found[scheme] for found in shared):
         assert shared_scales == pytest.approx(scales, rel=1e-4)
-        assert shared_loss == pytest.approx(loss, rel=0.03)
-        assert F.cosine_similarity(shared_moved, moved, dim=0) > 0.98
-        assert shared_moved.norm() == pytest.approx(moved.norm().item(), rel=0.05)
+        assert shared_loss == pytest.approx(loss, rel=1e-3)
+        assert F.cosine_similarity(shared_moved, moved, dim=0) > 0.999
+        assert shared_moved.norm() == pytest.approx(moved.norm().item(), rel=1e-2)
 
 
 def test_a_quantised_net_has_no_norm_that_virtual_identities_move(dataset, tmp_path):
