@@ -24,7 +24,7 @@ settings.load_profile("default")
 
 collect_ignore = [] if "BIGFACE_EXTENDED" in os.environ else ["extended"]
 LONG = ["tests", "train", "pipelines"]  # folders whose files take the longest
-RANKS = ["tests.helpers.ranks", "tests.helpers.runs"]
+RANKS = ["tests.helpers.ranks", "tests.helpers.runs", "tests.helpers.killed"]
 mp.get_context("forkserver").set_forkserver_preload(RANKS)  # with the loop: imported once, for all ranks
 
 
@@ -39,6 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("ray"))
         if "soak" in item.keywords and "soak" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="minutes long: make soak"))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last test of Ray its node ends, which else would be busy with itself to the end."""
+    if "ray" in item.keywords and not (nextitem and "ray" in nextitem.keywords):
+        import ray
+
+        ray.shutdown()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing as mp
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.notice import Notice
 from tests.helpers.commands import bigface
 from tests.helpers.datasets import flip_a_bit
+from tests.helpers.killed import run_until_killed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config_of, last_weights, losses, run
 
@@ -244,42 +246,14 @@ def test_figures_on_a_full_disk_are_one_line_and_no_half_row(dataset, undisturbe
 
 # SIGKILL in the middle of a checkpoint
 
-KILLED = """
-import os, signal, sys, torch
-import fr_core.nets.checkpoint_files as files
-import fr_core.train.checkpoint as checkpoint
-from tests.helpers.runs import config_of, run
-
-def counted(function):
-    def call(*args, **kwargs):
-        global calls
-        if calls == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        calls += 1
-        return function(*args, **kwargs)
-    return call
-
-def save(*args, **kwargs):
-    part = args[1]
-    save_file(*args, **kwargs)
-    os.truncate(part, part.stat().st_size // 2)
-    sync()
-    save_file(*args, **kwargs)
-
-calls, sync, save_file = 0, counted(lambda: None), files.save_file
-files.save_file = save
-files.sha256 = counted(files.sha256)
-for name in ("write_signed", "copy_file", "remove_folder"):
-    setattr(checkpoint, name, counted(getattr(checkpoint, name)))
-run(config_of(sys.argv[1], "train.save_every=5", "train.keep=1"), sys.argv[2])
-"""
-
 
 @pytest.mark.parametrize("moment", [6, 10, 13])
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(dataset, undisturbed, tmp_path, moment):
     out = cut(undisturbed, tmp_path / "run", 5)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(dataset), str(out), str(moment)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = mp.get_context("forkserver").Process(target=run_until_killed, args=(dataset, out, moment))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     run(config_of(dataset, "train.save_every=5"), out)
     assert equal(out, undisturbed)
     assert not list(out.rglob("*.part"))
