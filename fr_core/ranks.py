@@ -3,7 +3,7 @@
 The contract of the gradients: what the ranks' backward passes add up to is the gradient of the global loss. With a
 class matrix every rank computes that loss whole, of gathered faces; elsewhere each a share of it. A gather's
 gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be
-*summed* over ranks (see ``fr_core/train/state.py``); those of sharded weights are whole as they are.
+*summed* over ranks (see ``fr_core/train/initial.py``); those of sharded weights are whole as they are.
 """
 
 from collections import Counter

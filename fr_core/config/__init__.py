@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from fr_core.config.methods import BigFace, Distill, Method
 from fr_core.config.nets import IResNetNet, Net
-from fr_core.config.optim import SGD, ClassMatrix, Cosine, FastFace, FastFaceHaar, Optim, Schedule
+from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule
 from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
@@ -62,10 +62,10 @@ def batch_rules(config: Config) -> Iterator[str]:
         )
     facts, kind = config.method.facts, config.method.kind
     if accumulate > 1 and facts.whole_batch:
-        yield f"{facts.whole_batch}: train.accumulate = 1"
+        other = "".join(f", or method.{name} = {value}" for name, value in config.method.to_accumulate.items())
+        yield f"{facts.whole_batch}: train.accumulate = 1{other}"
     if batch % facts.batch_multiple:
-        multiple = facts.batch_multiple
-        yield f"{kind} takes images by {multiple}s: train.global_batch = {batch} is no multiple of {multiple}"
+        yield f"train.global_batch = {batch} is no multiple of {facts.batch_multiple}, which {kind} needs"
 
 
 def balance_rules(config: Config) -> Iterator[str]:
@@ -113,8 +113,8 @@ def precision_rules(config: Config) -> Iterator[str]:
             'train.compress_gradients = "float16" needs the loss scale of train.precision = "float16", or small '
             'gradients vanish: use "bfloat16"'
         )
-    if config.train.precision == "float16" and not config.method.facts.scales_loss:
-        yield 'method.update = "fused" cannot scale the loss: train.precision = "bfloat16"'
+    if config.train.precision == "float16" and config.method.facts.unscalable:
+        yield f'{config.method.facts.unscalable}: train.precision = "bfloat16"'
 
 
 def verify_rules(config: Config) -> Iterator[str]:
@@ -131,8 +131,8 @@ def method_rules(config: Config) -> Iterator[str]:
     method, facts = config.method, config.method.facts
     if facts.encoder == "shipped" and config.train.ema:
         yield f"{method.kind} ships its key encoder: leave train.ema out"
-    if facts.needs_views and config.data.views == 1:
-        yield "method.labels = false has no positive pairs but two views of an image: data.views = 2"
+    if facts.only_views and config.data.views == 1:
+        yield f"{facts.only_views}: data.views = 2"
     distill = distillation(config)
     if distill and distill.embeddings and config.data.variants > 1:
         yield (
@@ -141,8 +141,6 @@ def method_rules(config: Config) -> Iterator[str]:
         )
     if method.class_matrix is None and config.optim.head != ClassMatrix():
         yield f"optim.head moves a class matrix, and {method.kind} has none: leave it out"
-    if config.optim.head_rate_unknown and method.class_matrix:
-        yield f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
 
 
 def start_rules(config: Config) -> Iterator[str]:
@@ -154,10 +152,10 @@ def start_rules(config: Config) -> Iterator[str]:
     if config.train.epochs > 0:
         return
     if not method.facts.calibrates:
-        yield f"train.epochs = 0 calibrates a net, which is for quantface; {method.kind} takes 1 or more"
+        yield f"train.epochs = 0 leaves the net as it starts; {method.kind} takes 1 or more"
     for name, asked in (
         ("data.masks", config.data.masks.ratio > 0),
-        (f'schedule.kind = "{config.schedule.kind}"', isinstance(config.schedule, FastFace | FastFaceHaar)),
+        (f'schedule.kind = "{config.schedule.kind}"', config.schedule.watches_loss),
     ):
         if asked:
             yield f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"

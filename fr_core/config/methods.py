@@ -1,6 +1,6 @@
 """Sections of the method, ``method.kind``, and the facts that the rest of the house asks of a method.
 
-Nothing outside ``fr_core/train/methods/`` asks which method runs; it asks the section (:class:`Facts`).
+Plans, checks and counts ask the section (:class:`Facts`); ``fr_core/train/methods/`` alone asks which method runs.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Facts:
     encoded: float = 0.0  # images that a momentum encoder sees without a gradient
     batch_multiple: int = 1  # the images that a worker takes in a step are a multiple of this
     whole_batch: str | None = None  # why a step cannot be cut into micro-batches; None: it can
-    scales_loss: bool = True  # False: weights move during the backward pass, before a loss scale can be taken out
+    unscalable: str | None = None  # why a loss scale cannot be taken out before weights move; None: it can
     encoder: Literal["none", "kept", "shipped"] = "none"  # a momentum encoder; "shipped": it is the result of the run
-    needs_views: bool = False  # positive pairs are two views of an image: data.views = 2
-    calibrates: bool = False  # train.epochs = 0 has a meaning: the net as it starts
+    only_views: str | None = None  # why two views of an image are its only positive pairs; None: labels make others
+    calibrates: bool = False  # a run of no epoch has a use: the net as it starts
 
     @property
     def layout(self) -> Layout:
@@ -45,12 +45,12 @@ class BaseMethod(Section):
         return Facts()
 
     @property
-    def leaner(self) -> dict[str, object]:
+    def saves_memory(self) -> dict[str, object]:
         """Fields with which the same training needs less memory."""
         return {}
 
     @property
-    def in_parts(self) -> dict[str, object]:
+    def to_accumulate(self) -> dict[str, object]:
         """Fields with which a step can be cut into micro-batches, where as it is it cannot."""
         return {}
 
@@ -113,7 +113,7 @@ class Taught(Section):
     teacher_net: str | None = None  # what bare weights are, such as mobilefacenet or iresnet50
 
     @property
-    def other_widths(self) -> str | None:
+    def width_mend(self) -> str | None:
         """The mend where student and teacher must have embeddings of one width and have not; None: they need not."""
         return None
 
@@ -130,7 +130,7 @@ class Distill(Taught):
     unlabelled: Unlabelled | None = None
 
     @property
-    def other_widths(self) -> str | None:
+    def width_mend(self) -> str | None:
         return None if self.adapter else "method.distill.adapter=true"
 
     @model_validator(mode="after")
@@ -164,14 +164,14 @@ class BigFace(BaseMethod):
         if self.update == "plain":
             return Facts()
         moves = 'method.update = "fused" moves the class matrix once per batch'
-        return Facts(whole_batch=moves, scales_loss=False)
+        return Facts(whole_batch=moves, unscalable='method.update = "fused" cannot scale the loss')
 
     @property
-    def leaner(self) -> dict[str, object]:
+    def saves_memory(self) -> dict[str, object]:
         return {"update": "fused"} if self.update == "plain" else {}
 
     @property
-    def in_parts(self) -> dict[str, object]:
+    def to_accumulate(self) -> dict[str, object]:
         return {"update": "plain"} if self.update == "fused" else {}
 
     @property
@@ -225,12 +225,12 @@ class AttFC(FixedCentres):
     @property
     def facts(self) -> Facts:
         count = 1 if self.strategy == "single" else self.class_images
-        first = 'method.order = "paper" puts the whole batch\'s centres in the queue first, "reference" does not'
+        first = 'method.order = "paper" puts the whole batch\'s centres in the queue first'
         whole = first if self.order == "paper" else None
         return Facts(class_images=count, encoded=count, encoder="kept", whole_batch=whole)
 
     @property
-    def in_parts(self) -> dict[str, object]:
+    def to_accumulate(self) -> dict[str, object]:
         return {"order": "reference"} if self.order == "paper" else {}
 
     def centres(self, classes: int, global_batch: int) -> int:
@@ -266,7 +266,7 @@ class F2C(FixedCentres):
     def facts(self) -> Facts:
         sides = 1.5  # of four images two are pairs, which both sides have, and each side has one more
         whole = "f2c writes its centres once per batch"
-        return Facts(1, trained=sides, encoded=sides, batch_multiple=4, encoder="kept", whole_batch=whole)
+        return Facts(class_images=1, trained=sides, encoded=sides, batch_multiple=4, encoder="kept", whole_batch=whole)
 
     def centres(self, classes: int, global_batch: int) -> int:
         written = 3 * global_batch // 4
@@ -289,7 +289,7 @@ class VirtualFC(FixedCentres):
     @property
     def facts(self) -> Facts:
         whole = "virtual_fc writes its centres once per batch"
-        return Facts(self.class_images, trained=self.class_images + 1, whole_batch=whole)
+        return Facts(class_images=self.class_images, trained=self.class_images + 1, whole_batch=whole)
 
     def centres(self, classes: int, global_batch: int) -> int:
         if self.anchors < global_batch:
@@ -356,8 +356,9 @@ class QuantFace(Taught, BaseMethod):
     @property
     def facts(self) -> Facts:
         whole = "quantface compares the pairs of the whole batch"
-        views = isinstance(self.loss, PairLoss) and not self.labels
-        return Facts(whole_batch=whole, needs_views=views, calibrates=True)
+        views = "method.labels = false has no positive pairs but two views of an image"
+        only = views if isinstance(self.loss, PairLoss) and not self.labels else None
+        return Facts(whole_batch=whole, only_views=only, calibrates=True)
 
     @property
     def class_matrix(self) -> BigFace | None:
@@ -372,7 +373,7 @@ class QuantFace(Taught, BaseMethod):
         return self.loss
 
     @property
-    def other_widths(self) -> str | None:
+    def width_mend(self) -> str | None:
         return "method.loss.kind=ekd, which compares cosines" if isinstance(self.loss, EmbeddingMSE) else None
 
     @model_validator(mode="before")

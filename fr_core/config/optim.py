@@ -87,6 +87,11 @@ Optim = Annotated[SGD | LARS | AdamW | Muon, Field(discriminator="kind")]
 class Warmup(Section):
     warmup_epochs: NonNegative = 0.0  # linear from 0
 
+    @property
+    def watches_loss(self) -> bool:
+        """Whether the loss decides, so that the schedule has a state; the others are functions of the step."""
+        return False
+
 
 class Constant(Warmup):
     kind: Literal["constant"] = "constant"
@@ -127,6 +132,10 @@ class FastFace(Warmup):
     start: Literal["published", "consistent"] = "published"
     reference_batch: Annotated[int, Field(ge=1)] | None = None  # alpha, beta, threshold hold for it and are scaled
 
+    @property
+    def watches_loss(self) -> bool:
+        return True
+
 
 class FastFaceHaar(Warmup):
     """The loss decides: the window form, which also raises the rate again."""
@@ -135,6 +144,10 @@ class FastFaceHaar(Warmup):
     m: Annotated[int, Field(ge=2)] | None = None  # steps; None: window
     window: Annotated[float, Field(gt=0, lt=1)] = 0.015  # m as a share of all steps
     threshold: Positive = 0.06
+
+    @property
+    def watches_loss(self) -> bool:
+        return True
 
 
 Schedule = Annotated[Constant | Cosine | Polynomial | MultiStep | FastFace | FastFaceHaar, Field(discriminator="kind")]

@@ -34,7 +34,7 @@ class Section(BaseModel):
         for name, value in tree.items():
             field = cls.model_fields.get(name)
             if isinstance(value, dict) and field and field.discriminator and isinstance(field.default, Section):
-                told[name] = {"kind": field.default.model_dump()["kind"]} | value
+                told[name] = {"kind": vars(field.default)["kind"]} | value
         return tree | told
 
 

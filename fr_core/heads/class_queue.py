@@ -38,7 +38,7 @@ class ClassQueue(Head):
 
     @torch.no_grad()
     def put(self, centres_GD: Tensor, labels_G: Tensor, step: int) -> None:
-        """Puts a step's centres over the oldest ones."""
+        """Puts a step's centres over the oldest ones; once a step."""
         first = step * len(labels_G) % len(self.labels_S)
         slots = slice(first, first + len(labels_G))
         self.replaced = slots, self.centres_SD[slots].clone(), self.labels_S[slots].clone()

@@ -38,7 +38,6 @@ class Anchors(Head):
         self.softmax = softmax
         first = rng.torch_seed(seed, "anchors")
         self.register_buffer("anchors_MD", random_centres(anchors, embedding, softmax.precision, first))
-
         self.taken: Taken | None = None
 
     def begin_step(self) -> None:
@@ -46,7 +45,7 @@ class Anchors(Head):
         self.taken = None
 
     def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> Tensor:
-        """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs.
+        """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs. Once a step.
 
         Args:
             x_BD: this rank's embeddings, not normalised.
@@ -93,6 +92,9 @@ class Anchors(Head):
 
         Returns:
             int64 [I] and bool [I].
+
+        Raises:
+            UserError: more identities than anchors.
         """
         size = len(self.anchors_MD)
         if len(labels_I) > size:

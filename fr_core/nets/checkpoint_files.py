@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,31 +179,30 @@ def read_tensors(folder: AnyPath, summary: Summary, name: str) -> dict[str, Tens
 
 
 def read_head(
-    folder: AnyPath, summary: Summary, sharded: tuple[str, ...], lo: int, hi: int
+    folder: AnyPath, summary: Summary, lo: int, hi: int, common: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A class matrix's tensors as a rank with the rows [lo, hi) needs them, whatever ranks wrote them.
+    """A head's tensors as a rank with the rows [lo, hi) needs them, whatever ranks wrote them.
 
     Args:
-        sharded: names of tensors that the ranks share out by rows; so are those of their optimiser.
+        common: names of tensors that all ranks have alike, which the first file holds; all others lie by rows.
 
     Returns:
-        The tensors of the rows, and those that all ranks have in common.
+        The rows, and the common tensors.
     """
     pieces: dict[str, list[Tensor]] = {}
-    common: dict[str, Tensor] = {}
     for part in summary["head"]:
         first, last = part["rows"]
-        if not (first < hi and lo < last) and part is not summary["head"][0]:
+        if not (first < hi and lo < last):
             continue
         with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no iterator)
-                if name.startswith("optimizer/") or name in sharded:
-                    start = min(max(lo, first), last) - first
-                    stop = max(min(hi, last) - first, start)
-                    pieces.setdefault(name, []).append(file.get_slice(name)[start:stop])
-                else:
-                    common[name] = file.get_tensor(name)
-    return {name: torch.cat(rows) for name, rows in pieces.items()}, common
+            for name in set(file.keys()) - set(common):
+                rows = file.get_slice(name)[max(lo - first, 0) : min(hi, last) - first]
+                pieces.setdefault(name, []).append(rows)
+    same: dict[str, Tensor] = {}
+    if common:
+        with checked(folder, summary, summary["head"][0]["file"]) as local, safe_open(local, "pt") as file:
+            same = {name: file.get_tensor(name) for name in common}
+    return {name: torch.cat(rows) for name, rows in pieces.items()}, same
 
 
 def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:

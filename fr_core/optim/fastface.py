@@ -21,9 +21,9 @@ in float32 the recurrence's double pole loses a fifth of D within 50,000 steps.
 """
 
 from array import array
-from typing import Any
+from typing import Any, assert_never
 
-from fr_core.config.optim import FastFace, FastFaceHaar, Schedule
+from fr_core.config.optim import Constant, Cosine, FastFace, FastFaceHaar, MultiStep, Polynomial, Schedule
 from fr_core.errors import UserError
 
 CUTS_IN_A_ROW = 3  # of HaarWindow, before the rate is raised instead
@@ -155,5 +155,7 @@ def watcher(schedule: Schedule, total_steps: int, global_batch: int) -> Recurren
             return Recurrence(schedule, total_steps, global_batch)
         case FastFaceHaar():
             return HaarWindow(schedule, total_steps)
-        case _:
+        case Constant() | Cosine() | Polynomial() | MultiStep():
             return None
+        case _ as unknown:
+            assert_never(unknown)

@@ -163,8 +163,10 @@ def make_optimizers(
     else:
         body = made(groups, **given)
     optimizers = {"backbone": body}
-    if matrix := config.method.class_matrix:
-        assert head is not None
+    matrix = config.method.class_matrix
+    trains = head is not None and any(True for _ in head.parameters())
+    assert trains == (matrix is not None), "a head has parameters just where the method states a class_matrix"
+    if matrix and head:
         optimizers["head"] = head_optimizer(config, matrix, head, scale)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:

@@ -1,6 +1,6 @@
 """The one place where a config is checked against its data and its workers, before anything trains.
 
-The launcher calls it once for every number of workers that a run may have; ``train_loop`` calls it again for its own.
+The launcher checks every number of workers that a run may have; ``train_loop`` checks its own again.
 What a config can say without data is checked by the rules in ``fr_core/config/__init__.py``.
 """
 
@@ -20,12 +20,13 @@ from fr_core.verify.pairs import read_pairs
 
 
 def checked_plan(config: Config, *workers: int) -> Plan:
-    """The plan of a run that can be launched on any of these numbers of workers; opens its teacher to see that it fits.
+    """The plan of a run that can be launched on any of these numbers of workers; opens its pairs and its teacher.
 
     Raises:
-        UserError: as :func:`fitting_plan`, or a teacher that does not fit.
+        UserError: as :func:`fitting_plan` and :func:`check_pairs`, or a teacher that does not fit.
     """
     plan = fitting_plan(config, dataset_of(config), *workers)
+    check_pairs(config)
     open_teacher(config, plan.dataset, torch.device("cpu"))
     return plan
 
@@ -41,8 +42,8 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
     """The plan of a run whose config, data and workers fit together, for each of these numbers of workers.
 
     Raises:
-        UserError: they do not: workers, batch, centres, class images, FastFace's stretches, pairs that cannot be read,
-            or a quantised net made of nothing.
+        UserError: they do not: workers, batch, centres, class images, rates, FastFace's stretches, or a quantised net
+            made of nothing.
     """
     if isinstance(config.net, QuantisedNet) and not config.init.backbone:
         raise UserError(
@@ -53,11 +54,19 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
         check_workers(config, plan, number)
     config.method.centres(class_count(config, dataset.manifest.identities), config.train.global_batch)
     watcher(config.schedule, total_steps(config, plan.steps_per_epoch), config.train.global_batch)
+    if config.optim.head_rate_unknown and config.method.class_matrix:
+        raise UserError(
+            f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
+        )
+    return plan
+
+
+def check_pairs(config: Config) -> None:
+    """Raises: UserError: pairs that cannot be read, or no folder of their images."""
     if config.verify.pairs:
         read_pairs(config.verify.pairs)
         if config.verify.images and not Path(config.verify.images).is_dir():
             raise UserError(f"verify.images: {config.verify.images}: no such folder")
-    return plan
 
 
 def check_workers(config: Config, plan: Plan, workers: int) -> None:
@@ -85,7 +94,7 @@ def check_shares(config: Config, workers: int) -> None:
         )
     if batch // (workers * accumulate) % multiple:
         raise UserError(
-            f"{config.method.kind} takes images by {multiple}s on each of {workers} workers: "
+            f"each of {workers} workers needs a multiple of {multiple} images for {config.method.kind}: "
             f"train.global_batch must be a multiple of {multiple * workers * accumulate}"
         )
     images, ghost = step_images(config)[0] // workers, config.train.ghost_batch

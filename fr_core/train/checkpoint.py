@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, lane_count
-from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.config.recipes import flat, parse_config
 from fr_core.data.store import AnyPath, find, remove_folder, written
 from fr_core.data.stream import unlabelled
@@ -254,12 +253,13 @@ def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
 
 def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
     if state.head is None:
-        if state.agreement:
+        if state.agreement and summary["head"]:  # a loss without thresholds leaves no file
             state.agreement.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
     elif state.head.sharded:
-        rows, common = read_head(folder, summary, state.head.sharded, state.head.lo, state.head.hi)
+        common = sorted(state.head.state_dict().keys() - set(state.head.sharded))
+        rows, same = read_head(folder, summary, state.head.lo, state.head.hi, common)
         own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
-        state.head.load_state_dict(own | common)
+        state.head.load_state_dict(own | same)
         _load_optimizer(state.optimizers["head"], _sharded(state.head), _under("optimizer/", rows))
     else:
         state.head.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
@@ -327,7 +327,7 @@ def _unlabelled_stamp(config: Config) -> str | None:
 
 def _stateful(config: Config) -> str:
     """The kind of a schedule that has a state of its own; the others are functions of the step."""
-    return config.schedule.kind if isinstance(config.schedule, FastFace | FastFaceHaar) else "a function of the step"
+    return config.schedule.kind if config.schedule.watches_loss else "a function of the step"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

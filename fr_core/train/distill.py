@@ -73,10 +73,10 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
             f"method.distill.unlabelled.embeddings have {teacher.unlabelled.embeddings_ID.shape[1]} dimensions, "
             f"method.distill.embeddings {teacher.embedding}: they are of two teachers"
         )
-    if teacher.embedding != config.net.embedding and given.other_widths:
+    if teacher.embedding != config.net.embedding and given.width_mend:
         raise UserError(
             f"the teacher's embedding has {teacher.embedding} dimensions, the student's {config.net.embedding}: "
-            f"net.embedding={teacher.embedding}, or {given.other_widths}"
+            f"net.embedding={teacher.embedding}, or {given.width_mend}"
         )
     return teacher
 

@@ -20,7 +20,7 @@ from fr_core.errors import Left, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
-from fr_core.train.check import dataset_of, fitting_plan
+from fr_core.train.check import check_pairs, dataset_of, fitting_plan
 from fr_core.train.checkpoint import agreed, go_on, save_checkpoint
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods import step
@@ -105,6 +105,9 @@ def train_loop(
 def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
     plan = fitting_plan(config, dataset_of(config), ranks.size)
+    with agreed(ranks):
+        if ranks.rank == 0:
+            check_pairs(config)
     state = initial_state(config, plan, ranks, default_device())
     if not go_on(config, state, out, ranks):
         load_backbone(config, state)

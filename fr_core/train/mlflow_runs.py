@@ -62,7 +62,7 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
     """
     run = ref.resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run
-    run_id = _saved_run_id(run)
+    run_id = saved_run_id(run)
     if run_id is None:
         return None
     from mlflow.entities import Metric
@@ -198,7 +198,7 @@ def _tracked_figures(client: "MlflowClient", run: "Run") -> dict[str, float]:
         return report_figures(Path(folder)) | metrics
 
 
-def _saved_run_id(out: AnyPath) -> str | None:
+def saved_run_id(out: AnyPath) -> str | None:
     try:
         return json.loads((out / "run.json").read_text())["run_id"]
     except (OSError, ValueError, KeyError):

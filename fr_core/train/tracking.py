@@ -19,7 +19,7 @@ from fr_core.config.recipes import flat
 from fr_core.data.store import AnyPath, RemotePath, writable, write_text_atomically, written
 from fr_core.data.stream import Batch
 from fr_core.train.metrics import COLUMNS, curves, read_metrics
-from fr_core.train.mlflow_runs import PARENT_TAG, _saved_run_id, open_mlflow
+from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
 from fr_core.train.outbox import (
     CALL_METRICS,
     HEALTHY_WAIT,
@@ -50,7 +50,7 @@ class Tracker:
         self.pending: list[list[str | float]] = []
         self.last_flush = self.last_beat = time.monotonic()
         self.sampled = False
-        self.run_id = None if config.tracking.uri == "off" else run_id or _saved_run_id(out)
+        self.run_id = None if config.tracking.uri == "off" else run_id or saved_run_id(out)
         self.outbox: Outbox | None = None
         with writable(out):
             out.mkdir(parents=True, exist_ok=True)

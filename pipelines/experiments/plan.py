@@ -79,8 +79,8 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
 def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
     """Changes from the mildest on: the same training first, then the same in expectation, then another one."""
     batch, method = config.train.global_batch, config.method
-    if method.leaner:
-        yield f"{written(method.leaner)} (the same training)", {"method": method.leaner}, gpus
+    if method.saves_memory:
+        yield f"{as_overrides(method.saves_memory)} (the same training)", {"method": method.saves_memory}, gpus
     if not config.train.recompute:
         yield "train.recompute=true (the same training, a forward pass more)", {"train": {"recompute": True}}, gpus
     for factor in (2, 4, 8, 16):
@@ -89,9 +89,9 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
             changes: Changes = {"train": {"accumulate": accumulate}}
             looked_at = config.train.ghost_batch or batch // gpus // accumulate
             words = f"train.accumulate={accumulate} (batch norm over {looked_at} images)"
-            if method.in_parts:
-                changes["method"] = method.in_parts
-                words += f" with {written(method.in_parts)}"
+            if method.to_accumulate:
+                changes["method"] = method.to_accumulate
+                words += f" with {as_overrides(method.to_accumulate)}"
             yield words, changes, gpus
     for factor in (2, 4, 8, 16):
         if batch % (gpus * factor * config.train.accumulate) == 0:
@@ -100,14 +100,14 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
         yield f"method.class_images={count} (another training)", {"method": {"class_images": count}}, gpus
     for rate in (0.5, 0.3, 0.1):
         if method.share_knob and rate < getattr(method, method.share_knob):
-            changes = {"method": {method.share_knob: rate, **method.leaner}}
+            changes = {"method": {method.share_knob: rate, **method.saves_memory}}
             yield f"method.{method.share_knob}={rate} (another training)", changes, gpus
     for factor in (2, 4, 8):
         if batch % (gpus * factor) == 0:
             yield f"train.global_batch={batch // factor}", {"train": {"global_batch": batch // factor}}, gpus
 
 
-def written(fields: Mapping[str, object]) -> str:
+def as_overrides(fields: Mapping[str, object]) -> str:
     return " ".join(f"method.{name}={value}" for name, value in fields.items())
 
 

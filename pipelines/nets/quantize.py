@@ -55,7 +55,7 @@ def quantised_config(
         fields: of the recipe, ``__`` for the dot, such as data__path; None leaves the recipe's.
 
     Raises:
-        UserError: a net that cannot be quantised, or what :func:`fr_core.config.load_config` and
+        UserError: a net that cannot be quantised, or what :func:`fr_core.config.recipes.load_config` and
             :func:`fr_core.data.stream.make_plan` refuse.
     """
     given = {name.replace("__", "."): value for name, value in fields.items()}

@@ -123,6 +123,8 @@ def test_the_backbone_trains_opens_and_is_exported(dataset, tmp_path):
     bare = open_net(checkpoints(tmp_path / "run")[-1] / "backbone.safetensors")
     assert np.array_equal(opened.embed(images), bare.embed(images))
     assert type(opened.net).__name__ == "PatchNet"
+    shrinking = config_of(dataset, net, "data.progressive={size=28, share=0.5}")
+    run(shrinking, tmp_path / "progressive")
     assert export(str(tmp_path / "run"), tmp_path / "net.onnx")["least_cosine"] > 1 - 1e-5
     assert np.allclose(open_net(tmp_path / "net.onnx").embed(images), opened.embed(images), atol=1e-5)
 

@@ -27,6 +27,13 @@ def test_what_fits_and_what_does_not():
     assert "Partial FC" in advice or "cards" in advice
 
 
+def test_a_rate_that_only_a_class_matrix_asks_for_does_not_keep_from_planning():
+    """The columns of full FC have a class matrix, whose rate LARS does not say."""
+    table, _, figures = plan(load_config("debug_attfc", ["optim.kind=lars"]), 1000, 1, 24)
+    assert figures["fits"] == 1
+    assert "full FC, plain" in table[0]
+
+
 def test_the_advice_holds():
     config = load_config("bigface_r50", [*R50, "method.update=fused"])
     assert plan(config, 2_000_000, 1, 24)[2]["fits"] == 1

@@ -20,6 +20,8 @@ MISTAKES = {  # workers, overrides, what is said
     "a stretch too short to decide": (1, ["schedule={kind='fastface_haar', window=0.01}"], "is less than 2"),
     "pairs that are not there": (1, ["verify.pairs=/none.csv", "verify.images=/none"], "/none.csv"),
     "a net made of nothing": (1, ["net={kind='quantised', net={kind='iresnet'}}"], "made of a trained net"),
+    "a rate that SGD cannot take": (1, ["optim.kind=adamw"], "whose rate is not that of adamw: give optim.head.lr"),
+    "another such rate": (1, ["optim.kind=lars"], "whose rate is not that of lars: give optim.head.lr"),
     "more workers than identities": (41, ["train.global_batch=41", "data.lanes=41"], "41 workers for 40 identities"),
 }
 
@@ -34,15 +36,6 @@ def test_the_loop_refuses_what_the_command_line_refuses(dataset, tmp_path, mista
         train_loop(config, tmp_path / "run", Ranks(0, workers), blocks_in_process, lambda metrics, saved: None)
     assert str(launched.value).split(": ")[-1] == str(looped.value).split(": ")[-1]
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("kind", ["adamw", "lars"])
-def test_the_class_matrixs_rate_is_asked_for_wherever_a_config_is_made(dataset, kind):
-    """AdamW's 1e-3 is no rate for SGD, which moves the class matrix."""
-    with pytest.raises(UserError, match=f"whose rate is not that of {kind}: give optim.head.lr"):
-        config_of(dataset, f"optim.kind={kind}")
-    assert config_of(dataset, f"optim={{kind='{kind}', head={{lr=0.05}}}}").optim.head.lr == 0.05
-    assert load_config("debug_attfc", [f"optim.kind={kind}"]).optim.head.lr is None  # it has no class matrix
 
 
 FACTS = {  # layout, images trained and encoded per image of a batch, multiple, micro-batches, encoder, centres of 100

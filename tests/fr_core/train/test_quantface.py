@@ -259,6 +259,16 @@ def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
     assert load_file(one / "backbone.safetensors").keys() == open_net(one).net.state_dict().keys()
 
 
+def test_a_loss_without_thresholds_leaves_no_file_and_resumes(dataset, tmp_path, monkeypatch):
+    teacher = saved(tmp_path / "teacher.safetensors", 32, 32)
+    config = config_of(dataset, *teacher, "method.loss=mse", "train.max_steps=3", "train.save_every=2")
+    run(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "resumed", 2, monkeypatch)
+    assert not list(checkpoints(tmp_path / "resumed")[-1].glob("head_*"))
+    run(config, tmp_path / "resumed")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
+
+
 def test_a_bad_step_leaves_no_trace(dataset, teacher):
     config = config_of(dataset, *teacher)
     state, stream = begun(config)
@@ -296,7 +306,7 @@ def test_no_epoch_ships_the_net_as_it_starts(dataset, teacher, tmp_path):
         ours, theirs = load_file(checkpoints(tmp_path / "run")[-1] / "backbone.safetensors"), load_file(backbone)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["steps"] == 0
-    with pytest.raises(UserError, match=r"train\.epochs = 0 calibrates a net, which is for quantface; bigface takes 1"):
+    with pytest.raises(UserError, match=r"train\.epochs = 0 leaves the net as it starts; bigface takes 1"):
         load_config("debug_bigface", ["train.epochs=0"])
 
 
