@@ -30,7 +30,7 @@ def apply_page(page: str, sources: Path) -> list[str]:
                 before = "".join(line[1:] for line in lines if line[0] in " -")
                 after = "".join(line[1:] for line in lines if line[0] in " +")
                 content = file.read_text()
-                assert content.count(before) == 1, f"{path} has no such lines, or more than once:\n{before}"
+                assert content.count(before) == 1, f"{path} changed: bring docs/extending.md up to date:\n{before}"
                 file.write_text(content.replace(before, after))
         touched.append(path)
     return touched

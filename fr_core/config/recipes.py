@@ -47,8 +47,17 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
         where = ".".join(_fields(first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key{_nearest(where)}"
+            message = _no_such_field(where, first["loc"])
         raise UserError(f"{source}: {where or 'config'}: {message}") from None
+
+
+def _no_such_field(key: str, loc: Sequence[str | int]) -> str:
+    """What to say of a key that its section lacks: another kind may have it, or a key that is spelt nearly so."""
+    kinds = [part for part in loc if part in _union_tags()]
+    if key in field_paths() and kinds:
+        section = key.rpartition(".")[0]
+        return f"unknown key of kind '{kinds[-1]}'; for another kind give the whole section: {section}={{kind='…', …}}"
+    return f"unknown key{_nearest(key)}"
 
 
 def _fields(loc: Sequence[str | int]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from fr_core.config import Config
 from fr_core.config.methods import BigFace
 from fr_core.config.optim import LARS, SGD, AdamW, Muon
 from fr_core.device import multiplies_bfloat16
+from fr_core.heads.head import Head
 from fr_core.heads.streamed import TileSGD
 from fr_core.ranks import Ranks
 
@@ -129,7 +130,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def make_optimizers(
-    config: Config, backbone: nn.Module, head: nn.Module | None, ranks: Ranks
+    config: Config, backbone: nn.Module, head: Head | None, ranks: Ranks
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimisers of the backbone and, where there is one, of the class matrix: "backbone" and "head".
 
@@ -164,8 +165,12 @@ def make_optimizers(
         body = made(groups, **given)
     optimizers = {"backbone": body}
     matrix = config.method.class_matrix
-    trains = head is not None and any(True for _ in head.parameters())
-    assert trains == (matrix is not None), "a head has parameters just where the method states a class_matrix"
+    names = {name for name, _ in head.named_parameters()} if head else set()
+    if names != set(head.sharded if head else ()) or bool(names) != bool(matrix):
+        raise ValueError(
+            f"{config.method.kind}: parameters of a head are named in its sharded and moved by the optimiser of the "
+            f"method's class_matrix; {', '.join(sorted(names)) or 'this head has none'}"
+        )
     if matrix and head:
         optimizers["head"] = head_optimizer(config, matrix, head, scale)
     for optimizer in optimizers.values():

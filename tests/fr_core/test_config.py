@@ -66,7 +66,9 @@ def test_what_the_fused_mode_cannot_do_is_refused(override, message):
 def test_a_knob_of_another_kind_cannot_be_written():
     with pytest.raises(UserError, match=r"schedule\.power: unknown key"):
         parse_config({"schedule": {"kind": "cosine", "power": 2.0}}, "test")
-    with pytest.raises(UserError, match=r"net\.depth: unknown key"):
+    with pytest.raises(
+        UserError, match=r"net\.depth: unknown key of kind 'mobilefacenet'; for another kind give the whole"
+    ):
         parse_config({"net": {"kind": "mobilefacenet", "depth": 18}}, "test")
 
 
