@@ -6,6 +6,7 @@ import torch
 
 from fr_core.config.optim import Constant, Cosine, MultiStep, Polynomial
 from fr_core.config.recipes import parse_config
+from fr_core.heads.head import Head
 from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
@@ -123,9 +124,28 @@ class Net(torch.nn.Module):
         self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
 
 
+class Rows(Head):
+    sharded = ("weight",)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 2))
+
+
 def groups_of(**optim):
     config = parse_config({"optim": optim, "train": {"global_batch": 256}}, "test")
-    return {name: made.param_groups for name, made in make_optimizers(config, Net(), Net(), Ranks()).items()}
+    return {name: made.param_groups for name, made in make_optimizers(config, Net(), Rows(), Ranks()).items()}
+
+
+def test_parameters_of_a_head_that_nothing_would_move_are_refused():
+    """Of a method without a class matrix, and beside the rows that ranks share out."""
+    pairs = parse_config({"method": {"kind": "quantface"}}, "test")
+    with pytest.raises(ValueError, match="quantface: parameters of a head .* class_matrix; weight"):
+        make_optimizers(pairs, Net(), Rows(), Ranks())
+    head = Rows()
+    head.bias = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="named in its sharded .*; bias, weight"):
+        make_optimizers(parse_config({}, "test"), Net(), head, Ranks())
 
 
 def test_groups_rates_and_decay():
