@@ -16,9 +16,11 @@ import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.train.metrics import read_metrics
@@ -102,36 +104,55 @@ def wait_for(address, token):
             time.sleep(0.5)
 
 
-def test_a_job_trains_to_its_report(head, dataset, tmp_path):
-    """Its figures are scraped while it runs; its log is JSON; the metrics are those of this run."""
+def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, dataset, tmp_path, mlflow_database):
+    """Every step is there once and its MLflow run is one; its figures are scraped while it runs; its log is JSON."""
     environment, address, metrics = head
     (tmp_path / "empty").mkdir()
-    train = ["bigface", "train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off"]
-    train += ["train.epochs=10", "train.max_steps=60", "--out", str(tmp_path / "run")]
+    shutil.copy(mlflow_database, tmp_path)
+    out, killed = tmp_path / "run", []
+    train = ["bigface", "train", "debug_bigface", f"data.path={dataset}", "train.epochs=10", "train.max_steps=120"]
+    train += ["train.save_every=40", "--workers", "2", "--out", str(out)]
     command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path / "empty", env=environment, stdout=log, stderr=log)
-    exported = ""
+    exported = set[str]()
     try:
         while job.poll() is None:
-            found = wait_for(metrics, "")
-            exported = found if "ray_bigface_loss{" in found else exported
+            exported |= set(wait_for(metrics, "").splitlines())
+            if checkpoints(out) and not killed:
+                workers = [one for one in processes_with("RAY_TMPDIR", environment["RAY_TMPDIR"]) if is_worker(one)]
+                workers[-1].kill()
+                killed.append(workers[-1].pid)
             time.sleep(0.5)  # as often as the head is told
     finally:
         job.kill()
         job.wait()
     log = (tmp_path / "log").read_text()
     assert job.returncode == 0, log
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["figures"]["steps"] == 60
+    assert len(killed) == 1
+    figures = json.loads((out / "report.json").read_text())["figures"]
+    assert (figures["steps"], figures["workers"]) == (120, 2)
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert np.mean([row["loss"] for row in rows[-20:]]) < 0.5 * np.mean([row["loss"] for row in rows[:20]])
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("bigface").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
     events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert events[0]["event"] == "training"
-    assert (events[0]["run"], events[0]["steps"]) == ("run", 60)
+    assert (events[0]["run"], events[0]["steps"]) == ("run", 120)
     for name in ("step", "loss", "lr", "images_per_second", "data_wait", "head_mib"):
-        (line,) = [line for line in exported.splitlines() if line.startswith(f"ray_bigface_{name}{{")]
-        assert 'run="run"' in line
-        assert 'rank="0"' in line
-        assert float(line.split()[-1]) >= 0
+        lines = [line for line in exported if line.startswith(f"ray_bigface_{name}{{")]
+        for rank in (0, 1):
+            assert any(f'rank="{rank}"' in line for line in lines)
+        assert all('run="run"' in line and float(line.split()[-1]) >= 0 for line in lines)
+
+
+def is_worker(process):
+    """Whether it is one of Ray Train's, which Ray calls so."""
+    with suppress(psutil.Error):
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    return False
 
 
 def training(dataset, out, log, environment, *options, before=()):
@@ -172,7 +193,7 @@ def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_pa
         driver = training(dataset, out, log, environment)
         while not checkpoints(out):
             assert driver.poll() is None, log.read_text()
-            time.sleep(0.2)
+            time.sleep(0.5)  # as often as the head is told
     assert driver.wait(180) != 0
     assert not (out / "report.json").exists()
     with running_head() as (environment, _, _):

@@ -93,6 +93,7 @@ def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
     assert two[-1]["distill_loss"] < 0.9 * two[0]["distill_loss"]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path, mlflow_database):
     """Every step is there once, and the MLflow run is one."""
