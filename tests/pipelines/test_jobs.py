@@ -72,7 +72,10 @@ def running_head(cpus=2, grows_as=None):
         environment |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
         yield environment, f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
     finally:
-        for one in processes_with("RAY_TMPDIR", folder):
+        family = psutil.Process(process.pid).children(
+            recursive=True
+        )  # of whom some have renamed all that they were told
+        for one in [*family, *processes_with("RAY_TMPDIR", folder)]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()
