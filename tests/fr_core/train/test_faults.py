@@ -64,6 +64,7 @@ def signalled(number, out, *command):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
     )
     while not losses(out):
         time.sleep(0.05)
