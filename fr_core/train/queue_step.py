@@ -1,4 +1,4 @@
-"""A step with a queue of class centres, which AttFC and DCQ share (METHODS §3).
+"""The queue of class centres and the step with it, which AttFC and DCQ share (METHODS §3).
 
 Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, K class images, D embedding.
 """
@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 
 from fr_core.config import Config
+from fr_core.config.methods import FixedCentres
 from fr_core.data.stream import Batch
 from fr_core.heads.attfc import follow
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
+from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embedded, encoded, update, without_sync
+
+
+def make_queue(config: Config, method: FixedCentres, classes: int, device: torch.device) -> ClassQueue:
+    slots = method.centres(classes, config.train.global_batch)
+    return ClassQueue(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
 def queue_step(

@@ -1,5 +1,7 @@
 """The methods: one room each, with what stands for the classes (``make_head``) and the step that trains on it.
 
+AttFC and DCQ share the queue of ``fr_core/train/queue_step.py``, its head and its step.
+
 These two functions are the only place that asks which method runs; all else asks its section
 (:class:`fr_core.config.methods.Facts`). A method does not import another's room, and none imports this file.
 """
@@ -14,6 +16,7 @@ from fr_core.data.stream import Batch
 from fr_core.heads.head import Head
 from fr_core.ranks import Ranks
 from fr_core.train.methods import attfc, bigface, dcq, f2c, quantface, virtual_fc
+from fr_core.train.queue_step import make_queue
 from fr_core.train.state import TrainState
 
 
@@ -29,10 +32,8 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     match config.method:
         case BigFace() as method:
             return bigface.make_head(config, method, classes, ranks)
-        case AttFC() as method:
-            return attfc.make_head(config, method, classes, device)
-        case DCQ() as method:
-            return dcq.make_head(config, method, classes, device)
+        case AttFC() | DCQ() as method:
+            return make_queue(config, method, classes, device)
         case F2C() as method:
             return f2c.make_head(config, method, classes, device)
         case VirtualFC() as method:

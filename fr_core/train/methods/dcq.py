@@ -4,22 +4,13 @@
 
 from functools import partial
 
-import torch
-
 from fr_core.config import Config
 from fr_core.config.methods import DCQ
 from fr_core.data.stream import Batch
 from fr_core.heads.attfc import generative_centres
-from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
-from fr_core.train.precision import centre_softmax
 from fr_core.train.queue_step import queue_step
 from fr_core.train.state import TrainState
-
-
-def make_head(config: Config, method: DCQ, classes: int, device: torch.device) -> ClassQueue:
-    slots = method.centres(classes, config.train.global_batch)
-    return ClassQueue(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
 def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
