@@ -12,7 +12,7 @@ class StorageError(UserError):
     """Storage at a URL that refuses or does not answer; another try may succeed, where other mistakes stay."""
 
 
-class Left(Exception):
+class RunStopped(Exception):
     """A run that was asked to leave before its end and did, after it saved a checkpoint."""
 
     def __init__(self, step: int) -> None:

@@ -15,7 +15,7 @@ from fr_core.data.synthetic import write_faces
 from fr_core.nets.open import Recogniser, build_net, open_net
 from fr_core.verify.baselines import colour_histogram, raw_pixels
 from fr_core.verify.pairs import write_pairs
-from fr_core.verify.report import contact_sheet, report, roc_figure, verification_figures, write_report
+from fr_core.verify.report import contact_sheet, make_report, roc_figure, verification_figures, write_report
 from fr_core.verify.suites import verify
 from pipelines.datasets.ingest import ingest
 from pipelines.train import train
@@ -67,7 +67,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
     figures |= {k: v for k, v in trained.items() if k not in figures} | seconds
     figures["unseen_identities"] = UNSEEN_IDENTITIES
     shown = sorted(f"pictures/{path.name}" for path in pictures.glob("*.png"))
-    content = report("demo", figures, run=str(out), config=config.model_dump(mode="json"), pictures=shown)
+    content = make_report("demo", figures, run=str(out), config=config.model_dump(mode="json"), pictures=shown)
     write_report(out / "report.json", content)
     return figures
 

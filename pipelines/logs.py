@@ -39,8 +39,8 @@ def start_logging(style: str | None = None, **where: object) -> None:
     log.propagate = False
 
 
-def tell(metrics: dict[str, float], saved: AnyPath | None) -> None:
-    """Logs what the train loop reports, as it reports it (``Heard`` in ``fr_core/train/loop.py``)."""
+def log_event(metrics: dict[str, float], saved: AnyPath | None) -> None:
+    """Logs what the train loop reports, as it reports it (``Report`` in ``fr_core/train/loop.py``)."""
     facts = {name: metrics[name] for name in ("step", "loss", "accuracy") if name in metrics}
     if saved is not None:
         log.info("checkpoint saved", extra={"facts": facts | {"checkpoint": str(saved)}})

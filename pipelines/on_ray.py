@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from fr_core.config import Config
 from fr_core.config.recipes import parse_config
-from fr_core.data.store import AnyPath, RemotePath, find, to_path, write_text_atomically
-from fr_core.errors import Left, StorageError, UserError
+from fr_core.data.store import AnyPath, RemotePath, find_paths, to_path, write_text_atomically
+from fr_core.errors import RunStopped, StorageError, UserError
 from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
-from pipelines.leave import on_signal
-from pipelines.logs import log, start_logging, tell
+from pipelines.logs import log, log_event, start_logging
+from pipelines.signals import on_signal
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
 START_ATTEMPTS = 3
 MAX_FAILURES = 5  # deaths of workers after which there must be a new checkpoint
-LEAVE = ".leave"  # a file in the run's folder: the driver was asked to leave
+STOP_REQUEST = ".leave"  # a file in the run's folder: the driver was asked to leave
 MISTAKES = ".mistake_*.txt"  # files there: the user's, which a worker found
 LOOK_EVERY = 2.0  # seconds
 RESIZE_EVERY = 60.0  # seconds between looks for more machines
@@ -166,7 +166,7 @@ def train_on_ray(
 
     Raises:
         UserError: what the loop refuses, named in one line.
-        Left: SIGTERM came, and a checkpoint was saved.
+        RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     start_ray()
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -185,7 +185,7 @@ def train_on_ray(
     if cpus is None:
         whole = least == most or use_gpu
         cpus = worker_cpus(machines, most) if whole else one_a_node(machines)
-    for old in [*find(out, MISTAKES), *find(out, LEAVE)]:
+    for old in [*find_paths(out, MISTAKES), *find_paths(out, STOP_REQUEST)]:
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
@@ -206,7 +206,7 @@ def train_on_ray(
             callbacks=callbacks,  # type: ignore[arg-type]  # as num_workers
         ),
     )
-    with on_signal(signal.SIGTERM, partial(write_text_atomically, out / LEAVE, "")):
+    with on_signal(signal.SIGTERM, partial(write_text_atomically, out / STOP_REQUEST, "")):
         while True:
             before = checkpoints(out)[-1:]
             try:
@@ -224,8 +224,8 @@ def train_on_ray(
     if told:
         raise told
     if isinstance(result.return_value, int):
-        (out / LEAVE).unlink(missing_ok=True)
-        raise Left(result.return_value)
+        (out / STOP_REQUEST).unlink(missing_ok=True)
+        raise RunStopped(result.return_value)
     return result.return_value
 
 
@@ -239,7 +239,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.train.loop import train_loop
 
     out, ranks = to_path(launch["out"]), Ranks.current()
-    if find(out, MISTAKES):  # of an earlier life: a restart would only repeat it
+    if find_paths(out, MISTAKES):  # of an earlier life: a restart would only repeat it
         return {}
     context = ray.train.get_context()
     start_logging("json", run=out.name, rank=ranks.rank)
@@ -247,9 +247,9 @@ def train_worker(launch: dict[str, Any]) -> Any:
     use_processor(threads_of_each(launch["runs"] * ranks.size, context.get_local_world_size()))
     try:
         config = parse_config(launch["config"], "launch")
-        to_hear = partial(heard, Gauges(out.name, ranks.rank))
-        return train_loop(config, out, ranks, blocks_by_ray, to_hear, notices(out, ranks.rank, ranks.size))
-    except Left as left:
+        report = partial(report_to_ray, Gauges(out.name, ranks.rank))
+        return train_loop(config, out, ranks, blocks_by_ray, report, notices(out, ranks.rank, ranks.size))
+    except RunStopped as left:
         return left.step
     except StorageError:  # may have passed when the workers are started again
         raise
@@ -276,26 +276,26 @@ def notices(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
         known.update(new)
         if rank == 0 and not soon:
             looked = time.monotonic()
-            if (out / LEAVE).is_file():
-                return Notice.LEAVE
+            if (out / STOP_REQUEST).is_file():
+                return Notice.STOP
         return Notice.SAVE if new else Notice.NONE
 
     return notice
 
 
-def heard(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> None:
+def report_to_ray(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> None:
     """Tells Ray's metrics and the log, and Ray Train of checkpoints alone: a report costs two seconds."""
     import ray.train
 
     gauges.set(metrics)
-    tell(metrics, saved)
+    log_event(metrics, saved)
     if saved is not None:
         ray.train.report(metrics)
 
 
 def _told(out: AnyPath) -> UserError | None:
     """The user's mistake that ended the workers, if that is what did."""
-    messages = {path: path.read_text() for path in find(out, MISTAKES)}
+    messages = {path: path.read_text() for path in find_paths(out, MISTAKES)}
     for path in messages:
         path.unlink()
     return UserError(next(iter(messages.values()))) if messages else None

@@ -13,15 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fr_core.config import Config, total_steps
-from fr_core.data.store import AnyPath, RemotePath, check_lasts, to_path, writable, write_text_atomically
+from fr_core.data.store import (
+    AnyPath,
+    RemotePath,
+    explain_disk_errors,
+    refuse_job_folder,
+    to_path,
+    write_text_atomically,
+)
 from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan
 from fr_core.train.notice import Notice
-from pipelines.leave import on_signal
-from pipelines.logs import log, start_logging, tell
+from pipelines.logs import log, start_logging
+from pipelines.signals import on_signal
 
 POLL = 2.0  # seconds
 SILENCE = 180.0  # seconds without a step, after which a run says so
@@ -46,7 +53,7 @@ def train(
 
     Raises:
         UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
-        Left: SIGTERM came, and a checkpoint was saved.
+        RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
@@ -54,7 +61,7 @@ def train(
 
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
-    check_lasts(out)
+    refuse_job_folder(out)
     start_logging(run=out.name)
     config = trackable(with_absolute_paths(config), out)
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
@@ -67,7 +74,7 @@ def train(
         raise UserError(f"--resume: {out} holds no run: name the run's folder")
     if holds_run(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
-    with writable(out):
+    with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
             clear_run(out)
@@ -84,9 +91,9 @@ def train(
             with on_signal(signal.SIGTERM, leave.set):
 
                 def notice() -> Notice:
-                    return Notice.LEAVE if leave.is_set() else Notice.NONE
+                    return Notice.STOP if leave.is_set() else Notice.NONE
 
-                return train_loop(config, out, Ranks(), blocks_in_process, tell, notice)
+                return train_loop(config, out, Ranks(), blocks_in_process, log_event, notice)
         from pipelines.on_ray import train_on_ray
 
         return train_on_ray(config, out, workers)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fr_core.data.schema import Dataset
-from fr_core.data.store import ahead_of, writable
+from fr_core.data.store import explain_disk_errors, prefetch
 from fr_core.errors import UserError
 
 FACTS = "embeddings.json"
@@ -112,7 +112,7 @@ def by_id(embeddings: Embeddings, dataset: Dataset) -> EmbeddingsById:
     key = hashlib.sha256(facts.model_dump_json().encode()).hexdigest()[:8]
     index, vectors = (root / BY_ID.format(f"{key}-{part}") for part in ("index", "float16"))
     if not (index.is_file() and vectors.is_file()):
-        with writable(vectors):
+        with explain_disk_errors(vectors):
             _write_by_id(embeddings, dataset, index, vectors)
     ids_I, rows_I = np.load(index, mmap_mode="r")
     return EmbeddingsById(ids_I, rows_I, np.load(vectors, mmap_mode="r"))
@@ -147,7 +147,7 @@ def _sample_ids(dataset: Dataset) -> np.ndarray:
     """Of all images of flat shards: int64 [I]."""
     groups = dataset.row_groups[:, :2].tolist()
     reads = (partial(dataset.read_row_group, shard, group, ["sample_id"]) for shard, group in groups)
-    tables = [read() for read in (reads if isinstance(dataset.root, Path) else ahead_of(reads))]
+    tables = [read() for read in (reads if isinstance(dataset.root, Path) else prefetch(reads))]
     return pa.concat_tables(tables)["sample_id"].to_numpy()
 
 

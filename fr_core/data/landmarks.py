@@ -5,7 +5,7 @@ import csv
 import numpy as np
 
 from fr_core.data.listing import Listing
-from fr_core.data.store import AnyPath, fetched, to_path
+from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.errors import UserError
 
 LANDMARK_COLUMNS = tuple(
@@ -27,7 +27,7 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     """
     table: dict[str, np.ndarray] = {}
     try:
-        with fetched(to_path(path)) as local, local.open(newline="") as file:
+        with local_copy(to_path(path)) as local, local.open(newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)  # OpenFace writes ", "
             names = reader.fieldnames or ()
             columns = DENSE_COLUMNS if DENSE_COLUMNS[0] in names else LANDMARK_COLUMNS

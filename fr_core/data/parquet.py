@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fr_core.data.crops import LONGEST
-from fr_core.data.store import AnyPath, fetched
+from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes")
@@ -38,7 +38,7 @@ def unpack_parquet(path: AnyPath, out: Path) -> tuple[list[str], list[str], np.n
         facts = path.stat()
         source = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
         if not index.is_file() or pq.read_schema(index).metadata[b"source"] != source:
-            with fetched(path) as local:
+            with local_copy(path) as local:
                 _unpack(local, out, index, source)
         table = pq.read_table(index)
     except (pa.ArrowException, OSError) as error:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from fr_core import rng
 from fr_core.data.schema import Dataset, open_dataset
-from fr_core.data.store import ahead_of
+from fr_core.data.store import prefetch
 from fr_core.errors import UserError
 
 COLUMNS = ["sample_id", "label", "image", "landmarks"]
@@ -215,7 +215,7 @@ def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) 
     places = dataset.row_groups[groups]
     starts = np.cumsum(places[:, 2]) - places[:, 2]
     reads = (partial(dataset.read_row_group, shard, group, columns) for shard, group in places[:, :2].tolist())
-    tables = [read() for read in (reads if isinstance(dataset.root, Path) else ahead_of(reads))]
+    tables = [read() for read in (reads if isinstance(dataset.root, Path) else prefetch(reads))]
     return pa.concat_tables(tables), starts[inverse] + rows[:, 1]
 
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fr_core.data.store import AnyPath, RemotePath, fetched, to_path, write_text_atomically, written
+from fr_core.data.store import AnyPath, RemotePath, atomic_file, local_copy, to_path, write_text_atomically
 from fr_core.errors import StorageError, UserError
 
 SCHEMA_VERSION = 2
@@ -136,7 +136,7 @@ class Dataset:
         """Raises UserError where the table is damaged or another dataset's."""
         path = self.root / "identities.parquet"
         try:
-            with fetched(path) as file:
+            with local_copy(path) as file:
                 table = pq.read_table(file, columns=["name", "images"])
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} is damaged: {_first_line(error)}; ingest again") from None
@@ -186,7 +186,7 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
     starts = [0]
     while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < table.num_rows:
         starts.append(int(later))
-    with written(path) as part:
+    with atomic_file(path) as part:
         with pq.ParquetWriter(
             part,
             table.schema,
@@ -210,7 +210,7 @@ def write_manifest(root: AnyPath, manifest: Manifest, names: list[str], counts: 
     """Writes ``identities.parquet``, then ``manifest.json``: the dataset exists once its manifest does."""
     labels = pa.array(np.arange(len(names)), pa.int32())
     table = pa.table({"label": labels, "name": pa.array(names, pa.string()), "images": pa.array(counts, pa.int64())})
-    with written(root / "identities.parquet") as part:
+    with atomic_file(root / "identities.parquet") as part:
         pq.write_table(table, part)
     write_text_atomically(root / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
@@ -260,7 +260,7 @@ def _points(numbers: list[float] | None) -> np.ndarray | None:
 
 
 def sha256(path: AnyPath) -> str:
-    with fetched(path) as copy, copy.open("rb") as file:
+    with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

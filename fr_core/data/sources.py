@@ -12,7 +12,7 @@ from fr_core.data.archives import Member, tar_members, zip_members
 from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
 from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import list_records
-from fr_core.data.store import AnyPath, LocalBytes, RemotePath, fetched, find, to_path
+from fr_core.data.store import AnyPath, LocalBytes, RemotePath, find_paths, local_copy, to_path
 from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
@@ -37,7 +37,7 @@ def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scra
     if labels is not None:
         return list_files(to_path(labels), source)
     if source.is_dir():
-        inside = [entry for entry in find(source, "*") if entry.is_file()]
+        inside = [entry for entry in find_paths(source, "*") if entry.is_file()]
         records = [entry for entry in inside if entry.suffix == ".rec"]
         zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
         compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
@@ -134,7 +134,7 @@ def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
     owners: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, path in enumerate(archives):
-        with fetched(path) as file:
+        with local_copy(path) as file:
             found = sorted((zip_members if zipped else tar_members)(file), key=lambda member: member.name)
             members = [member for member in found if is_image(member.name)]
             classes = [member for member in found if member.name.endswith(".cls") and not zipped]
@@ -149,7 +149,7 @@ def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
 
 def list_rec(path: AnyPath) -> Listing:
     """Images of an MXNet RecordIO file; an identity is called by its label."""
-    with fetched(path) as file:
+    with local_copy(path) as file:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
@@ -190,7 +190,7 @@ def list_files(table: AnyPath, root: AnyPath) -> Listing:
     """
     rows: list[tuple[str, str]] = []
     try:
-        with fetched(table) as local, local.open(newline="") as file:
+        with local_copy(table) as local, local.open(newline="") as file:
             for number, row in _rows_of(table, file):
                 if len(row) != 2 or not all(row):
                     raise UserError(f"{table}: line {number}: expected a path and an identity")

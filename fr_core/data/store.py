@@ -231,7 +231,7 @@ def to_path(ref: str | AnyPath) -> AnyPath:
 
 
 @contextmanager
-def written(path: AnyPath) -> Iterator[Path]:
+def atomic_file(path: AnyPath) -> Iterator[Path]:
     """A local file to write in the block, which then stands at ``path``, so that a file is whole or absent.
 
     Raises:
@@ -253,7 +253,7 @@ def written(path: AnyPath) -> Iterator[Path]:
 
 
 @contextmanager
-def fetched(path: AnyPath) -> Iterator[Path]:
+def local_copy(path: AnyPath) -> Iterator[Path]:
     """A local file with the content of ``path``: itself, or a copy in scratch for as long as the block lasts."""
     if isinstance(path, Path):
         yield path
@@ -268,7 +268,7 @@ def fetched(path: AnyPath) -> Iterator[Path]:
 
 
 @contextmanager
-def writable(path: AnyPath) -> Iterator[None]:
+def explain_disk_errors(path: AnyPath) -> Iterator[None]:
     """Errors of the local disk as the user's: full, read-only, gone.
 
     Raises:
@@ -281,7 +281,7 @@ def writable(path: AnyPath) -> Iterator[None]:
         raise UserError(f"cannot write {named}: {error.strerror or error}") from None
 
 
-def check_lasts(out: AnyPath) -> None:
+def refuse_job_folder(out: AnyPath) -> None:
     """Raises: UserError: a Ray job's own folder, a copy that Ray removes: an output's path was relative or left out."""
     if isinstance(out, Path) and JOB_COPIES in out.resolve().parts:
         raise UserError(
@@ -290,11 +290,11 @@ def check_lasts(out: AnyPath) -> None:
 
 
 def write_text_atomically(path: AnyPath, text: str) -> None:
-    with written(path) as file:
+    with atomic_file(path) as file:
         file.write_text(text)
 
 
-def begin(
+def begin_job(
     out: AnyPath, marker: str, stamp: str, own: Iterable[str], overwrite: bool = False, beside: Iterable[str] = ()
 ) -> bool:
     """Makes the folder of a job and marks it, or finds that the same job was begun in it.
@@ -317,7 +317,7 @@ def begin(
             raise UserError(f"{out} is not empty; --overwrite replaces what such a job made in it")
         out.mkdir(parents=True, exist_ok=True)
         for pattern in own:
-            for old in find(out, pattern):
+            for old in find_paths(out, pattern):
                 old.unlink()
         write_text_atomically(out / marker, stamp)
     except OSError as error:
@@ -325,7 +325,7 @@ def begin(
     return False
 
 
-def find(folder: AnyPath, pattern: str) -> list[AnyPath]:
+def find_paths(folder: AnyPath, pattern: str) -> list[AnyPath]:
     """What a pattern matches, in the order of the names."""
     paths: Iterable[AnyPath] = folder.glob(pattern)
     return sorted(paths, key=str)
@@ -340,7 +340,7 @@ def remove_folder(path: AnyPath) -> None:
             _asked(path, lambda: path.filesystem.delete_dir(path.key))
 
 
-def ahead_of(calls: Iterable[Callable[[], T]]) -> Iterator[Callable[[], T]]:
+def prefetch(calls: Iterable[Callable[[], T]]) -> Iterator[Callable[[], T]]:
     """The same calls in the same order, of which the next ``AT_ONCE`` have begun in threads."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         begun: deque[Future[T]] = deque()

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fr_core.data.schema import sha256
-from fr_core.data.store import AnyPath, fetched, find, to_path, written
+from fr_core.data.store import AnyPath, atomic_file, find_paths, local_copy, to_path
 from fr_core.errors import UserError
 
 FORMAT = 1
@@ -54,7 +54,7 @@ def step_name(step: int) -> str:
 
 def checkpoints(run: AnyPath) -> list[AnyPath]:
     """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
-    return [path.parent for path in find(run, CHECKPOINTS) if is_whole(path.parent)]
+    return [path.parent for path in find_paths(run, CHECKPOINTS) if is_whole(path.parent)]
 
 
 def find_checkpoint(folder: AnyPath) -> AnyPath:
@@ -65,7 +65,7 @@ def find_checkpoint(folder: AnyPath) -> AnyPath:
     """
     if (folder / "checkpoint.json").is_file():
         return folder
-    for path in reversed(find(folder, CHECKPOINTS)):
+    for path in reversed(find_paths(folder, CHECKPOINTS)):
         if is_whole(path.parent, [BACKBONE]):
             return path.parent
     raise UserError(f"{folder}: no checkpoint there")
@@ -103,7 +103,7 @@ def weights_file(ref: str | AnyPath) -> AnyPath:
 
 def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, int | str]:
     """Writes a safetensors file; returns its size and checksum, for ``checkpoint.json``."""
-    with written(path) as part:
+    with atomic_file(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -112,14 +112,14 @@ def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str,
 
 def copy_file(source: AnyPath, path: AnyPath) -> dict[str, int | str]:
     """Copies a file; returns as :func:`write_tensors`."""
-    with fetched(source) as local, written(path) as part:
+    with local_copy(source) as local, atomic_file(path) as part:
         shutil.copyfile(local, part)
         return _size_and_checksum(part)
 
 
 def write_signed(folder: AnyPath, summary: Summary) -> None:
     """Writes ``checkpoint.json`` with its own checksum; on a local disk it is there for good, whatever happens next."""
-    with written(folder / "checkpoint.json") as part, part.open("w") as file:
+    with atomic_file(folder / "checkpoint.json") as part, part.open("w") as file:
         file.write(json.dumps(summary | {"sha256": digest(summary)}, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -164,7 +164,7 @@ def checked(checkpoint: AnyPath, summary: Summary, name: str) -> Iterator[Path]:
         Damaged: it differs or is missing; names it.
     """
     try:
-        with fetched(checkpoint / name) as file:
+        with local_copy(checkpoint / name) as file:
             if sha256(file) != summary["files"].get(name, {}).get("sha256"):
                 raise Damaged(f"{checkpoint / name}: wrong checksum")
             yield file

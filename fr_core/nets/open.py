@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
 from fr_core.data.decode import resized
-from fr_core.data.store import AnyPath, fetched, to_path
+from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
@@ -136,7 +136,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     device = device or default_device()
     path = to_path(ref)
     if path.is_file() and path.name.endswith(".onnx"):
-        with fetched(path) as local:
+        with local_copy(path) as local:
             onnx_net = open_onnx(local)
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
@@ -160,7 +160,7 @@ def read_weights(path: AnyPath) -> dict[str, Tensor]:
         UserError: unreadable or not safetensors.
     """
     try:
-        with fetched(path) as file:
+        with local_copy(path) as file:
             state = load_file(file)
         return from_mxnet(state) if "conv_1_conv2d_weight" in state else state
     except (OSError, SafetensorError, KeyError) as error:
@@ -204,7 +204,7 @@ def _net_config(checkpoint: AnyPath) -> Net:
 
 def _bare_config(path: AnyPath, net: str | None) -> Net:
     name = (net or "").lower()
-    with fetched(path) as local:
+    with local_copy(path) as local:
         state = read_weights(local)
         with safe_open(local, "pt") as file:
             told = (file.metadata() or {}).get("net")

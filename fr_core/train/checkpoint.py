@@ -21,7 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, lane_count
 from fr_core.config.recipes import flat, parse_config
-from fr_core.data.store import AnyPath, find, remove_folder, written
+from fr_core.data.store import AnyPath, atomic_file, find_paths, remove_folder
 from fr_core.data.stream import unlabelled
 from fr_core.errors import UserError
 from fr_core.heads.head import Head
@@ -71,7 +71,7 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
         saved = ranks.broadcast_object(checkpoints(out))
         if len(saved) < 2 or not isinstance(out, Path):  # of a URL, scratch is full
             raise
-        with agreed(ranks):
+        with raise_together(ranks):
             if ranks.rank == 0:
                 log.warning("%s; dropping %s to make room", error, saved[0])
                 remove_folder(saved[0])
@@ -91,24 +91,24 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
     net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
     needed = sum(ranks.gather_objects(sum(t.nbytes for tensors in files.values() for t in tensors.values())))
     try:
-        with agreed(ranks):
+        with raise_together(ranks):
             if ranks.rank == 0:
                 remove_folder(folder)  # what an earlier life left unfinished
                 folder.mkdir(parents=True)
-        with agreed(ranks):
+        with raise_together(ranks):
             facts = {name: write_tensors(folder / name, tensors, net) for name, tensors in files.items()}
             if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
                 facts[IDENTITIES] = copy_file(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
         parts = ranks.gather_objects((facts, rows))
-        with agreed(ranks):
+        with raise_together(ranks):
             if ranks.rank == 0:
                 write_signed(folder, _summary(config, state, parts))
     except UserError as error:
-        with agreed(ranks):
+        with raise_together(ranks):
             if ranks.rank == 0:
                 remove_folder(folder)
         raise type(error)(f"cannot write checkpoint {folder} of {needed:,} bytes: {error}") from None
-    with agreed(ranks):
+    with raise_together(ranks):
         if ranks.rank == 0:
             _drop_others(out, config.train.keep)
 
@@ -116,13 +116,13 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
 def _drop_others(out: AnyPath, keep: int) -> None:
     """Leaves the newest ``keep`` whole checkpoints: older, unfinished and damaged ones go."""
     kept = checkpoints(out)[-keep:]
-    for folder in find(out / "checkpoints", "step_*"):
+    for folder in find_paths(out / "checkpoints", "step_*"):
         if folder not in kept:
             remove_folder(folder)
 
 
 @contextmanager
-def agreed(ranks: Ranks) -> Iterator[None]:
+def raise_together(ranks: Ranks) -> Iterator[None]:
     """If any rank fails in the block, all ranks raise the first error.
 
     Raises:
@@ -141,7 +141,7 @@ def agreed(ranks: Ranks) -> Iterator[None]:
         raise first
 
 
-def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
+def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
     """Puts the newest whole checkpoint of a run into ``state``; damaged ones are said and set aside.
 
     Returns:
@@ -152,17 +152,17 @@ def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool
     """
     damaged: list[tuple[AnyPath, Damaged]] = []
     # One rank looks, so that all agree even if the folder changes meanwhile.
-    for marker in reversed(ranks.broadcast_object(find(out, CHECKPOINTS) if ranks.rank == 0 else None)):
+    for marker in reversed(ranks.broadcast_object(find_paths(out, CHECKPOINTS) if ranks.rank == 0 else None)):
         try:
-            with agreed(ranks):
+            with raise_together(ranks):
                 load_checkpoint(config, state, marker.parent, ranks)
         except Damaged as error:
             damaged.append((marker, error))
             continue
-        with agreed(ranks):
+        with raise_together(ranks):
             for bad, what in damaged if ranks.rank == 0 else ():
                 log.warning("damaged: %s; going on from %s", what, marker.parent.name)
-                with written(bad.with_name(SET_ASIDE)) as aside:
+                with atomic_file(bad.with_name(SET_ASIDE)) as aside:
                     aside.write_bytes(bad.read_bytes())
                 bad.unlink()
         log.info("resumed", extra={"facts": {"step": state.step, "checkpoint": str(marker.parent)}})
@@ -172,7 +172,7 @@ def go_on(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool
     return False
 
 
-def take_over(donor: Path, out: Path, run_id: str | None) -> None:
+def adopt_checkpoint(donor: Path, out: Path, run_id: str | None) -> None:
     """Makes another run's checkpoint the only one of a run, under the run's own id in MLflow.
 
     Raises:

@@ -13,15 +13,15 @@ from fr_core.config import Config, unlabelled_batch
 from fr_core.config.nets import QuantisedNet
 from fr_core.config.sections import Augment, Masks
 from fr_core.data.plan import Plan
-from fr_core.data.store import AnyPath, find, remove_folder, writable
+from fr_core.data.store import AnyPath, explain_disk_errors, find_paths, remove_folder
 from fr_core.data.stream import Batch, batches, step_by_step, unlabelled
 from fr_core.device import default_device, peak_memory
-from fr_core.errors import Left, UserError
+from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
 from fr_core.train.check import check_pairs, dataset_of, fitting_plan
-from fr_core.train.checkpoint import agreed, go_on, save_checkpoint
+from fr_core.train.checkpoint import raise_together, resume, save_checkpoint
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods import step
 from fr_core.train.notice import Notice
@@ -31,10 +31,10 @@ from fr_core.train.statistics import IMAGES, average_statistics, measure_last_no
 from fr_core.train.tracking import Tracker
 from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
 from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
-from fr_core.verify.report import report, roc_figure, score_figure, verification_figures, write_report
+from fr_core.verify.report import make_report, roc_figure, score_figure, verification_figures, write_report
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
-Heard = Callable[[dict[str, float], AnyPath | None], None]
+Report = Callable[[dict[str, float], AnyPath | None], None]
 
 
 def train_loop(
@@ -42,7 +42,7 @@ def train_loop(
     out: AnyPath,
     ranks: Ranks,
     blocks: Blocks,
-    heard: Heard,
+    report: Report,
     notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> dict[str, float]:
     """Trains a run from its newest checkpoint, or from the start, to its end.
@@ -50,7 +50,7 @@ def train_loop(
     Args:
         out: the run's folder, local or at a URL, the same for all ranks.
         blocks: where rows come from (``fr_core/data/stream.py``).
-        heard: called on every rank with the step's metrics: when they are logged with None, and after each checkpoint
+        report: called on every rank with the step's metrics: when they are logged with None, and after each checkpoint
             with its folder. Both have the figures of a verification at the same step.
         notice: what this rank was told since it was last asked; what any was told, all do.
 
@@ -59,12 +59,12 @@ def train_loop(
 
     Raises:
         UserError: bad data, checkpoints of another run, a full disk, or a loss that stays non-finite.
-        Left: the run was asked to leave.
+        RunStopped: the run was asked to leave.
     """
     state = resume_or_init(config, out, ranks, blocks)
     first_step = state.step
     tracker = open_tracker(config, out, state, ranks)
-    stream = rest_of_run(config, state, ranks, blocks)
+    stream = remaining_batches(config, state, ranks, blocks)
     clock = Clock(config.train.global_batch + unlabelled_batch(config))
     try:
         while state.step < state.total_steps:
@@ -80,23 +80,23 @@ def train_loop(
                     tracker.log(state.step, metrics)
             last = state.step == state.total_steps
             if last or due(config.train.verify_every, state):
-                settle_statistics(config, state, ranks, blocks)
+                refresh_norm_statistics(config, state, ranks, blocks)
             if due(config.train.verify_every, state) and not last:
                 metrics |= verify(config, state, ranks, tracker)
             if due(config.train.log_every, state):
-                heard(metrics | {"head_mib": head_mib(state)}, None)
-            told = agreed_notice(config, state, ranks, notice)
+                report(metrics | {"head_mib": head_mib(state)}, None)
+            told = shared_notice(config, state, ranks, notice)
             if told or (due(config.train.save_every, state) and state.bad_steps == 0):
-                heard(metrics, save(config, state, out, ranks, tracker))
-            if told is Notice.LEAVE:
-                raise Left(state.step)
+                report(metrics, save(config, state, out, ranks, tracker))
+            if told is Notice.STOP:
+                raise RunStopped(state.step)
         return finish(config, state, out, ranks, tracker, first_step)
     except BaseException as end:
         if tracker:
-            with contextlib.suppress(Exception):  # whatever ended the run is what must be heard of
+            with contextlib.suppress(Exception):  # whatever ended the run is what must be reported
                 tracker.log_curves()
             with contextlib.suppress(Exception):
-                tracker.close("KILLED" if isinstance(end, Left) else "FAILED")
+                tracker.close("KILLED" if isinstance(end, RunStopped) else "FAILED")
         raise
     finally:
         stream.close()
@@ -105,11 +105,11 @@ def train_loop(
 def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
     plan = fitting_plan(config, dataset_of(config), ranks.size)
-    with agreed(ranks):
+    with raise_together(ranks):
         if ranks.rank == 0:
             check_pairs(config)
     state = initial_state(config, plan, ranks, default_device())
-    if not go_on(config, state, out, ranks):
+    if not resume(config, state, out, ranks):
         load_backbone(config, state)
         plain = partial(plain_batches, config, plan, ranks, blocks)
         if isinstance(config.net, QuantisedNet):
@@ -129,7 +129,7 @@ def plain_batches(config: Config, plan: Plan, ranks: Ranks, blocks: Blocks, step
     return batches(config.model_copy(update={"data": data}), plan, ranks, 0, steps, blocks)
 
 
-def rest_of_run(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
+def remaining_batches(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
     """A rank's batches from the state's step on, with unlabelled ones where the run takes them."""
     steps = (state.step, state.total_steps)
     stream, other = batches(config, state.plan, ranks, *steps, blocks), unlabelled(config)
@@ -148,13 +148,13 @@ def due(every: int | None, state: TrainState) -> bool:
 
 def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> AnyPath:
     """A checkpoint, and before it all figures so far, for whoever goes on from it."""
-    with agreed(ranks):
+    with raise_together(ranks):
         if tracker:
             tracker.settle()
     return save_checkpoint(config, state, out, ranks)
 
 
-def agreed_notice(config: Config, state: TrainState, ranks: Ranks, notice: Callable[[], Notice]) -> Notice:
+def shared_notice(config: Config, state: TrainState, ranks: Ranks, notice: Callable[[], Notice]) -> Notice:
     """The gravest of any rank. Several agree when they log: a collective at every step would cost more."""
     if ranks.size == 1:
         return notice()
@@ -185,7 +185,7 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
         )
 
 
-def settle_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
+def refresh_norm_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
     """Averages batch-norm statistics over ranks; after virtual identities, re-measures the last norm on real faces."""
     average_statistics(state, ranks)
     if config.data.variants > 1 and state.usable.last_norm is not None:
@@ -254,8 +254,8 @@ def finish(
         figures |= {"loss": finite[-1]} if finite else {}
         tracker.log_curves()
         facts = {"config": config.model_dump(mode="json"), "pictures": tracker.pictures()}
-        content = report("train", figures, run=str(out), checkpoint=str(last), **facts)
-        with writable(out / "report.json"):
+        content = make_report("train", figures, run=str(out), checkpoint=str(last), **facts)
+        with explain_disk_errors(out / "report.json"):
             write_report(out / "report.json", content)
         tracker.log_file("report.json")
         tracker.close("FINISHED")
@@ -296,7 +296,7 @@ class Clock:
 
 def holds_run(out: AnyPath) -> bool:
     """Whether a run was begun in this folder, or its checkpoints were copied here."""
-    return (out / "run.json").is_file() or bool(find(out, CHECKPOINTS))
+    return (out / "run.json").is_file() or bool(find_paths(out, CHECKPOINTS))
 
 
 def clear_run(out: AnyPath) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fr_core.config.recipes import parse_config
-from fr_core.data.store import AnyPath, fetched
+from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 from fr_core.losses.ekd import THRESHOLDS
 from fr_core.train.initial import parameter_figures
@@ -38,7 +38,7 @@ def read_metrics(out: AnyPath) -> list[dict[str, float]]:
     path = out / "metrics.csv"
     if not path.is_file():
         return []
-    with fetched(path) as local, local.open(newline="") as file:
+    with local_copy(path) as local, local.open(newline="") as file:
         return _whole_rows(file)
 
 

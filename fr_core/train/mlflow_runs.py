@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from fr_core.config.sections import Tracking
-from fr_core.data.store import AnyPath, RemotePath, fetched
+from fr_core.data.store import AnyPath, RemotePath, local_copy
 from fr_core.errors import UserError
 from fr_core.train.metrics import PARAMETERS, report_figures
 from fr_core.train.outbox import (
@@ -126,7 +126,7 @@ class Comparison:
         try:
             self.client.log_text(self.run_id, table, "comparison.md")
             for path in files:
-                with fetched(path) as file:
+                with local_copy(path) as file:
                     self.client.log_artifact(self.run_id, str(file))
             self.client.set_terminated(self.run_id, status)
         except Exception as error:  # see above

@@ -8,4 +8,4 @@ class Notice(IntEnum):
 
     NONE = 0
     SAVE = 1  # now: a machine will be taken away
-    LEAVE = 2  # after a checkpoint
+    STOP = 2  # after a checkpoint

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fr_core.config.sections import Tracking
-from fr_core.data.store import AnyPath, fetched, writable, write_text_atomically
+from fr_core.data.store import AnyPath, explain_disk_errors, local_copy, write_text_atomically
 from fr_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Outbox:
 
     def _keep(self) -> None:
         path = self.out / UNDELIVERED
-        with writable(path):
+        with explain_disk_errors(path):
             if self.letters:
                 write_text_atomically(path, "".join(f"{json.dumps(letter)}\n" for letter in self.letters))
             else:
@@ -140,7 +140,7 @@ class Outbox:
                 self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in values.items()])
             case ["file", path, folder]:
                 if (self.out / path).is_file():
-                    with fetched(self.out / path) as file:
+                    with local_copy(self.out / path) as file:
                         self.client.log_artifact(self.run_id, str(file), folder)
             case ["status", status]:
                 self.client.set_terminated(self.run_id, status)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fr_core.config import Config
 from fr_core.config.recipes import flat
-from fr_core.data.store import AnyPath, RemotePath, writable, write_text_atomically, written
+from fr_core.data.store import AnyPath, RemotePath, atomic_file, explain_disk_errors, write_text_atomically
 from fr_core.data.stream import Batch
 from fr_core.train.metrics import COLUMNS, curves, read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
@@ -52,7 +52,7 @@ class Tracker:
         self.sampled = False
         self.run_id = None if config.tracking.uri == "off" else run_id or saved_run_id(out)
         self.outbox: Outbox | None = None
-        with writable(out):
+        with explain_disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_metrics(out) if row["step"] <= step]
         self._write_rows()
@@ -84,9 +84,9 @@ class Tracker:
     def log_picture(self, name: str, figure: Figure) -> None:
         """A picture into the run's folder and MLflow."""
         path = self.out / "pictures" / f"{name}.png"
-        with writable(path):
+        with explain_disk_errors(path):
             path.parent.mkdir(exist_ok=True)
-            with written(path) as part:
+            with atomic_file(path) as part:
                 figure.savefig(part, format="png")
         self.log_file(f"pictures/{name}.png", "pictures")
 
@@ -143,14 +143,14 @@ class Tracker:
 
     def _write_rows(self) -> None:
         path = self.out / "metrics.csv"
-        with writable(path), written(path) as part, part.open("w", newline="") as file:
+        with explain_disk_errors(path), atomic_file(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
 
     def _append(self, path: Path, row: dict[str, float]) -> None:
         whole = path.stat().st_size
-        with writable(path):
+        with explain_disk_errors(path):
             try:
                 with path.open("a", newline="") as file:
                     csv.DictWriter(file, COLUMNS).writerow(row)
@@ -163,7 +163,7 @@ class Tracker:
         if path.is_file():  # the run goes on
             started = json.loads(path.read_text())["started"]
         facts = {"run_id": self.run_id, "started": started, "config": self.config.model_dump(mode="json")}
-        with writable(path):
+        with explain_disk_errors(path):
             write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 
     def _open_run(self) -> "tuple[MlflowClient, str]":

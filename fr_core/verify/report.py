@@ -38,7 +38,7 @@ def smaller_is_better(figure: str) -> bool:
     return bool(SMALLER_IS_BETTER.search(figure))
 
 
-def report(command: str, figures: Mapping[str, float], **more: object) -> dict[str, object]:
+def make_report(command: str, figures: Mapping[str, float], **more: object) -> dict[str, object]:
     """The JSON object that every command writes: command, version, machine, figures, and what else it has to say."""
     own: dict[str, object] = {
         "command": command,

@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from fr_core.errors import Left, UserError
+from fr_core.errors import RunStopped, UserError
 
 from pipelines.cli import training, tune, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
 from pipelines.cli.app import app
@@ -17,7 +17,7 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"[red]bigface:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except Left as left:
+    except RunStopped as left:
         Console(stderr=True).print(f"bigface: {left}", highlight=False)
         sys.exit(143)
     except KeyboardInterrupt:

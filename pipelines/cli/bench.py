@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fr_core.data.store import writable
+from fr_core.data.store import explain_disk_errors
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, NetName, local
@@ -85,7 +85,7 @@ def bench_ingest(
     """Tar and RecordIO to shards: images a second, and memory on a tenth of the images and on all."""
     from pipelines.bench.data import bench_ingest as run
 
-    with writable(folder):
+    with explain_disk_errors(folder):
         show("bench ingest", run(images, folder, console.log), json)
 
 

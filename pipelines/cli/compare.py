@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fr_core.config.recipes import load_config, recipes
-from fr_core.data.store import writable
+from fr_core.data.store import explain_disk_errors
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, local, output
@@ -130,7 +130,7 @@ def compared(
     from fr_core.verify.report import markdown
     from pipelines.experiments.compare import compare, summary
 
-    with writable(results):
+    with explain_disk_errors(results):
         rows = compare(
             recipe,
             settings,

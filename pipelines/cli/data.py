@@ -9,10 +9,10 @@ import typer
 from rich.markup import escape
 
 from fr_core.data.schema import Layout
-from fr_core.data.store import to_path, writable
+from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, anywhere, local, output
+from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, any_output, local, output
 from pipelines.cli.output import bar, console, growing, show
 from pipelines.datasets.unpack import Form
 
@@ -35,7 +35,7 @@ def synth(
     if (out / "images").is_dir() and any((out / "images").iterdir()):
         raise UserError(f"{out / 'images'} holds faces already: use another folder, or remove it first")
     started = time.monotonic()
-    with bar("synth", identities * shots) as advance, writable(out):
+    with bar("synth", identities * shots) as advance, explain_disk_errors(out):
         images = write_faces(out, identities, shots, seed, size, first_identity=first_identity, progress=advance)
         if pairs:
             write_pairs(out, pairs, seed)
@@ -47,7 +47,7 @@ def ingest(
     src: Annotated[
         str, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files; or a URL.")
     ],
-    out: Annotated[str, typer.Option(parser=anywhere, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
+    out: Annotated[str, typer.Option(parser=any_output, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
     layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
     landmarks: Annotated[
         str | None,
@@ -116,7 +116,7 @@ def inspect(
     """Say what is in a dataset: sizes of identities, faces, damaged images, images that are there twice."""
     from pipelines.datasets.inspect import inspect as run
 
-    with bar("inspect", None) as advance, writable(out or Path()):
+    with bar("inspect", None) as advance, explain_disk_errors(out or Path()):
         figures = run(shards, out, growing(advance))
     show("inspect", figures, json)
 
@@ -131,7 +131,7 @@ def unpack(
     """Turn shards back into images, JPEG bytes untouched."""
     from pipelines.datasets.unpack import unpack as run
 
-    with bar("unpack", None) as advance, writable(out):
+    with bar("unpack", None) as advance, explain_disk_errors(out):
         images = run(shards, out, form, growing(advance))
     show("unpack", {"images": images}, json)
 
@@ -151,7 +151,7 @@ def embed(
     from pipelines.datasets.embed import embed as run
 
     started = time.monotonic()
-    with bar("embed", None) as advance, writable(out):
+    with bar("embed", None) as advance, explain_disk_errors(out):
         facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, progress=growing(advance)).facts
     seconds = time.monotonic() - started
     show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
@@ -173,7 +173,7 @@ def clean(
     from pipelines.datasets.clean import Limits
     from pipelines.datasets.clean import clean as run
 
-    with bar("embed", None) as advance, writable(out):
+    with bar("embed", None) as advance, explain_disk_errors(out):
         limits = Limits(outlier, flip, copy)
         figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
     show("clean", figures, json)
@@ -199,7 +199,7 @@ def merge(
     """Make one dataset of several, or of one without the images of a list; identity_map.csv tells who became whom."""
     from pipelines.datasets.merge import merge as run
 
-    with bar("merge", None) as advance, writable(out):
+    with bar("merge", None) as advance, explain_disk_errors(out):
         figures = run(
             list(map(to_path, datasets)),
             out,
@@ -226,7 +226,7 @@ def split(
     """Hold identities out of a dataset to verify on."""
     from pipelines.datasets.merge import split as run
 
-    with bar("split", None) as advance, writable(out):
+    with bar("split", None) as advance, explain_disk_errors(out):
         figures = run(to_path(shards), out, share, pairs, seed, growing(advance))
     show("split", figures, json)
 
@@ -248,7 +248,7 @@ def mask(
     from fr_core.config.sections import Masks
     from pipelines.datasets.mask import mask as run
 
-    with bar("mask", None) as advance, writable(out):
+    with bar("mask", None) as advance, explain_disk_errors(out):
         figures = run(src, out, Masks(ratio=ratio, rendered=rendered), landmarks, pairs, seed, growing(advance))
     if figures["rejected"]:
         listed = escape(str(out / "rejects.csv"))

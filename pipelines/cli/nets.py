@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fr_core.data.store import to_path, writable
+from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import (
@@ -22,7 +22,7 @@ from pipelines.cli.options import (
     Overwrite,
     Resume,
     Workers,
-    anywhere,
+    any_output,
     local,
     output,
 )
@@ -73,7 +73,7 @@ def verify(
     if given is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
         raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
     recogniser = open_net(ckpt, net)
-    with bar("embed", None) as advance, writable(out or Path()):
+    with bar("embed", None) as advance, explain_disk_errors(out or Path()):
         if mfr:
             masked = verify_mfr(recogniser, mfr, advance)
             figures, missing = mfr_figures(masked), masked.failed
@@ -166,7 +166,7 @@ def export(
     """Fold a net's batch norm and write it as ONNX, compared with the net; needs bigface\\[export]."""
     from pipelines.nets.export import export as run
 
-    with writable(out):
+    with explain_disk_errors(out):
         figures = run(ckpt, out, net)
     show("export", figures, json)
     console.print(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
@@ -176,7 +176,7 @@ def export(
 @app.command(rich_help_panel="Trained nets")
 def prune(
     ckpt: Annotated[str, typer.Argument(help="A run, a checkpoint, or weights.safetensors with --net.")],
-    out: Annotated[str, typer.Option(parser=anywhere, help="FILE.safetensors; with --data the folder of the run.")],
+    out: Annotated[str, typer.Option(parser=any_output, help="FILE.safetensors; with --data the folder of the run.")],
     overrides: Overrides = None,
     ratio: Annotated[
         str, typer.Option(help="Share of the channels to drop, or one for each stage: .1,.2,.2,.3.")
@@ -203,7 +203,7 @@ def prune(
     except ValueError:
         raise UserError(f"--ratio {ratio}: give a number, or one for each stage, such as 0.1,0.2,0.2,0.3") from None
     what = (ckpt, to_path(out), ratios)
-    with writable(Path(out)):
+    with explain_disk_errors(Path(out)):
         if data:
             options = {"data.path": data, "verify.images": images and str(images), "verify.pairs": pairs and str(pairs)}
             given = [*(overrides or []), *(f"{name}={dumps(value)}" for name, value in options.items() if value)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fr_core.config.recipes import recipes
-from fr_core.data.store import check_lasts, to_path
+from fr_core.data.store import refuse_job_folder, to_path
 from fr_core.errors import UserError
 
 
@@ -19,13 +19,13 @@ def local(ref: str | Path) -> Path:
 
 def output(ref: str | Path) -> Path:
     """Of what is left here on a local disk."""
-    check_lasts(local(ref))
+    refuse_job_folder(local(ref))
     return Path(ref)
 
 
-def anywhere(ref: str) -> str:
+def any_output(ref: str) -> str:
     """Of what is left here or at a URL."""
-    check_lasts(to_path(ref))
+    refuse_job_folder(to_path(ref))
     return ref
 
 
@@ -39,7 +39,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Recipe = Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
 RunFolder = Annotated[
-    str | None, typer.Option("--out", parser=anywhere, help="Folder of the run, or a URL; default runs/RECIPE-DATE.")
+    str | None, typer.Option("--out", parser=any_output, help="Folder of the run, or a URL; default runs/RECIPE-DATE.")
 ]
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fr_core.data.store import writable
+from fr_core.data.store import explain_disk_errors
 
 console = Console()
 
@@ -21,10 +21,10 @@ def show(command: str, figures: Mapping[str, float], json: Path | None, **more: 
         table.add_row(name, text)
     console.print(table)
     if json:
-        from fr_core.verify.report import report, write_report
+        from fr_core.verify.report import make_report, write_report
 
-        with writable(json):
-            write_report(json, report(command, figures, **more))
+        with explain_disk_errors(json):
+            write_report(json, make_report(command, figures, **more))
 
 
 def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fr_core.config import distillation
 from fr_core.config.recipes import load_config
-from fr_core.data.store import to_path, writable
+from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import (
@@ -41,7 +41,7 @@ def demo(
     """Synthetic faces → shards → Ray Data → Ray Train → verification on unseen identities, in about five minutes."""
     from pipelines.demo import demo as run
 
-    with writable(out):
+    with explain_disk_errors(out):
         figures = run(out, workers, "demo", overrides or [], console.print)
     show("demo", figures, json)
     console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}", markup=False)
@@ -136,7 +136,7 @@ def replay(
         table.add_row(f"{change['step']:,}", f"{change['factor']:g}", f"{change['rate']:.6g}")
     console.print(table)
     if picture:
-        with writable(picture):
+        with explain_disk_errors(picture):
             figure.savefig(picture, format="png")
         console.print(f"picture: {picture}", markup=False)
     show("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
@@ -170,7 +170,7 @@ def scaling(
     for finding in findings(found):
         console.print(finding)
     if out:
-        with writable(out):
+        with explain_disk_errors(out):
             scaling_figure(found, figure).savefig(out, format="png")
     show("scaling", scaling_figures(found), json, runs=[asdict(run) for run in found.runs], left_out=found.left_out)
 

@@ -7,7 +7,7 @@ import typer
 from fr_core.config.recipes import load_config
 from fr_core.data.store import to_path
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, Overrides, Recipe, anywhere
+from pipelines.cli.options import Json, Overrides, Recipe, any_output
 from pipelines.cli.output import console, show, show_table
 
 
@@ -18,7 +18,7 @@ def tune(
     ],
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[str, typer.Option(parser=anywhere, help="Folder of the search, or a URL.")] = "runs/tune",
+    out: Annotated[str, typer.Option(parser=any_output, help="Folder of the search, or a URL.")] = "runs/tune",
     only: Annotated[str | None, typer.Option(help="Knobs of the space, with commas between; default: all.")] = None,
     trials: Annotated[int, typer.Option(min=1)] = 50,
     search: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fr_core import rng
 from fr_core.data.embeddings import Embeddings
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, written
+from fr_core.data.store import AnyPath, atomic_file
 from fr_core.verify.identities import centres, copies, nearest_centres
 from pipelines.datasets.embed import embed
 
@@ -64,7 +64,7 @@ def clean(
     names, random = dataset.identity_names(), rng.generator(0, "clean")
     counts, shown = dict.fromkeys(FINDINGS, 0), min(1.0, SHOWN / embeddings.facts.images)
     drawn: list[np.ndarray] = []
-    with written(out / "clean.csv") as part, part.open("w", newline="") as file:
+    with atomic_file(out / "clean.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for labels_I, ids_I, embeddings_ID in embeddings.by_identity():

@@ -11,7 +11,7 @@ import torch
 from fr_core.data.decode import decode, resized
 from fr_core.data.embeddings import BY_ID, FACTS, Embeddings, Facts, open_embeddings, write_embeddings
 from fr_core.data.schema import open_dataset
-from fr_core.data.store import AnyPath, begin, to_path
+from fr_core.data.store import AnyPath, begin_job, to_path
 from fr_core.device import use_processor
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
@@ -92,7 +92,7 @@ def embed(
     if own_folder:
         out = out / f"{facts.dataset[:8]}-{facts.net[:8]}"
     own = ("embeddings-*.parquet", "embeddings-*.part", BY_ID.format("*"))
-    begin(out, FACTS, facts.model_dump_json(indent=1) + "\n", own, overwrite)
+    begin_job(out, FACTS, facts.model_dump_json(indent=1) + "\n", own, overwrite)
     rest = [shard for shard in number if not (out / facts.files[shard]).is_file()]
     done = sum(dataset.manifest.shards[shard].images for shard in number if shard not in set(rest))
     progress(done, facts.images)

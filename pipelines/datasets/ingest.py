@@ -35,7 +35,16 @@ from fr_core.data.schema import (
     write_shard,
 )
 from fr_core.data.sources import list_source, list_unlabelled
-from fr_core.data.store import AnyPath, RemotePath, ahead_of, begin, to_path, writable, write_text_atomically, written
+from fr_core.data.store import (
+    AnyPath,
+    RemotePath,
+    atomic_file,
+    begin_job,
+    explain_disk_errors,
+    prefetch,
+    to_path,
+    write_text_atomically,
+)
 from fr_core.errors import UserError
 from pipelines.on_ray import mapped, start_ray
 
@@ -125,7 +134,7 @@ def ingest(
     listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, align, out, layout, image_size, seed)
-    begin(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
+    begin_job(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
     there = {file.name for file in out.iterdir()}
     finished = [number for number in range(job.shards) if _result_file(out, number).name in there]
     rest = [number for number in range(job.shards) if number not in set(finished)]
@@ -238,7 +247,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
     reads: Iterator[Callable[[], bytes]] = (partial(_read, job.listing, place) for place in places)
     if isinstance(to_path(job.listing.files[0]), RemotePath):
-        reads = ahead_of(reads)
+        reads = prefetch(reads)
     rows: list[FlatRow] = []
     kept: list[int] = []
     rejects, not_square = [], 0
@@ -257,7 +266,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     if rows:
         whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
         table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
-        with writable(job.out):
+        with explain_disk_errors(job.out):
             shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
     labels, counts = np.unique([label for _, label, _, _ in rows], return_counts=True)
     result = {
@@ -267,7 +276,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         "not_square": not_square,
         "images": len(sample_ids),
     }
-    with writable(job.out):
+    with explain_disk_errors(job.out):
         write_text_atomically(_result_file(job.out, number), json.dumps(result))
     return result
 
@@ -295,7 +304,7 @@ def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def _write_rejects(out: AnyPath, rejects: list[tuple[str, str]]) -> None:
-    with written(out / "rejects.csv") as part, part.open("w", newline="") as file:
+    with atomic_file(out / "rejects.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "reason"))
         writer.writerows(rejects)

@@ -28,7 +28,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
-from fr_core.data.store import AnyPath, begin, written
+from fr_core.data.store import AnyPath, atomic_file, begin_job
 from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
 from fr_core.verify.pairs import write_pairs
@@ -94,7 +94,7 @@ def merge(
     form_of(opened)
     left_out = read_list(without) if without else {}
     stamp = "+".join(dataset.stamp for dataset in opened)
-    begin(out, STARTED, stamp, OWN_FILES, overwrite, beside=[EMBEDDINGS])
+    begin_job(out, STARTED, stamp, OWN_FILES, overwrite, beside=[EMBEDDINGS])
     names = [dataset.identity_names() for dataset in opened]
     becomes, cosines = _new_identities(names), [np.full(len(own), np.nan) for own in names]
     if same_names:
@@ -108,7 +108,7 @@ def merge(
     parts = [
         Part(dataset, own, left_out, first) for dataset, own, first in zip(opened, labels, firsts.tolist(), strict=True)
     ]
-    with written(out / "identity_map.csv") as scratch, scratch.open("w", newline="") as file:
+    with atomic_file(out / "identity_map.csv") as scratch, scratch.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(MAP_COLUMNS)
         for path, own, new, near in zip(datasets, names, labels, cosines, strict=True):

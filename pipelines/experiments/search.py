@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 from fr_core.config import Config
-from fr_core.data.store import AnyPath, find, writable, write_text_atomically, written
+from fr_core.data.store import AnyPath, atomic_file, explain_disk_errors, find_paths, write_text_atomically
 from fr_core.errors import UserError
 from fr_core.train.mlflow_runs import open_mlflow
 from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
@@ -154,7 +154,7 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
     figures = sorted({name for trial in trials for name in trial.figures})
     knobs = [knob.name for knob in search.knobs]
     files = [out / "trials.csv"]
-    with writable(files[0]), written(files[0]) as part, part.open("w", newline="") as file:
+    with explain_disk_errors(files[0]), atomic_file(files[0]) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "state", *(f"knob/{name}" for name in knobs), *figures, "reason"])
         for trial in trials:
@@ -165,13 +165,13 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
         config = with_values(search.config, search.knobs, winner.values)
         scores = ", ".join(f"{name} {winner.figures[name]:.6g}" for name in search.objectives)
         files.append(out / "winner.toml")
-        with writable(files[-1]):
+        with explain_disk_errors(files[-1]):
             write_text_atomically(
                 files[-1], winner_recipe(config, scores, winner.name, len(trials), out, search.stop == "pbt")
             )
         for name, figure in pictures(search, trials).items():
             files.append(out / f"{name}.png")
-            with writable(files[-1]), written(files[-1]) as part:
+            with explain_disk_errors(files[-1]), atomic_file(files[-1]) as part:
                 figure.savefig(part, format="png", bbox_inches="tight")
     return files
 
@@ -237,7 +237,7 @@ def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
     states = {trial.name: trial.state for trial in trials}
     try:
         client, _ = open_mlflow(config.tracking, out.parent)
-        for path in find(out / "trials", "*/run.json"):
+        for path in find_paths(out / "trials", "*/run.json"):
             run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
             if run_id and (left := read_undelivered(path.parent, sys.maxsize)):
                 outbox = Outbox(config.tracking, partial(tuple, (client, run_id)), path.parent)

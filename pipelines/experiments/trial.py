@@ -13,9 +13,9 @@ from fr_core.config.nets import QuantisedNet
 from fr_core.config.recipes import parse_config
 from fr_core.data.store import AnyPath, to_path, write_text_atomically
 from fr_core.errors import StorageError, UserError
-from fr_core.train.checkpoint import take_over
+from fr_core.train.checkpoint import adopt_checkpoint
 from pipelines.gauges import Gauges
-from pipelines.logs import start_logging, tell
+from pipelines.logs import log_event, start_logging
 from tune_spaces.fields import Knob, with_values
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
     if given:
         run = out / "run.json"
         with given.as_directory() as folder:
-            take_over(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
+            adopt_checkpoint(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
     try:
         if launch["in_process"]:
             figures = train_here(config, out, launch, total)
@@ -98,14 +98,14 @@ def train_here(config: Config, out: AnyPath, launch: Launch, total: int) -> dict
     use_processor(threads_of_each(launch["at_once"]))
     gauges = Gauges(out.name, 0)
 
-    def heard(metrics: dict[str, float], saved: AnyPath | None) -> None:
+    def report(metrics: dict[str, float], saved: AnyPath | None) -> None:
         gauges.set(metrics)
-        tell(metrics, saved)
+        log_event(metrics, saved)
         if saved is not None and judged(metrics, launch, total):
             copy = ray_tune.Checkpoint.from_directory(str(saved)) if launch["pbt"] else None
             ray_tune.report(metrics, checkpoint=copy)
 
-    return train_loop(config, out, Ranks(), blocks_in_process, heard)
+    return train_loop(config, out, Ranks(), blocks_in_process, report)
 
 
 def train_in_trial(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:

@@ -23,10 +23,10 @@ from fr_core.config.optim import FastFaceHaar
 from fr_core.data.store import (
     AnyPath,
     RemotePath,
-    check_lasts,
-    find,
+    explain_disk_errors,
+    find_paths,
+    refuse_job_folder,
     remove_folder,
-    writable,
     write_text_atomically,
 )
 from fr_core.errors import UserError
@@ -45,8 +45,8 @@ from pipelines.experiments.search import (
     write_results,
 )
 from pipelines.experiments.trial import MISTAKE, Launch, run_trial
-from pipelines.leave import on_signal
 from pipelines.logs import log, start_logging
+from pipelines.signals import on_signal
 from pipelines.train import trackable, with_absolute_paths
 from tune_spaces.fields import (
     Choice,
@@ -118,7 +118,7 @@ def tune(
     from pipelines.on_ray import capacity, cluster_machines, start_ray
 
     out = out.resolve()
-    check_lasts(out)
+    refuse_job_folder(out)
     start_logging(run=out.name)
     search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)), out, at_once)
     start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
@@ -237,9 +237,9 @@ def ended_early(minutes: float | None) -> Iterator[list[int]]:
     timer = threading.Thread(target=end, daemon=True)
     timer.start()
     try:
-        with ExitStack() as heard:
+        with ExitStack() as signals:
             for number in (signal.SIGINT, signal.SIGTERM):
-                heard.enter_context(on_signal(number, partial(ask, number)))
+                signals.enter_context(on_signal(number, partial(ask, number)))
             yield came
     finally:
         over.set()
@@ -275,12 +275,12 @@ def claim(search: Search, out: AnyPath, resume: bool, at_once: int, told: bool =
         if then["at_once"] > at_once or (told and then["at_once"] != at_once):
             why = "--at-once" if told else "here fit"
             raise UserError(f"{out} runs {then['at_once']} trials at once, {why} {at_once}: use another folder")
-        for mistake in find(out / "trials", f"*/{MISTAKE}"):  # which may be mended
+        for mistake in find_paths(out / "trials", f"*/{MISTAKE}"):  # which may be mended
             mistake.unlink()
         return int(then["at_once"])
     if path.is_file():
         raise UserError(f"{out} holds a search: --resume goes on with it, or use another folder")
-    with writable(out):
+    with explain_disk_errors(out):
         (out / "trials").mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(facts | {"at_once": at_once}, indent=1) + "\n")
     return at_once
@@ -317,7 +317,7 @@ def make_tuner(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback stands in its folder
     trainable = ray_tune.with_resources(trainable, {name: n for name, n in held.items() if n})
     space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
-    if resume and find(out / "ray", "experiment_state-*.json"):
+    if resume and find_paths(out / "ray", "experiment_state-*.json"):
         return ray_tune.Tuner.restore(
             (out / "ray").key if isinstance(out, RemotePath) else str(out / "ray"),
             trainable,

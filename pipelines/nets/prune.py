@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet
 from fr_core.config.recipes import load_config, parse_config
-from fr_core.data.store import AnyPath, written
+from fr_core.data.store import AnyPath, atomic_file
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
@@ -143,7 +143,7 @@ def _write(whole: Recogniser, section: IResNetNet | MobileFaceNetNet, importance
     assert isinstance(whole.net, IResNet | MobileFaceNet)
     smaller = pruned(whole.net, section, importance)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written(out) as part:
+    with atomic_file(out) as part:
         save_file(smaller.state_dict(), part, {"net": section.model_dump_json()})
 
 

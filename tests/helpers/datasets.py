@@ -14,7 +14,7 @@ from fr_core.data.schema import (
     write_manifest,
     write_shard,
 )
-from fr_core.data.store import AnyPath, written
+from fr_core.data.store import AnyPath, atomic_file
 
 
 def write_dataset(
@@ -77,6 +77,6 @@ def put(source: Path, target: AnyPath) -> AnyPath:
     for file in [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]:
         place = target / file.relative_to(source).as_posix()
         place.parent.mkdir(parents=True, exist_ok=True)
-        with written(place) as part:
+        with atomic_file(place) as part:
             part.write_bytes(file.read_bytes())
     return target

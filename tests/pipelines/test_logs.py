@@ -3,9 +3,9 @@ import logging
 
 import pytest
 
-from fr_core.data.store import check_lasts, to_path
+from fr_core.data.store import refuse_job_folder, to_path
 from fr_core.errors import UserError
-from pipelines.logs import IN_JOB, start_logging, tell
+from pipelines.logs import IN_JOB, log_event, start_logging
 from tests.helpers.commands import bigface
 
 
@@ -17,8 +17,8 @@ def no_job(monkeypatch):
 
 def test_lines_for_people(capsys):
     start_logging(run="a")
-    tell({"step": 20, "loss": 4.89061, "lr": 0.1}, None)  # no event
-    tell({"step": 20, "loss": 4.89061, "accuracy": 0.75}, "runs/a/checkpoints/step_20")
+    log_event({"step": 20, "loss": 4.89061, "lr": 0.1}, None)  # no event
+    log_event({"step": 20, "loss": 4.89061, "accuracy": 0.75}, "runs/a/checkpoints/step_20")
     (line,) = capsys.readouterr().err.splitlines()
     assert line[8:] == " checkpoint saved  step 20  loss 4.891  accuracy 0.75  checkpoint runs/a/checkpoints/step_20"
 
@@ -28,8 +28,8 @@ def test_objects_for_programs(monkeypatch, capsys, name, value):
     """Where the variable asks for them, and in a Ray job; as every JSON parser takes them."""
     monkeypatch.setenv(name, value)
     start_logging(run="a", rank=1)
-    tell({"step": 4, "loss": float("nan")}, None)
-    tell({"step": 8, "loss": 1.5, "accuracy": 0.75}, None)
+    log_event({"step": 4, "loss": float("nan")}, None)
+    log_event({"step": 8, "loss": 1.5, "accuracy": 0.75}, None)
     logging.getLogger("bigface").info("resumed", extra={"facts": {"step": 3}})  # as fr_core does
     events = [
         json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
@@ -59,5 +59,5 @@ def test_a_job_may_not_keep_what_it_makes_in_its_own_copy(tmp_path, monkeypatch,
     given = ["--json", "runs/a.json"] if command == "runs" else ["--out", "runs/a"]
     with pytest.raises(UserError, match=r"runs/a.*: give an absolute path that all nodes see, or a URL"):
         bigface(*command.split(), *given)
-    check_lasts(tmp_path / "runs")
-    check_lasts(to_path("s3://bucket/runs"))
+    refuse_job_folder(tmp_path / "runs")
+    refuse_job_folder(to_path("s3://bucket/runs"))

@@ -24,7 +24,7 @@ from ray.train import PreemptionInfo
 from fr_core.config import Config
 from fr_core.config.recipes import load_config
 from fr_core.data.stream import blocks_in_process
-from fr_core.errors import Left, UserError
+from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.ranks import Ranks
 from fr_core.train.loop import train_loop
@@ -161,21 +161,21 @@ def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
                 node = cluster.add_node(**CPUS)
         before = checkpoints(out)[-1:]
         wait_for(lambda: checkpoints(out)[-1:] != before, over)
-        (out / on_ray.LEAVE).touch()
+        (out / on_ray.STOP_REQUEST).touch()
 
-    with pytest.raises(Left) as left:
+    with pytest.raises(RunStopped) as left:
         beside(kill, over, lambda: train(config, out, (1, 2)))
     assert len(kills) == 10
     assert set(kills) == {"worker", "node"}
     steps = itertools.count(1)
-    with pytest.raises(Left):
+    with pytest.raises(RunStopped):
         train_loop(
             config,
             tmp_path / "undisturbed",
             Ranks(),
             blocks_in_process,
             lambda *_: None,
-            lambda: Notice.LEAVE if next(steps) == left.value.step else Notice.NONE,
+            lambda: Notice.STOP if next(steps) == left.value.step else Notice.NONE,
         )
     assert_whole(out, tmp_path / "undisturbed", left.value.step)
 
@@ -185,8 +185,8 @@ def test_a_drained_node_is_told_once_and_the_end_goes_before(tmp_path, monkeypat
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(going))
     other = on_ray.notices(tmp_path, 1, 2)
     assert [other() for _ in range(4)] == [Notice.NONE, Notice.SAVE, Notice.NONE, Notice.SAVE]
-    (tmp_path / on_ray.LEAVE).touch()
-    assert on_ray.notices(tmp_path, 0, 2)() is Notice.LEAVE
+    (tmp_path / on_ray.STOP_REQUEST).touch()
+    assert on_ray.notices(tmp_path, 0, 2)() is Notice.STOP
 
 
 def test_a_range_of_workers_must_fit_as_a_whole(dataset, tmp_path):

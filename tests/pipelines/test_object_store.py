@@ -10,7 +10,7 @@ import torch
 
 import fr_core.train.loop as loop
 from fr_core.config.recipes import load_config
-from fr_core.data.store import find
+from fr_core.data.store import find_paths
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
@@ -25,7 +25,7 @@ from tests.helpers.packed import payload, write_rec
 
 
 def content(folder):
-    return {file.name: file.read_bytes() for file in find(folder, "*") if file.is_file()}
+    return {file.name: file.read_bytes() for file in find_paths(folder, "*") if file.is_file()}
 
 
 class Stop(Exception):
@@ -47,7 +47,7 @@ def test_ingest_makes_the_same_dataset_at_a_url_and_goes_on(photos, bucket, tmp_
     here = ingest(photos, tmp_path / "here", layout, on_ray=False)
     with pytest.raises(Stop):
         ingest(photos, bucket / "there", layout, on_ray=False, progress=stop)
-    assert {file.suffix for file in find(bucket / "there", "shard-*")} == {".json", ".parquet"}
+    assert {file.suffix for file in find_paths(bucket / "there", "shard-*")} == {".json", ".parquet"}
     with pytest.raises(UserError, match="is not empty; --overwrite"):
         ingest(photos, bucket / "there", layout, image_size=64, on_ray=False)
     assert ingest(photos, str(bucket / "there"), layout, on_ray=False) == here
@@ -145,8 +145,8 @@ def test_a_run_at_a_url_resumes_bit_for_bit_and_is_opened_by_every_command(datas
     saved, local = checkpoints(out)[-1], checkpoints(tmp_path / "run")[-1]
     for name in ("backbone.safetensors", "head_00000.safetensors"):
         assert (saved / name).read_bytes() == (local / name).read_bytes()
-    assert {file.name for file in find(out, "*")} == {file.name for file in find(tmp_path / "run", "*")}
-    assert [file.name for file in find(out / "pictures", "*.png")] == ["curves.png", "sample_batch.png"]
+    assert {file.name for file in find_paths(out, "*")} == {file.name for file in find_paths(tmp_path / "run", "*")}
+    assert [file.name for file in find_paths(out / "pictures", "*.png")] == ["curves.png", "sample_batch.png"]
 
     faces = np.random.default_rng(0).integers(0, 255, (4, 112, 112, 3), np.uint8)
     assert np.array_equal(open_net(str(out)).embed(faces), open_net(tmp_path / "run").embed(faces))
@@ -176,7 +176,11 @@ def test_a_search_at_a_url_leaves_there_what_a_local_one_leaves_and_goes_on(data
     bigface("tune", "bigface", *given, *options, "--resume", "--out", out, "--json", tmp_path / "tune.json")
     found = json.loads((tmp_path / "tune.json").read_text())["trials"]
     assert [trial["state"] for trial in found] == ["finished"] * 3
-    assert {path.parent.name for path in find(out / "trials", "*/report.json")} == {trial["name"] for trial in found}
-    assert {"trials.csv", "winner.toml", "parallel.png", "importance.png"} <= {file.name for file in find(out, "*.*")}
+    assert {path.parent.name for path in find_paths(out / "trials", "*/report.json")} == {
+        trial["name"] for trial in found
+    }
+    assert {"trials.csv", "winner.toml", "parallel.png", "importance.png"} <= {
+        file.name for file in find_paths(out, "*.*")
+    }
     (tmp_path / "winner.toml").write_text((out / "winner.toml").read_text())
     assert load_config(tmp_path / "winner.toml").optim.lr in [trial["values"]["lr"] for trial in found]

@@ -27,7 +27,7 @@ from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import go_on, take_over
+from fr_core.train.checkpoint import adopt_checkpoint, resume
 from fr_core.train.initial import initial_state
 from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.train.outbox import UNDELIVERED
@@ -242,12 +242,12 @@ def test_a_trial_goes_on_from_a_donor(dataset, tmp_path):
     short = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2, "global_batch": 8})})
     train(short, tmp_path / "donor", in_process=True)
     [donor] = checkpoints(tmp_path / "donor")
-    take_over(donor, tmp_path / "own", "mine")
+    adopt_checkpoint(donor, tmp_path / "own", "mine")
     [taken] = checkpoints(tmp_path / "own")
     assert taken.name == "step_00000002"
     assert (taken / "backbone.safetensors").read_bytes() == (donor / "backbone.safetensors").read_bytes()
     state = initial_state(short, make_plan(short, open_dataset(dataset)), Ranks(), torch.device("cpu"))
-    assert go_on(short, state, tmp_path / "own", Ranks())
+    assert resume(short, state, tmp_path / "own", Ranks())
     assert (state.step, state.run_id) == (2, "mine")
 
 

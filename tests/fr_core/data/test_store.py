@@ -14,12 +14,12 @@ from fr_core.data.store import (
     RemoteBytes,
     RemotePath,
     _asked,
-    fetched,
-    find,
+    atomic_file,
+    find_paths,
+    local_copy,
     remove_folder,
     to_path,
     write_text_atomically,
-    written,
 )
 from fr_core.errors import StorageError, UserError
 from tests.helpers.datasets import flip_a_bit, put
@@ -60,7 +60,9 @@ def test_a_remote_folder_is_seen_as_a_local_one(bucket, tmp_path):
             name: ((root / name).exists(), (root / name).is_file(), (root / name).is_dir())
             for name in ("a.txt", "b c", "b c/1.txt", "none", "b c/none", "b")
         }
-        lists = [find(root, pattern) for pattern in ("*", "*.txt", "*/*.txt", "b c/*.txt", "[a-c]*/?.*", "none/*")]
+        lists = [
+            find_paths(root, pattern) for pattern in ("*", "*.txt", "*/*.txt", "b c/*.txt", "[a-c]*/?.*", "none/*")
+        ]
         lists += [sorted(root.iterdir()), sorted((root / "b c").rglob("*")), sorted(root.rglob("*.txt"))]
         names = [[str(path.relative_to(root)) for path in found] for found in lists]
         sizes = {path.name: path.stat().st_size for path in root.rglob("*") if path.is_file()}
@@ -77,20 +79,24 @@ def test_a_remote_folder_is_seen_as_a_local_one(bucket, tmp_path):
     for root in (bucket / "folder", tmp_path):
         remove_folder(root / "b c")
         (root / "a.txt").unlink()
-    assert [path.name for path in find(bucket / "folder", "*")] == [path.name for path in find(tmp_path, "*")] == ["d"]
+    assert (
+        [path.name for path in find_paths(bucket / "folder", "*")]
+        == [path.name for path in find_paths(tmp_path, "*")]
+        == ["d"]
+    )
 
 
 def test_a_file_is_whole_or_absent_and_brought_here_to_be_read(bucket, tmp_path):
     for root in (bucket, tmp_path):
-        with pytest.raises(ZeroDivisionError), written(root / "numbers") as part:
+        with pytest.raises(ZeroDivisionError), atomic_file(root / "numbers") as part:
             part.write_bytes(bytes([1 // len(b"")]))
         assert not (root / "numbers").exists()
-        with written(root / "numbers") as part:
+        with atomic_file(root / "numbers") as part:
             part.write_bytes(bytes(range(100)))
             assert not (root / "numbers").exists()
-        with fetched(root / "numbers") as copy:
+        with local_copy(root / "numbers") as copy:
             assert copy.read_bytes() == (root / "numbers").read_bytes() == bytes(range(100))
-        with pytest.raises(UserError, match=f"^{root}/numbers: bad$"), fetched(root / "numbers") as copy:
+        with pytest.raises(UserError, match=f"^{root}/numbers: bad$"), local_copy(root / "numbers") as copy:
             raise UserError(f"{copy}: bad")
     data, all_of_it = RemoteBytes(bucket / "numbers"), bytes(range(100))
     for part in (slice(3, 9), slice(95, 200), slice(100, 120), slice(9, 3), slice(None, 4)):

@@ -54,7 +54,7 @@ def begun(config, ranks=None):
     ranks = ranks or Ranks()
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, torch.device("cpu"))
-    return state, loop.rest_of_run(config, state, ranks, blocks_in_process)
+    return state, loop.remaining_batches(config, state, ranks, blocks_in_process)
 
 
 def unlabelled_of(more, *fields):

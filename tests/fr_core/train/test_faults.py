@@ -20,7 +20,7 @@ import fr_core.train.loop as loop
 import fr_core.train.outbox as outbox
 import fr_core.train.tracking as tracking
 from fr_core.data.stream import blocks_in_process
-from fr_core.errors import Left, UserError
+from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
@@ -105,7 +105,7 @@ def save_at_four_and_leave_at_eight(ranks, config, out):
     told = iter([[0, 1, 0, 0], [0, 0, 0, 2]][ranks.rank])
     try:
         loop.train_loop(config, out, ranks, blocks_in_process, lambda *_: None, lambda: Notice(next(told)))
-    except Left as left:
+    except RunStopped as left:
         return left.step
 
 
@@ -309,8 +309,8 @@ def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
     def steps(number, wait):
         monkeypatch.setattr(outbox, "LAST_WAIT", wait)
         asked = itertools.count(1)
-        notice = lambda: Notice.LEAVE if next(asked) == number else Notice.NONE  # noqa: E731
-        with pytest.raises(Left):
+        notice = lambda: Notice.STOP if next(asked) == number else Notice.NONE  # noqa: E731
+        with pytest.raises(RunStopped):
             loop.train_loop(config, out, Ranks(), blocks_in_process, lambda *_: None, notice)
 
     steps(6, 1.0)  # six steps without a server

@@ -185,7 +185,7 @@ def quantised_steps(ranks, configs):
 
 def quantised_step(ranks, config):
     state = loop.resume_or_init(config, Path("none"), ranks, blocks_in_process)
-    stream = loop.rest_of_run(config, state, ranks, blocks_in_process)
+    stream = loop.remaining_batches(config, state, ranks, blocks_in_process)
     before = torch.cat([weight.detach().flatten().clone() for weight in state.trained.values()])
     loss = loop.step(config, state, next(stream), ranks)["loss"]
     stream.close()
