@@ -27,7 +27,7 @@ from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan
 from fr_core.train.notice import Notice
-from pipelines.logs import log, start_logging
+from pipelines.logs import log, log_event, start_logging
 from pipelines.signals import on_signal
 
 POLL = 2.0  # seconds
