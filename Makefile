@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test portable check fuzz soak format clean
+.PHONY: demo test portable check fuzz soak docs generated format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
@@ -30,6 +30,13 @@ portable: portable-default portable-avx2 $(if $(shell grep -m1 avx512f /proc/cpu
 
 portable-%: $(VENV)/.installed  # the numeric tests, as a processor with these instructions computes
 	$(AS_$*) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(NUMERIC:%=tests/fr_core/%)
+
+docs: $(VENV)/.installed  # the site, in build/site; a broken link fails
+	$(BIN)/mkdocs build --quiet
+
+generated: $(VENV)/.installed  # pages that are made from code and from results/*.csv
+	$(BIN)/python docs/tables.py
+	$(BIN)/bigface knobs --markdown docs/knobs.md
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ ITEM = re.compile(r"^\s*(?:[-*]|\d+\.)\s+")
 ENTRY = re.compile(r"^\s{4,}\*{0,2}\w[\w, .]*:\s")  # an entry under Args or Raises
 HEADING = re.compile(r"^\s*(?:Args|Returns|Raises|Yields|Attributes|Example|Legend):\s*$")
 # A sentence ends at its stop, unless the stop belongs to a number or an abbreviation.
-END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bal)(?<!\bvs)[.!?][\"')\]]*(?=\s|$)")
+END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bal)(?<!\bvs)[.!?][*\"')\]]*(?=\s|$)")
 
 
 class Sentence(NamedTuple):
