@@ -98,25 +98,21 @@ def counted(paths: list[Path], kinds: str = "docstrings") -> list[Sentence]:
     return sorted(found, reverse=True)
 
 
-def sources(roots: list[str]) -> list[Path]:
-    """List the Python files below some folders, or the files themselves."""
-    found = [sorted(Path(root).rglob("*.py")) if Path(root).is_dir() else [Path(root)] for root in roots]
-    return [path for paths in found for path in paths]
+def sources(roots: list[str], suffix: str = ".py") -> list[Path]:
+    """List the files of a suffix below some folders, or the files themselves."""
+    found = [sorted(Path(root).rglob("*" + suffix)) if Path(root).is_dir() else [Path(root)] for root in roots]
+    return [path for paths in found for path in paths if path.suffix == suffix]
 
 
 def main() -> None:
     """Print a summary for each kind of text below the paths of the command line."""
     roots = sys.argv[1:] or list(ROOTS)
-    pages = [path for path in sources(roots) if path.suffix == ".md"]
-    files = [path for path in sources(roots) if path.suffix == ".py"]
-    for kind, paths in (("docstrings", files), ("comments", files), ("pages", pages)):
-        if not paths:
-            continue
-        found = counted(paths, kind)
-        long = [sentence for sentence in found if sentence.words > LIMIT]
-        print(f"{kind}: {len(found)} sentences, {len(long)} over {LIMIT} words ({len(long) / len(found):.1%})")
-        for sentence in found[: max(5, len(long))]:
-            print(f"  {sentence.words:3} {sentence.where}: {' '.join(sentence.text.split())[:150]}")
+    for kind, suffix in (("docstrings", ".py"), ("comments", ".py"), ("pages", ".md")):
+        if found := counted(sources(roots, suffix), kind):
+            long = [sentence for sentence in found if sentence.words > LIMIT]
+            print(f"{kind}: {len(found)} sentences, {len(long)} over {LIMIT} words ({len(long) / len(found):.1%})")
+            for sentence in found[: max(5, len(long))]:
+                print(f"  {sentence.words:3} {sentence.where}: {' '.join(sentence.text.split())[:150]}")
 
 
 if __name__ == "__main__":
