@@ -91,7 +91,7 @@ def open_embeddings(root: Path) -> Embeddings:
     try:
         facts = Facts.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise UserError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not readable: {str(error).splitlines()[0]}; run bigface embed again") from None
     missing = [file for file in facts.files if not (root / file).is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(facts.files)} files are missing; run bigface embed again")
@@ -137,9 +137,8 @@ def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors:
             f"{root}: {len(missing)} images of {dataset.root} have no embedding there, first sample {missing[0]}; "
             "embed the dataset again with: bigface embed … --overwrite"
         )
-    with TemporaryDirectory(
-        dir=root, prefix=".by_id-"
-    ) as folder:  # a private folder, because other processes may write the same files
+    # Other processes may write the same files, so each writes into a private folder first.
+    with TemporaryDirectory(dir=root, prefix=".by_id-") as folder:
         scratch, row = Path(folder) / vectors.name, 0
         mapped = np.lib.format.open_memmap(scratch, "w+", np.float16, (len(ids_I), facts.embedding))
         for file in files:

@@ -33,14 +33,16 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
             columns = DENSE_COLUMNS if DENSE_COLUMNS[0] in names else LANDMARK_COLUMNS
             missing = {"path", *columns} - set(names)
             if missing:
-                raise UserError(f"{path}: no column {sorted(missing)[0]}")
+                raise UserError(
+                    f"{path}: no column {sorted(missing)[0]}; it needs path and {columns[0]} … {columns[-1]}"
+                )
             for row in reader:
                 points = np.array([float(row[column]) for column in columns], np.float32).reshape(-1, 2)
                 table[row["path"]] = five_points(points) if len(points) == 68 else points
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError):
-        raise UserError(f"{path}: line {reader.line_num}: not {len(columns)} numbers") from None
+        raise UserError(f"{path}: line {reader.line_num}: not {len(columns)} numbers; correct the line") from None
     return table
 
 

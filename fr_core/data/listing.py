@@ -137,12 +137,12 @@ def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) ->
     """
     for path, _ in rows:
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{table}: {path} leads out of {root}")
+            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
     paths, owners = [path for path, _ in rows], [owner for _, owner in rows]
     if not paths:
-        raise UserError(f"{table}: names no images")
+        raise UserError(f"{table}: names no images; give a path and an identity for each")
     if len(set(paths)) < len(paths):
-        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is listed twice")
+        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is listed twice; remove one")
     return make_listing(root, "files", [str(root.resolve())], paths, owners)
 
 

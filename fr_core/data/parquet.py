@@ -60,9 +60,8 @@ def _unpack(path: Path, out: Path, index: Path, source: bytes) -> None:
             for batch in file.iter_batches(ROWS, columns=[image, identity]):
                 for row in batch.to_pylist():
                     called, data = _image(row[image])
-                    data = (
-                        data if data is not None and len(data) <= LONGEST else b""
-                    )  # an empty image is rejected when it is read
+                    if data is None or len(data) > LONGEST:
+                        data = b""  # read_image rejects an empty image
                     scratch.write(data)
                     paths.append(called or f"{path.name}:{len(paths)}")
                     owners.append(_name(path, len(owners), row[identity], names))
@@ -79,7 +78,9 @@ def _column(path: Path, schema: pa.Schema, known: Sequence[str]) -> str:
     lower = {name.lower(): name for name in schema.names}
     found = next((lower[name] for name in known if name in lower), None)
     if found is None:
-        raise UserError(f"{path}: none of the columns {', '.join(known)}; it has {', '.join(schema.names)}")
+        raise UserError(
+            f"{path}: none of the columns {', '.join(known)}; rename one of its columns {', '.join(schema.names)}"
+        )
     return found
 
 

@@ -48,10 +48,12 @@ def list_records(path: Path) -> Records:
     if not len(starts):
         raise UserError(f"{path}: no records; the file is empty or truncated")
     if starts.min() < 0 or starts.max() > len(data) - FRAME - HEADER.itemsize:
-        raise UserError(f"{index}: records outside {path}; truncated, or an index of another file?")
+        raise UserError(f"{index}: records outside {path}; truncated, or an index of another file: copy both again")
     fixed = _gather(data, starts, FRAME + HEADER.itemsize)
     if (np.ascontiguousarray(fixed[:, :4]).view("<u4")[:, 0] != MAGIC).any():
-        raise UserError(f"{path}: no record where {index.name} has one; not RecordIO, or an index of another file")
+        raise UserError(
+            f"{path}: no record where {index.name} has one; not RecordIO, or an index of another file: copy both again"
+        )
     header = np.ascontiguousarray(fixed[:, FRAME:]).view(HEADER)[:, 0]
     words = np.ascontiguousarray(fixed[:, 4:FRAME]).view("<u4")[:, 0]
     images = (header["flag"] != 2) | (words != HEADER.itemsize + 8)  # not a record of two labels alone

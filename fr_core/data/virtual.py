@@ -59,31 +59,51 @@ def _basis() -> np.ndarray:
     symmetric. They contain no common shift or scale, which the alignment by five points would undo. A thin-plate spline
     (Bookstein, IEEE TPAMI 1989) then interpolates between the control points.
     """
-    size = TEMPLATE_SIZE
-    symmetric = (TEMPLATE + ((size - TEMPLATE) * [1, -1] + [0, size])[[1, 0, 2, 4, 3]]) / 2
-    moving = np.concatenate([symmetric, OUTLINE, MIDDLE])
+    moving, moves = _control_moves()
     fixed = np.array([(x, y) for x in EDGE for y in EDGE if {x, y} & {EDGE[0], EDGE[-1]}])
     points = np.concatenate([moving, fixed])
-    count = len(moving)
-    values, vectors = np.linalg.eigh(np.exp(-((moving[:, None] - moving) ** 2).sum(2) / (2 * SMOOTH**2)))
+    still = np.zeros((len(fixed), *moves.shape[1:]))
+    spline = _spline(points)
+    return np.einsum("fp,pan->fan", spline, np.concatenate([moves, still])).reshape(-1, moves.shape[2])
+
+
+def _control_moves() -> tuple[np.ndarray, np.ndarray]:
+    """Return the movable control points, float64 [P, 2], and how 2P numbers move them, float64 [P, 2, 2P]."""
+    size = TEMPLATE_SIZE
+    mirrored = ((size - TEMPLATE) * [1, -1] + [0, size])[[1, 0, 2, 4, 3]]
+    symmetric = (TEMPLATE + mirrored) / 2
+    points = np.concatenate([symmetric, OUTLINE, MIDDLE])
+    count = len(points)
+    # Gaussian smoothness: neighbours move alike.
+    values, vectors = np.linalg.eigh(np.exp(-((points[:, None] - points) ** 2).sum(2) / (2 * SMOOTH**2)))
     smooth = vectors * np.sqrt(values.clip(0))
-    mirror = ((moving * [-1, 1] + [size, 0])[:, None] - moving).__abs__().sum(2).argmin(1)
-    even, odd = (smooth + smooth[mirror]) / np.sqrt(2), (smooth - smooth[mirror]) / np.sqrt(2)
-    moves = np.zeros((len(points), 2, 2 * count))  # point, axis, number: mirrored points share y, oppose x
-    moves[:count, 0, :count], moves[:count, 1, count:] = odd, even
-    centred = moving - symmetric.mean(0)
+    # Symmetry: mirrored points share their y move and have opposite x moves.
+    opposite = np.abs((points * [-1, 1] + [size, 0])[:, None] - points).sum(2).argmin(1)
+    even = (smooth + smooth[opposite]) / np.sqrt(2)
+    odd = (smooth - smooth[opposite]) / np.sqrt(2)
+    moves = np.zeros((count, 2, 2 * count))
+    moves[:, 0, :count] = odd
+    moves[:, 1, count:] = even
+    # Aligning a crop by its five points would undo their common shift and scale.
+    centred = points - symmetric.mean(0)
     shift = moves[:5].mean(0)
     scale = np.einsum("pa,pan->n", centred[:5], moves[:5]) / (centred[:5] ** 2).sum()
-    moves[:count] -= shift + centred[:, :, None] * scale
-    system = np.zeros((len(points) + 3, len(points) + 3))
-    system[: len(points), : len(points)] = _kernel(points, points)
-    system[: len(points), len(points) :] = np.column_stack([np.ones(len(points)), points])
-    system[len(points) :, : len(points)] = system[: len(points), len(points) :].T
-    axis = (np.arange(FIELD) + 0.5) * size / FIELD - 0.5
+    moves -= shift + centred[:, :, None] * scale
+    return points, moves
+
+
+def _spline(points: np.ndarray) -> np.ndarray:
+    """Return the thin-plate spline's weights of control points at the places of a field: float64 [F·F, points]."""
+    count = len(points)
+    affine = np.column_stack([np.ones(count), points])
+    system = np.zeros((count + 3, count + 3))
+    system[:count, :count] = _kernel(points, points)
+    system[:count, count:] = affine
+    system[count:, :count] = affine.T
+    axis = (np.arange(FIELD) + 0.5) * TEMPLATE_SIZE / FIELD - 0.5
     places = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
     through = np.column_stack([_kernel(places, points), np.ones(len(places)), places])
-    spline = np.linalg.solve(system, through.T).T[:, : len(points)]
-    return np.einsum("fp,pan->fan", spline, moves).reshape(-1, 2 * count)
+    return np.linalg.solve(system, through.T).T[:, :count]
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
