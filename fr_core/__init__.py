@@ -1,4 +1,4 @@
-"""bigface's library: ``fr_core.open_net(ref).embed(images)`` and the rooms behind it."""
+"""bigface's library. Start with ``fr_core.open_net(ref).embed(images)``."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ __all__ = ["open_net"]
 
 
 def __getattr__(name: str) -> object:
-    """Imports PyTorch when a net is opened, not before."""
+    """Import PyTorch only when a net is opened."""
     if name == "open_net":
         from fr_core.nets.open import open_net
 

@@ -1,4 +1,4 @@
-"""The processor of this process: which one, what it multiplies natively, and how PyTorch uses it."""
+"""The processor of this process: its device, its native arithmetic, and PyTorch's threads and memory."""
 
 import ctypes
 import resource
@@ -6,18 +6,18 @@ import sys
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # constants of glibc's malloc.h
 
 
 def default_device() -> torch.device:
-    """This process's GPU (Ray and torchrun show each worker its own), else the CPU."""
+    """Return this process's GPU if it has one, else the CPU. Ray and torchrun show each worker its GPU only."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are native there. CPUs without them emulate, ten times slower than float32.
+    """Return whether a device multiplies bfloat16 natively. Other CPUs emulate it, ten times slower than float32.
 
-    A CPU that ``ATEN_CPU_CAPABILITY`` holds below AVX-512 counts as one without.
+    A CPU that ``ATEN_CPU_CAPABILITY`` limits below AVX-512 counts as one without bfloat16.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -25,10 +25,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def use_processor(threads: int) -> None:
-    """PyTorch's threads in this process (Ray's workers start with one), and memory that is kept between steps.
+    """Set PyTorch's threads in this process and keep freed memory for the next step.
 
-    glibc returns large blocks to the kernel, at once or from the small heaps that it gives to threads, and faults every
-    page in again: on CPUs a third of a step's time.
+    Ray's workers start with one thread. By default glibc returns large blocks to the kernel, and so do the small heaps
+    of threads. The kernel then faults every page in again, which costs a third of a step's time on CPUs.
+
+    Args:
+        threads: threads of PyTorch; at least one is set.
     """
     torch.set_num_threads(max(1, threads))
     if sys.platform == "linux" and not torch.cuda.is_available():
@@ -39,10 +42,10 @@ def use_processor(threads: int) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that tensors held at most on this process's card, or without one the process itself."""
+    """Return the peak bytes of tensors on this process's GPU, or the peak bytes of the process if it has no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage would begin with the peak of the process that started this one
+    if sys.platform == "linux":  # getrusage would inherit the peak of the parent process
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

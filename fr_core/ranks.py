@@ -1,9 +1,11 @@
-"""The ranks of a run and their collectives, with gradients; plain no-ops for one rank without a process group.
+"""The ranks of a run and their collectives, with gradients.
 
-The contract of the gradients: what the ranks' backward passes add up to is the gradient of the global loss. With a
-class matrix every rank computes that loss whole, of gathered faces; elsewhere each a share of it. A gather's
-gradient is the sum of what all ranks made of the gathered rows. The gradients of replicated weights must then be
-*summed* over ranks (see ``fr_core/train/initial.py``); those of sharded weights are whole as they are.
+One rank without a process group is a run of one: its collectives do nothing.
+
+The contract of the gradients: the backward passes of all ranks add up to the gradient of the global loss. With a
+class matrix, every rank computes the whole loss from gathered faces. Without one, each rank computes a share of the
+loss. The gradient of a gather is the sum of all ranks' gradients of the gathered rows. Gradients of replicated weights
+must then be *summed* over ranks (see ``fr_core/train/initial.py``). Gradients of sharded weights are complete already.
 """
 
 from collections import Counter
@@ -23,21 +25,27 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    handed: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # bytes given to collectives
+    handed: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # collective -> bytes given
 
     @classmethod
     def current(cls) -> "Ranks":
-        """The place in torch.distributed's default group, or a run of one where there is none."""
+        """Return the place in torch.distributed's default group, or a run of one if there is no group."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def split(self, total: int) -> tuple[int, int]:
-        """This rank's rows [lo, hi) of ``total``: total // size each, the first total % size ranks one more."""
+        """Return this rank's rows [lo, hi) of ``total``.
+
+        Every rank gets total // size rows; the first total % size ranks get one more.
+        """
         each, more = divmod(total, self.size)
         lo = self.rank * each + min(self.rank, more)
         return lo, lo + each + (self.rank < more)
 
     def gather(self, rows_BD: Tensor) -> Tensor:
-        """Rows of all ranks, [B, …] → [B·size, …]; equal B on all ranks. Backward: reduce-scatter (sum)."""
+        """Gather the rows of all ranks: [B, …] → [B·size, …], with equal B on all ranks.
+
+        The backward pass is a reduce-scatter (sum).
+        """
         return rows_BD if self.size == 1 else _Gather.apply(rows_BD, self)
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -48,18 +56,18 @@ class Ranks:
         return x
 
     def gather_objects(self, value: T) -> list[T]:
-        """Picklable values of all ranks, in rank order. For small things only."""
+        """Gather picklable values of all ranks, in rank order. Meant for small values only."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: object) -> Any:
-        """Rank 0's value, on all ranks."""
+        """Return rank 0's value on all ranks."""
         return self.gather_objects(value if self.rank == 0 else None)[0]
 
     def count(self, collective: str, tensor: Tensor) -> None:
-        """Adds what this rank hands to a collective to ``handed``, in bytes."""
+        """Add the bytes that this rank gives to a collective to ``handed``."""
         self.handed[collective] += tensor.nbytes
 
 

@@ -1,4 +1,7 @@
-"""Random numbers as pure functions of (seed, purpose, keys), never of the number of workers or the order of calls."""
+"""Random numbers as pure functions of (seed, purpose, keys).
+
+They never depend on the number of workers or on the order of calls.
+"""
 
 import hashlib
 
@@ -8,23 +11,28 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """A NumPy generator of its own for every (seed, purpose, keys)."""
+    """Return a NumPy generator that only (seed, purpose, keys) determine."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _number(purpose), *keys])))
 
 
 def torch_seed(seed: int, purpose: str, *keys: int) -> int:
-    """A 63-bit seed for ``torch.Generator.manual_seed``."""
+    """Return a 63-bit seed for ``torch.Generator.manual_seed``."""
     return int(generator(seed, purpose, *keys).integers(2**63))
 
 
 def uniforms(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
-    """``count`` uniform numbers in [0, 1) for each sample of a batch, in one vectorised call.
+    """Draw ``count`` uniform numbers in [0, 1) for each sample of a batch, in one vectorised call.
 
-    A counter-based generator (SplitMix64's finaliser over seed, purpose, epoch, id and counter): the numbers of
-    a sample do not depend on its batch.
+    The generator is counter-based: SplitMix64's finaliser (Steele et al., "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014) over seed, purpose, epoch, sample id and counter. So a sample's numbers do not depend on
+    its batch.
 
     Args:
+        seed: seed of the run.
+        purpose: what the numbers are for; each purpose has an independent stream.
+        epoch: epoch of the run.
         sample_ids: int64 [B].
+        count: numbers per sample.
 
     Returns:
         float64 [B, count].
@@ -39,10 +47,12 @@ def uniforms(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
+    """Apply SplitMix64's finaliser to uint64 numbers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _number(purpose: str) -> int:
+    """Hash a purpose to 64 bits."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Zip and tar archives of photos, read where they lie: nothing is unpacked, so no path in them can lead outside."""
+"""Zip and tar archives of photos, read without unpacking. So no path in an archive can lead outside."""
 
 import struct
 import tarfile
@@ -11,14 +11,14 @@ from pathlib import Path
 from fr_core.data.store import LocalBytes, RemoteBytes
 from fr_core.errors import UserError
 
-LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # a zip member's own, in front of its bytes
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before the bytes of each zip member
 LOCAL_MAGIC = b"PK\3\4"
-ENCRYPTED, CHECKSUM_BEHIND = 0x1, 0x8  # flags
+ENCRYPTED, CHECKSUM_BEHIND = 0x1, 0x8  # flags of the local header
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive: a tar's bytes lie at ``start``, a zip's behind the local header that is there."""
+    """A file in an archive; ``start`` points to a tar member's bytes, or to a zip member's local header."""
 
     name: str
     start: int
@@ -26,57 +26,60 @@ class Member:
 
 
 def zip_members(path: Path) -> Iterator[Member]:
-    """The files of a zip archive, by its directory.
+    """Yield the files of a zip archive, from its central directory.
 
     Raises:
-        UserError: unreadable, or no zip archive.
+        UserError: the file is unreadable or no zip archive.
     """
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if not 0 <= info.header_offset <= size or not 0 <= info.compress_size <= size:
-                    raise ValueError(f"{info.filename!r} lies outside of it")
+                    raise ValueError(f"{info.filename!r} lies outside the file")
                 if not info.is_dir():
                     yield Member(info.filename, info.header_offset, info.compress_size)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path}: not a zip archive that can be read: {_line(error)}") from None
+        raise UserError(f"{path}: not a readable zip archive: {_first_line(error)}") from None
 
 
 def tar_members(path: Path) -> Iterator[Member]:
-    """The plain files of an uncompressed tar archive.
+    """Yield the regular files of an uncompressed tar archive.
 
     Raises:
-        UserError: unreadable, compressed, truncated, damaged, or no tar archive.
+        UserError: the file is unreadable, compressed, truncated, damaged, or no tar archive.
     """
     try:
         with tarfile.open(path, "r:") as archive, path.open("rb") as file:
             end = 0
             while (info := archive.next()) is not None:
-                if info.size < 0 or archive.offset <= end:  # some versions of tarfile walk in a circle
+                if info.size < 0 or archive.offset <= end:  # some versions of tarfile loop on this
                     raise ValueError(f"damaged at byte {info.offset}")
                 end = archive.offset
                 if info.isreg() and not info.issparse():
                     yield Member(info.name, info.offset_data, info.size)
-                archive.members.clear()  # type: ignore[attr-defined]  # every header would be kept
-            # tarfile ends in silence at a damaged header: behind the last member there must be nothing but zeros
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
+            # tarfile stops silently at a damaged header, so only zeros may follow the last member.
             file.seek(end)
             while block := file.read(2**20):
                 if block.strip(b"\0"):
-                    raise ValueError(f"damaged behind byte {end}, or several archives in one")
+                    raise ValueError(f"damaged after byte {end}, or several archives in one file")
     except (OSError, ValueError, tarfile.TarError, OverflowError, RecursionError, MemoryError) as error:
-        hint = "; decompress it first (images gain nothing by it)" if path.suffix != ".tar" else ""
-        raise UserError(f"{path}: not a tar archive that can be read: {_line(error)}{hint}") from None
+        hint = "; decompress it first, since images do not compress further" if path.suffix != ".tar" else ""
+        raise UserError(f"{path}: not a readable tar archive: {_first_line(error)}{hint}") from None
 
 
 def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, length: int, longest: int) -> bytes:
-    """One file of a zip archive, inflated.
+    """Read one file of a zip archive and inflate it.
 
     Args:
-        longest: bytes; larger files are refused, whatever their headers say.
+        data: bytes of the archive.
+        start: offset of the member's local header.
+        length: bytes of the member in the archive.
+        longest: limit in bytes; larger files are refused, whatever their headers say.
 
     Raises:
-        ValueError: damaged, encrypted, too large, or compressed otherwise than by deflate.
+        ValueError: the member is damaged, encrypted, too large, or not compressed by deflate.
     """
     header = bytes(data[start : start + LOCAL_HEADER.size])
     if len(header) < LOCAL_HEADER.size:
@@ -93,7 +96,7 @@ def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, len
     if method == zipfile.ZIP_STORED:
         content = bytes(packed)
     elif method == zipfile.ZIP_DEFLATED:
-        content = _inflated(packed, longest)
+        content = _inflate(packed, longest)
     else:
         raise ValueError("compressed by another method than deflate")
     if not flags & CHECKSUM_BEHIND and zlib.crc32(content) != checksum:
@@ -101,7 +104,8 @@ def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, len
     return content
 
 
-def _inflated(packed: memoryview | bytes, longest: int) -> bytes:
+def _inflate(packed: memoryview | bytes, longest: int) -> bytes:
+    """Inflate raw deflate data of at most ``longest`` bytes."""
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         content = inflate.decompress(packed, longest)
@@ -112,5 +116,6 @@ def _inflated(packed: memoryview | bytes, longest: int) -> bytes:
     return content
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]

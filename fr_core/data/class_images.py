@@ -1,10 +1,12 @@
-"""Class images: other faces of the same person, beside every sample of a batch (METHODS §3).
+"""Class images: other faces of the same identity, beside every sample of a batch.
 
-In the grouped layout an identity's chunk travels whole. The chunks of a block are decoded once into a pool that
-samples and class images are both taken from. Which images accompany a sample is a function of (seed, epoch, sample
-id), so it does not depend on the ranks.
+AttFC (docs/methods/attfc.md), DCQ, F2C and Virtual FC (docs/methods/baselines.md) use them.
 
-Legend: P images of the pool, Q samples of the block in the order of its steps, B samples, K class images of each.
+In the grouped layout, an identity's chunk is always read whole. The chunks of a block are decoded once into a pool.
+Samples and class images both come from this pool. The class images of a sample are a function of (seed, epoch,
+sample id), so they do not depend on the ranks.
+
+Legend: P images of the pool, Q samples of the block in step order, B samples, K class images of each sample.
 """
 
 from collections.abc import Sequence
@@ -15,33 +17,33 @@ import numpy as np
 import pyarrow as pa
 
 from fr_core import rng
-from fr_core.data.decode import decoded
+from fr_core.data.decode import decode_all
 from fr_core.data.schema import points_of
 
-_LAST, _NEVER = 2.0, 3.0  # beyond every uniform number: the sample itself, and what is not in its chunk
+_LAST, _NEVER = 2.0, 3.0  # sort keys above all uniforms: the sample itself, padding
 
 
 @dataclass(frozen=True)
 class Pool:
     """The decoded images of a block."""
 
-    images: Sequence[np.ndarray]  # P times uint8 [H, W, 3]
+    images: Sequence[np.ndarray]  # P images, each uint8 [H, W, 3]
     sample_ids_P: np.ndarray  # int64
     labels_P: np.ndarray  # int64
     points_P: np.ndarray  # float32 [P, 5, 2], NaN where unknown
-    chunk_start_P: np.ndarray  # int64, where each image's chunk begins
-    chunk_size_P: np.ndarray  # int64
+    chunk_start_P: np.ndarray  # int64, position of the first image of each image's chunk
+    chunk_size_P: np.ndarray  # int64, images in each image's chunk
     order_Q: np.ndarray  # int64, positions in the pool
 
     @classmethod
     def of(cls, chunks: pa.Table, threads: ThreadPoolExecutor) -> "Pool":
-        """Decodes the chunks of a block, as ``read_chunks`` leaves them."""
+        """Decode the chunks of a block, as ``read_chunks`` returns them."""
         columns = {name: chunks[name].combine_chunks() for name in ("sample_ids", "images", "landmarks", "turns")}
         sizes = columns["sample_ids"].value_lengths().to_numpy().astype(np.int64)
         turns_P = columns["turns"].flatten().to_numpy()
         order_P = np.argsort(turns_P, kind="stable")
         return cls(
-            decoded(columns["images"].flatten().to_pylist(), threads),
+            decode_all(columns["images"].flatten().to_pylist(), threads),
             columns["sample_ids"].flatten().to_numpy(),
             np.repeat(chunks["label"].to_numpy().astype(np.int64), sizes),
             points_of(columns["landmarks"].flatten()),
@@ -51,13 +53,16 @@ class Pool:
         )
 
     def class_images(self, positions_B: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-        """Draws class images: others of the sample's chunk without replacement, in turns where there are fewer.
+        """Draw class images from the other images of each sample's chunk.
 
-        A sample that is alone in its chunk is its own class image (under another augmentation).
+        They are drawn without replacement. If the chunk has fewer than K other images, the drawn images repeat in turn.
+        A sample alone in its chunk is its own class image, under another augmentation.
 
         Args:
-            positions_B: the samples, as positions in the pool.
+            positions_B: positions of the samples in the pool.
             count: K.
+            seed: seed of the run.
+            epoch: epoch of the samples.
 
         Returns:
             int64 [B, K], positions in the pool.

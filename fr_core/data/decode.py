@@ -1,7 +1,8 @@
-"""JPEG bytes -> the uint8 batch that a net trains on: decoded, changed at random and resized in one warp.
+"""JPEG bytes → the uint8 batch that a net trains on: decoded, augmented, and resized in one warp.
 
-Every random choice is drawn from (seed, epoch, sample id), so an image looks the same whichever rank or worker
-decodes it. Legend: B batch, H W pixels.
+Every random choice is drawn from (seed, epoch, sample id). So an image looks the same on every rank and worker.
+
+Legend: B batch, H W pixels, U uniform numbers of an image, F side of a displacement field.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from fr_core import rng
 from fr_core.config.sections import Augment
 from fr_core.data.crops import read_rgb, warped
 
-_CHUNK = 16  # images per thread and turn: fewer turns than images, enough of them to share out
+_CHUNK = 16  # images per task of a thread
 
 
 def augmented_batch(
@@ -30,24 +31,27 @@ def augmented_batch(
     small: int | None = None,
     mask: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Decodes what is not decoded yet, changes it at random and resizes it, in the pool's threads.
+    """Decode, augment and resize a batch in the threads of a pool.
 
     Args:
-        images: B encoded images, or uint8 [H, W, 3], of any size.
-        draws_BU: from :func:`draws`.
+        images: B encoded images, or decoded ones of any size, uint8 [H, W, 3].
+        draws_BU: uniform numbers from :func:`augment_draws`.
         size: side of the net's input, pixels.
-        fields_BFF2: displacements that make virtual identities (``fr_core/data/virtual.py``).
-        small: side to which the images are shrunk last of all, for progressive resizing.
-        mask: from :func:`fr_core.data.masks.masking`; comes first of all.
+        augment: kinds and strengths of augmentation.
+        pool: threads that do the work.
+        fields_BFF2: displacement fields that make virtual identities (``fr_core/data/virtual.py``).
+        small: side to which the finished images are shrunk, for progressive resizing.
+        mask: function from :func:`fr_core.data.masks.mask_function`, applied before any augmentation.
 
     Returns:
-        uint8 [B, size, size, 3], or of the side ``small``; RGB.
+        uint8 [B, size, size, 3], RGB; with ``small``, [B, small, small, 3].
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
     shrunk = out if small in (None, size) else np.empty((len(images), small, small, 3), np.uint8)
     moved = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
 
     def fill(start: int) -> None:
+        """Make the images of one chunk of the batch."""
         part = slice(start, start + _CHUNK)
         rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
         rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
@@ -64,24 +68,24 @@ def augmented_batch(
     return shrunk
 
 
-def draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-    """The uniform numbers that augment each image of a batch: float64 [B, 19]."""
+def augment_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """Draw the uniform numbers that augment each image of a batch: float64 [B, 19]."""
     return rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
 
 
 def second_view_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-    """As :func:`draws`, for a second augmented copy of each image, independent of the first: float64 [B, 19]."""
+    """Draw the numbers of a second augmented copy of each image, independent of the first: float64 [B, 19]."""
     return rng.uniforms(seed, "augment second view", epoch, sample_ids, _DRAWS)
 
 
 def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
-    """As :func:`draws` for the K class images of each sample, independent of its own: float64 [B, K, 19]."""
+    """Draw the numbers of each sample's K class images, independent of the sample's numbers: float64 [B, K, 19]."""
     numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * _DRAWS)
     return numbers.reshape(-1, class_images, _DRAWS)
 
 
-def decoded(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray]:
-    """Many images, in the pool's threads."""
+def decode_all(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray]:
+    """Decode many images in the threads of a pool."""
     parts = pool.map(
         lambda start: [decode(jpeg) for jpeg in jpegs[start : start + _CHUNK]], range(0, len(jpegs), _CHUNK)
     )
@@ -89,16 +93,16 @@ def decoded(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray
 
 
 def decode(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], RGB. JPEG by libjpeg-turbo, anything else by OpenCV."""
+    """Decode an image: uint8 [H, W, 3], RGB. JPEG by libjpeg-turbo, other formats by OpenCV."""
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
     return read_rgb(data)
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """The image at the net's input size: training's warp without its random part. uint8 [size, size, 3].
+    """Resize an image to the net's input size, uint8 [size, size, 3]: training's warp without its random part.
 
-    Of images more than twice as large, pixels are averaged first.
+    Images more than twice as large are averaged first.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -106,7 +110,7 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return warped(image, matrix, size)
 
 
-_DRAWS = 19
+_DRAWS = 19  # uniform numbers per image
 
 
 def _augment(
@@ -117,10 +121,15 @@ def _augment(
     augment: Augment,
     field: np.ndarray | None,
 ) -> None:
-    """Writes one image into ``out`` [size, size, 3], changed as ``augment`` allows and the draws ``u`` [19] decide.
+    """Write one image into ``out`` [size, size, 3], changed as ``augment`` allows and the draws ``u`` [19] decide.
 
     Args:
-        matrix: its warp, or None where nothing but a flip may happen to an image of the right size.
+        out: the result, written in place.
+        image: uint8 [H, W, 3].
+        matrix: warp of the image [2, 3], or None if an image of the right size may only be flipped.
+        u: uniform numbers of the image.
+        augment: kinds and strengths of augmentation.
+        field: displacement field [F, F, 2] of a virtual identity, or None.
     """
     size = len(out)
     if u[14] < augment.blur:
@@ -143,7 +152,7 @@ def _augment(
 
 
 def _random_warps(shapes_B2: np.ndarray, draws_BU: np.ndarray, size: int, augment: Augment) -> np.ndarray:
-    """The warps that the draws decide: float64 [B, 2, 3]."""
+    """Return the warps that the draws decide: float64 [B, 2, 3]."""
     signed = 2 * draws_BU - 1
     return _warps(
         shapes_B2,
@@ -163,12 +172,15 @@ def _warps(
     zoom: float | np.ndarray = 1.0,
     degrees: float | np.ndarray = 0.0,
 ) -> np.ndarray:
-    """The affine maps from source to net pixels, about the centres of both: float64 [B, 2, 3].
+    """Return the affine maps from source to net pixels, about the centres of both: float64 [B, 2, 3].
 
     Args:
         shapes_B2: heights and widths of the sources.
-        flip, zoom, degrees: one for all, or [B].
-        shift: one for all, or [B, 2], as a share of the side.
+        size: side of the net's input, pixels.
+        flip: whether images are mirrored; one value for all, or [B].
+        zoom: factor on the scale; one value for all, or [B].
+        degrees: rotation; one value for all, or [B].
+        shift: share of the side; one value for all, or [B, 2].
     """
     scale = zoom * size / shapes_B2.max(1)
     a, b, sign = scale * np.cos(np.deg2rad(degrees)), scale * np.sin(np.deg2rad(degrees)), np.where(flip, -1, 1)
@@ -179,25 +191,25 @@ def _warps(
 
 
 def _displace(out: np.ndarray, image: np.ndarray, matrix: np.ndarray, field: np.ndarray) -> None:
-    """The warp by ``matrix``, its sources displaced by a field [F, F, 2] that lies over the image."""
+    """Warp an image by ``matrix``; the field [F, F, 2] that covers the image displaces the source pixels."""
     side, size = max(image.shape[:2]), len(out)
-    shrunk = matrix @ np.diag([side / len(field), side / len(field), 1.0])  # from the field's pixels to the net's
+    shrunk = matrix @ np.diag([side / len(field), side / len(field), 1.0])  # the field's pixels to the net's
     shrunk[:, 2] += matrix[:, :2] @ np.full(2, (side / len(field) - 1) / 2)
     moved = cv2.warpAffine(field, shrunk, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     moved = side * moved + cv2.transform(_pixels(size), cv2.invertAffineTransform(matrix))
-    # x and y are in the first map
+    # The first map holds both x and y.
     cv2.remap(image, moved, None, cv2.INTER_LINEAR, out, cv2.BORDER_REFLECT_101)  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=4)
 def _pixels(size: int) -> np.ndarray:
-    """(x, y) of every pixel: float32 [size, size, 2]."""
+    """Return (x, y) of every pixel: float32 [size, size, 2]."""
     axis = np.arange(size, dtype=np.float32)
     return np.stack(np.meshgrid(axis, axis), 2)
 
 
 def _light(image: np.ndarray, augment: Augment, signed: np.ndarray) -> None:
-    """Contrast about the mean, brightness and a gain per channel, as one table look-up of 256 × 3 entries."""
+    """Change contrast about the mean, brightness and each channel's gain, by one look-up table of 256 × 3 entries."""
     mean = image.mean()
     levels = (np.arange(256.0)[:, None] - mean) * (1 + augment.light * signed[1]) + mean
     gains = (1 + augment.light * signed[0]) * (1 + augment.colour * signed[2:])
@@ -205,13 +217,14 @@ def _light(image: np.ndarray, augment: Augment, signed: np.ndarray) -> None:
 
 
 def _blurred(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blur an image by shrinking it by ``factor`` and enlarging it again."""
     height, width = image.shape[:2]
     small = cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _erase(image: np.ndarray, area: float, aspect: float, x: float, y: float, grey: float) -> None:
-    """Overwrites one rectangle of ``area`` (share of the image) and ``aspect`` with a grey level."""
+    """Overwrite one rectangle of ``area`` (share of the image) and ``aspect`` with a grey level."""
     size = image.shape[0]
     width = min(size, max(1, round(size * np.sqrt(area * aspect))))
     height = min(size, max(1, round(size * np.sqrt(area / aspect))))

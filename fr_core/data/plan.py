@@ -1,16 +1,19 @@
 """The order of samples: a pure function of (manifest, seed, epoch), the same for every number of ranks.
 
-An epoch puts the row groups of the dataset in a seeded order and cuts that sequence of rows into L equal *lanes*.
-Each lane is shuffled window by window. Step t takes G/L rows from every lane, lane after lane; of R ranks, each owns
-L/R neighbouring lanes. So the global batch of a step, and even its order, does not depend on R, and a rank reads its
-own lanes only. A *block* is one window of a rank's lanes: a whole number of steps, the unit of reading.
-In the grouped layout the rows of this plan are still the single images, and whole chunks of an identity are read.
-Balanced batches shuffle all lanes' windows together: their labels decide which images of one identity come side by
-side, so every rank reads the labels of the whole window, and the images of its own lanes.
-No PyTorch here: the processes that only read start without it.
+An epoch puts the row groups of the dataset in a seeded order and cuts this sequence of rows into L equal *lanes*.
+Each lane is shuffled window by window. Step t takes G/L rows from every lane, lane after lane. Each of R ranks owns
+L/R neighbouring lanes. So the global batch of a step, even its order, does not depend on R, and a rank reads only its
+lanes. A *block* is one window of a rank's lanes: a whole number of steps, and the unit of reading.
 
-Legend: G rows of a step over all ranks, L lanes, g = G/L rows per lane and step; N rows of a window over all lanes,
-T its steps.
+In the grouped layout, the rows of this plan are still single images, but whole chunks of an identity are read.
+
+Balanced batches shuffle the windows of all lanes together, because labels decide which images come side by side. So
+every rank reads the labels of the whole window, but only the images of its lanes.
+
+This module does not import PyTorch, so that processes that only read start quickly.
+
+Legend: G rows of a step over all ranks, L lanes, g = G/L rows per lane and step. N rows of a window over all lanes, T
+steps of a window.
 """
 
 from dataclasses import dataclass
@@ -35,7 +38,7 @@ class Plan:
     """The order of the samples of a dataset.
 
     Raises:
-        UserError: a batch larger than the dataset.
+        UserError: a batch is larger than the dataset.
     """
 
     dataset: Dataset
@@ -43,45 +46,48 @@ class Plan:
     global_batch: int  # rows that a step takes over all ranks
     lanes: int
     shuffle_window: int  # rows over all lanes
-    groups: int = 0  # of images of one identity in a step; a multiple of the lanes
-    group_images: int = 1
+    groups: int = 0  # groups of images of one identity in a step; a multiple of the lanes
+    group_images: int = 1  # images of a group
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"a step of {self.global_batch} images in {self.lanes} lanes needs more than the {self.rows} images of "
-                f"{self.dataset.root}: lower train.global_batch"
+                f"{self.dataset.root}: lower train.global_batch or add images"
             )
 
     @property
-    def order(self) -> tuple[int, ...]:
-        """What makes this plan again, of the same dataset."""
+    def arguments(self) -> tuple[int, ...]:
+        """Return the arguments that make this plan again from the same dataset."""
         return self.seed, self.global_batch, self.lanes, self.shuffle_window, self.groups, self.group_images
 
     @cached_property
     def rows(self) -> int:
+        """Return the number of images in the dataset."""
         return int(self.dataset.row_groups[:, 2].sum())
 
     @property
     def lane_rows(self) -> int:
-        """Rows of a lane in an epoch; the rows % lanes left over differ from epoch to epoch."""
+        """Return the rows of a lane in an epoch. Each epoch leaves out rows % lanes other rows."""
         return self.rows // self.lanes
 
     @property
     def rows_per_step(self) -> int:
-        """g: rows that a step takes from every lane."""
+        """Return g, the rows that a step takes from every lane."""
         return self.global_batch // self.lanes
 
     @property
     def steps_per_epoch(self) -> int:
+        """Return the number of whole steps in an epoch."""
         return self.lane_rows // self.rows_per_step
 
     @property
     def steps_per_block(self) -> int:
+        """Return the number of steps in a block. The last block of an epoch may have fewer."""
         return max(1, self.shuffle_window // self.global_batch)
 
     def lanes_of(self, rank: int, size: int) -> range:
-        """The lanes that a rank of ``size`` owns.
+        """Return the lanes that a rank of ``size`` owns.
 
         Raises:
             UserError: the number of ranks does not divide the lanes; names the nearest that do.
@@ -95,52 +101,78 @@ class Plan:
         return range(rank * each, (rank + 1) * each)
 
     def block_rows(self, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> np.ndarray:
-        """Where the rows of a rank's block lie, in the order in which its steps take them.
+        """Return the positions of a block's rows in the dataset, in the order in which the rank's steps take them.
 
         Args:
+            epoch: epoch of the run.
+            block: number of the block in the epoch.
+            rank: rank that owns the block.
+            size: number of ranks.
             skip_steps: leading steps of the block that are left out.
 
         Returns:
             int64 [rows, 2]: row group (index into ``dataset.row_groups``), row within it.
         """
-        first = block * self.steps_per_block
-        steps = min(self.steps_per_block, self.steps_per_epoch - first)
-        start = first * self.rows_per_step
-        window = min(self.steps_per_block * self.rows_per_step, self.lane_rows - start)
-        own = self.lanes_of(rank, size)
-        if self.groups:
-            positions_N = (self.lane_rows * np.arange(self.lanes)[:, None] + start + np.arange(window)).ravel()
-            labels_N = read_rows(self.dataset, self._rows_at(epoch, positions_N), ["label"])["label"].to_numpy()
-            random = rng.generator(self.seed, "balanced", epoch, block)
-            shape = (steps, self.lanes, self.rows_per_step)
-            order_TLg = balanced_order(labels_N, shape, self.groups // self.lanes, self.group_images, random)
-            return self._rows_at(epoch, positions_N[order_TLg[skip_steps:, own.start : own.stop]].ravel())
-        lanes = []
-        for lane in own:
+        lanes = self.lanes_of(rank, size)
+        order = self._balanced_positions if self.groups else self._shuffled_positions
+        positions_TLg = order(epoch, block, lanes)
+        return self._rows_at(epoch, positions_TLg[skip_steps:].ravel())
+
+    def _window(self, block: int) -> tuple[int, int, int]:
+        """Return a block's first row within a lane, its rows within a lane, and its steps."""
+        first_step = block * self.steps_per_block
+        steps = min(self.steps_per_block, self.steps_per_epoch - first_step)
+        start = first_step * self.rows_per_step
+        rows = min(self.steps_per_block * self.rows_per_step, self.lane_rows - start)
+        return start, rows, steps
+
+    def _shuffled_positions(self, epoch: int, block: int, lanes: range) -> np.ndarray:
+        """Shuffle the window of each lane: int64 [T, lanes, g], positions in the epoch's sequence of rows."""
+        start, window, steps = self._window(block)
+        shape = (steps, self.rows_per_step)
+        by_lane = []
+        for lane in lanes:
             shuffled = rng.generator(self.seed, "window", epoch, block, lane).permutation(window)
-            lanes.append(lane * self.lane_rows + start + shuffled[: steps * self.rows_per_step])
-        positions = np.stack(lanes).reshape(len(lanes), steps, self.rows_per_step)[:, skip_steps:]
-        return self._rows_at(epoch, positions.transpose(1, 0, 2).ravel())
+            taken = shuffled[: steps * self.rows_per_step]
+            by_lane.append((lane * self.lane_rows + start + taken).reshape(shape))
+        return np.stack(by_lane, axis=1)
+
+    def _balanced_positions(self, epoch: int, block: int, lanes: range) -> np.ndarray:
+        """Arrange the windows of all lanes together, and return some lanes' share as :meth:`_shuffled_positions`."""
+        start, window, steps = self._window(block)
+        lane_starts = self.lane_rows * np.arange(self.lanes) + start
+        positions_N = (lane_starts[:, None] + np.arange(window)).ravel()
+        rows_N = self._rows_at(epoch, positions_N)
+        labels_N = read_rows(self.dataset, rows_N, ["label"])["label"].to_numpy()
+        random = rng.generator(self.seed, "balanced", epoch, block)
+        shape = (steps, self.lanes, self.rows_per_step)
+        groups_per_lane = self.groups // self.lanes
+        order_TLg = balanced_order(labels_N, shape, groups_per_lane, self.group_images, random)
+        return positions_N[order_TLg[:, lanes.start : lanes.stop]]
 
     def _rows_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Row group and row within it, of positions in the epoch's sequence of rows."""
+        """Convert positions in the epoch's sequence of rows to row groups and rows within: int64 [positions, 2]."""
         order, ends = _epoch_order(self, epoch)
-        slot = np.searchsorted(ends, positions, side="right")
-        return np.column_stack([order[slot], positions - (ends[slot] - self.dataset.row_groups[order[slot], 2])])
+        slots = np.searchsorted(ends, positions, side="right")
+        groups = order[slots]
+        starts = ends[slots] - self.dataset.row_groups[groups, 2]
+        return np.column_stack([groups, positions - starts])
 
 
 def balanced_order(
     labels_N: np.ndarray, shape: tuple[int, int, int], groups: int, images: int, random: np.random.Generator
 ) -> np.ndarray:
-    """An order of a window's rows in which every lane of every step begins with groups of one identity each.
+    """Order a window's rows so that every lane of every step begins with groups of one identity each.
 
-    Each identity's rows are cut at random into whole groups; what is left over, and groups beyond those wanted, come
-    at random. Where there are fewer groups than wanted, the last steps are random throughout.
+    Each identity's rows are cut at random into whole groups. Left-over rows and surplus groups follow in random order.
+    If there are fewer groups than wanted, the last steps are random throughout.
 
     Args:
-        labels_N: of the rows of all lanes.
+        labels_N: labels of the rows of all lanes.
         shape: T, L, g; T·L·g of the N rows are taken, each once.
-        groups: of ``images`` rows, in every lane of every step.
+        groups: groups in every lane of every step.
+        images: rows of a group.
+        random: generator of the order.
 
     Returns:
         int64 [T, L, g], indices of rows.
@@ -148,7 +180,7 @@ def balanced_order(
     shuffled_N = random.permutation(len(labels_N))
     by_label_N = shuffled_N[np.argsort(labels_N[shuffled_N], kind="stable")]
     _, first, count = np.unique(labels_N[by_label_N], return_index=True, return_counts=True)
-    place_N = np.arange(len(labels_N)) - np.repeat(first, count)  # among the rows of its identity
+    place_N = np.arange(len(labels_N)) - np.repeat(first, count)  # rank of each row among its identity's rows
     whole_N = place_N < np.repeat(count // images * images, count)
     together = random.permutation(by_label_N[whole_N].reshape(-1, images))
     slots = np.zeros(shape, bool)
@@ -163,10 +195,10 @@ def balanced_order(
 
 
 def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> pa.Table:
-    """A rank's rows of one block in step order, or in the grouped layout its chunks; no images are decoded.
+    """Read a rank's rows of one block in step order, or its chunks in the grouped layout. No images are decoded.
 
     Raises:
-        UserError: a damaged shard; names it.
+        UserError: a shard is damaged; names it.
     """
     rows = plan.block_rows(epoch, block, rank, size, skip_steps)
     if plan.dataset.manifest.layout == "grouped":
@@ -174,31 +206,32 @@ def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_st
     return read_rows(plan.dataset, rows, COLUMNS)
 
 
-def read_task(root: str, stamp: str, order: tuple[int, ...], block: tuple[int, ...]) -> pa.Table:
-    """:func:`read_block` for another process, which makes the plan again from these few values.
+def read_task(root: str, stamp: str, arguments: tuple[int, ...], block: tuple[int, ...]) -> pa.Table:
+    """Call :func:`read_block` in another process, which makes the plan again from these few values.
 
     Args:
-        stamp: of the dataset.
-        order: of the plan, as :attr:`Plan.order` tells it.
+        root: folder of the dataset.
+        stamp: stamp of the dataset at the run's start.
+        arguments: :attr:`Plan.arguments`.
         block: epoch, block, rank, size, skip_steps.
 
     Raises:
-        UserError: another dataset lies there now.
+        UserError: the folder now holds another dataset.
     """
-    return read_block(_plan_of(root, stamp, order), *block)
+    return read_block(_plan_of(root, stamp, arguments), *block)
 
 
 def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
-    """Rows as :meth:`Plan.block_rows` names them, in that order; every row group is read once."""
+    """Read rows in the order that :meth:`Plan.block_rows` gives. Every row group is read once."""
     table, positions = _read_groups(dataset, rows, columns)
     return table.take(pa.array(positions))
 
 
 def read_chunks(dataset: Dataset, rows: np.ndarray) -> pa.Table:
-    """The whole chunks that hold the images which :meth:`Plan.block_rows` names.
+    """Read the whole chunks that hold the images which :meth:`Plan.block_rows` gives.
 
     Returns:
-        label, sample_ids, images, landmarks, and turns: for each image its place in the order of ``rows``, or -1.
+        label, sample_ids, images, landmarks, and turns: each image's place in the order of ``rows``, or -1.
     """
     table, positions = _read_groups(dataset, rows, CHUNK_COLUMNS)
     ends = np.cumsum(pc.list_value_length(table["sample_ids"]).to_numpy())
@@ -210,7 +243,7 @@ def read_chunks(dataset: Dataset, rows: np.ndarray) -> pa.Table:
 
 
 def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) -> tuple[pa.Table, np.ndarray]:
-    """The row groups that ``rows`` lie in, and the position of each row among all their images."""
+    """Read the row groups that hold ``rows``; return their table and each row's position among their images."""
     groups, inverse = np.unique(rows[:, 0], return_inverse=True)
     places = dataset.row_groups[groups]
     starts = np.cumsum(places[:, 2]) - places[:, 2]
@@ -220,16 +253,17 @@ def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) 
 
 
 @lru_cache(maxsize=4)
-def _plan_of(root: str, stamp: str, order: tuple[int, ...]) -> Plan:
+def _plan_of(root: str, stamp: str, arguments: tuple[int, ...]) -> Plan:
+    """Make a plan in a reading process, and keep it for later tasks."""
     dataset = open_dataset(root)
     if dataset.stamp != stamp:
-        raise UserError(f"{root}: another dataset than at the run's start: it was replaced while it was read")
-    return Plan(dataset, *order)
+        raise UserError(f"{root}: another dataset than at the run's start; keep the shards in place during a run")
+    return Plan(dataset, *arguments)
 
 
 @lru_cache(maxsize=4)
 def _epoch_order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The row groups in the epoch's order, and the running count of rows after each."""
+    """Return the row groups in the epoch's order, and the running count of rows after each."""
     groups = plan.dataset.row_groups
     order = rng.generator(plan.seed, "row groups", epoch).permutation(len(groups))
     return order, np.cumsum(groups[order, 2])

@@ -1,8 +1,10 @@
 """One procedural face, from its traits to pixels.
 
-A head is drawn frontal as coloured skin and a relief; the relief lights the skin, and one warp turns and aligns it
-all onto the five-point template. Face units are template pixels: x from the mid line, y down from the eye line,
-z towards the camera. A point of the plane is a complex number x + iy, so a shape is one array.
+A head is drawn frontal as coloured skin and a relief. The relief lights the skin. One warp then turns everything and
+aligns it onto the five-point template.
+
+Face units are template pixels: x from the mid line, y down from the eye line, z towards the camera. A point of the
+plane is a complex number x + iy, so a shape is one array.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE
 
 Array = np.ndarray
 
-CANVAS_REACH, CANVAS_CENTRE_Y = 60.0, 4.4  # what is drawn around (0, centre)
+CANVAS_REACH, CANVAS_CENTRE_Y = 60.0, 4.4  # half the side of a canvas, and the y of its middle
 SKIN_DENSITY, RELIEF_DENSITY = 1.0, 0.6  # canvas pixels per image pixel: colours are sharp, relief is smooth
-LOCKS_FROM = 0.72  # of the half width of the face: where long hair hangs beside the jaw
-SHADE_ONE, TONE_ONE = 200, 128  # the byte that stands for 1
+LOCKS_FROM = 0.72  # share of the face's half width from which long hair hangs beside the jaw
+SHADE_ONE, TONE_ONE = 200, 128  # bytes that stand for 1
 
 LIP_RED, LIPSTICK = np.array([190.0, 88.0, 90.0]), np.array([176.0, 40.0, 58.0])
 MOUTH_INSIDE, TEETH = np.array([58.0, 22.0, 24.0]), np.array([224.0, 216.0, 204.0])
 EYE_WHITE, CATCHLIGHT = np.array([216.0, 208.0, 202.0]), np.array([255.0, 255.0, 255.0])
 
-ALONG = np.linspace(-1, 1, 17)  # parameter along a line, from the middle of the face outwards where it is paired
+ALONG = np.linspace(-1, 1, 17)  # parameter along a line; paired lines run outwards
 BULGE, PART = 1 - ALONG**2, (1 + ALONG) / 2
 CIRCLE = np.exp(2j * np.pi * PART)
 
 
 class Canvas:
-    """A square of face units in pixels: its axes as vectors, smooth bumps, sharp shapes."""
+    """A square of face units in pixels. It has axes as vectors, and draws smooth bumps and sharp shapes."""
 
     def __init__(self, size: int, density: float) -> None:
         self.scale = density * size / TEMPLATE_SIZE
@@ -45,54 +47,61 @@ class Canvas:
         self.y = (centres + self.corner.imag).astype(np.float32)[:, None]
 
     def to_pixels(self, points: Array) -> Array:
+        """Convert points in face units to pixels."""
         return points * self.scale - (self.corner * self.scale + 0.5 + 0.5j)
 
     def place(self, shapes: Array) -> Array:
+        """Convert shapes in face units to fixed-point pixels for `fill` and `stroke`."""
         return fixed_point(self.to_pixels(shapes))
 
     def stroke(self, image: Array, lines: Array, colour: Array | float, width: float) -> None:
+        """Draw lines of one colour and width, in place."""
         thickness = max(1, round(width * self.scale))
         cv2.polylines(image, list(lines), False, np.ravel(colour).tolist(), thickness, cv2.LINE_AA, 4)
 
     def bumps(self, *rows: tuple[float, ...]) -> Array:
-        """Sum of Gaussians (height, x, y, x spread, y spread), mirrored where x is not 0: separable, so one product."""
+        """Sum separable Gaussians (height, x, y, x spread, y spread), mirrored where x is not 0, by one product."""
         mirrored = [(height, -x, y, *spread) for height, x, y, *spread in rows if x]
         height, x, y, spread_x, spread_y = np.array([*rows, *mirrored], np.float32).T[..., None]
         across, down = np.exp(-0.5 * ((self.x - x) / spread_x) ** 2), np.exp(-0.5 * ((self.y.T - y) / spread_y) ** 2)
-        # Not by numpy, which would start threads in every worker; the fourth argument counts 0 times.
+        # numpy would start threads in every worker. The fourth argument is unused: its factor is 0.
         return cv2.gemm(height * down, across, 1, across, 0, flags=cv2.GEMM_1_T)
 
     def stretch(self, grid: Array, interpolation: int = cv2.INTER_CUBIC) -> Array:
+        """Enlarge a coarse grid to the canvas."""
         return cv2.resize(grid, (self.pixels, self.pixels), interpolation=interpolation)
 
     def blur(self, image: Array, sigma: float) -> Array:
+        """Blur an image by a box filter of about this standard deviation in face units."""
         width = 2 * round(1.2 * sigma * self.scale) + 1
         return cv2.blur(image, (width, width))
 
 
-canvas_of = lru_cache(maxsize=8)(Canvas)  # its axes are only read
+canvas_of = lru_cache(maxsize=8)(Canvas)  # safe to share: nothing writes to its axes
 
 
 def fixed_point(points: Array) -> Array:
-    """Complex [..., n] as int32 [..., n, 2] with 4 fractional bits, which `fill` and `stroke` take [shapes, n, 2]."""
+    """Convert complex [..., n] to int32 [..., n, 2] with 4 fractional bits, the form that `fill` and `stroke` take."""
     return np.rint(points * 16).view(np.float64).astype(np.int32).reshape(*points.shape, 2)
 
 
 def fill(image: Array, shapes: Array, colour: Array | float) -> None:
+    """Fill shapes with one colour, in place."""
     cv2.fillPoly(image, list(shapes), np.ravel(colour).tolist(), cv2.LINE_AA, 4)
 
 
 def _paired(points: Array) -> Array:
+    """Return the mirror image of a right-hand shape, and the shape."""
     return np.array([-points.conj(), points])  # the mirror image of a right-hand shape, and the shape
 
 
 def ramp(distance: Array, softness: float) -> Array:
-    """0 to 255 across an edge where distance is 0; cv2 clips as it converts."""
+    """Map a distance to 0 … 255 across the edge at distance 0. OpenCV clips while converting."""
     return cv2.addWeighted(distance, 255 / softness, distance, 0, 127.5, dtype=cv2.CV_8U)
 
 
 def _lay_over(image: Array, colour: Array, alpha: Array, tone: Array) -> None:
-    """Lay a colour times a tone over the rows of an image that alpha touches; both are bytes [height, width]."""
+    """Lay a colour times a tone over the rows of an image that alpha touches. Both are bytes [height, width]."""
     touched = np.flatnonzero(alpha.max(1))
     if len(touched):
         rows = slice(touched[0], touched[-1] + 1)
@@ -103,27 +112,38 @@ def _lay_over(image: Array, colour: Array, alpha: Array, tone: Array) -> None:
 
 
 def draw_portrait(look: Look, rng: np.random.Generator, size: int) -> tuple[Array, Array]:
-    """Image uint8 [size, size, 3] and landmarks float32 [5, 2] in pixels of a person (with bare skin and features)."""
+    """Draw a person (with bare skin and features): image uint8 [size, size, 3], landmarks float32 [5, 2] in pixels."""
     canvas, clay = canvas_of(size, SKIN_DENSITY), canvas_of(size, RELIEF_DENSITY)
     width = _outline(look, canvas.y)
     skin, corners = _paint(canvas, look, width, rng)
-    width = cv2.resize(width, (1, clay.pixels))
-    relief = _sculpt(clay, look, width)
-    plane = np.array([-look.eye_gap, look.eye_gap, 1j * look.nose_length, *corners])
-    column, row = np.rint(clay.to_pixels(plane)).view(np.float64).astype(int).clip(0, clay.pixels - 1).reshape(5, 2).T
-    pose = Pose(look, plane, relief[row, column], rng, size)
-    layers = _light(clay, relief, look, _head_alpha(clay, look, width))
-    shade, gloss, behind = (canvas.stretch(layer, cv2.INTER_LINEAR) for layer in layers)
-    lit = cv2.add(cv2.multiply(skin, cv2.merge([shade] * 3), scale=1 / SHADE_ONE), cv2.merge([gloss] * 3))
-    # In bytes, and four channels at once: three, or floats, take cv2 twice as long.
-    turned = _sample(cv2.merge([lit, behind]), pose.unwarp(canvas, clay, clay.blur(relief, 1.5)))
-    behind = cv2.merge([cv2.extractChannel(turned, 3)] * 3)
-    backdrop = cv2.multiply(_draw_backdrop(look, pose, rng, size), behind, scale=1 / 255)
-    return cv2.add(cv2.cvtColor(turned, cv2.COLOR_RGBA2RGB), backdrop), pose.landmarks
+    clay_width = cv2.resize(width, (1, clay.pixels))
+    relief = _sculpt(clay, look, clay_width)
+    points = np.array([-look.eye_gap, look.eye_gap, 1j * look.nose_length, *corners])
+    pose = Pose(look, points, _heights(clay, relief, points), rng, size)
+    alpha = _head_alpha(clay, look, clay_width)
+    layers = _light(clay, relief, look, alpha)
+    shade, gloss, background = (canvas.stretch(layer, cv2.INTER_LINEAR) for layer in layers)
+    shaded = cv2.multiply(skin, cv2.merge([shade] * 3), scale=1 / SHADE_ONE)
+    lit = cv2.add(shaded, cv2.merge([gloss] * 3))
+    places = pose.unwarp(canvas, clay, clay.blur(relief, 1.5))
+    # OpenCV samples four byte channels at once in half the time of three channels or of floats.
+    turned = _sample(cv2.merge([lit, background]), places)
+    head = cv2.cvtColor(turned, cv2.COLOR_RGBA2RGB)
+    turned_background = cv2.extractChannel(turned, 3)
+    scene = _draw_backdrop(look, pose, rng, size)
+    backdrop = cv2.multiply(scene, cv2.merge([turned_background] * 3), scale=1 / 255)
+    return cv2.add(head, backdrop), pose.landmarks
+
+
+def _heights(clay: Canvas, relief: Array, points: Array) -> Array:
+    """Read the relief at the nearest pixel to each point."""
+    nearest = np.rint(clay.to_pixels(points)).view(np.float64).astype(int)
+    column, row = nearest.clip(0, clay.pixels - 1).reshape(-1, 2).T
+    return relief[row, column]
 
 
 def _paint(canvas: Canvas, look: Look, width: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Skin [pixels, pixels, 3] with all that is drawn on it; the corners of the mouth."""
+    """Paint skin [pixels, pixels, 3] with everything that is drawn on it; also return the corners of the mouth."""
     strands = canvas.stretch(rng.standard_normal((9, 70)).astype(np.float32), cv2.INTER_LINEAR)
     tone = cv2.addWeighted(strands, 0.28 * TONE_ONE, strands, 0, 0.85 * TONE_ONE, dtype=cv2.CV_8U)
     tone = np.maximum(tone, round(0.3 * TONE_ONE))
@@ -141,7 +161,7 @@ def _paint(canvas: Canvas, look: Look, width: Array, rng: np.random.Generator) -
 
 
 def _outline(look: Look, y: Array) -> Array:
-    """Half width of the head at each y: two superellipses that meet at its widest."""
+    """Return the half width of the head at each y: two superellipses that meet at the widest part."""
     top, widest, chin = -62.0, 2.0, look.chin + 6 * look.mouth_open
     above = y < widest
     reach = np.minimum((y - widest) / np.where(above, top - widest, chin - widest), 1)
@@ -150,7 +170,7 @@ def _outline(look: Look, y: Array) -> Array:
 
 
 def _sculpt(clay: Canvas, look: Look, width: Array) -> Array:
-    """Relief [pixels, pixels] of head and features, in face units."""
+    """Sculpt the relief [pixels, pixels] of head and features, in face units."""
     across = np.minimum(np.square(clay.x / np.maximum(width, 0.55 * look.face_width)), 1.15**2)
     expression = clay.bumps(
         (-1.8, 0, look.mouth_y + 9 * (1 + look.mouth_open), 9.0, 3.0),
@@ -161,7 +181,7 @@ def _sculpt(clay: Canvas, look: Look, width: Array) -> Array:
 
 
 def _crease(canvas: Canvas, look: Look) -> Array:
-    """Bare skin darkened by nostrils, smile lines, eye bags and wrinkles: soft strokes, multiplied on."""
+    """Darken bare skin by nostrils, smile lines, eye bags and wrinkles. These are soft strokes, multiplied on."""
     soft = np.full((canvas.pixels, canvas.pixels), 255, np.uint8)
     t, bulge, part = ALONG[::2], BULGE[::2], PART[::2]
     tip, mouth, wing, corner = look.nose_length, look.mouth_y, look.nose_width, look.mouth_width + 4 + 2 * look.happy
@@ -184,6 +204,7 @@ def _crease(canvas: Canvas, look: Look) -> Array:
 
 
 def _draw_eyes(canvas: Canvas, skin: Array, look: Look) -> None:
+    """Draw eyes, lids and lashes."""
     lid = look.eye_open * (0.1 if look.blink else max(0.4, 1 - abs(look.squint) - 0.15 * look.happy))
     above = -lid * BULGE**0.75 * (1 + look.eye_skew * ALONG)
     below = 0.7 * lid * BULGE * (1 - look.eye_skew * ALONG)
@@ -208,6 +229,7 @@ def _draw_eyes(canvas: Canvas, skin: Array, look: Look) -> None:
 
 
 def _draw_brows(canvas: Canvas, skin: Array, look: Look, tone: Array) -> None:
+    """Draw eyebrows."""
     x, y = look.brow_gap + 2 * look.brow_length * PART, look.brow_slant * look.brow_length * ALONG
     y = y - look.brow_arch * np.sin(np.pi * PART**1.2) - look.brow_rise - 1.3 * look.brow_lift
     thick = max(0.5, look.brow_thick) * (0.6 + 0.5 * PART) ** -0.4 * np.sqrt(1.02 - PART**3)
@@ -218,7 +240,7 @@ def _draw_brows(canvas: Canvas, skin: Array, look: Look, tone: Array) -> None:
 
 
 def _draw_mouth(canvas: Canvas, skin: Array, look: Look) -> Array:
-    """Lips, and teeth where the mouth opens; returns the corners."""
+    """Draw lips, and teeth if the mouth opens; return the corners."""
     x = (look.mouth_width + 2.6 * look.smile) * ALONG
     seam = look.mouth_y + look.smile + look.lip_curve * (0.5 - ALONG**2) - 4 * look.smile * ALONG**2
     full = BULGE**0.8
@@ -227,7 +249,7 @@ def _draw_mouth(canvas: Canvas, skin: Array, look: Look) -> Array:
     upper, lower = seam - 0.15 * gap, seam + 0.85 * gap
     teeth = np.minimum(lower, upper + 3.6 * BULGE)
     edges = x + 1j * np.array([upper - bow, upper, teeth, lower, lower + look.lip_lower * BULGE**0.65])
-    shapes = np.concatenate([edges[:-1], edges[1:, ::-1]], axis=1)  # between each edge and the next
+    shapes = np.concatenate([edges[:-1], edges[1:, ::-1]], axis=1)  # each between two neighbouring edges
     top_lip, white, inside, bottom_lip = canvas.place(shapes)[:, None]
     lip = look.skin + min(0.8, max(0.1, 0.25 + 0.6 * look.lip_red)) * (LIP_RED * (1 - 0.35 * look.tone) - look.skin)
     lip = lip + look.lipstick * (LIPSTICK - lip)
@@ -239,6 +261,7 @@ def _draw_mouth(canvas: Canvas, skin: Array, look: Look) -> Array:
 
 
 def _grow_beard(canvas: Canvas, skin: Array, look: Look, tone: Array) -> None:
+    """Draw moustache and beard."""
     moustache, chin = (1.0, 0, look.mouth_y - 7, 9.0, 2.2), (1.3, 0, look.chin - 6, 16.0, 8.0)
     mouth, jaw = (-1.6, 0, look.mouth_y + 1, 9.0, 3.2), (1.2, 27, look.mouth_y + 4, 7.0, 12.0)
     zone = ramp(canvas.bumps(moustache, chin, mouth, jaw) - 0.5, 1.0)
@@ -246,6 +269,7 @@ def _grow_beard(canvas: Canvas, skin: Array, look: Look, tone: Array) -> None:
 
 
 def _draw_glasses(canvas: Canvas, skin: Array, look: Look, rng: np.random.Generator) -> None:
+    """Draw glasses of a random shape."""
     half, tall, width, power, grey = rng.uniform((11, 7, 0.8, 0.4, 10), (14, 11, 2.2, 1.0, 90))
     turn = np.exp(2j * np.pi * np.linspace(0, 1, 33))
     across, down = (np.copysign(np.abs(part) ** power, part) for part in (turn.real, turn.imag))
@@ -256,7 +280,7 @@ def _draw_glasses(canvas: Canvas, skin: Array, look: Look, rng: np.random.Genera
 
 
 def _hair_over_skin(canvas: Canvas, look: Look, width: Array, strands: Array) -> Array:
-    """Alpha of the hair in front of the skin: above the hair line, and at the sides, far down if it is long."""
+    """Return the alpha of the hair before the skin: above the hair line and at the sides, far down if it is long."""
     line = look.hairline + look.hair_drop + look.hair_tilt * canvas.x
     line = line + (look.hairline_bow + look.hair_bow) * np.square(canvas.x / look.face_width)
     inner = np.maximum(width - look.hair_cover, LOCKS_FROM * look.face_width) if look.long_hair else width - 2
@@ -267,7 +291,7 @@ def _hair_over_skin(canvas: Canvas, look: Look, width: Array, strands: Array) ->
 
 
 def _head_alpha(clay: Canvas, look: Look, width: Array) -> Array:
-    """Where the head with its ears and hair hides what is behind."""
+    """Return where the head, with its ears and hair, hides the background."""
     aside, bulk = np.abs(clay.x), look.hair * max(0.0, look.hair_bulk)
     ear = look.ear * np.exp(-(((clay.y - 8) / 7) ** 4))
     alpha = ramp(width + np.maximum(ear, ramp(-clay.y, 20) * np.float32(bulk / 255)) - aside, 1.6)
@@ -278,7 +302,7 @@ def _head_alpha(clay: Canvas, look: Look, width: Array) -> Array:
 
 
 def _light(clay: Canvas, relief: Array, look: Look, alpha: Array) -> tuple[Array, Array, Array]:
-    """Light, in the shadow that the relief casts on itself, and gloss, both times alpha, and 1 - alpha; in bytes."""
+    """Return light times alpha, gloss times alpha, and 1 - alpha, in bytes. The relief casts shadows on itself."""
     length = math.hypot(look.light_x, look.light_y, 1)
     x, y, z = look.light_x / length, look.light_y / length, 1 / length
     slope_x = cv2.Sobel(relief, cv2.CV_32F, 1, 0, scale=clay.scale / 8)
@@ -297,12 +321,12 @@ def _light(clay: Canvas, relief: Array, look: Look, alpha: Array) -> tuple[Array
 
 
 def _sample(layer: Array, places: Array) -> Array:
-    """A layer at complex places, in pixels."""
+    """Sample a layer at complex places, in pixels."""
     return cv2.remap(layer, places.real, places.imag, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 class Pose:
-    """The turned head seen from afar, aligned to the template by its own landmarks, found inexactly."""
+    """The turned head seen from afar. Inexact landmarks align it to the template."""
 
     def __init__(self, look: Look, plane: Array, heights: Array, rng: np.random.Generator, size: int) -> None:
         self.size = size
@@ -311,32 +335,38 @@ class Pose:
         error = rng.normal(0, 0.8, (6, 2)) @ (1, 1j)
         found = axes[0] * plane.real + axes[1] * plane.imag + axes[2] * heights + error[:5]
         target = TEMPLATE @ (1, 1j) + error[5]
-        # The least-squares similarity: as complex numbers, one factor turns and scales.
+        # Least-squares similarity: one complex factor turns and scales.
         middle, goal = complex(found.mean()), complex(target.mean())
         found -= middle
         fit = complex(np.vdot(found, target - goal) / np.vdot(found, found).real)
         fit *= cmath.exp(look.zoom + 1j * look.roll)
-        self.axes = [fit * axis * (size / TEMPLATE_SIZE) for axis in axes]  # where those of the head point
+        self.axes = [fit * axis * (size / TEMPLATE_SIZE) for axis in axes]  # the head's axes in the image, pixels
         self.offset = (goal - fit * middle) * (size / TEMPLATE_SIZE)
         self.landmarks = self.project(plane, heights).view(np.float64).reshape(5, 2).astype(np.float32)
 
     def project(self, plane: Array, heights: Array | float) -> Array:
+        """Project points in face units with heights to pixels of the image."""
         return self.axes[0] * plane.real + self.axes[1] * plane.imag + self.axes[2] * heights + self.offset
 
     def unwarp(self, canvas: Canvas, clay: Canvas, relief: Array) -> Array:
-        """Place on the canvas of every pixel: the fixed point of place = flat(pixel) - parallax * relief(place)."""
+        """Return the place on the canvas of every pixel.
+
+        It is the fixed point of place = flat(pixel) - parallax * relief(place).
+        """
         x, y, z = self.axes
         area = (x.conjugate() * y).imag
 
-        def flatten(step: complex) -> complex:  # the step on the face that is seen as a step in the image
+        def flatten(step: complex) -> complex:
+            """Return the step on a flat face that looks like ``step`` in the image."""
             return complex((step.conjugate() * y).imag / area, (x.conjugate() * step).imag / area)
 
-        def flat(surface: Canvas, count: int) -> Array:  # count x count places, were the head flat
+        def flat(surface: Canvas, count: int) -> Array:
+            """Return count × count places on the surface, as if the head were flat."""
             pixel = (np.arange(count, dtype=np.float32) + 0.5) * (self.size / count) - 0.5
             across, down = flatten(1) * pixel + flatten(-self.offset), flatten(1j) * surface.scale * pixel
             return surface.to_pixels(across) + down[:, None]
 
-        rough = flat(clay, max(1, self.size // 2))  # enough for heights
+        rough = flat(clay, max(1, self.size // 2))  # half resolution is enough for heights
         height: Array = np.full(rough.shape, 10, np.float32)
         for _ in range(4):
             height = _sample(relief, rough - flatten(z) * clay.scale * height)
@@ -345,10 +375,10 @@ class Pose:
 
 
 def _draw_backdrop(look: Look, pose: Pose, rng: np.random.Generator, size: int) -> Array:
-    """All behind the head: a blurred scene, long hair, the neck in the shade of the chin, clothes."""
+    """Draw everything behind the head: a blurred scene, long hair, the neck in the shade of the chin, clothes."""
     level, contrast, colourful = rng.uniform(20, 230), rng.uniform(5, 60), rng.uniform(2, 20)
     scene = (rng.normal(level, contrast, (5, 5, 1)) + rng.normal(0, colourful, (5, 5, 3))).clip(0, 255)
-    half = max(1, size // 2)  # enlarging is part of the blur
+    half = max(1, size // 2)  # enlarging it later blurs too
     scene = cv2.resize(scene.astype(np.uint8), (14, 14), interpolation=cv2.INTER_CUBIC)
     image = cv2.resize(scene, (half, half))
     neck, low = look.face_width * (0.64 + 0.08 * look.sex), rng.uniform(72, 95)

@@ -1,9 +1,11 @@
 """MXNet's RecordIO, the format of insightface's training sets: ``train.rec``, ``train.idx``, ``property``.
 
-A record is a magic number, a word of 3 bits (part of a longer record) and 29 bits (length), and its payload, padded to
-four bytes. A payload that contains the magic number is cut there into parts, and readers put it back. The payload of
-an image is a header (flag, label, two ids; after it, ``flag`` further labels) and then the JPEG or PNG. Records of two
-labels and no image say where the identities' own records are (record 0) and which images an identity has.
+A record is a magic number, a length word and a payload padded to four bytes. The word has 3 bits that mark parts of a
+longer record, and 29 bits of length. Writers cut a payload at every magic number inside it; readers put it back.
+
+The payload of an image is a header and a JPEG or PNG. The header is flag, label and two ids, followed by ``flag``
+further labels. Record 0 has two labels and no image: the range of the identities' records. Each identity's record also
+has two labels and no image: the range of its images.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from fr_core.errors import UserError
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = MAGIC.to_bytes(4, "little")
-WHOLE, FIRST, MIDDLE, LAST = range(4)  # the 3 bits
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # values of the 3 bits
 HEADER = np.dtype([("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8")])
 FRAME = 8  # bytes of magic number and length word
 
@@ -25,52 +27,57 @@ FRAME = 8  # bytes of magic number and length word
 class Records:
     """The images of a ``.rec``. Legend: I images."""
 
-    keys_I: np.ndarray  # int64, their numbers in the index
-    starts_I: np.ndarray  # int64, bytes into the file
-    labels_I: np.ndarray  # int64, as the file has them
+    keys_I: np.ndarray  # int64, numbers of the records in the index
+    starts_I: np.ndarray  # int64, offsets in the file
+    labels_I: np.ndarray  # int64, labels in the file
 
 
 def list_records(path: Path) -> Records:
-    """Finds the images of a ``.rec`` and their labels, by its ``.idx`` or, without one, by walking through the file.
+    """Find the images of a ``.rec`` and their labels, by its ``.idx`` or, without one, by scanning the file.
 
     Raises:
-        UserError: unreadable, no RecordIO, no images, an index of another file, or a label that is no whole number.
+        UserError: the file is unreadable or no RecordIO, has no images, or has a label that is no whole number. Also
+            if the index belongs to another file.
     """
     try:
         data = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     index = path.with_suffix(".idx")
-    keys, starts = _read_index(index) if index.is_file() else _walk(path, data)
+    keys, starts = _read_index(index) if index.is_file() else _scan_records(path, data)
     if not len(starts):
-        raise UserError(f"{path}: no records")
+        raise UserError(f"{path}: no records; the file is empty or truncated")
     if starts.min() < 0 or starts.max() > len(data) - FRAME - HEADER.itemsize:
-        raise UserError(f"{index}: records outside {path}; truncated, or an index of another file?")
+        raise UserError(f"{index}: records outside {path}; truncated, or an index of another file: copy both again")
     fixed = _gather(data, starts, FRAME + HEADER.itemsize)
     if (np.ascontiguousarray(fixed[:, :4]).view("<u4")[:, 0] != MAGIC).any():
-        raise UserError(f"{path}: no record where {index.name} has one; not RecordIO, or an index of another file")
+        raise UserError(
+            f"{path}: no record where {index.name} has one; not RecordIO, or an index of another file: copy both again"
+        )
     header = np.ascontiguousarray(fixed[:, FRAME:]).view(HEADER)[:, 0]
     words = np.ascontiguousarray(fixed[:, 4:FRAME]).view("<u4")[:, 0]
-    images = (header["flag"] != 2) | (words != HEADER.itemsize + 8)  # a whole record with two labels and nothing else
+    images = (header["flag"] != 2) | (words != HEADER.itemsize + 8)  # not a record of two labels alone
     labels = header["label"].astype(np.float64)
     several = images & (header["flag"] > 0)
-    labels[several] = _labels(data, starts[several])
+    labels[several] = _first_labels(data, starts[several])
     keys, starts, labels = keys[images], starts[images], labels[images]
     if not len(keys):
-        raise UserError(f"{path}: no images in its {len(images)} records")
+        raise UserError(f"{path}: none of its {len(images)} records is an image")
     if (wrong := ~(np.isfinite(labels) & (labels == np.round(labels)) & (np.abs(labels) < 2**53))).any():
-        raise UserError(f"{path}: record {keys[wrong][0]} has label {labels[wrong][0]:g}, which numbers no identity")
+        raise UserError(f"{path}: record {keys[wrong][0]} has label {labels[wrong][0]:g}; labels must be whole numbers")
     return Records(keys, starts, labels.astype(np.int64))
 
 
 def read_record(data: memoryview | LocalBytes | RemoteBytes, start: int, longest: int) -> bytes:
-    """The payload of the record that begins at ``start``, its parts joined.
+    """Read the payload of the record at ``start`` and join its parts.
 
     Args:
-        longest: bytes; longer payloads are refused.
+        data: bytes of the file.
+        start: offset of the record.
+        longest: limit in bytes; longer payloads are refused.
 
     Raises:
-        ValueError: no whole record there.
+        ValueError: there is no complete record.
     """
     parts: list[bytes] = []
     size = 0
@@ -91,10 +98,10 @@ def read_record(data: memoryview | LocalBytes | RemoteBytes, start: int, longest
 
 
 def image_of(payload: bytes) -> bytes:
-    """The image in a payload.
+    """Return the image in a payload.
 
     Raises:
-        ValueError: it is shorter than its header says.
+        ValueError: the payload is shorter than its header says.
     """
     if len(payload) < HEADER.itemsize:
         raise ValueError("short record")
@@ -106,13 +113,13 @@ def image_of(payload: bytes) -> bytes:
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and starts, in the order of the keys."""
+    """Read the keys and starts of an index, in the order of the keys."""
     try:
         if path.stat().st_size == 0:
             raise ValueError("empty")
         table = np.loadtxt(path, np.int64, ndmin=2)
         if table.size and table.shape[1] != 2:
-            raise ValueError("two numbers a line were expected")
+            raise ValueError("expected two numbers per line")
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     table = table.reshape(-1, 2)
@@ -120,13 +127,13 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return table[:, 0], table[:, 1]
 
 
-def _walk(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the records of a file in order; keys and starts."""
+def _scan_records(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the records of a file without an index; return keys, counted from 0, and starts."""
     view, starts, start = memoryview(data), [], 0  # type: ignore[arg-type]
     while start + FRAME <= len(view):
         magic, word = np.frombuffer(view[start : start + FRAME], "<u4").tolist()
         if magic != MAGIC:
-            raise UserError(f"{path}: no record at byte {start}; not RecordIO, or damaged")
+            raise UserError(f"{path}: no record at byte {start}; not RecordIO, or damaged: copy the file again")
         if word >> 29 in (WHOLE, FIRST):
             starts.append(start)
         start += FRAME + -(-(word & (2**29 - 1)) // 4) * 4
@@ -134,12 +141,12 @@ def _walk(path: Path, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _gather(data: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """``length`` bytes from each start: uint8 [starts, length]."""
+    """Copy ``length`` bytes from each start: uint8 [starts, length]."""
     return np.lib.stride_tricks.sliding_window_view(data, length)[starts]
 
 
-def _labels(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The first of the labels that follow the header: float64; NaN where the file ends before."""
+def _first_labels(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Read the first label after each header: float64, NaN if the file ends before it."""
     inside = starts + FRAME + HEADER.itemsize + 4 <= len(data)
     labels = np.full(len(starts), np.nan)
     found = _gather(data, starts[inside] + FRAME + HEADER.itemsize, 4)

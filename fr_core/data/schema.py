@@ -1,7 +1,8 @@
 """A dataset on disk: Parquet shards of JPEG bytes, ``manifest.json``, ``identities.parquet``, ``rejects.csv``.
 
-Two layouts of one content. *flat*: a row is an image, the rows shuffled once at ingest. *grouped*: a row is a chunk of
-images of one identity, for methods that need class images. Every page carries a CRC, every shard a sha256.
+There are two layouts of the same content. *flat*: a row is an image, and the rows were shuffled once at ingest.
+*grouped*: a row is a chunk of images of one identity, for methods that need class images. Every page carries a CRC,
+every shard a SHA-256.
 """
 
 import hashlib
@@ -43,43 +44,47 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
-GROUP_IMAGES = 128  # of a row group, or a chunk more: about half a megabyte of faces, the unit of reading
+GROUP_IMAGES = 128  # images of a row group, up to a chunk more; half a megabyte of faces is the unit of reading
 
 
 class Shard(BaseModel):
+    """A shard in the manifest: its file, sizes and checksum."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
-    row_groups: tuple[int, ...]  # images of each
+    row_groups: tuple[int, ...]  # images of each row group
     images: int
     bytes: int
     sha256: str
 
 
 class Manifest(BaseModel):
+    """The content of ``manifest.json``."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int
     layout: Layout
     image_size: int  # pixels, square
-    identities: int  # labels run from 0; an identity of which nothing could be read keeps its label
+    identities: int  # labels run from 0; an identity without readable images keeps its label
     images: int
     shards: tuple[Shard, ...]
     source: str
-    rejects: dict[str, int]  # reason -> images left out; each is listed in rejects.csv
+    rejects: dict[str, int]  # reason → images left out; rejects.csv lists each image
     warnings: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened folder of shards. Opening reads the manifest and the files' sizes, no images."""
+    """An opened folder of shards. Opening it reads the manifest and the files' sizes, but no images."""
 
     root: AnyPath
     manifest: Manifest
 
     @cached_property
     def row_groups(self) -> np.ndarray:
-        """int64 [groups, 3]: shard, row group within it, images."""
+        """Return int64 [groups, 3]: shard, row group within the shard, images."""
         return np.array(
             [(s, g, n) for s, shard in enumerate(self.manifest.shards) for g, n in enumerate(shard.row_groups)],
             np.int64,
@@ -87,15 +92,16 @@ class Dataset:
 
     @cached_property
     def stamp(self) -> str:
-        """Tells this dataset from any other: the checksum of its shards' checksums."""
+        """Return the checksum of all shards' checksums, which identifies this dataset."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
     def read_row_group(self, shard: int, group: int, columns: list[str] | None = None) -> pa.Table:
-        """One row group.
+        """Read one row group.
 
         Raises:
-            UserError: the shard is damaged (a page's CRC, a truncated file) or another one than when the dataset was
-                opened; names it.
+            UserError: the shard is damaged (a page's CRC, a truncated file), or was replaced after the dataset was
+                opened. Names the shard.
+            StorageError: the connection to a remote shard failed.
         """
         known = self.manifest.shards[shard]
         path = self.root / known.file
@@ -103,17 +109,17 @@ class Dataset:
             return _reader(path, known).read_row_group(group, columns=columns)
         except (OSError, pa.ArrowException) as error:
             remote = isinstance(path, RemotePath) and not isinstance(error, FileNotFoundError)
-            if remote and sha256(path) == known.sha256:  # not the shard is at fault but the way to it
-                raise StorageError(f"shard {path}: {_first_line(error)}") from None
-            raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest it again") from None
+            if remote and sha256(path) == known.sha256:  # the connection failed, not the shard
+                raise StorageError(f"shard {path}: {_first_line(error)}; try again") from None
+            raise UserError(f"shard {path} is damaged: {_first_line(error)}; ingest the photos again") from None
 
     def read_images(self, shard: int, group: int) -> list[FlatRow]:
-        """The images of one row group, one after the other whatever the layout."""
+        """Read the images of one row group of either layout, one after the other."""
         chunks = chunks_of(self.read_row_group(shard, group), self.manifest.layout)
         return list(itertools.chain.from_iterable(chunks))
 
     def check_sha256(self) -> None:
-        """Compares every shard with its checksum.
+        """Compare every shard with its checksum.
 
         Raises:
             UserError: names the first shard that differs.
@@ -122,63 +128,73 @@ class Dataset:
             files = [self.root / shard.file for shard in self.manifest.shards]
             for shard, digest in zip(self.manifest.shards, pool.map(sha256, files), strict=True):
                 if digest != shard.sha256:
-                    raise UserError(f"shard {self.root / shard.file}: wrong checksum; ingest it again")
+                    raise UserError(f"shard {self.root / shard.file}: wrong checksum; ingest the photos again")
 
     def identity_names(self) -> list[str]:
-        """Names of the identities, by label."""
+        """Return the names of the identities, by label."""
         return self._identities()["name"].to_pylist()
 
     def identity_counts(self) -> np.ndarray:
-        """Images of each identity, by label: int64 [identities]."""
+        """Return the number of images of each identity, by label: int64 [identities]."""
         return self._identities()["images"].to_numpy()
 
     def _identities(self) -> pa.Table:
-        """Raises UserError where the table is damaged or another dataset's."""
+        """Read the table of identities.
+
+        Raises:
+            UserError: the table is damaged, or belongs to another dataset.
+        """
         path = self.root / "identities.parquet"
         try:
             with local_copy(path) as file:
                 table = pq.read_table(file, columns=["name", "images"])
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged: {_first_line(error)}; ingest again") from None
+            raise UserError(f"{path} is damaged: {_first_line(error)}; ingest the photos again") from None
         known = (self.manifest.identities, self.manifest.images)
         found = (table.num_rows, pc.sum(table["images"]).as_py())
         if found != known:
             raise UserError(
                 f"{path} lists {found[1]} images of {found[0]} identities, the manifest {known[1]} of {known[0]}; "
-                "ingest again"
+                "ingest the photos again"
             )
         return table
 
 
 def open_dataset(root: str | AnyPath) -> Dataset:
-    """Opens a folder of shards, local or at a URL, and checks the manifest and the presence and size of every shard.
+    """Open a folder of shards, local or at a URL, and check the manifest and the presence and size of every shard.
 
     Raises:
-        UserError: no manifest, another schema version, a missing or truncated shard (named).
+        UserError: the folder is no dataset (says what it is and what to do), or has another schema version. Also if a
+            shard is missing or truncated (names it).
     """
     root = to_path(root)
     path = root / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{root}: no manifest.json; make shards with: bigface ingest PHOTOS --out {root}")
+        from fr_core.data.not_shards import explain  # imports OpenCV, which read tasks do without
+
+        raise UserError(explain(root))
     try:
         version = json.loads(path.read_text()).get("schema_version")
         if version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; ingest again")
+            raise UserError(
+                f"{path}: schema version {version}, but this program reads {SCHEMA_VERSION}; ingest the photos again"
+            )
         manifest = Manifest.model_validate_json(path.read_text())
     except (ValidationError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a manifest: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a manifest: {_first_line(error)}; ingest the photos again") from None
     found = {file.name: file for file in root.iterdir()}
     for shard in manifest.shards:
         file = found.get(shard.file)
         if file is None or not file.is_file():
-            raise UserError(f"shard {root / shard.file} is missing; ingest it again")
+            raise UserError(f"shard {root / shard.file} is missing; copy the shards again, or ingest the photos again")
         if file.stat().st_size != shard.bytes:
-            raise UserError(f"shard {file}: {file.stat().st_size} bytes, the manifest says {shard.bytes}; truncated?")
+            sizes = f"{file.stat().st_size} bytes, but {shard.bytes} in the manifest"
+            raise UserError(f"shard {file}: {sizes}; truncated? Copy it again, or ingest the photos again")
     return Dataset(root, manifest)
 
 
 def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
-    """Writes one shard, whole or not at all."""
+    """Write one shard; the file is complete or absent."""
     images = np.ones(table.num_rows, np.int64)
     if layout == "grouped":
         images = pc.list_value_length(table["sample_ids"]).to_numpy().astype(np.int64)
@@ -191,7 +207,7 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
             part,
             table.schema,
             write_page_checksum=True,
-            compression="none",  # JPEG gains by none of these
+            compression="none",  # JPEG images do not compress further
             use_dictionary=False,
             write_statistics=False,
         ) as writer:
@@ -207,7 +223,7 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
 
 
 def write_manifest(root: AnyPath, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:
-    """Writes ``identities.parquet``, then ``manifest.json``: the dataset exists once its manifest does."""
+    """Write ``identities.parquet``, then ``manifest.json``: a dataset exists once its manifest does."""
     labels = pa.array(np.arange(len(names)), pa.int32())
     table = pa.table({"label": labels, "name": pa.array(names, pa.string()), "images": pa.array(counts, pa.int64())})
     with atomic_file(root / "identities.parquet") as part:
@@ -216,7 +232,7 @@ def write_manifest(root: AnyPath, manifest: Manifest, names: list[str], counts: 
 
 
 def flat_table(rows: Iterable[FlatRow]) -> pa.Table:
-    """Rows as a table of the flat layout."""
+    """Make a table of the flat layout from rows."""
     ids, labels, images, points = zip(*rows, strict=True)
     columns = [ids, labels, images, [None if p is None else p.ravel() for p in points]]
     fields = SCHEMAS["flat"]
@@ -224,7 +240,7 @@ def flat_table(rows: Iterable[FlatRow]) -> pa.Table:
 
 
 def grouped_table(chunks: Iterable[list[FlatRow]]) -> pa.Table:
-    """Chunks of flat rows, each of one identity, as a table of the grouped layout."""
+    """Make a table of the grouped layout from chunks of flat rows, each chunk of one identity."""
     columns: list[list] = [[], [], [], []]
     for chunk in chunks:
         ids, labels, images, points = zip(*chunk, strict=True)
@@ -237,7 +253,10 @@ def grouped_table(chunks: Iterable[list[FlatRow]]) -> pa.Table:
 
 
 def chunks_of(table: pa.Table, layout: Layout) -> list[list[FlatRow]]:
-    """What :func:`flat_table` (chunks of one image) or :func:`grouped_table` made a table of."""
+    """Split a table of either layout into chunks of rows: the inverse of :func:`flat_table` and :func:`grouped_table`.
+
+    The chunks of a flat table hold one image each.
+    """
     if layout == "flat":
         ids, labels, images, points = (table[name].to_pylist() for name in SCHEMAS["flat"].names)
         return [[(i, label, jpeg, _points(p))] for i, label, jpeg, p in zip(ids, labels, images, points, strict=True)]
@@ -249,31 +268,38 @@ def chunks_of(table: pa.Table, layout: Layout) -> list[list[FlatRow]]:
 
 
 def points_of(landmarks: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A column of landmarks as float32 [images, 5, 2], NaN where they are unknown."""
+    """Convert a column of landmarks to float32 [images, 5, 2], NaN where they are unknown."""
     points = np.full((len(landmarks), 10), np.nan, np.float32)
     points[np.asarray(pc.is_valid(landmarks))] = np.asarray(pc.list_flatten(landmarks)).reshape(-1, 10)
     return points.reshape(-1, 5, 2)
 
 
 def _points(numbers: list[float] | None) -> np.ndarray | None:
+    """Convert ten numbers to five points."""
     return None if numbers is None else np.array(numbers, np.float32).reshape(5, 2)
 
 
 def sha256(path: AnyPath) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with local_copy(path) as copy, copy.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reader(path: AnyPath, known: Shard) -> pq.ParquetFile:
+    """Open a reader of a shard that verifies every page's checksum."""
     if isinstance(path, Path):
         return _open_parquet(path, known)
-    file, footer = _open_remote(path, known)  # a reader each time: many threads read at once
+    file, footer = _open_remote(path, known)  # one reader per call, because many threads read
     return pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=64)
 def _open_parquet(path: Path, known: Shard) -> pq.ParquetFile:
-    """``known`` is a key: the same name may hold another dataset after a new ingest, and is refused to the old one."""
+    """Open a local shard.
+
+    A new ingest may put another dataset under the same name. So ``known`` is part of the cache's key, and a file of
+    another size is refused.
+    """
     if path.stat().st_size != known.bytes:
         raise OSError(f"{path.stat().st_size} bytes, {known.bytes} when the dataset was opened")
     return pq.ParquetFile(path, page_checksum_verification=True)
@@ -281,9 +307,11 @@ def _open_parquet(path: Path, known: Shard) -> pq.ParquetFile:
 
 @lru_cache(maxsize=512)
 def _open_remote(path: RemotePath, known: Shard) -> tuple[pa.NativeFile, pq.FileMetaData]:
+    """Open a remote shard and read its footer."""
     file = path.open_random()
     return file, pq.read_metadata(file)
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,10 +1,11 @@
-"""What people already have, listed: identity folders, archives of them, RecordIO, Parquet, lists of files."""
+"""Lists the sources that people already have: identity folders, archives, RecordIO, Parquet, lists of files."""
 
 import csv
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 import numpy as np
 
@@ -16,22 +17,22 @@ from fr_core.data.store import AnyPath, LocalBytes, RemotePath, find_paths, loca
 from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
-IDENTITY_COLUMNS = ("identity", "label", "name")  # of a CSV list
-LONGEST_CLASS = 1000  # bytes of an identity's name
+IDENTITY_COLUMNS = ("identity", "label", "name")  # columns of a CSV list that may name the identity
+LONGEST_CLASS = 1000  # bytes read of a .cls file
 
 
 def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scratch: Path | None = None) -> Listing:
-    """The images of whatever ``source`` is.
+    """List the images of a source of any known kind, local or at a URL.
 
     Args:
-        source: a folder of identity folders; a ``.zip`` or ``.tar`` of them, or a folder of such archives; a ``.rec``
-            or the folder around it; Parquet files or a folder of them; a list of files with their identities (``path
-            identity`` a line, or CSV with these columns); local, or at a URL.
-        labels: such a list for a folder whose images lie loose.
-        scratch: folder that Parquet's images are unpacked to; what is there already is used.
+        source: a folder of identity folders, a ``.zip`` or ``.tar`` of them, a ``.rec``, or a Parquet file. Also a
+            folder that holds files of one of these kinds. Or a list of files with their identities: ``path identity``
+            on each line, or a CSV with these columns.
+        labels: such a list, for a folder of loose images.
+        scratch: folder for the unpacked images of Parquet files; files unpacked before are used again.
 
     Raises:
-        UserError: nothing there that can be read; no images; one identity, or one image per identity, only.
+        UserError: there is no readable source, no image, only one identity, or only one image per identity.
     """
     source = to_path(source)
     if labels is not None:
@@ -43,14 +44,17 @@ def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scra
         compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
         parquets = [entry for entry in inside if entry.suffix == ".parquet"]
         if parquets and (source / "manifest.json").exists():
-            raise UserError(f"{source}: a dataset already; bigface merge copies it, bigface unpack turns it to images")
+            raise UserError(
+                f"{source}: already a dataset; bigface merge copies it, bigface unpack turns it into images"
+            )
         folders = [entry for entry in source.iterdir() if entry.is_dir()]
         kinds = [kind[0] for kind in (records, zips, tars, compressed, parquets) if kind]
         if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
             beside = [path.name for path in (*records, *kinds, *folders)][:3]
-            raise UserError(f"{source}: {', '.join(dict.fromkeys(beside))} beside each other; name one of them")
+            names = ", ".join(dict.fromkeys(beside))
+            raise UserError(f"{source}: holds several kinds of sources, {names}; give the path of one of them")
         if compressed:
-            raise UserError(f"{compressed[0]}: decompress it first (images gain nothing by it)")
+            raise UserError(f"{compressed[0]}: decompress it first, since images do not compress further")
         if records:
             return list_rec(records[0])
         if zips or tars:
@@ -69,22 +73,23 @@ def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scra
     if source.suffix in LISTS:
         return list_files(source, source.parent)
     if source.suffix == ".bin":
-        raise UserError(f"{source}: a set of pairs for verification: bigface verify NET --pairs {source}")
+        command = f"bigface verify NET --pairs {quote(str(source))}"
+        raise UserError(f"{source}: a set of pairs for verification; verify a net with: {command}")
     lists = ", ".join(sorted(LISTS))
-    raise UserError(f"{source}: no known kind of source: a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
+    raise UserError(f"{source}: unknown kind of source; give a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
 
 
 def list_folder(root: str | AnyPath) -> Listing:
-    """Images in ``root/IDENTITY/…``, any depth below; identities and images sorted by name.
+    """List the images in ``root/IDENTITY/…``, at any depth below; identities and images are sorted by name.
 
     Raises:
-        UserError: no such folder, one that cannot be read, no images, images without identity folders, or one image
-            per identity only.
+        UserError: the folder is missing, unreadable, without images or without identity folders, or has only one image
+            per identity.
     """
     root = to_path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    if isinstance(root, RemotePath):  # one listing, not one for each identity
+    if isinstance(root, RemotePath):  # one listing of all, not one per identity
         found = (path.relative_to(root) for path in root.rglob("*") if is_image(path.name) and path.is_file())
         paths = sorted(str(path) for path in found if len(path.parts) > 1)
     else:
@@ -92,24 +97,29 @@ def list_folder(root: str | AnyPath) -> Listing:
         paths = [path for folder in folders for path in sorted(_images_below(folder, root))]
     if not paths:
         loose = any(is_image(p.name) for p in root.iterdir())
-        hint = "the images lie loose; give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
-        raise UserError(f"{root}: no identity folders with images in it: {hint}")
+        hint = "the images lie loose: give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
+        raise UserError(f"{root}: no identity folders with images; {hint}")
     return make_listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
 
 
 def _images_below(folder: Path, root: Path) -> Iterator[str]:
+    """Yield the images at any depth below a folder, as paths relative to ``root``."""
+
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}; its images would be missing") from None
+        """Raise on an unreadable folder, which os.walk would skip."""
+        raise UserError(
+            f"{error.filename}: {error.strerror}; make the folder readable, or its images would be missing"
+        ) from None
 
     for below, _, names in os.walk(folder, onerror=refuse):
         yield from (str((Path(below) / name).relative_to(root)) for name in names if is_image(name))
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:
-    """All images below a folder, at any depth, as one identity: for distillation, which looks at no labels.
+    """List all images at any depth below a folder as one identity, for distillation, which needs no labels.
 
     Raises:
-        UserError: no such folder, or no images in it.
+        UserError: the folder is missing, or has no images.
     """
     place = to_path(root)
     found = [path for path in place.rglob("*") if is_image(path.name) and path.is_file()] if place.is_dir() else []
@@ -120,14 +130,14 @@ def list_unlabelled(root: str | AnyPath) -> Listing:
 
 
 def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
-    """Images in archives, all zip or all tar, each a tree of identity folders.
+    """List the images in archives, all zip or all tar, each a tree of identity folders.
 
-    The identity is the first folder below those that all images of an archive share, and in an archive without folders
-    the archive itself. In WebDataset's tars it is what ``KEY.cls`` beside ``KEY.jpg`` says. Archives may share
-    identities, by name.
+    The identity is the first folder below the folders that all images of an archive share. In an archive without
+    folders, the archive itself is the identity. In a WebDataset tar, ``KEY.cls`` beside ``KEY.jpg`` names the identity.
+    Archives may share identities, by name.
 
     Raises:
-        UserError: an image without ``.cls`` beside others with one, or as :func:`list_folder`.
+        UserError: an image lacks its ``.cls`` while others have one, or as :func:`list_folder`.
     """
     zipped = archives[0].suffix == ".zip"
     paths: list[str] = []
@@ -138,17 +148,17 @@ def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
             found = sorted((zip_members if zipped else tar_members)(file), key=lambda member: member.name)
             members = [member for member in found if is_image(member.name)]
             classes = [member for member in found if member.name.endswith(".cls") and not zipped]
-            owners += _classes(file, members, classes) if classes else _owners(members, path.stem)
+            owners += _by_cls(file, members, classes) if classes else _by_folder(members, path.stem)
         paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
         places += [(number, member.start, member.length) for member in members]
     if not paths:
-        raise UserError(f"{root}: no JPEG or PNG files in it")
+        raise UserError(f"{root}: holds no JPEG or PNG files")
     files = [str(path.resolve()) for path in archives]
     return make_listing(root, "zip" if zipped else "plain", files, paths, owners, places)
 
 
 def list_rec(path: AnyPath) -> Listing:
-    """Images of an MXNet RecordIO file; an identity is called by its label."""
+    """List the images of an MXNet RecordIO file; an identity's name is its label."""
     with local_copy(path) as file:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
@@ -159,9 +169,9 @@ def list_rec(path: AnyPath) -> Listing:
 
 
 def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
-    """Images in Parquet files, unpacked to ``scratch`` (:mod:`fr_core.data.parquet`)."""
+    """List the images in Parquet files, after unpacking them to ``scratch`` (:mod:`fr_core.data.parquet`)."""
     if scratch is None:
-        raise UserError(f"{root}: Parquet is unpacked beside the shards first, so they need a local --out")
+        raise UserError(f"{root}: Parquet is first unpacked beside the shards: give a local --out")
     scratch.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     owners: list[str] = []
@@ -173,20 +183,21 @@ def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) 
         owners += names
         places.append(np.column_stack([np.full(len(called), number), extents]))
     if not paths:
-        raise UserError(f"{root}: no images in it")
+        raise UserError(f"{root}: holds no images")
     return make_listing(
         root, "plain", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places)
     )
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:
-    """Images that a list names with their identities: ``path identity`` a line, or CSV with a header.
+    """List the images that a file names with their identities: ``path identity`` on each line, or CSV with a header.
 
     Args:
-        root: what the paths are relative to; none may lead out of it.
+        table: the list.
+        root: folder that the paths are relative to; no path may lead out of it.
 
     Raises:
-        UserError: unreadable, a line without identity, a path out of ``root`` or twice.
+        UserError: the list is unreadable, a line has no identity, or a path leads out of ``root`` or comes twice.
     """
     rows: list[tuple[str, str]] = []
     try:
@@ -200,8 +211,8 @@ def list_files(table: AnyPath, root: AnyPath) -> Listing:
     return list_rows(table, root, rows)
 
 
-def _owners(members: list[Member], archive: str) -> list[str]:
-    """The identity of each member: its first folder below those that the folders around all identities share."""
+def _by_folder(members: list[Member], archive: str) -> list[str]:
+    """Return each member's identity: its first folder below the folders that surround all identities."""
     folders = [PurePosixPath(member.name).parts[:-1] for member in members]
     around = sorted({folder[:-1] for folder in folders})
     first, last = (around[0], around[-1]) if around else ((), ())
@@ -209,25 +220,27 @@ def _owners(members: list[Member], archive: str) -> list[str]:
     return [folder[shared] if len(folder) > shared else archive for folder in folders]
 
 
-def _classes(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
-    """What the ``.cls`` file beside each member of a WebDataset tar says."""
+def _by_cls(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
+    """Return each member's identity: the text of the ``.cls`` file beside it in a WebDataset tar."""
     data = LocalBytes(path)
-    said = {_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
+    said = {_webdataset_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
     try:
-        return [said[_key(member.name)].decode().strip() for member in members]
+        return [said[_webdataset_key(member.name)].decode().strip() for member in members]
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} has no .cls file beside its image") from None
+        raise UserError(
+            f"{path}: {error.args[0]} has no .cls file beside its image; add it, or remove all .cls files"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: a .cls file is no text") from None
+        raise UserError(f"{path}: a .cls file is not UTF-8 text; write the identity's name into it") from None
 
 
-def _key(name: str) -> str:
-    """WebDataset's: the name without its suffix."""
+def _webdataset_key(name: str) -> str:
+    """Return WebDataset's key of a member: its name without the suffix."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
 def _rows_of(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, [path, identity]) of CSV with a header, or of lines cut at their last tab or else space."""
+    """Yield (line number, [path, identity]) of a CSV, or of lines cut at their last tab, else at their last space."""
     if table.suffix == ".csv":
         reader = csv.DictReader(lines)
         identity = next((name for name in IDENTITY_COLUMNS if name in (reader.fieldnames or ())), None)

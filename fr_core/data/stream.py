@@ -1,6 +1,6 @@
-"""The plan, executed: JPEG bytes read ahead by Ray Data tasks or by a thread, decoded at the consumer.
+"""Executes the plan: Ray Data tasks or a thread read JPEG bytes ahead, and the consumer decodes them.
 
-Both ways call the same ``read_block``; Ray ships the Arrow tables, it does not decide their order.
+Both ways call the same ``read_block``. Ray ships the Arrow tables but does not decide their order.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from shlex import quote
 from typing import TypeVar
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch import Tensor
 from fr_core import rng
 from fr_core.config import Config, distillation, group_count, image_side, lane_count, step_rows, unlabelled_batch
 from fr_core.data.class_images import Pool
-from fr_core.data.decode import augmented_batch, class_image_draws, decoded, draws, second_view_draws
-from fr_core.data.masks import class_image_mask_draws, mask_draws, masking, second_view_mask_draws
+from fr_core.data.decode import augment_draws, augmented_batch, class_image_draws, decode_all, second_view_draws
+from fr_core.data.masks import class_image_mask_draws, mask_draws, mask_function, second_view_mask_draws
 from fr_core.data.plan import Plan, read_block, read_task
 from fr_core.data.schema import Dataset, open_dataset, points_of
 from fr_core.data.virtual import displacements, variants
@@ -30,16 +31,16 @@ from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
 T = TypeVar("T")
-GROUP_ROWS = 32768  # that one rank reads in a turn of Ray Data; three groups are in memory at most
+GROUP_ROWS = 32768  # rows that one rank reads in one Ray Data pipeline; at most three groups are in memory
 DECODED_AHEAD = 3  # batches
-DECODERS = (2, 8)  # threads that decode, at least and at most: as many as PyTorch has
+DECODERS = (2, 8)  # fewest and most decoding threads; between them, as many as PyTorch has
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step. Legend: B rank batch, K class images of each, H W pixels.
+    """The images that one rank trains on in one step. Legend: B rank batch, K class images of each, H W pixels.
 
-    With ``data.views`` = 2, images 2i and 2i + 1 are of the same sample.
+    With ``data.views`` = 2, images 2i and 2i + 1 are two views of the same sample.
     """
 
     epoch: int
@@ -47,21 +48,21 @@ class Batch:
     labels_B: Tensor  # int64
     images_BHWC: Tensor  # uint8, RGB
     class_images_BKHWC: Tensor  # uint8; K = 0 for methods that need none
-    unlabelled: "Batch | None" = None  # images for distillation alone, of a stream with epochs of its own
+    unlabelled: "Batch | None" = None  # images for distillation only, from a stream with separate epochs
 
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
-    """The plan of a run.
+    """Make the plan of a run.
 
     Raises:
-        UserError: shards of the other layout, more class images than any identity has, or a batch larger than the
-            dataset.
+        UserError: the shards have the other layout, no identity has as many class images, or the batch is larger than
+            the dataset.
     """
     kind, wanted, count = config.method.kind, config.method.facts.layout, config.method.facts.class_images
     if dataset.manifest.layout != wanted:
         raise UserError(
             f"{dataset.root} holds {dataset.manifest.layout} shards; {kind} reads {wanted} ones: "
-            f"bigface ingest {dataset.manifest.source} --out SHARDS --layout {wanted}"
+            f"bigface ingest {quote(dataset.manifest.source)} --out SHARDS --layout {wanted}"
         )
     if count and (most := int(dataset.identity_counts().max())) <= count:
         raise UserError(
@@ -74,10 +75,10 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
 
 
 def unlabelled(config: Config) -> tuple[Config, Plan] | None:
-    """Config and plan of the stream of unlabelled images, where there is one.
+    """Return the config and plan of the stream of unlabelled images, or None if there is no such stream.
 
-    It has a seed of its own, made of the run's: a sample id that is in both streams meets other draws in each. Its
-    images have the net's full size; a run that resizes progressively shrinks them on the device.
+    The stream's seed is derived from the run's. So a sample id that occurs in both streams gets other random numbers in
+    each. Its images have the net's full size; a run that resizes progressively shrinks them on the device.
 
     Raises:
         UserError: as :func:`make_plan`.
@@ -88,7 +89,7 @@ def unlabelled(config: Config) -> tuple[Config, Plan] | None:
     dataset, batch = open_dataset(distill.unlabelled.path), unlabelled_batch(config)
     if dataset.manifest.images < batch:
         raise UserError(
-            f"{dataset.root} holds {dataset.manifest.images} images, a step takes {batch}: lower "
+            f"{dataset.root} holds {dataset.manifest.images} images, but a step takes {batch}: lower "
             "method.distill.unlabelled.batch"
         )
     plain = {"lanes": None, "progressive": None, "balanced": None, "views": 1, "variants": 1}
@@ -102,7 +103,7 @@ def unlabelled(config: Config) -> tuple[Config, Plan] | None:
 def step_by_step(
     batches: Generator[Batch, None, None], others: Generator[Batch, None, None]
 ) -> Generator[Batch, None, None]:
-    """The batches of one stream, each with the ``unlabelled`` one of the other; closing this closes both."""
+    """Yield the batches of one stream, each with the other stream's batch as ``unlabelled``. Closing closes both."""
     with closing(batches), closing(others):
         for batch, other in zip(batches, others, strict=True):
             yield replace(batch, unlabelled=other)
@@ -116,22 +117,28 @@ def batches(
     stop: int,
     blocks: Callable[[Plan, Ranks, int, int], Iterator[pa.Table]],
 ) -> Generator[Batch, None, None]:
-    """A rank's decoded batches of steps [step, stop), a few of them ahead of the consumer.
+    """Yield a rank's decoded batches of steps [step, stop), a few of them ahead of the consumer.
 
     Args:
+        config: config of the run.
+        plan: order of the samples.
+        ranks: this rank among all.
+        step: first step.
+        stop: step after the last.
         blocks: :func:`blocks_in_process` or :func:`blocks_by_ray`.
 
     Raises:
-        UserError: a damaged shard, or a label that the manifest does not have (from ``next``).
+        UserError: a shard is damaged, or a label is not in the manifest (raised by ``next``).
     """
-    plan.lanes_of(ranks.rank, ranks.size)  # refuse a wrong number of ranks before the first read
+    plan.lanes_of(ranks.rank, ranks.size)  # refuses a wrong number of ranks before the first read
     each = plan.global_batch // ranks.size
     least, most = DECODERS
     with ThreadPoolExecutor(min(max(least, torch.get_num_threads()), most)) as threads:
 
         def decoded() -> Iterator[Batch]:
-            tables = zip(_blocks(plan, step, stop), blocks(plan, ranks, step, stop), strict=False)
-            known = ((epoch, _with_known_labels(plan, table)) for (epoch, _, _), table in tables)
+            """Yield the batches of all blocks."""
+            tables = zip(_block_schedule(plan, step, stop), blocks(plan, ranks, step, stop), strict=False)
+            known = ((epoch, _check_labels(plan, table)) for (epoch, _, _), table in tables)
             if plan.dataset.manifest.layout == "flat":
                 for epoch, rows in known:
                     yield from _flat_batches(config, epoch, rows, each, threads)
@@ -147,57 +154,59 @@ def batches(
 def _flat_batches(
     config: Config, epoch: int, rows: pa.Table, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
+    """Yield the batches of one block of flat rows."""
     size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
     for start in range(0, rows.num_rows, batch):
         step = rows.slice(start, batch)
         ids = step["sample_id"].to_numpy()
-        labels, fields = _classes(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
-        numbers, masked = draws(config.seed, epoch, ids), mask_draws(config.seed, epoch, ids)
+        labels, fields = _class_labels(config, epoch, ids, step["label"].to_numpy().astype(np.int64))
+        numbers, masked = augment_draws(config.seed, epoch, ids), mask_draws(config.seed, epoch, ids)
         points, sources = points_of(step["landmarks"]), step["image"].to_pylist()
         if config.data.views == 2:
-            numbers = _alternating(numbers, second_view_draws(config.seed, epoch, ids))
-            masked = _alternating(masked, second_view_mask_draws(config.seed, epoch, ids))
-            sources = [image for image in decoded(sources, threads) for _ in range(2)]
+            numbers = _interleave(numbers, second_view_draws(config.seed, epoch, ids))
+            masked = _interleave(masked, second_view_mask_draws(config.seed, epoch, ids))
+            sources = [image for image in decode_all(sources, threads) for _ in range(2)]
             ids, labels, points = (np.repeat(own, 2, axis=0) for own in (ids, labels, points))
             fields = None if fields is None else np.repeat(fields, 2, axis=0)
-        mask = masking(config, points, masked)
+        mask = mask_function(config, points, masked)
         images = augmented_batch(sources, numbers, size, augment, threads, fields, small, mask)
         none = torch.empty((len(ids), 0, *images.shape[1:]), dtype=torch.uint8)
         yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
 
 
-def _alternating(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
-    """[2B, U]: row 2i of the first, row 2i + 1 of the second."""
+def _interleave(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
+    """Interleave two arrays, [2B, U]: row 2i of the first, row 2i + 1 of the second."""
     return np.stack([first_BU, second_BU], 1).reshape(-1, first_BU.shape[1])
 
 
 def _grouped_batches(
     config: Config, epoch: int, pool: Pool, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[Batch]:
+    """Yield the batches of one block of the grouped layout, with their class images."""
     size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
     count = config.method.facts.class_images
     for start in range(0, len(pool.order_Q), batch):
         own_B = pool.order_Q[start : start + batch]
         other_BK = pool.class_images(own_B, count, config.seed, epoch)
         ids = pool.sample_ids_P[own_B]
-        labels, fields = _classes(config, epoch, ids, pool.labels_P[own_B])
+        labels, fields = _class_labels(config, epoch, ids, pool.labels_P[own_B])
         others = class_image_draws(config.seed, epoch, ids, count)
-        numbers = np.concatenate([draws(config.seed, epoch, ids), *others.swapaxes(0, 1)])
+        numbers = np.concatenate([augment_draws(config.seed, epoch, ids), *others.swapaxes(0, 1)])
         all_A = np.concatenate([own_B, *other_BK.T])
         fields = None if fields is None else np.concatenate([fields] * (count + 1))
         masked = class_image_mask_draws(config.seed, epoch, ids, count)
         masked = np.concatenate([mask_draws(config.seed, epoch, ids), *masked.swapaxes(0, 1)])
-        mask = masking(config, pool.points_P[all_A], masked)
+        mask = mask_function(config, pool.points_P[all_A], masked)
         sources = [pool.images[i] for i in all_A]
         images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields, small, mask))
         class_images_BK = images[len(own_B) :].unflatten(0, (count, len(own_B))).transpose(0, 1)
         yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
 
 
-def _classes(
+def _class_labels(
     config: Config, epoch: int, ids_B: np.ndarray, labels_B: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The classes of samples, and the displacement fields of their variants if there are any."""
+    """Return the classes of samples, and the displacement fields of their variants or None."""
     count = config.data.variants
     if count == 1:
         return labels_B, None
@@ -206,29 +215,34 @@ def _classes(
     return labels_B * count + variant_B, fields
 
 
-def _with_known_labels(plan: Plan, table: pa.Table) -> pa.Table:
+def _check_labels(plan: Plan, table: pa.Table) -> pa.Table:
+    """Return a table whose labels are all in the manifest.
+
+    Raises:
+        UserError: names the first sample with another label.
+    """
     labels, classes = table["label"].to_numpy(), plan.dataset.manifest.identities
     if labels.min() < 0 or labels.max() >= classes:
         wrong = int(np.argmax((labels < 0) | (labels >= classes)))
         sample = table["sample_id"][wrong] if "sample_id" in table.column_names else table["sample_ids"][wrong][0]
         raise UserError(
             f"{plan.dataset.root}: sample {sample} has label {labels[wrong]}, "
-            f"outside the manifest's {classes} identities; ingest again"
+            f"outside the manifest's {classes} identities; ingest the photos again"
         )
     return table
 
 
 def blocks_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """A rank's blocks of steps [step, stop), read by PyArrow in a thread of this process."""
-    blocks = _blocks(plan, step, stop)
+    """Yield a rank's blocks of steps [step, stop), read by PyArrow in a thread of this process."""
+    blocks = _block_schedule(plan, step, stop)
     yield from ahead((read_block(plan, epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in blocks), 1)
 
 
 def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """A rank's blocks of steps [step, stop), read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
+    """Yield a rank's blocks of steps [step, stop), read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
 
-    Blocks are read group by group, a group ahead of the consumer. One pipeline over all blocks would stand against
-    its memory limit for most of the run, where Ray Data's executor spins: it took half a core from every worker.
+    Blocks are read group by group, one group ahead of the consumer. One pipeline over all blocks would stay at its
+    memory limit for most of the run. Ray Data's executor spins at this limit and took half a core from every worker.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -237,14 +251,15 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
-    context.target_max_block_size = None  # a block stays whole, however large
-    read = partial(read_task, str(plan.dataset.root), plan.dataset.stamp, plan.order)
+    context.target_max_block_size = None  # never split a block
+    read = partial(read_task, str(plan.dataset.root), plan.dataset.stamp, plan.arguments)
     rows = plan.global_batch // ranks.size
-    blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _blocks(plan, step, stop)]
+    blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _block_schedule(plan, step, stop)]
     each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))
 
     def references() -> Iterator[list["ray.ObjectRef[pa.Table]"]]:
-        for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first one alone
+        """Yield references to the tables of each group of blocks."""
+        for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first block alone
             group = ray.data.from_items(blocks[start:end], override_num_blocks=end - start)
             tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
             yield tables.to_arrow_refs()
@@ -255,16 +270,17 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
                 yield ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise type(error.cause)(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None  # drop the lines that Ray adds
         raise
 
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Runs an iterator in a thread, ``depth`` items ahead. Its errors surface here; closing this stops it."""
-    slots: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # None: the end
+    """Run an iterator in a thread, ``depth`` items ahead. Its errors surface here; closing this generator stops it."""
+    slots: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # None marks the end
     stopped = threading.Event()
 
     def put(slot: tuple[T] | BaseException | None) -> bool:
+        """Put a slot into the queue; return whether the consumer still wants it."""
         while not stopped.is_set():
             try:
                 slots.put(slot, timeout=0.1)
@@ -274,12 +290,13 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         return False
 
     def run() -> None:
+        """Put every item, and then the end or the error, into the queue."""
         try:
             for item in items:
                 if not put((item,)):
                     return
             put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # the consumer raises it
             put(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -297,8 +314,8 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         thread.join()
 
 
-def _blocks(plan: Plan, step: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(epoch, block, leading steps to skip) of the blocks that steps [step, stop) lie in."""
+def _block_schedule(plan: Plan, step: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (epoch, block, leading steps to skip) of each block that holds some of the steps [step, stop)."""
     while step < stop:
         epoch, within = divmod(step, plan.steps_per_epoch)
         block, skip = divmod(within, plan.steps_per_block)

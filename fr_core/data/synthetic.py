@@ -1,6 +1,7 @@
-"""Procedural faces: the embedded default data set, drawn without any file, with any number of identities.
+"""Procedural faces: the built-in data set, drawn without any file, with any number of identities.
 
-What an identity is comes from (seed, identity); all that must not matter also from the shot. `portrait` draws both.
+An identity's traits depend on (seed, identity). Everything that recognition must ignore also depends on the shot.
+The module `portrait` draws both.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.portrait import Array, Canvas
 
-SPREAD_LIMIT = 2.2  # traits are normal, cut at this many standard deviations
-GRAIN_ONE, GRAIN_ROOM = 32, 64  # the byte that stands for 1; pixels by which the crop of the grain can move
-CHUNK = 8  # identities per task of a worker process
+SPREAD_LIMIT = 2.2  # standard deviations at which normal traits are clipped
+GRAIN_ONE, GRAIN_ROOM = 32, 64  # byte that stands for 1; pixels by which crops of the grain move
+CHUNK = 8  # identities per task of a worker
 
-# Trait: (mean, standard deviation, shift from the average to the masculine end). Lengths in face units.
+# Trait: (mean, standard deviation, shift from the average to the masculine end). Lengths are in face units.
 # fmt: off
 IDENTITY_TRAITS = {
     "face_width": (39.0, 2.4, 0.8), "chin": (61.0, 3.36, 1.2), "jaw_power": (2.9, 0.48, 0.2),
@@ -49,7 +50,7 @@ IDENTITY_TRAITS = {
     "tone": (0.32, 0.21, 0.02), "warmth": (0.0, 7.2, 0.0), "cheek_red": (0.45, 0.36, -0.1),
     "freckles": (-0.3, 0.6, 0.0), "fold": (0.4, 0.36, 0.05), "wrinkle": (0.1, 0.36, 0.05),
 }
-# Angles in radians; smile, mouth_open and brow_lift in units of a full expression; light as slopes.
+# Angles are in radians, light in slopes; smile, mouth_open and brow_lift are in units of a full expression.
 SHOT_TRAITS = {
     "yaw": (0.0, 0.165, 0.0), "pitch": (0.0, 0.09, 0.0), "roll": (0.0, 0.038, 0.0), "zoom": (0.0, 0.022, 0.0),
     "smile": (0.35, 0.3, 0.0), "mouth_open": (0.0, 0.262, 0.0), "brow_lift": (0.0, 0.637, 0.0),
@@ -72,8 +73,18 @@ IDENTITY_TABLE, SHOT_TABLE = (np.array([*table.values()]).T for table in (IDENTI
 def render_face(identity: int, shot: int, seed: int = 0, size: int = TEMPLATE_SIZE) -> tuple[Array, Array]:
     """Draw one aligned face: a pure function of its arguments.
 
-    Returns (image uint8 [size, size, 3] RGB, landmarks float32 [5, 2] in pixels: eyes, nose tip and mouth corners,
-    the left of the image first). Raises ValueError for a negative identity, shot or seed, or a size below 1.
+    Args:
+        identity: number of the person.
+        shot: number of the person's picture.
+        seed: seed of all people.
+        size: side of the image, pixels.
+
+    Returns:
+        The image, uint8 [size, size, 3] RGB, and its landmarks, float32 [5, 2] in pixels: eyes, nose tip and mouth
+        corners, the left of the image first.
+
+    Raises:
+        ValueError: identity, shot or seed is negative, or the size is below 1.
     """
     _require(min(identity, shot, seed) >= 0, "identity, shot and seed must not be negative")
     _require(size > 0, f"size must be positive, got {size}")
@@ -90,11 +101,26 @@ def write_faces(
     first_identity: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Write out/images/id000000/000.jpg ... and out/landmarks.csv (paths relative to out/images, points in pixels).
+    """Write out/images/id000000/000.jpg … and out/landmarks.csv (paths relative to out/images, points in pixels).
 
-    The bytes do not depend on `workers` (processes; default: one per core). `progress` is called with the number
-    of images finished so far. Returns the number of images. Raises ValueError if a count or the size is below 1;
-    an error in a worker is raised here. Workers are spawned, so a script needs its `if __name__ == "__main__"`.
+    The bytes do not depend on the number of workers. Workers are spawned processes, so a script needs its
+    `if __name__ == "__main__"`. An error in a worker is raised in the caller.
+
+    Args:
+        out: folder of the data set.
+        identities: number of people.
+        shots: images of each person.
+        seed: seed of all people.
+        size: side of the images, pixels.
+        workers: processes; by default one per core.
+        first_identity: number of the first person.
+        progress: is called with the number of images finished so far.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: a count or the size is below 1, or seed or first_identity is negative.
     """
     workers = workers if workers is not None else os.cpu_count() or 1
     for name, value in {"identities": identities, "shots": shots, "size": size, "workers": workers}.items():
@@ -118,12 +144,13 @@ def write_faces(
 
 
 def _require(condition: bool, message: str) -> None:
+    """Raise ValueError unless a condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def _write_chunk(identities: range, images: Path, shots: int, seed: int, size: int) -> list[list[str]]:
-    """Write every shot of some identities; returns their rows of landmarks.csv."""
+    """Write every shot of some identities; return their rows of landmarks.csv."""
     rows = []
     for identity in identities:
         face = _draw_identity(seed, identity, size)
@@ -137,15 +164,16 @@ def _write_chunk(identities: range, images: Path, shots: int, seed: int, size: i
 
 
 def _draw_traits(names: Iterable[str], table: Array, rng: np.random.Generator, sex: float) -> dict[str, float]:
+    """Draw a value for each trait of a table of (mean, spread, shift with sex)."""
     mean, spread, shift = table
     noise = rng.standard_normal(len(mean)).clip(-SPREAD_LIMIT, SPREAD_LIMIT)
     return dict(zip(names, (mean + spread * noise + shift * sex).tolist(), strict=True))
 
 
 def _draw_identity(seed: int, identity: int, size: int) -> Look:
-    """The traits of a person, and what all the shots share: bare skin and the relief of the features."""
+    """Draw a person's traits and what all shots share: bare skin and the relief of the features."""
     rng = np.random.default_rng([seed, identity])
-    sex = rng.uniform(-1, 1)  # feminine .. masculine
+    sex = rng.uniform(-1, 1)  # -1 feminine … 1 masculine
     face = Look(**_draw_traits(IDENTITY_TRAITS, IDENTITY_TABLE, rng, sex))
     face.key, face.sex = (seed, identity), sex
     face.skin = SKIN_LIGHT + max(0.0, face.tone) * (SKIN_DARK - SKIN_LIGHT) + face.warmth * np.array([1, 0, -1])
@@ -158,7 +186,7 @@ def _draw_identity(seed: int, identity: int, size: int) -> Look:
 
 
 def _draw_bare_skin(face: Look, rng: np.random.Generator, canvas: Canvas) -> Array:
-    """Skin [pixels, pixels, 3] with blush, freckles, uneven tone and moles."""
+    """Draw skin [pixels, pixels, 3] with blush, freckles, uneven tone and moles."""
     blush = canvas.bumps(
         (0.5 * face.cheek_red, 0, face.nose_length, 6.0, 4.0),
         (face.cheek_red, 24.0, 22.0, 9.0, 8.0),
@@ -178,7 +206,7 @@ def _draw_bare_skin(face: Look, rng: np.random.Generator, canvas: Canvas) -> Arr
 
 
 def _sculpt_features(face: Look, clay: Canvas) -> Array:
-    """The relief of a face at rest, without the head under it."""
+    """Sculpt the relief of a face at rest, without the head under it."""
     tip, mouth = face.nose_length, face.mouth_y
     # fmt: off
     features = clay.bumps(
@@ -196,7 +224,7 @@ def _sculpt_features(face: Look, clay: Canvas) -> Array:
 
 
 def _draw_look(face: Look, rng: np.random.Generator) -> Look:
-    """The traits of the person and of one shot, together."""
+    """Join a person's traits with the traits of one shot."""
     look = Look(**vars(face), **_draw_traits(SHOT_TRAITS, SHOT_TABLE, rng, face.sex))
     look.smile, look.mouth_open = max(-0.2, look.smile), max(0.0, look.mouth_open)
     look.beard, look.lipstick = min(1.0, max(0.0, look.beard)), min(0.9, max(0.0, look.lipstick))
@@ -210,13 +238,13 @@ def _draw_look(face: Look, rng: np.random.Generator) -> Look:
 
 @lru_cache(maxsize=2)
 def _grain(size: int) -> Array:
-    """Grey noise around the middle of a byte, larger than an image: every image crops its own."""
+    """Make grey noise around the middle of a byte, larger than an image: every image crops another part."""
     noise = np.random.default_rng(0).standard_normal((size + GRAIN_ROOM, size + GRAIN_ROOM), np.float32)
     return cv2.cvtColor((128 + GRAIN_ONE * noise).clip(0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
 
 
 def _photograph(image: Array, look: Look, rng: np.random.Generator) -> Array:
-    """What a camera does: exposure, colour cast, grey film, blur, noise, tone curve."""
+    """Imitate a camera: exposure, colour cast, grey film, blur, noise, tone curve."""
     size = len(image)
     grey, soft, shrink, coarse = rng.random(4).tolist()
     if soft < 0.35:
@@ -233,7 +261,7 @@ def _photograph(image: Array, look: Look, rng: np.random.Generator) -> Array:
 
 
 def _render_shot(face: Look, shot: int, size: int) -> tuple[Array, Array, int]:
-    """Image, landmarks and JPEG quality of one shot."""
+    """Render one shot: image, landmarks and JPEG quality."""
     rng = np.random.default_rng([*face.key, shot])
     look = _draw_look(face, rng)
     image, landmarks = portrait.draw_portrait(look, rng, size)

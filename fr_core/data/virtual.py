@@ -1,9 +1,9 @@
-"""Virtual identities: new people made of real ones by changing their faces' proportions.
+"""Virtual identities: new people made from real ones by changing their faces' proportions.
 
-All images of an identity are warped by one smooth, left-right symmetric displacement, another for each of its
-variants; a variant is a class of its own. A set of few people so becomes one of many, whose differences lie in the
-shape of the face, and a net trained on it generalises better to people it never saw (EXPERIMENTS.md has figures).
-Speaker recognition does the same with the speed of speech (Yamamoto et al., Interspeech 2019).
+Each variant of an identity is a class. All its images are warped by one smooth, left-right symmetric displacement.
+So few people become many, who differ in the shape of the face. A net trained on them generalises better to unseen
+people (figures: docs/experiments.md). Speaker recognition changes the speed of speech in the same way (Yamamoto et
+al., "Speaker Augmentation and Bandwidth Extension for Deep Speaker Embedding", Interspeech 2019).
 
 Legend: B images, P control points, F side of the displacement field, V variants of an identity.
 """
@@ -15,70 +15,98 @@ import numpy as np
 from fr_core import rng
 from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE
 
-MOST = 64  # variants of an identity
-FIELD = 28  # a displacement field's side; it is smooth
+MAX_VARIANTS = 64  # variants of an identity
+FIELD = 28  # side of a displacement field, which is smooth
 SMOOTH = 18.0  # pixels of the template over which control points move together
-# Brows, bridge, forehead, temples, cheeks, jaw, chin, nostrils, lips: points beside the template's five that may move.
+# Control points beside the template's five: brows, bridge, forehead, temples, cheeks, jaw, chin, nostrils, lips.
 OUTLINE = [(56, 30), (38, 40), (74, 40), (56, 51), (22, 60), (90, 60), (28, 85), (84, 85), (38, 105), (74, 105)]
 MIDDLE = [(48, 72), (64, 72), (56, 80), (56, 92), (56, 108)]
-EDGE = (-8.0, 37.0, 75.0, 120.0)  # fixed points run around the crop at these coordinates
+EDGE = (-8.0, 37.0, 75.0, 120.0)  # coordinates of the fixed points around the crop
 
 
 def variants(seed: int, epoch: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
-    """The variant that each sample shows in an epoch: int64 [B]. In V epochs it shows each once; 0 is the face."""
+    """Choose the variant that each sample shows in an epoch: int64 [B].
+
+    In V epochs a sample shows each variant once. Variant 0 is the unchanged face.
+    """
     first = rng.uniforms(seed, "first variant", 0, sample_ids, 1)[:, 0]
     return (np.floor(first * count).astype(np.int64) + epoch) % count
 
 
 def displacements(seed: int, labels_B: np.ndarray, variant_B: np.ndarray, strength: float) -> np.ndarray:
-    """The displacement fields of identities' variants.
+    """Make the displacement fields of identities' variants.
 
     Args:
+        seed: seed of the run.
+        labels_B: identity of each image.
+        variant_B: variant of each image.
         strength: standard deviation of a control point's displacement before smoothing, as a share of the side.
 
     Returns:
-        float32 [B, F, F, 2]: (x, y) by which the source of each place is displaced, as a share of the side.
+        float32 [B, F, F, 2]: the displacement (x, y) of each place's source, as a share of the side.
     """
     basis = _basis()
-    numbers = rng.uniforms(seed, "variant", 0, labels_B * MOST + variant_B, basis.shape[1]) - 0.5
-    numbers *= np.where(variant_B > 0, strength * np.sqrt(12), 0.0)[:, None]  # a uniform number deviates by 1/√12
+    numbers = rng.uniforms(seed, "variant", 0, labels_B * MAX_VARIANTS + variant_B, basis.shape[1]) - 0.5
+    numbers *= np.where(variant_B > 0, strength * np.sqrt(12), 0.0)[:, None]  # a uniform number has the deviation 1/√12
     return (numbers @ basis.T).reshape(-1, FIELD, FIELD, 2).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
 def _basis() -> np.ndarray:
-    """What 2P independent numbers displace: float64 [F·F·2, 2P].
+    """Return the linear map from 2P independent numbers to a displacement field: float64 [F·F·2, 2P].
 
-    Numbers → displacements of the control points that are alike for neighbours, symmetric, and without the shift and
-    scale that aligning a crop by its five points would take out again → a thin-plate spline through them.
+    The numbers first become displacements of the control points. These are alike for neighbours and left-right
+    symmetric. They contain no common shift or scale, which the alignment by five points would undo. A thin-plate spline
+    (Bookstein, IEEE TPAMI 1989) then interpolates between the control points.
     """
-    size = TEMPLATE_SIZE
-    symmetric = (TEMPLATE + ((size - TEMPLATE) * [1, -1] + [0, size])[[1, 0, 2, 4, 3]]) / 2
-    moving = np.concatenate([symmetric, OUTLINE, MIDDLE])
+    moving, moves = _control_moves()
     fixed = np.array([(x, y) for x in EDGE for y in EDGE if {x, y} & {EDGE[0], EDGE[-1]}])
     points = np.concatenate([moving, fixed])
-    count = len(moving)
-    values, vectors = np.linalg.eigh(np.exp(-((moving[:, None] - moving) ** 2).sum(2) / (2 * SMOOTH**2)))
+    still = np.zeros((len(fixed), *moves.shape[1:]))
+    spline = _spline(points)
+    return np.einsum("fp,pan->fan", spline, np.concatenate([moves, still])).reshape(-1, moves.shape[2])
+
+
+def _control_moves() -> tuple[np.ndarray, np.ndarray]:
+    """Return the movable control points, float64 [P, 2], and how 2P numbers move them, float64 [P, 2, 2P]."""
+    size = TEMPLATE_SIZE
+    mirrored = ((size - TEMPLATE) * [1, -1] + [0, size])[[1, 0, 2, 4, 3]]
+    symmetric = (TEMPLATE + mirrored) / 2
+    points = np.concatenate([symmetric, OUTLINE, MIDDLE])
+    count = len(points)
+    # Gaussian smoothness: neighbours move alike.
+    values, vectors = np.linalg.eigh(np.exp(-((points[:, None] - points) ** 2).sum(2) / (2 * SMOOTH**2)))
     smooth = vectors * np.sqrt(values.clip(0))
-    mirror = ((moving * [-1, 1] + [size, 0])[:, None] - moving).__abs__().sum(2).argmin(1)
-    even, odd = (smooth + smooth[mirror]) / np.sqrt(2), (smooth - smooth[mirror]) / np.sqrt(2)
-    moves = np.zeros((len(points), 2, 2 * count))  # point, axis, number: y moves alike on both sides, x oppositely
-    moves[:count, 0, :count], moves[:count, 1, count:] = odd, even
-    centred = moving - symmetric.mean(0)
+    # Symmetry: mirrored points share their y move and have opposite x moves.
+    opposite = np.abs((points * [-1, 1] + [size, 0])[:, None] - points).sum(2).argmin(1)
+    even = (smooth + smooth[opposite]) / np.sqrt(2)
+    odd = (smooth - smooth[opposite]) / np.sqrt(2)
+    moves = np.zeros((count, 2, 2 * count))
+    moves[:, 0, :count] = odd
+    moves[:, 1, count:] = even
+    # Aligning a crop by its five points would undo their common shift and scale.
+    centred = points - symmetric.mean(0)
     shift = moves[:5].mean(0)
     scale = np.einsum("pa,pan->n", centred[:5], moves[:5]) / (centred[:5] ** 2).sum()
-    moves[:count] -= shift + centred[:, :, None] * scale
-    system = np.zeros((len(points) + 3, len(points) + 3))
-    system[: len(points), : len(points)] = _kernel(points, points)
-    system[: len(points), len(points) :] = np.column_stack([np.ones(len(points)), points])
-    system[len(points) :, : len(points)] = system[: len(points), len(points) :].T
-    axis = (np.arange(FIELD) + 0.5) * size / FIELD - 0.5
+    moves -= shift + centred[:, :, None] * scale
+    return points, moves
+
+
+def _spline(points: np.ndarray) -> np.ndarray:
+    """Return the thin-plate spline's weights of control points at the places of a field: float64 [F·F, points]."""
+    count = len(points)
+    affine = np.column_stack([np.ones(count), points])
+    system = np.zeros((count + 3, count + 3))
+    system[:count, :count] = _kernel(points, points)
+    system[:count, count:] = affine
+    system[count:, :count] = affine.T
+    axis = (np.arange(FIELD) + 0.5) * TEMPLATE_SIZE / FIELD - 0.5
     places = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 2)
     through = np.column_stack([_kernel(places, points), np.ones(len(places)), places])
-    spline = np.linalg.solve(system, through.T).T[:, : len(points)]
-    return np.einsum("fp,pan->fan", spline, moves).reshape(-1, 2 * count)
+    return np.linalg.solve(system, through.T).T[:, :count]
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the thin-plate spline's kernel U(r) = r² log r between all pairs of two sets of points."""
     distance = np.linalg.norm(a[:, None] - b, axis=2)
     return distance**2 * np.log(np.maximum(distance, 1e-9))

@@ -52,7 +52,7 @@ def test_mistakes_before_the_run(dataset, grouped, teacher, more, tmp_path):
         (["--teacher", tmp_path / "no"], "no such run, checkpoint or weights file"),
         (["--teacher", teacher, "net.embedding=16"], r"net\.embedding=32, or method\.distill\.adapter=true"),
         (["--teacher", teacher, "--unlabelled", grouped], "bigface reads flat ones"),
-        (["--teacher", teacher, "--unlabelled", tmp_path], r"no manifest\.json"),
+        (["--teacher", teacher, "--unlabelled", tmp_path], "the folder is empty"),
         (["--embeddings", teacher], "no embeddings; make them with: bigface embed"),
     ):
         with pytest.raises(UserError, match=message):

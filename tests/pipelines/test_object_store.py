@@ -160,7 +160,7 @@ def test_a_run_at_a_url_resumes_bit_for_bit_and_is_opened_by_every_command(datas
 def test_mistakes_at_the_command_line(bucket, dataset, tmp_path):
     with pytest.raises(UserError, match=r"s3://no-such-bucket/\S+: .*bucket does not exist"):
         bigface("train", "debug_bigface", f"data.path={dataset}", "--in-process", "--out", "s3://no-such-bucket/run")
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/shards: no manifest\.json"):
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/shards: no such folder"):
         bigface("inspect", "s3://no-such-bucket/shards")
     with pytest.raises(UserError, match=r"s3://bucket/x: this can only lie on a local disk"):
         bigface("unpack", dataset, "--out", "s3://bucket/x")

@@ -5,7 +5,7 @@ import pytest
 
 from fr_core.config.sections import Augment
 from fr_core.data.crops import encode
-from fr_core.data.decode import augmented_batch, decode, draws, resized
+from fr_core.data.decode import augment_draws, augmented_batch, decode, resized
 
 OFF = Augment(flip=0)
 
@@ -20,7 +20,7 @@ def faces():
 def batch(faces, augment, epoch=0, ids=None, size=64):
     ids = np.arange(len(faces)) if ids is None else ids
     with ThreadPoolExecutor(2) as pool:
-        return augmented_batch(faces, draws(7, epoch, ids), size, augment, pool)
+        return augmented_batch(faces, augment_draws(7, epoch, ids), size, augment, pool)
 
 
 def test_without_augmentation_a_batch_is_the_resized_images(faces):
@@ -86,7 +86,7 @@ def test_the_short_way_of_a_lone_flip_equals_the_warp(faces):
 
 def test_a_field_displaces_and_nothing_is_no_displacement(faces):
     still, augment = np.zeros((40, 28, 28, 2), np.float32), Augment(rotate=20, shift=0.1, scale=0.2)
-    numbers = draws(7, 0, np.arange(40))
+    numbers = augment_draws(7, 0, np.arange(40))
     with ThreadPoolExecutor(2) as pool:
         plain = augmented_batch(faces, numbers, 64, augment, pool)
         assert np.abs(augmented_batch(faces, numbers, 64, augment, pool, still).astype(int) - plain).max() <= 1

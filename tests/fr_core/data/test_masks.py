@@ -8,7 +8,7 @@ from fr_core.config import Config
 from fr_core.config.sections import Masks
 from fr_core.data.crops import TEMPLATE
 from fr_core.data.landmarks import read_landmarks
-from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, masked, masking, textures
+from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, mask_function, masked, textures
 from tests.helpers.machine import REAL_DATA, needs_real_data
 
 YS, XS = np.mgrid[:112, :112]
@@ -134,8 +134,8 @@ def test_the_ratio_is_that_of_the_images_that_are_masked():
     grey = np.full((112, 112, 3), 128, np.uint8)
     points, numbers = np.tile(TEMPLATE, (10_000, 1, 1)), mask_draws(0, 0, np.arange(10_000))
     config = Config.model_validate({"data": {"masks": {"ratio": 0.35, "rendered": 0.3}}})
-    mask = masking(config, points, numbers)
+    mask = mask_function(config, points, numbers)
     worn = np.array([mask(i, grey) is not grey for i in range(10_000)])
     assert worn.mean() == pytest.approx(0.35, abs=0.02)
     assert (numbers[worn, 1] < 0.3).mean() == pytest.approx(0.3, abs=0.03)
-    assert masking(Config(), points, numbers) is None
+    assert mask_function(Config(), points, numbers) is None

@@ -76,7 +76,7 @@ def test_what_was_unpacked_is_used_until_the_source_changes(exported, tmp_path):
 
 def test_wrong_files_are_named(photos, tmp_path):
     cases = {
-        "no parquet": (None, "not readable as Parquet"),
+        "no parquet": (None, "not a readable Parquet"),
         "no image": (pa.table({"label": [1]}), "none of the columns image, img"),
         "no identity": (pa.table({"image": [b"x"]}), "none of the columns identity, label"),
         "null": (pa.table({"image": [b"x", b"y"], "label": [1, None]}), "row 1 has no identity"),
@@ -87,7 +87,7 @@ def test_wrong_files_are_named(photos, tmp_path):
         with pytest.raises(UserError, match=message):
             list_source(path, scratch=tmp_path / "scratch")
     ingest(photos, tmp_path / "shards", on_ray=False)
-    with pytest.raises(UserError, match="a dataset already"):
+    with pytest.raises(UserError, match="already a dataset"):
         list_source(tmp_path / "shards")
 
 

@@ -87,9 +87,9 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_names_the_nearest(plan
 def test_another_dataset_at_the_same_place_is_refused(plan):
     """By the processes that read for a run, each of which opens it."""
     where, block = str(plan.dataset.root), (0, 0, 0, 1, 0)
-    assert read_task(where, plan.dataset.stamp, plan.order, block).num_rows
+    assert read_task(where, plan.dataset.stamp, plan.arguments, block).num_rows
     with pytest.raises(UserError, match="another dataset than at the run's start"):
-        read_task(where, "0" * 64, plan.order, block)
+        read_task(where, "0" * 64, plan.arguments, block)
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(dataset):

@@ -66,7 +66,7 @@ def test_broken_files_are_named(insightface, tmp_path):
     insightface.write_bytes(b"")
     with pytest.raises(UserError, match=r"train\.rec"):
         list_records(insightface)
-    with pytest.raises(UserError, match=r"label 0\.5, which numbers no identity"):
+    with pytest.raises(UserError, match=r"label 0\.5; labels must be whole numbers"):
         list_records(write_rec(tmp_path / "b.rec", [payload(b"x", 0.5, 0)]))
     with pytest.raises(UserError, match="label nan"):
         list_records(write_rec(tmp_path / "c.rec", [payload(b"x", float("nan"), 0)]))

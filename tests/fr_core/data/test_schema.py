@@ -7,7 +7,8 @@ import pytest
 
 from fr_core.data.schema import _open_parquet, grouped_table, open_dataset, write_shard
 from fr_core.errors import UserError
-from tests.helpers.datasets import write_dataset
+from tests.helpers.datasets import put, write_dataset
+from tests.helpers.embeddings import embedded
 
 
 @pytest.fixture
@@ -92,3 +93,70 @@ def test_grouped_shards_hold_whole_chunks(tmp_path):
     assert shard.images == 3
     assert [(r["label"], r["sample_ids"], r["images"]) for r in rows] == [(7, [0, 1], [b"a", b"b"]), (9, [5], [b"c"])]
     assert rows[0]["landmarks"] == [points.ravel().tolist(), None]
+
+
+def refusal(root):
+    with pytest.raises(UserError) as caught:
+        open_dataset(root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_split_left_names_its_training_shards(dataset, tmp_path):
+    folder = tmp_path / "held out"
+    shutil.copytree(dataset, folder / "train")
+    (folder / "verify" / "images").mkdir(parents=True)
+    assert refusal(folder) == f"{folder} is no dataset, but {folder}/train is: 'data.path={folder}/train'"
+
+
+def test_photos_in_place_of_shards_name_the_command(photos, tmp_path):
+    def mend(place, source):
+        return (
+            f"{place} holds photos, not shards: run bigface ingest {source} --out shards first, then data.path=shards"
+        )
+
+    assert refusal(photos) == mend(photos, photos)
+    assert refusal(photos / "person0") == mend(photos / "person0", photos / "person0")  # loose
+    drawn = tmp_path / "drawn"  # as bigface synth leaves them
+    shutil.copytree(photos, drawn / "images")
+    (drawn / "landmarks.csv").touch()
+    assert refusal(drawn) == mend(drawn, drawn / "images")
+    for name in ("a.zip", "a.tar", "a.tar.gz", "train.rec", "faces.parquet"):
+        folder = tmp_path / f"the {name}"
+        folder.mkdir()
+        (folder / name).touch()
+        assert refusal(folder) == mend(folder, f"'{folder}'")
+        assert refusal(folder / name) == mend(folder / name, f"'{folder / name}'")
+
+
+def test_paths_with_nothing_to_train_on_say_so(copy, tmp_path):
+    absent, empty = tmp_path / "no where", tmp_path / "empty"
+    empty.mkdir()
+    command = "make shards with: bigface ingest PHOTOS --out"
+    assert refusal(absent) == f"{absent}: no such folder; correct the path, or {command} '{absent}'"
+    assert refusal(empty) == f"{empty}: the folder is empty; correct the path, or {command} {empty}"
+    file = copy / "shard-00000.parquet"
+    assert refusal(file) == f"{file} is a file of a dataset: give its folder: data.path={copy}"
+    (tmp_path / "notes").touch()
+    assert "is a file, but a dataset is a folder: give the folder that holds manifest.json" in refusal(
+        tmp_path / "notes"
+    )
+    (copy / "manifest.json").unlink()
+    assert "no manifest.json beside the shards, so they are unfinished: run their bigface command" in refusal(copy)
+
+
+def test_plots_in_a_folder_of_runs_are_no_photos(dataset, tmp_path):
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    for name in ("curves.png", "metrics.csv", "report.json"):
+        (run / name).touch()
+    for root in (run, run.parent):
+        assert refusal(root).startswith(f"{root}: no manifest.json; correct the path, or make shards")
+    embedded(tmp_path / "e", open_dataset(dataset))
+    assert "holds embeddings: give the folder of the shards" in refusal(tmp_path / "e")
+
+
+def test_a_wrong_url_is_told_as_a_wrong_folder_is(bucket, photos):
+    assert f"{bucket}/nothing: no such folder" in refusal(bucket / "nothing").replace(f"?{bucket.query}", "")
+    put(photos, bucket / "people")
+    assert "holds photos, not shards: run bigface ingest " in refusal(bucket / "people")

@@ -13,7 +13,7 @@ from fr_core.data.store import (
     PAUSES,
     RemoteBytes,
     RemotePath,
-    _asked,
+    _ask_store,
     atomic_file,
     find_paths,
     local_copy,
@@ -112,7 +112,7 @@ def test_a_wrong_bucket_and_a_dead_endpoint_are_named_soon(s3, monkeypatch):
         write_text_atomically(wrong / "a", "text")
     assert one_line(caught)
     assert not (wrong / "a").exists()
-    monkeypatch.setattr(_asked, "__defaults__", ((),))
+    monkeypatch.setattr(_ask_store, "__defaults__", ((),))
     began = time.monotonic()
     dead = RemotePath("s3://bucket", ("runs",), "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
     with pytest.raises(StorageError, match="Could not connect") as caught:
@@ -169,4 +169,4 @@ def test_a_store_that_is_away_for_seconds_is_asked_again(tmp_path, monkeypatch):
     assert path.read_text() == "whole"
     server.server.stop()
     with pytest.raises(StorageError, match=r"s3://tried/run/file\S*: .*NETWORK_CONNECTION"):
-        _asked(path, lambda: path.filesystem.get_file_info(path.key), pauses=())
+        _ask_store(path, lambda: path.filesystem.get_file_info(path.key), pauses=())
