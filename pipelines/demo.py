@@ -1,4 +1,4 @@
-"""The whole path on one machine: synthetic faces, shards, two Ray workers, verification on unseen identities."""
+"""Run every stage on one machine: draw faces, write shards, train on Ray workers, verify on unseen people."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,16 @@ PAIRS_PER_FOLD = 300
 
 
 def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callable[[str], None]) -> dict[str, float]:
-    """Runs every stage into ``out`` and returns the figures of its ``report.json``."""
+    """Run every stage into ``out``.
+
+    Args:
+        recipe: a TOML file, or the name of a shipped recipe.
+        overrides: ``key.path=value`` for the recipe.
+        say: called with a line at the start and at the end of each stage.
+
+    Returns:
+        The figures of ``report.json``.
+    """
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -44,8 +53,8 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
     with stage("ingest"):
         ingest(out / "faces" / "images", out / "shards", landmarks=out / "faces" / "landmarks.csv", overwrite=True)
     images, pairs = out / "unseen" / "images", out / "unseen" / "pairs.csv"
-    given = (f"data.path={out / 'shards'}", f"verify.images={images}", f"verify.pairs={pairs}")
-    config = load_config(recipe, [*given, *overrides])
+    paths = (f"data.path={out / 'shards'}", f"verify.images={images}", f"verify.pairs={pairs}")
+    config = load_config(recipe, [*paths, *overrides])
     with stage("train"):
         trained = train(config, out, workers, overwrite=True)
     with stage("verify"):
@@ -73,7 +82,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
 
 
 def faces_figure(images: Path, identities: int = 8, shots: int = 12) -> Figure:
-    """A contact sheet, one identity a row."""
+    """Draw a contact sheet with one identity a row."""
     from fr_core.data.crops import read_rgb
 
     folders = sorted(p for p in images.iterdir() if p.is_dir())[:identities]

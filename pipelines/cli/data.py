@@ -1,5 +1,6 @@
 """Commands on faces and datasets."""
 
+import math
 import shlex
 import time
 from pathlib import Path
@@ -8,65 +9,123 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fr_core.data.schema import Layout
-from fr_core.data.store import explain_disk_errors, to_path
+from fr_core.data.schema import Layout, Manifest, open_dataset
+from fr_core.data.store import RemotePath, explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, any_output, local, output
 from pipelines.cli.output import bar, console, growing, show
 from pipelines.datasets.unpack import Form
 
+PEOPLE_TO_SPLIT = 8  # bigface split refuses fewer people
+EXAMPLE_RECIPES: dict[Layout, str] = {"flat": "demo", "grouped": "attfc_r50"}
+SHARDS = "Shards from bigface ingest: a folder or a URL."
+
+
+def command_line(*words: object) -> str:
+    """Return a bigface command to copy into a shell; paths with spaces are quoted."""
+    return shlex.join(["bigface", *map(str, words)])
+
+
+def show_line(text: str, colour: str | None = None) -> None:
+    """Print a line of plain text. Only the terminal wraps the line, so a command in it can be copied."""
+    console.print(f"[{colour}]{escape(text)}[/]" if colour else escape(text), highlight=False, soft_wrap=True)
+
+
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as ``1 image`` or ``1,200 images``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
 
 @app.command(rich_help_panel="Faces and datasets")
 def synth(
     out: Annotated[Path, typer.Option(parser=output, help="Folder for images/, landmarks.csv and pairs.csv.")],
-    identities: Annotated[int, typer.Option(min=1)] = 200,
-    shots: Annotated[int, typer.Option(min=1, help="Images per identity.")] = 20,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int, typer.Option(min=16, help="Pixels.")] = 112,
-    first_identity: Annotated[int, typer.Option(min=0, help="Another range: other people.")] = 0,
-    pairs: Annotated[int, typer.Option(min=0, help="Pairs of each kind per fold in pairs.csv; 0: none.")] = 0,
+    identities: Annotated[int, typer.Option(min=1, help="People to draw.")] = 200,
+    shots: Annotated[int, typer.Option(min=1, help="Images of each person.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other people.")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="Side of an image in pixels.")] = 112,
+    first_identity: Annotated[
+        int, typer.Option(min=0, help="Number of the first person; a range beyond the training set's: unseen people.")
+    ] = 0,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Pairs of each kind in each of ten folds of pairs.csv; 0: no pairs.csv.")
+    ] = 0,
     json: Json = None,
 ) -> None:
-    """Draw procedural faces: identities with landmarks, pose, expression, light and other nuisances."""
+    """Draw procedural faces with landmarks; pose, expression, light and other nuisances vary."""
     from fr_core.data.synthetic import write_faces
     from fr_core.verify.pairs import write_pairs
 
     if (out / "images").is_dir() and any((out / "images").iterdir()):
         raise UserError(f"{out / 'images'} holds faces already: use another folder, or remove it first")
-    started = time.monotonic()
-    with bar("synth", identities * shots) as advance, explain_disk_errors(out):
-        images = write_faces(out, identities, shots, seed, size, first_identity=first_identity, progress=advance)
+    if pairs:
+        _check_pairs(identities, shots, pairs)
+    started, total = time.monotonic(), identities * shots
+    with bar("synth", total) as advance, explain_disk_errors(out):
+        report = growing(advance)
+        images = write_faces(
+            out, identities, shots, seed, size, first_identity=first_identity, progress=lambda done: report(done, total)
+        )
         if pairs:
             write_pairs(out, pairs, seed)
     show("synth", {"images": images, "images_per_second": images / (time.monotonic() - started)}, json)
 
 
+def _check_pairs(identities: int, shots: int, pairs: int) -> None:
+    """Refuse pairs that the people cannot make, and warn if pairs must repeat.
+
+    Raises:
+        UserError: fewer than two people for a fold, or one image of each person.
+    """
+    from fr_core.verify.pairs import FOLDS
+
+    if identities < 2 * FOLDS:
+        raise UserError(
+            f"--pairs {pairs} needs {2 * FOLDS} people, two for each of {FOLDS} folds: --identities {identities} are "
+            f"too few; use --identities {2 * FOLDS} or more, or leave --pairs out"
+        )
+    if shots < 2:
+        raise UserError(f"--pairs {pairs} needs two images of each person: use --shots 2 or more, or leave --pairs out")
+    distinct = identities // FOLDS * math.comb(shots, 2)
+    if pairs > distinct:
+        show_line(
+            f"warning: a fold has {count_of(distinct, 'different pair')} of one person: --pairs {pairs} repeats some",
+            "yellow",
+        )
+
+
 @app.command(rich_help_panel="Faces and datasets")
 def ingest(
     src: Annotated[
-        str, typer.Argument(help="Folder of IDENTITY/photo.jpg or .png; .rec, .zip, .tar; a list of files; or a URL.")
+        str,
+        typer.Argument(
+            help="Folder of PERSON/photo.jpg or .png; a .rec, .zip, .tar or .parquet; a list of files; or a URL."
+        ),
     ],
     out: Annotated[str, typer.Option(parser=any_output, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
-    layout: Annotated[Layout, typer.Option(help="flat, or grouped by identity.")] = "flat",
+    layout: Annotated[
+        Layout, typer.Option(help="flat, or grouped by person: for attfc, dcq, f2c and virtual_fc.")
+    ] = "flat",
     landmarks: Annotated[
         str | None,
-        typer.Option(help="CSV of 5 points per image, or 68, to align by: path,left_eye_x … or path,x_0 …."),
+        typer.Option(help="CSV of 5 or 68 points per image to align by: path,left_eye_x … or path,x_0 …."),
     ] = None,
     align: Annotated[
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
-    labels: Annotated[str | None, typer.Option(help="List of 'path identity', for a folder of loose images.")] = None,
+    labels: Annotated[str | None, typer.Option(help="List of 'path person', for a folder of loose images.")] = None,
     unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="A folder of faces of nobody known: for distillation.")
+        bool,
+        typer.Option("--unlabelled", help="Take all images below the folder, of unknown people, for distillation."),
     ] = False,
-    size: Annotated[int, typer.Option(min=16, help="Pixels of the crops.")] = 112,
+    size: Annotated[int, typer.Option(min=16, help="Side of the crops in pixels.")] = 112,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
 ) -> None:
-    """Turn a folder of faces into Parquet shards with a manifest; what cannot be used is listed in rejects.csv."""
+    """Turn faces into Parquet shards with a manifest; rejects.csv lists the images left out and why."""
     from pipelines.datasets.ingest import ingest as run
+    from pipelines.datasets.ingest import unread_images
 
     started = time.monotonic()
     with bar("ingest", None) as advance:
@@ -83,37 +142,77 @@ def ingest(
             unlabelled=unlabelled,
             progress=growing(advance),
         )
-    rejected, listed = sum(manifest.rejects.values()), escape(str(to_path(out) / "rejects.csv"))
-    for reason, count in manifest.rejects.items():
-        console.print(f"[yellow]left out: {count} images, {reason}; listed in {listed}[/]")
-    if "not_square" in manifest.warnings:
-        console.print(
-            f"[bold red]warning: {manifest.warnings['not_square']} images are no square crops; their centres were "
-            "taken for faces. Aligned crops, --landmarks or --align recognise far better.[/]"
-        )
-    if "identities_without_images" in manifest.warnings:
-        count = manifest.warnings["identities_without_images"]
-        console.print(f"[yellow]warning: {count} identities have no usable image[/]")
+    seconds = time.monotonic() - started
+    not_square = manifest.warnings.get("not_square", 0)
     figures = {
         "images": manifest.images,
         "identities": manifest.identities,
         "shards": len(manifest.shards),
-        "rejected": rejected,
-        "not_square": manifest.warnings.get("not_square", 0),
-        "images_per_second": manifest.images / (time.monotonic() - started),
+        "rejected": sum(manifest.rejects.values()),
+        "not_square": not_square,
+        "images_per_second": manifest.images / seconds,
     }
     show("ingest", figures, json)
+    counts = open_dataset(out).identity_counts()
+    if not (unlabelled or labels):
+        for suffix, number in unread_images(src).items():
+            if suffix:
+                show_line(f"not read: {count_of(number, f'{suffix} file')}: convert to JPEG or PNG", "yellow")
+            else:
+                loose = count_of(number, "photo in no person's folder", "photos in no person's folder")
+                show_line(f"not read: {loose}: give each person a folder", "yellow")
+    if not_square:
+        show_line(
+            f"warning: {count_of(not_square, 'image is', 'images are')} not square; the central square was taken for "
+            "the face. Align photos with --align or --landmarks for much better recognition.",
+            "bold red",
+        )
+    empty, single = int((counts == 0).sum()), int((counts == 1).sum())
+    if empty:
+        show_line(f"warning: {count_of(empty, 'person has', 'people have')} no usable image", "yellow")
+    if single and not unlabelled:
+        show_line(
+            f"warning: {count_of(single, 'person has', 'people have')} one image only: they teach little, and cannot "
+            "be held out to verify on",
+            "yellow",
+        )
+    show_line(_ingest_summary(manifest, out, unlabelled))
+    show_line(f"next: {_after_ingest(out, unlabelled, int((counts > 1).sum()))}")
+
+
+def _ingest_summary(manifest: Manifest, out: str, unlabelled: bool) -> str:
+    """Return people, images and the images left out by reason, in one line."""
+    people = "unknown people" if unlabelled else count_of(manifest.identities, "person", "people")
+    left_out = sum(manifest.rejects.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejects.items())
+    listed = f": {reasons}; listed in {to_path(out) / 'rejects.csv'}" if left_out else ""
+    return f"{out}: {count_of(manifest.images, 'image')} of {people}; {count_of(left_out, 'image')} left out{listed}"
+
+
+def _after_ingest(out: str, unlabelled: bool, candidates: int) -> str:
+    """Return the command to run after ingest.
+
+    Args:
+        candidates: number of people with two images or more.
+    """
+    if unlabelled:
+        return command_line("distill", "RECIPE", "data.path=LABELLED", "--teacher", "RUN", "--unlabelled", out)
+    place = to_path(out)
+    beside = Path(place.name) if isinstance(place, RemotePath) else place
+    if candidates < PEOPLE_TO_SPLIT:
+        return command_line("inspect", out, "--out", beside.with_name(f"{beside.name}-looks"))
+    return command_line("split", out, "--out", beside.with_name(f"{beside.name}-split"))
 
 
 @app.command(rich_help_panel="Faces and datasets")
 def inspect(
-    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
+    shards: Annotated[str, typer.Argument(help=SHARDS)],
     out: Annotated[
         Path | None, typer.Option(parser=output, help="Folder for a histogram, a contact sheet and findings.csv.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Say what is in a dataset: sizes of identities, faces, damaged images, images that are there twice."""
+    """Describe a dataset: images of each person, a sheet of faces, damaged images and duplicates."""
     from pipelines.datasets.inspect import inspect as run
 
     with bar("inspect", None) as advance, explain_disk_errors(out or Path()):
@@ -123,12 +222,12 @@ def inspect(
 
 @app.command(rich_help_panel="Faces and datasets")
 def unpack(
-    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them; a folder or a URL.")],
+    shards: Annotated[str, typer.Argument(help=SHARDS)],
     out: Annotated[Path, typer.Option(parser=output, help="An empty or new folder.")],
-    form: Annotated[Form, typer.Option("--as", help="folders, one a person, or webdataset tars.")] = "folders",
+    form: Annotated[Form, typer.Option("--as", help="folders: one for each person; webdataset: tars.")] = "folders",
     json: Json = None,
 ) -> None:
-    """Turn shards back into images, JPEG bytes untouched."""
+    """Turn shards back into images; the JPEG bytes stay as they are."""
     from pipelines.datasets.unpack import unpack as run
 
     with bar("unpack", None) as advance, explain_disk_errors(out):
@@ -139,15 +238,17 @@ def unpack(
 @app.command(rich_help_panel="Faces and datasets")
 def embed(
     model: Annotated[str, typer.Argument(help=NET)],
-    data: Annotated[str, typer.Option(help="Shards, as bigface ingest leaves them.")],
+    data: Annotated[str, typer.Option(help=SHARDS)],
     out: Annotated[Path, typer.Option(parser=output, help="Folder for Parquet files of sample_id, label, embedding.")],
     net: NetName = None,
-    flip: Annotated[bool, typer.Option(help="Add the mirrored image's embedding, as the protocols do.")] = True,
+    flip: Annotated[
+        bool, typer.Option(help="Add the embedding of the mirrored image, as the verification protocols do.")
+    ] = True,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
 ) -> None:
-    """Embed every image of a dataset; begun again, it goes on where it was stopped."""
+    """Embed every image of a dataset; the same command continues a stopped job."""
     from pipelines.datasets.embed import embed as run
 
     started = time.monotonic()
@@ -159,17 +260,25 @@ def embed(
 
 @app.command(rich_help_panel="Faces and datasets")
 def clean(
-    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
+    shards: Annotated[str, typer.Argument(help=SHARDS)],
     model: Model,
     out: Annotated[Path, typer.Option(parser=output, help="Folder for clean.csv, a picture, and the embeddings.")],
     net: NetName = None,
-    outlier: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to the rest of its identity.")] = 0.2,
-    flip: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to another identity's centre.")] = 0.4,
-    copy: Annotated[float, typer.Option(min=-1, max=1, help="Least cosine to an earlier image of its own.")] = 0.98,
+    outlier: Annotated[
+        float, typer.Option(min=-1, max=1, help="An image below this cosine to the rest of its person is an outlier.")
+    ] = 0.2,
+    flip: Annotated[
+        float,
+        typer.Option(min=-1, max=1, help="An image at this cosine or more to another person's centre can be flipped."),
+    ] = 0.4,
+    copy: Annotated[
+        float,
+        typer.Option(min=-1, max=1, help="An image at this cosine or more to an earlier one of its person is a copy."),
+    ] = 0.98,
     in_process: InProcess = False,
     json: Json = None,
 ) -> None:
-    """List flipped labels, outliers and copies, by the embeddings of a good net; nothing is deleted."""
+    """List flipped labels, outliers and copies, by the embeddings of a good net; delete nothing."""
     from pipelines.datasets.clean import Limits
     from pipelines.datasets.clean import clean as run
 
@@ -177,26 +286,34 @@ def clean(
         limits = Limits(outlier, flip, copy)
         figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
     show("clean", figures, json)
-    command = shlex.join(["bigface", "merge", shards, "--without", str(out / "clean.csv"), "--out", "NEW"])
-    console.print(f"leave them out: {command}", markup=False, soft_wrap=True)
+    if figures["flips"] + figures["outliers"] + figures["copies"]:
+        show_line(f"leave them out: {command_line('merge', shards, '--without', out / 'clean.csv', '--out', 'NEW')}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
 def merge(
-    datasets: Annotated[list[str], typer.Argument(help="As bigface ingest leaves them, all flat or all grouped.")],
+    datasets: Annotated[list[str], typer.Argument(help="Shards from bigface ingest, all flat or all grouped.")],
     out: Annotated[Path, typer.Option(parser=output, help="Folder for the new shards.")],
-    same_names: Annotated[bool, typer.Option("--same-names", help="Identities called alike are one person.")] = False,
-    model: Annotated[str | None, typer.Option(help="A good net: identities that look alike are one person.")] = None,
+    same_names: Annotated[
+        bool, typer.Option("--same-names", help="Identities of the same name are one person.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="A good net: identities with near centres are one person.")] = None,
     net: NetName = None,
-    overlap: Annotated[float, typer.Option(min=-1, max=1, help="Cosine of centres that makes them one.")] = 0.7,
+    overlap: Annotated[
+        float,
+        typer.Option(
+            min=-1, max=1, help="With --model: two identities at this cosine of centres or more are one person."
+        ),
+    ] = 0.7,
     without: Annotated[
-        Path | None, typer.Option(parser=local, help="List of sample_id to leave out of one dataset.")
+        Path | None,
+        typer.Option(parser=local, help="CSV of sample_id to leave out, such as clean.csv; for one dataset."),
     ] = None,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
 ) -> None:
-    """Make one dataset of several, or of one without the images of a list; identity_map.csv tells who became whom."""
+    """Make one dataset of several, or copy one without listed images; identity_map.csv lists the new names."""
     from pipelines.datasets.merge import merge as run
 
     with bar("merge", None) as advance, explain_disk_errors(out):
@@ -216,19 +333,46 @@ def merge(
 
 @app.command(rich_help_panel="Faces and datasets")
 def split(
-    shards: Annotated[str, typer.Argument(help="As bigface ingest leaves them.")],
+    shards: Annotated[str, typer.Argument(help=SHARDS)],
     out: Annotated[Path, typer.Option(parser=output, help="Folder for train/ (shards), verify/ (images, pairs.csv).")],
-    share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the identities, held out.")] = 0.1,
-    pairs: Annotated[int, typer.Option(min=1, help="Of each kind per fold.")] = 300,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.5,
+            help="Share of the people to hold out. Default: 0.1, raised to 20 people, but half of them at most.",
+            show_default=False,
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of each kind in each fold, of up to ten folds.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed holds other people out.")] = 0,
     json: Json = None,
 ) -> None:
-    """Hold identities out of a dataset to verify on."""
-    from pipelines.datasets.merge import split as run
+    """Hold people out of a dataset to verify on: shards to train on, and images and pairs of the people held out."""
+    from pipelines.datasets.split import ENOUGH_HELD_OUT, interval_of
+    from pipelines.datasets.split import split as run
 
     with bar("split", None) as advance, explain_disk_errors(out):
         figures = run(to_path(shards), out, share, pairs, seed, growing(advance))
     show("split", figures, json)
+    people, images = int(figures["held_out_identities"]), int(figures["held_out_images"])
+    drawn, distinct, folds = (int(figures[name]) for name in ("pairs", "distinct_pairs", "folds"))
+    show_line(
+        f"held out: {people:,} people, {count_of(images, 'image')}; {drawn:,} pairs of them, {distinct:,} different, "
+        f"in {folds} folds"
+    )
+    if people < ENOUGH_HELD_OUT:
+        few, enough = (100 * interval_of(count) for count in (people, ENOUGH_HELD_OUT))
+        show_line(
+            f"warning: {people} people give a wide 95 % interval, about ±{few:.2g} points at an accuracy of 90 %; "
+            f"{ENOUGH_HELD_OUT} people give ±{enough:.2g}: hold out more with --share, or use a larger set of pairs",
+            "yellow",
+        )
+    verify = out / "verify"
+    paths = (f"data.path={out / 'train'}", f"verify.images={verify / 'images'}", f"verify.pairs={verify / 'pairs.csv'}")
+    layout = open_dataset(to_path(shards)).manifest.layout
+    command = command_line("train", "RECIPE", *paths)
+    show_line(f"next, with a RECIPE for {layout} shards such as {EXAMPLE_RECIPES[layout]}: {command}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -236,21 +380,26 @@ def mask(
     src: Annotated[Path, typer.Argument(parser=local, help="Folder of aligned crops, at any depth.")],
     out: Annotated[Path, typer.Option(parser=output, help="An empty or new folder.")],
     pairs: Annotated[
-        Path | None, typer.Option(parser=local, help="Mask what these pairs name; makes a suite for verify.")
+        Path | None,
+        typer.Option(parser=local, help="Mask the images of these pairs; makes a suite for bigface verify --suite."),
     ] = None,
     landmarks: Annotated[Path | None, typer.Option(parser=local, help="CSV of 5 or 68 points per image.")] = None,
-    ratio: Annotated[float, typer.Option(min=0, max=1, help="Of the images; with --pairs all.")] = 1.0,
-    rendered: Annotated[float, typer.Option(min=0, max=1, help="Of the masks by the 3D tool.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the images to mask; with --pairs all are masked.")
+    ] = 1.0,
+    rendered: Annotated[float, typer.Option(min=0, max=1, help="Share of the masks that the 3D tool renders.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other masks.")] = 0,
     json: Json = None,
 ) -> None:
-    """Put synthetic masks on faces: copies of a folder, or verification sets masked against plain."""
+    """Put synthetic masks on faces: on copies of a folder, or on a verification set."""
     from fr_core.config.sections import Masks
     from pipelines.datasets.mask import mask as run
 
     with bar("mask", None) as advance, explain_disk_errors(out):
         figures = run(src, out, Masks(ratio=ratio, rendered=rendered), landmarks, pairs, seed, growing(advance))
-    if figures["rejected"]:
-        listed = escape(str(out / "rejects.csv"))
-        console.print(f"[yellow]left out: {figures['rejected']} images; listed in {listed}[/]")
     show("mask", figures, json)
+    if figures["rejected"]:
+        listed = out / "rejects.csv"
+        show_line(f"left out: {count_of(figures['rejected'], 'image')}; listed in {listed}", "yellow")
+    if pairs:
+        show_line(f"next: {command_line('verify', 'RUN', '--suite', out)}")

@@ -1,4 +1,4 @@
-"""Which images of a dataset do not belong where they are: a list, nothing is deleted.
+"""List the images of a dataset that carry a wrong label, show no face of their identity, or repeat. Deletes nothing.
 
 Legend: I images, N identities, D embedding.
 """
@@ -20,16 +20,16 @@ from pipelines.datasets.embed import embed
 
 COLUMNS = ("sample_id", "identity", "finding", "own", "other", "other_identity", "copy_of")
 FINDINGS = ("flip", "outlier", "copy")
-SHOWN = 200_000  # images in the picture
+MAX_SHOWN = 200_000  # images in the picture
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Cosines. EXPERIMENTS.md has what the defaults find on real faces with a MobileFaceNet."""
+    """Thresholds, as cosines. docs/experiments.md tells what the defaults find on real faces with a MobileFaceNet."""
 
-    outlier: float = 0.2  # to the rest of its identity, below which an image does not belong there
-    flip: float = 0.4  # to another identity's centre, from which it belongs there
-    copy: float = 0.98  # to an earlier image of its identity, from which it is a copy
+    outlier: float = 0.2  # an image below this cosine to the rest of its identity is an outlier
+    flip: float = 0.4  # an image at this cosine or more to another identity's centre can be a flip
+    copy: float = 0.98  # an image at this cosine or more to an earlier image of its identity is a copy
 
 
 def clean(
@@ -41,29 +41,30 @@ def clean(
     on_ray: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Mapping[str, float]:
-    """Looks for flipped labels, outliers and near-duplicates by the embeddings of a good net.
+    """List flipped labels, outliers and near-duplicates, judged by the embeddings of a good net.
 
-    An image is a *flip* if the centre of another identity is nearer to it than that of the rest of its own, and near
-    enough; an *outlier* if it is far from its own and not a flip; a *copy* if it looks the same as an earlier one of
-    its identity that stays.
+    - A *flip* is nearer to another identity's centre than to the rest of its own identity, and near enough.
+    - An *outlier* is far from the rest of its own identity, and no flip.
+    - A *copy* looks the same as an earlier image of its identity, if that image is neither flip nor outlier.
 
     Args:
-        model, net: as :func:`fr_core.nets.open.open_net` takes them.
-        out: folder for ``clean.csv``, ``clean.png`` and the embeddings, which a second call finds there.
+        model, net: arguments of :func:`fr_core.nets.open.open_net`.
+        out: folder for ``clean.csv``, ``clean.png`` and the embeddings. A second call reuses the embeddings.
 
     Returns:
         images, flips, outliers, copies.
 
     Raises:
-        UserError: as :func:`pipelines.datasets.embed.embed`.
+        UserError: see :func:`pipelines.datasets.embed.embed`.
     """
     limits = limits or Limits()
     dataset = open_dataset(shards)
     embeddings = embed(model, shards, out / "embeddings", net, on_ray=on_ray, own_folder=True, progress=progress)
-    centres_ND = all_centres(embeddings, dataset.manifest.identities, limits.outlier)
+    centres_ND = identity_centres(embeddings, dataset.manifest.identities, limits.outlier)
     names, random = dataset.identity_names(), rng.generator(0, "clean")
-    counts, shown = dict.fromkeys(FINDINGS, 0), min(1.0, SHOWN / embeddings.facts.images)
-    drawn: list[np.ndarray] = []
+    counts = dict.fromkeys(FINDINGS, 0)
+    shown_share = min(1.0, MAX_SHOWN / embeddings.facts.images)
+    shown: list[np.ndarray] = []
     with atomic_file(out / "clean.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -74,28 +75,37 @@ def clean(
             flip_I = (cosine_I >= limits.flip) & ~(own_I >= cosine_I)
             outlier_I = (own_I < limits.outlier) & ~flip_I
             earlier_I = copies(embeddings_ID, labels_I, limits.copy, ~(flip_I | outlier_I))
-            drawn.append(np.stack([own_I, cosine_I])[:, random.random(len(own_I)) < shown])
-            for finding, found_I in zip(FINDINGS, (flip_I, outlier_I, earlier_I >= 0), strict=True):
-                counts[finding] += int(found_I.sum())
-                for i in np.flatnonzero(found_I):
+            shown.append(np.stack([own_I, cosine_I])[:, random.random(len(own_I)) < shown_share])
+            for finding, is_finding_I in zip(FINDINGS, (flip_I, outlier_I, earlier_I >= 0), strict=True):
+                counts[finding] += int(is_finding_I.sum())
+                for i in np.flatnonzero(is_finding_I):
                     cosines = f"{own_I[i]:.4f}", f"{cosine_I[i]:.4f}"
                     other = names[other_I[i]] if other_I[i] >= 0 else ""
                     original = ids_I[earlier_I[i]] if finding == "copy" else ""
                     writer.writerow((ids_I[i], names[labels_I[i]], finding, *cosines, other, original))
-    _figure(np.concatenate(drawn, 1), limits).savefig(out / "clean.png")
-    flips, outliers, found = counts.values()
-    return {"images": embeddings.facts.images, "flips": flips, "outliers": outliers, "copies": found}
+    _limits_figure(np.concatenate(shown, 1), limits).savefig(out / "clean.png")
+    return {
+        "images": embeddings.facts.images,
+        "flips": counts["flip"],
+        "outliers": counts["outlier"],
+        "copies": counts["copy"],
+    }
 
 
-def all_centres(embeddings: Embeddings, identities: int, least: float = Limits.outlier) -> np.ndarray:
-    """The centres of all identities of a dataset: float32 [N, D], zeros where one has no images."""
+def identity_centres(embeddings: Embeddings, identities: int, least: float = Limits.outlier) -> np.ndarray:
+    """Return the centres of a dataset's identities: float32 [N, D], zeros for an identity without images.
+
+    Args:
+        least: cosine; a centre leaves out images that are farther from the rest of their identity.
+    """
     centres_ND = np.zeros((identities, embeddings.facts.embedding), np.float32)
     for labels_I, _, embeddings_ID in embeddings.by_identity():
         centres_ND[np.unique(labels_I)], _ = centres(embeddings_ID, labels_I, least)
     return centres_ND
 
 
-def _figure(cosines_2I: np.ndarray, limits: Limits) -> Figure:
+def _limits_figure(cosines_2I: np.ndarray, limits: Limits) -> Figure:
+    """Draw each image by its cosine to its own identity and to the nearest other one, with the limits."""
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.scatter(cosines_2I[0], cosines_2I[1], s=2, alpha=0.3, linewidths=0)

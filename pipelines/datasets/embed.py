@@ -1,4 +1,4 @@
-"""Embeddings of a whole dataset, a shard at a time, by Ray Data actors that hold the net; what was stopped goes on."""
+"""Embed a whole dataset, shard by shard, with Ray Data actors that hold the net. A stopped job can continue."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -21,21 +21,25 @@ from pipelines.on_ray import Row, capacity, cluster_machines, mapped, start_ray
 
 
 class ShardEmbedder:
-    """An actor: opens the net once, then embeds shard after shard.
+    """Ray actor that opens the net once and embeds one shard per call.
 
     Raises:
-        UserError: the weights are not those that ``facts`` were made of.
+        UserError: the weights changed since ``facts`` were made.
     """
 
     def __init__(self, ref: str, net: str | None, shards: AnyPath, out: Path, facts: Facts, threads: int) -> None:
         use_processor(threads)
         self.recogniser, self.dataset = open_net(ref, net), open_dataset(shards)
         if weights_checksum(self.recogniser) != facts.net:
-            raise UserError(f"{ref} changed while it was used; name one of its checkpoints")
+            raise UserError(f"{ref} changed while bigface used it: name one of its checkpoints")
         self.out, self.facts, self.threads = out, facts, ThreadPoolExecutor(threads)
 
     def __call__(self, row: Row) -> Row:
-        """Writes the embeddings of shard ``row["shard"]``, a row group of images in memory at a time."""
+        """Write the embeddings of shard ``row["shard"]``, with one row group of images in memory at a time.
+
+        Raises:
+            UserError: embeddings that are not finite.
+        """
         shard, size = int(row["shard"]), self.recogniser.net.input_size
         ids, labels, parts = [], [], []
         for group in range(len(self.dataset.manifest.shards[shard].row_groups)):
@@ -46,7 +50,7 @@ class ShardEmbedder:
             labels += [label for _, label, *_ in images]
         embeddings = np.concatenate(parts)
         if not np.isfinite(embeddings).all():
-            raise UserError("the net's embeddings are not finite")
+            raise UserError(f"the net's embeddings of {self.facts.files[shard]} are not finite: use another checkpoint")
         write_embeddings(self.out / self.facts.files[shard], np.array(ids), np.array(labels), embeddings)
         return {"images": len(ids)}
 
@@ -62,49 +66,52 @@ def embed(
     own_folder: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embeddings:
-    """Embeds every image of a dataset, or goes on with an embedding that was begun.
+    """Embed every image of a dataset, or continue a stopped job.
 
     Args:
-        ref, net: as :func:`fr_core.nets.open.open_net` takes them.
-        shards: local, or at a URL; ``out`` is local (to all nodes of a cluster).
-        flip: add the embedding of the mirrored image, as the verification protocols do.
-        on_ray: one actor for each card of the cluster, or without cards for each CPU; otherwise in this process.
-        own_folder: in ``out`` a folder for these data and this net.
-        progress: called with images done and in all.
+        ref, net: arguments of :func:`fr_core.nets.open.open_net`.
+        shards: folder or URL of the dataset.
+        out: local folder; on a cluster, a folder that all nodes share.
+        flip: whether to add the embedding of the mirrored image, as the verification protocols do.
+        on_ray: whether Ray actors do the work: one for each GPU, or one for each CPU if the cluster has no GPU.
+            Otherwise this process does.
+        own_folder: whether to write into a subfolder of ``out`` named after the dataset and the net.
+        progress: called with the images done and the total.
 
     Raises:
-        UserError: no dataset, no net, ``out`` holds something else or cannot be written, or embeddings not finite.
+        UserError: no dataset, no net, ``out`` in use or not writable, or embeddings that are not finite.
     """
     dataset, place = open_dataset(shards), to_path(ref)
     if place.is_dir():
-        place = find_checkpoint(place)  # the one that is newest now, for all actors
+        place = find_checkpoint(place)  # every actor opens the checkpoint that is newest now
     ref = str(place.resolve())
     recogniser = open_net(ref, net)
-    number = range(len(dataset.manifest.shards))
+    numbers = range(len(dataset.manifest.shards))
     facts = Facts(
         dataset=dataset.stamp,
         net=weights_checksum(recogniser),
         flip=flip,
         embedding=recogniser.net.embedding,
         images=dataset.manifest.images,
-        files=tuple(f"embeddings-{shard:05d}.parquet" for shard in number),
+        files=tuple(f"embeddings-{shard:05d}.parquet" for shard in numbers),
     )
     if own_folder:
         out = out / f"{facts.dataset[:8]}-{facts.net[:8]}"
-    own = ("embeddings-*.parquet", "embeddings-*.part", BY_ID.format("*"))
-    begin_job(out, FACTS, facts.model_dump_json(indent=1) + "\n", own, overwrite)
-    rest = [shard for shard in number if not (out / facts.files[shard]).is_file()]
-    done = sum(dataset.manifest.shards[shard].images for shard in number if shard not in set(rest))
+    own_files = ("embeddings-*.parquet", "embeddings-*.part", BY_ID.format("*"))
+    begin_job(out, FACTS, facts.model_dump_json(indent=1) + "\n", own_files, overwrite)
+    missing = [shard for shard in numbers if not (out / facts.files[shard]).is_file()]
+    done = sum(dataset.manifest.shards[shard].images for shard in numbers if shard not in set(missing))
     progress(done, facts.images)
     actor = (ref, net, dataset.root.resolve(), out.resolve(), facts)
-    for result in (_by_ray if on_ray else _here)(actor, rest):
+    run = _embed_on_ray if on_ray else _embed_here
+    for result in run(actor, missing):
         done += result["images"]
         progress(done, facts.images)
     return open_embeddings(out)
 
 
 def weights_checksum(recogniser: Recogniser) -> str:
-    """Tells one net from another, wherever its weights lie."""
+    """Return a checksum of the weights, the same on every device."""
     if isinstance(recogniser.net, OnnxNet):
         return recogniser.net.checksum
     digest = hashlib.sha256()
@@ -113,18 +120,18 @@ def weights_checksum(recogniser: Recogniser) -> str:
     return digest.hexdigest()
 
 
-Actor = tuple[str, str | None, AnyPath, Path, Facts]  # what a ShardEmbedder is made of, but for its threads
+ActorArgs = tuple[str, str | None, AnyPath, Path, Facts]  # arguments of ShardEmbedder without the threads
 
 
-def _here(actor: Actor, shards: list[int]) -> Iterator[Row]:
-    embedder = ShardEmbedder(*actor, torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that there are
+def _embed_here(actor: ActorArgs, shards: list[int]) -> Iterator[Row]:
+    embedder = ShardEmbedder(*actor, torch.get_num_threads())  # OMP_NUM_THREADS, or the number of cores
     return (embedder({"shard": shard}) for shard in shards)
 
 
-def _by_ray(actor: Actor, shards: list[int]) -> Iterator[Row]:
+def _embed_on_ray(actor: ActorArgs, shards: list[int]) -> Iterator[Row]:
     start_ray()
-    cpus, cards = map(int, capacity(cluster_machines()))
-    actors = min(len(shards), cards or cpus)
-    per_actor = {"num_gpus": 1, "num_cpus": 0} if cards else {"num_cpus": 1}
-    rows, made = [{"shard": shard} for shard in shards], (*actor, 1)
-    yield from mapped(rows, ShardEmbedder, fn_constructor_args=made, concurrency=(1, actors), **per_actor)
+    cpus, gpus = map(int, capacity(cluster_machines()))
+    actors = min(len(shards), gpus or cpus)
+    per_actor = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+    rows = [{"shard": shard} for shard in shards]
+    yield from mapped(rows, ShardEmbedder, fn_constructor_args=(*actor, 1), concurrency=(1, actors), **per_actor)

@@ -1,13 +1,15 @@
-"""Faces in, Parquet shards out: one task a shard, so that no more than a shard's images are in memory at once.
+"""Turn faces into Parquet shards. Each task writes one shard, so it holds one shard's images in memory.
 
-A finished shard leaves its result beside it; an ingest that was stopped goes on with the shards that are missing.
+A finished shard leaves a result file beside it. A stopped ingest continues with the missing shards.
 """
 
 import csv
 import hashlib
 import itertools
 import json
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,7 @@ from fr_core import rng
 from fr_core.data.crops import RejectedImage, make_crop
 from fr_core.data.detect import detector, find_face
 from fr_core.data.landmarks import match_landmarks, read_landmarks
-from fr_core.data.listing import Listing, read_image
+from fr_core.data.listing import Listing, is_image, read_image
 from fr_core.data.schema import (
     GROUP_IMAGES,
     SCHEMA_VERSION,
@@ -49,34 +51,39 @@ from fr_core.errors import UserError
 from pipelines.on_ray import mapped, start_ray
 
 IMAGES_PER_SHARD = 8192
-FEWEST_SHARDS = 8  # small sets are cut finer, so that all cores have work
-CHUNK = 32  # images of one identity in a row of the grouped layout
-MOST_REJECTS = 0.5
-STARTED = "ingest.json"  # says what an unfinished folder is to become
+MIN_SHARDS = 8  # small datasets are cut finer, so that all cores have work
+IMAGES_PER_CHUNK = 32  # a row of the grouped layout holds at most this many images of one identity
+MAX_REJECTED_SHARE = 0.5
+STARTED = "ingest.json"  # identifies the job that an unfinished folder belongs to
+OTHER_IMAGE_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff", ".webp")
 OWN_FILES = (STARTED, "shard-*.parquet", "shard-*.part", "shard-*.json*", "manifest.json*", "identities.parquet")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of an ingest knows. Legend: I images in the order of the shards' rows."""
+    """Describe an ingest to its tasks. Legend: I images, in the order of the shards' rows."""
 
     listing: Listing
-    points: np.ndarray | None  # float32 [images, 5, 2] in the listing's order, NaN where unknown
-    align: bool  # find them
+    points: np.ndarray | None  # float32 [images, 5, 2], pixels, in the listing's order; NaN where unknown
+    align: bool  # a detector finds the points
     out: AnyPath
     layout: Layout
     image_size: int
-    sample_ids_I: np.ndarray  # int64, positions in the listing
-    chunks_I: np.ndarray  # int64, which images share a row of the grouped layout
-    starts: np.ndarray  # int64 [shards + 1], where each shard begins
+    sample_ids_I: np.ndarray  # int64, position of each image in the listing
+    chunks_I: np.ndarray  # int64, images of one chunk share a row of the grouped layout
+    starts: np.ndarray  # int64 [shards + 1], first image of each shard, then the number of images
 
     @property
-    def shards(self) -> int:
+    def shard_count(self) -> int:
+        """Return the number of shards."""
         return len(self.starts) - 1
 
     @property
     def stamp(self) -> str:
-        """Tells this job from any other; single photos that were changed since are not noticed."""
+        """Return a checksum that differs for every job.
+
+        The modification times of archives are part of the checksum; those of single photos are not.
+        """
         listing = self.listing
         changed = [to_path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
         made = (SCHEMA_VERSION, self.layout, self.image_size, self.align)
@@ -105,45 +112,46 @@ def ingest(
     unlabelled: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Makes a dataset of a source, or goes on with one that was begun.
+    """Make a dataset of a source, or continue a stopped ingest.
 
     Args:
-        source: what :func:`fr_core.data.sources.list_source` reads.
-        out: folder for the shards; like the source local, or at a URL that all nodes see.
+        source: a path or URL that :func:`fr_core.data.sources.list_source` reads.
+        out: folder for the shards: a local path, or a URL that all nodes see.
         layout: ``flat`` for training on single images, ``grouped`` for methods that need class images.
-        landmarks: CSV of 5 or 68 points per image; images are aligned by it, and those without points are left out.
+        landmarks: CSV of 5 or 68 points per image. Images are aligned by their points; images without are left out.
         labels: list of the images and their identities, for a folder without identity folders.
-        on_ray: work in Ray tasks; otherwise in this process.
-        unlabelled: all images below the folder ``source`` are one identity.
-        align: find the points of the face in each image, align by these, and leave out images without a face.
-        progress: called with images done and in all.
+        on_ray: whether Ray tasks do the work; otherwise this process does.
+        unlabelled: whether all images below the folder ``source`` become one identity.
+        align: whether a detector finds the points of each face to align by. Images without a face are left out.
+        progress: called with the images done and the total.
 
     Raises:
-        UserError: no images, an unwritable or used ``out``, more than half of the images rejected, or ``align`` with
-            ``landmarks`` or without its detector.
+        UserError: no images, more than half of the images rejected, ``out`` in use or not writable, ``align`` with
+            ``landmarks``, or no detector installed.
     """
     if align and landmarks:
-        raise UserError(f"--align finds the points that {landmarks} holds; give one of them")
+        raise UserError(f"--align finds the points that {landmarks} holds: give one of the two")
     if unlabelled and labels:
-        raise UserError(f"--unlabelled has no use for {labels}; give one of them")
+        raise UserError(f"--unlabelled makes no use of {labels}: give one of the two")
     if align:
-        detector()  # not installed? say so now
+        detector()  # a missing detector is an error before any work
     source, out = to_path(source), to_path(out).resolve()
     refuse_nested(source, out)
-    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # of Parquet alone
+    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for Parquet sources only
     listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, align, out, layout, image_size, seed)
     begin_job(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
-    there = {file.name for file in out.iterdir()}
-    finished = [number for number in range(job.shards) if _result_file(out, number).name in there]
-    rest = [number for number in range(job.shards) if number not in set(finished)]
-    run = _by_ray(job, rest) if on_ray else (write_one(job, number) for number in rest)
+    existing = {file.name for file in out.iterdir()}
+    finished = [number for number in range(job.shard_count) if _result_file(out, number).name in existing]
+    missing = [number for number in range(job.shard_count) if number not in set(finished)]
+    earlier = (json.loads(_result_file(out, number).read_text()) for number in finished)
+    new = _write_on_ray(job, missing) if on_ray else (write_one(job, number) for number in missing)
     shards: list[Shard] = []
     rejects: list[tuple[str, str]] = []
     counts = np.zeros(len(listing.names), np.int64)
     not_square = done = 0
-    for result in itertools.chain((json.loads(_result_file(out, n).read_text()) for n in finished), run):
+    for result in itertools.chain(earlier, new):
         if result["shard"]:
             shards.append(Shard.model_validate(result["shard"]))
         rejects += [tuple(row) for row in result["rejects"]]
@@ -153,14 +161,15 @@ def ingest(
         done += result["images"]
         progress(done, listing.images.num_rows)
     _write_rejects(out, sorted(rejects))
-    for number in range(job.shards):
+    for number in range(job.shard_count):
         _result_file(out, number).unlink()
-    if len(rejects) > MOST_REJECTS * listing.images.num_rows:
+    if len(rejects) > MAX_REJECTED_SHARE * listing.images.num_rows:
         raise UserError(
             f"{source}: {len(rejects)} of {listing.images.num_rows} images rejected, first {min(rejects)[0]} "
             f"({min(rejects)[1]}); see {out / 'rejects.csv'}"
         )
-    empty = int((counts == 0).sum())
+    reasons = Counter(sorted(reason for _, reason in rejects))
+    warnings = {"not_square": not_square, "identities_without_images": int((counts == 0).sum())}
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         layout=layout,
@@ -169,8 +178,8 @@ def ingest(
         images=int(counts.sum()),
         shards=tuple(sorted(shards, key=lambda shard: shard.file)),
         source=str(source.resolve()),
-        rejects={reason: sum(r == reason for _, r in rejects) for reason in sorted({r for _, r in rejects})},
-        warnings={k: n for k, n in {"not_square": not_square, "identities_without_images": empty}.items() if n},
+        rejects=dict(reasons),
+        warnings={name: count for name, count in warnings.items() if count},
     )
     write_manifest(out, manifest, listing.names, counts)
     (out / STARTED).unlink()
@@ -180,10 +189,26 @@ def ingest(
 
 
 def refuse_nested(source: AnyPath, out: AnyPath) -> None:
-    """Raises UserError where one lies in the other."""
+    """Raise UserError if the source and the output folder lie in each other."""
     a, b = source.resolve(), out.resolve()
     if a in (b, *b.parents) or b in a.parents:
-        raise UserError(f"{out} and {source} lie in each other; write the shards somewhere else")
+        raise UserError(f"{out} and {source} lie in each other: name another folder for the shards")
+
+
+def unread_images(source: str | AnyPath) -> dict[str, int]:
+    """Count the files below a local folder that ingest does not read although they look like photos.
+
+    Returns:
+        Suffix → number of files, for formats other than JPEG and PNG. The empty suffix counts photos that lie in no
+        identity folder.
+    """
+    folder = to_path(source)
+    if not isinstance(folder, Path) or not folder.is_dir():
+        return {}
+    suffixes = (Path(name).suffix.lower() for _, _, names in os.walk(folder) for name in names)
+    counts = Counter(suffix for suffix in suffixes if suffix in OTHER_IMAGE_FORMATS)
+    loose = sum(is_image(entry.name) for entry in folder.iterdir() if entry.is_file())
+    return dict(sorted(counts.items())) | ({"": loose} if loose else {})
 
 
 def plan_job(
@@ -195,9 +220,9 @@ def plan_job(
     image_size: int,
     seed: int,
 ) -> Job:
-    """Cuts a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
+    """Cut a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
 
-    Which of an identity's images share a chunk is drawn too: neighbours in a folder are often frames of one film.
+    The images of a chunk are drawn at random too, because neighbours in a folder are often frames of one film.
     """
     labels, total = listing.labels, listing.images.num_rows
     images = np.arange(total)
@@ -207,10 +232,12 @@ def plan_job(
     starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total)
     order = rng.generator(seed, "ingest").permutation(len(starts))
     lengths = np.diff(starts, append=total)[order]
-    begun = np.cumsum(lengths) - lengths
-    within = np.arange(total) - np.repeat(begun, lengths)
-    per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // FEWEST_SHARDS)))
-    first_chunks = np.flatnonzero(np.diff((begun + lengths - 1) // per_shard, prepend=-1))
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    within_chunk = np.arange(total) - np.repeat(begins, lengths)
+    per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // MIN_SHARDS)))
+    shard_of_chunk = (ends - 1) // per_shard
+    first_chunks = np.flatnonzero(np.diff(shard_of_chunk, prepend=-1))
     return Job(
         listing,
         points,
@@ -218,54 +245,61 @@ def plan_job(
         out,
         layout,
         image_size,
-        images[np.repeat(starts[order], lengths) + within],
+        images[np.repeat(starts[order], lengths) + within_chunk],
         np.repeat(np.arange(len(order)), lengths),
-        np.append(begun[first_chunks], total),
+        np.append(begins[first_chunks], total),
     )
 
 
 def chunk_starts(identity_starts: np.ndarray, total: int) -> np.ndarray:
-    """Cuts identities into nearly equal chunks of at most ``CHUNK`` images; the positions where they begin."""
-    ends = np.append(identity_starts[1:], total)
-    parts = [np.linspace(a, b, -(-(b - a) // CHUNK) + 1)[:-1] for a, b in zip(identity_starts, ends, strict=True)]
+    """Cut identities into nearly equal chunks of at most ``IMAGES_PER_CHUNK`` images.
+
+    Returns:
+        int64, the position where each chunk begins.
+    """
+    parts = []
+    for start, end in zip(identity_starts, np.append(identity_starts[1:], total), strict=True):
+        chunks = -(-(end - start) // IMAGES_PER_CHUNK)
+        parts.append(np.linspace(start, end, chunks + 1)[:-1])
     return np.concatenate(parts).astype(np.int64)
 
 
 def write_one(job: Job, number: int) -> dict[str, Any]:
-    """Reads, checks and crops the images of a shard, writes it, and then its result beside it.
+    """Read, check and crop the images of a shard, write the shard, then write its result file.
 
     Returns:
-        shard (None if nothing could be used), rejects [[path, reason]], labels [[label], [images]], not_square, images.
+        shard (None without usable images), rejects [[path, reason]], labels [[label], [images]], not_square, images.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the shard cannot be written.
     """
     part = slice(job.starts[number], job.starts[number + 1])
     sample_ids, chunks = job.sample_ids_I[part], job.chunks_I[part]
     points = job.points[sample_ids] if job.points is not None else itertools.repeat(None)
     find = find_face if job.align else None
     places = job.listing.images.take(pa.array(sample_ids)).to_pylist()
-    reads: Iterator[Callable[[], bytes]] = (partial(_read, job.listing, place) for place in places)
+    reads: Iterator[Callable[[], bytes]] = (partial(_read_bytes, job.listing, place) for place in places)
     if isinstance(to_path(job.listing.files[0]), RemotePath):
         reads = prefetch(reads)
     rows: list[FlatRow] = []
     kept: list[int] = []
     rejects, not_square = [], 0
     images = zip(sample_ids.tolist(), chunks.tolist(), places, reads, points, strict=False)
-    for sample_id, chunk, place, read, own in images:
+    for sample_id, chunk, place, read, image_points in images:
         try:
-            if own is not None and np.isnan(own).any():
+            if image_points is not None and np.isnan(image_points).any():
                 raise RejectedImage("no landmarks")
-            jpeg, moved, odd = make_crop(read(), job.image_size, own, find)
-            not_square += odd
-            rows.append((sample_id, place["label"], jpeg, moved))
+            jpeg, crop_points, cut = make_crop(read(), job.image_size, image_points, find)
+            not_square += cut
+            rows.append((sample_id, place["label"], jpeg, crop_points))
             kept.append(chunk)
         except RejectedImage as error:
             rejects.append([place["path"], str(error)])
     shard = None
     if rows:
-        whole = ([row for _, row in group] for _, group in itertools.groupby(zip(kept, rows, strict=True), _first))
-        table = flat_table(rows) if job.layout == "flat" else grouped_table(whole)
+        by_chunk = itertools.groupby(zip(kept, rows, strict=True), lambda pair: pair[0])
+        grouped = ([row for _, row in group] for _, group in by_chunk)
+        table = flat_table(rows) if job.layout == "flat" else grouped_table(grouped)
         with explain_disk_errors(job.out):
             shard = write_shard(job.out / f"shard-{number:05d}.parquet", table, job.layout).model_dump()
     labels, counts = np.unique([label for _, label, _, _ in rows], return_counts=True)
@@ -281,7 +315,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     return result
 
 
-def _read(listing: Listing, place: dict[str, Any]) -> bytes:
+def _read_bytes(listing: Listing, place: dict[str, Any]) -> bytes:
     return read_image(listing.kind, listing.files[place["file"]], place["path"], place["start"], place["length"])
 
 
@@ -289,15 +323,11 @@ def _result_file(out: AnyPath, number: int) -> AnyPath:
     return out / f"shard-{number:05d}.json"
 
 
-def _first(pair: tuple[int, FlatRow]) -> int:
-    return pair[0]
-
-
-def _by_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
+def _write_on_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     import ray
 
     start_ray()
-    shared = ray.put(job)  # read by every task where it lies
+    shared = ray.put(job)  # every task reads the one copy in the object store
     rows = [{"number": number} for number in numbers]
     for row in mapped(rows, lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1):
         yield json.loads(row["result"])

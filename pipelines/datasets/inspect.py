@@ -1,4 +1,4 @@
-"""What is in a dataset: sizes of identities, faces to look at, damaged images, and images that are there twice."""
+"""Describe a dataset: images per identity, a sheet of faces, damaged images and duplicates."""
 
 import csv
 import hashlib
@@ -14,7 +14,7 @@ from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import AnyPath
 from fr_core.verify.report import contact_sheet
 
-SHOWN = (8, 10)  # identities and images of each on the contact sheet
+SHOWN = (8, 10)  # identities on the contact sheet, and images of each
 
 
 def inspect(
@@ -22,15 +22,19 @@ def inspect(
     out: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Reads and decodes every image of a dataset, a row group in memory at a time.
+    """Read and decode every image of a dataset, with one row group in memory at a time.
 
     Args:
-        out: folder for ``identities.png`` (histogram), ``faces.png`` (contact sheet) and ``findings.csv``: every
-            damaged image, and every image whose bytes another one has.
+        out: folder for ``identities.png`` (histogram), ``faces.png`` (contact sheet) and ``findings.csv``. The CSV
+            lists every damaged image and every duplicate.
 
     Returns:
-        images, identities, images per identity (least, median, most), lonely (identities with one image), empty,
-        damaged, duplicates (images beyond the first of equal ones), in_two_identities (of those, under another name).
+        - images, identities.
+        - fewest_images, median_images, most_images: images per identity, without identities that have none.
+        - lonely: identities with one image. empty: identities without images.
+        - damaged: images that cannot be decoded.
+        - duplicates: images whose bytes equal those of an earlier image.
+        - in_two_identities: duplicates whose earlier image belongs to another identity.
 
     Raises:
         UserError: no dataset, or a damaged shard.
@@ -47,15 +51,15 @@ def inspect(
             part = slice(done, done + len(group))
             jpegs = [jpeg for _, _, jpeg, _ in group]
             samples[part], labels[part] = [row[0] for row in group], [row[1] for row in group]
-            hashes[part] = list(threads.map(_hash, jpegs))
+            hashes[part] = list(threads.map(_content_hash, jpegs))
             for row, reason in zip(group, threads.map(_damage, jpegs), strict=True):
                 if reason:
                     damaged.append((row[0], row[1], reason))
             done += len(group)
             progress(done, total)
     order = np.lexsort((samples, hashes))
-    twice = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
-    first = order[np.searchsorted(hashes[order], hashes[twice])]
+    duplicates = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+    originals = order[np.searchsorted(hashes[order], hashes[duplicates])]
     if out:
         out.mkdir(parents=True, exist_ok=True)
         _sizes_figure(counts).savefig(out / "identities.png")
@@ -64,9 +68,9 @@ def inspect(
             writer = csv.writer(file)
             writer.writerow(("sample_id", "identity", "finding"))
             writer.writerows((sample, names[label], reason) for sample, label, reason in damaged)
-            for one, other in zip(twice.tolist(), first.tolist(), strict=True):
-                finding = f"same bytes as {samples[other]} of {names[labels[other]]}"
-                writer.writerow((samples[one], names[labels[one]], finding))
+            for image, original in zip(duplicates.tolist(), originals.tolist(), strict=True):
+                finding = f"same bytes as {samples[original]} of {names[labels[original]]}"
+                writer.writerow((samples[image], names[labels[image]], finding))
     present = counts[counts > 0]
     return {
         "images": total,
@@ -77,16 +81,18 @@ def inspect(
         "lonely": int((counts == 1).sum()),
         "empty": int((counts == 0).sum()),
         "damaged": len(damaged),
-        "duplicates": len(twice),
-        "in_two_identities": int((labels[twice] != labels[first]).sum()),
+        "duplicates": len(duplicates),
+        "in_two_identities": int((labels[duplicates] != labels[originals]).sum()),
     }
 
 
-def _hash(jpeg: bytes) -> int:
+def _content_hash(jpeg: bytes) -> int:
+    """Return a 64-bit hash of the bytes."""
     return int.from_bytes(hashlib.blake2b(jpeg, digest_size=8).digest(), "little")
 
 
 def _damage(jpeg: bytes) -> str:
+    """Return why an image cannot be decoded, or an empty string."""
     try:
         read_rgb(jpeg)
     except RejectedImage as error:
@@ -95,17 +101,18 @@ def _damage(jpeg: bytes) -> str:
 
 
 def _sizes_figure(counts: np.ndarray) -> Figure:
+    """Draw a histogram of images per identity."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     edges = np.geomspace(1, max(2, counts.max()), 40)
     axes.hist(counts[counts > 0], bins=edges.tolist())
-    axes.set(xscale="log", yscale="log", xlabel="images of an identity", ylabel="identities")
+    axes.set(xscale="log", yscale="log", xlabel="images per identity", ylabel="identities")
     axes.set_title(f"{int(counts.sum()):,} images of {int((counts > 0).sum()):,} identities")
     return figure
 
 
 def _faces_figure(dataset: Dataset, names: list[str]) -> Figure:
-    """Identities of the first row groups that have most images there, one a row."""
+    """Draw faces, one identity a row: the identities with most images in the first row groups."""
     rows, columns = SHOWN
     faces: dict[int, list[np.ndarray]] = {}
     for shard, number, _ in dataset.row_groups[:rows].tolist():

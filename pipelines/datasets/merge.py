@@ -1,6 +1,7 @@
-"""Datasets into one, or into two: identities mapped, listed images left out, JPEG bytes untouched.
+"""Merge datasets: map their identities, leave out listed images, and keep the JPEG bytes as they are.
 
-The rows of a shard come from all parts alike and are shuffled; parts are shuffled themselves, so no more is needed.
+Each new shard takes an equal share of every dataset and shuffles the rows. Ingest has shuffled each dataset already,
+so the result is shuffled too.
 """
 
 import csv
@@ -31,29 +32,27 @@ from fr_core.data.schema import (
 from fr_core.data.store import AnyPath, atomic_file, begin_job
 from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
-from fr_core.verify.pairs import write_pairs
-from pipelines.datasets.clean import all_centres
+from pipelines.datasets.clean import identity_centres
 from pipelines.datasets.embed import embed
-from pipelines.datasets.ingest import FEWEST_SHARDS, IMAGES_PER_SHARD
-from pipelines.datasets.unpack import folder_names
+from pipelines.datasets.ingest import IMAGES_PER_SHARD, MIN_SHARDS
 
 STARTED, EMBEDDINGS = "merge.json", "embeddings"
 OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "identity_map.csv*")
 MAP_COLUMNS = ("dataset", "identity", "becomes", "cosine")
-FEWEST_HELD_OUT = 20  # identities: ten folds of two
 
 
 @dataclass(frozen=True)
 class Part:
-    """What becomes of a dataset."""
+    """A dataset and its place in the result. Legend: N identities of the dataset."""
 
     dataset: Dataset
-    labels_N: np.ndarray  # int64, the label of each identity in the result; −1: left out
-    without: Mapping[int, str] = field(default_factory=dict)  # sample ids left out -> their identity, or ""
+    labels_N: np.ndarray  # int64, label of each identity in the result; −1: left out
+    without: Mapping[int, str] = field(default_factory=dict)  # sample id to leave out → its identity, or ""
     first_id: int = 0  # added to the sample ids
 
     @cached_property
     def names(self) -> list[str]:
+        """Return the names of the dataset's identities."""
         return self.dataset.identity_names()
 
 
@@ -69,51 +68,54 @@ def merge(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Makes one dataset of several, or of one without the images of a list.
+    """Make one dataset of several, or copy one dataset without the images of a list.
 
-    Identities of two datasets are different people unless ``same_names`` or ``model`` says otherwise. What became of
-    each is in ``identity_map.csv``.
+    Identities of two datasets are different people unless ``same_names`` or ``model`` joins them.
+    ``identity_map.csv`` lists the new name of every identity.
 
     Args:
-        same_names: those called alike are one person.
-        model: a net (:func:`fr_core.nets.open.open_net`); an identity whose centre is as near as ``overlap`` to one of
-            an earlier dataset is that person.
+        same_names: whether identities of the same name are one person.
+        model: a net for :func:`fr_core.nets.open.open_net`. It joins an identity to the nearest identity of the
+            earlier datasets if the cosine of their centres is at least ``overlap``.
         overlap: cosine.
-        without: of one dataset, a CSV with a column ``sample_id``, such as ``clean.csv`` of ``bigface clean``; where it
-            has a column ``identity`` too, that must be the sample's.
+        without: CSV with a column ``sample_id``, such as ``clean.csv`` of ``bigface clean``; for one dataset only.
+            If the CSV has a column ``identity``, its names must match the dataset's.
 
     Returns:
-        images, identities, joined (identities that were found in an earlier dataset), left_out (images).
+        images, identities, joined (identities that joined one of an earlier dataset), left_out (images).
 
     Raises:
-        UserError: datasets that differ in layout or image size, a used ``out``, or an unreadable list.
+        UserError: datasets of different layout or image size, ``out`` in use, or an unreadable list.
     """
     if without and len(datasets) > 1:
-        raise UserError("--without is for one dataset, since each has sample ids of its own; clean first, then merge")
+        raise UserError("--without is for one dataset, because sample ids repeat: clean each dataset first, then merge")
     opened = [open_dataset(path) for path in datasets]
-    form_of(opened)
-    left_out = read_list(without) if without else {}
+    common_form(opened)
+    left_out = read_sample_list(without) if without else {}
     stamp = "+".join(dataset.stamp for dataset in opened)
     begin_job(out, STARTED, stamp, OWN_FILES, overwrite, beside=[EMBEDDINGS])
     names = [dataset.identity_names() for dataset in opened]
-    becomes, cosines = _new_identities(names), [np.full(len(own), np.nan) for own in names]
+    becomes = _number_identities(names)
+    cosines = [np.full(len(own_names), np.nan) for own_names in names]
     if same_names:
         _join_by_name(names, becomes)
     if model:
         _join_by_centre(opened, becomes, cosines, model, net, overlap, out / EMBEDDINGS, on_ray, progress)
-    used, flat = np.unique(np.concatenate(becomes), return_inverse=True)
-    labels = np.split(flat, np.cumsum([len(own) for own in names])[:-1])
-    titles = _titles([path.resolve().name for path in datasets], names, used)
-    firsts = np.cumsum([0] + [_largest_id(dataset) + 1 for dataset in opened[:-1]])
+    used, new_labels = np.unique(np.concatenate(becomes), return_inverse=True)
+    labels = np.split(new_labels, np.cumsum([len(own_names) for own_names in names])[:-1])
+    titles = _result_names([path.resolve().name for path in datasets], names, used)
+    first_ids = np.cumsum([0] + [_largest_sample_id(dataset) + 1 for dataset in opened[:-1]])
     parts = [
-        Part(dataset, own, left_out, first) for dataset, own, first in zip(opened, labels, firsts.tolist(), strict=True)
+        Part(dataset, own_labels, left_out, first_id)
+        for dataset, own_labels, first_id in zip(opened, labels, first_ids.tolist(), strict=True)
     ]
     with atomic_file(out / "identity_map.csv") as scratch, scratch.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(MAP_COLUMNS)
-        for path, own, new, near in zip(datasets, names, labels, cosines, strict=True):
-            for name, identity, cosine in zip(own, new.tolist(), near.tolist(), strict=True):
-                writer.writerow((path, name, titles[identity], "" if np.isnan(cosine) else f"{cosine:.4f}"))
+        for path, own_names, own_labels, own_cosines in zip(datasets, names, labels, cosines, strict=True):
+            rows = zip(own_names, own_labels.tolist(), own_cosines.tolist(), strict=True)
+            for name, label, cosine in rows:
+                writer.writerow((path, name, titles[label], "" if np.isnan(cosine) else f"{cosine:.4f}"))
     manifest = write_parts(parts, titles, out, " + ".join(map(str, datasets)), progress=progress)
     (out / STARTED).unlink()
     before = sum(dataset.manifest.images for dataset in opened)
@@ -125,57 +127,6 @@ def merge(
     }
 
 
-def split(
-    shards: AnyPath,
-    out: Path,
-    share: float = 0.1,
-    pairs_per_fold: int = 300,
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, float]:
-    """Holds identities out of a dataset: ``train/`` shards, and ``verify/images`` with ``verify/pairs.csv`` of others.
-
-    Args:
-        share: of the identities, drawn among those with two images or more.
-        pairs_per_fold: of each kind; there are ten folds, and no identity is in two of them.
-
-    Returns:
-        images, identities, held_out_images, held_out_identities.
-
-    Raises:
-        UserError: too few identities, or a used ``out``.
-    """
-    dataset = open_dataset(shards)
-    counts, names = dataset.identity_counts(), dataset.identity_names()
-    able = np.flatnonzero(counts >= 2)
-    wanted = max(FEWEST_HELD_OUT, int(share * len(able)))
-    if wanted > len(able) // 2:
-        raise UserError(f"{shards}: {wanted} of {len(able)} identities with two images or more cannot be held out")
-    held_out = np.isin(np.arange(len(names)), rng.generator(seed, "split").choice(able, wanted, replace=False))
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty")
-    (out / "train").mkdir(parents=True)
-    kept = np.flatnonzero(~held_out)
-    labels = np.full(len(names), -1)
-    labels[kept] = np.arange(len(kept))
-    train = write_parts([Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress)
-    folders, images = folder_names(names), 0
-    for shard, group, _ in dataset.row_groups.tolist():
-        for sample_id, label, jpeg, _ in dataset.read_images(shard, group):
-            if held_out[label]:
-                path = out / "verify" / "images" / folders[label] / f"{sample_id:08d}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(jpeg)
-                images += 1
-    write_pairs(out / "verify", pairs_per_fold, seed)
-    return {
-        "images": train.images,
-        "identities": train.identities,
-        "held_out_images": images,
-        "held_out_identities": wanted,
-    }
-
-
 def write_parts(
     parts: list[Part],
     names: list[str],
@@ -184,27 +135,28 @@ def write_parts(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Writes the parts as one dataset, a shard in memory at a time.
+    """Write the parts as one dataset, with one shard in memory at a time.
 
     Args:
-        names: of the identities of the result.
+        names: names of the result's identities.
 
     Raises:
-        UserError: parts of different layout or image size, or nothing left.
+        UserError: parts of different layout or image size, no images left, or a list of another dataset's images.
     """
-    layout, image_size = form_of([part.dataset for part in parts])
+    layout, image_size = common_form([part.dataset for part in parts])
     total = sum(part.dataset.manifest.images for part in parts)
-    number = -(-total // min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // FEWEST_SHARDS))))
+    per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // MIN_SHARDS)))
+    number = -(-total // per_shard)
     shares = [np.array_split(part.dataset.row_groups, number) for part in parts]
     counts, shards, done, left_out = np.zeros(len(names), np.int64), [], 0, 0
     for shard in range(number):
         chunks: list[list[FlatRow]] = []
         for part, groups in zip(parts, shares, strict=True):
-            for where in groups[shard].tolist():
-                kept, left = _selected(part, where[0], where[1], layout)
+            for part_shard, group, images in groups[shard].tolist():
+                kept, dropped = _relabelled_chunks(part, part_shard, group, layout)
                 chunks += kept
-                left_out += left
-                done += where[2]
+                left_out += dropped
+                done += images
             progress(done, total)
         for chunk in chunks:
             counts[chunk[0][1]] += len(chunk)
@@ -213,10 +165,11 @@ def write_parts(
             table = flat_table(itertools.chain(*shuffled)) if layout == "flat" else grouped_table(shuffled)
             shards.append(write_shard(out / f"shard-{shard:05d}.parquet", table, layout))
     if not shards:
-        raise UserError(f"{source}: no images are left")
+        raise UserError(f"{source}: no images are left: the list names all of them")
     listed = sum(len(part.without) for part in parts)
     if left_out < listed:
-        raise UserError(f"{listed - left_out} of the {listed} listed samples are not in {source}: a list of other data")
+        missing = listed - left_out
+        raise UserError(f"{missing} of the {listed} listed samples are not in {source}: the list is of another dataset")
     empty = int((counts == 0).sum())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -233,24 +186,24 @@ def write_parts(
     return manifest
 
 
-def form_of(datasets: Sequence[Dataset]) -> tuple[Layout, int]:
-    """The layout and image size that all have.
+def common_form(datasets: Sequence[Dataset]) -> tuple[Layout, int]:
+    """Return the layout and image size that all datasets share.
 
     Raises:
-        UserError: they differ.
+        UserError: datasets of different layout or image size.
     """
     forms = {(dataset.manifest.layout, dataset.manifest.image_size) for dataset in datasets}
     if len(forms) > 1:
-        found = ", ".join(f"{layout} {size} px" for layout, size in sorted(forms))
-        raise UserError(f"datasets of different form cannot be one: {found}")
+        listed = ", ".join(f"{layout} {size} px" for layout, size in sorted(forms))
+        raise UserError(f"datasets of different form cannot be merged: {listed}; ingest them alike (--layout, --size)")
     return forms.pop()
 
 
-def read_list(path: Path) -> dict[int, str]:
-    """The columns ``sample_id`` and, if it is there, ``identity`` of a CSV.
+def read_sample_list(path: Path) -> dict[int, str]:
+    """Read the columns ``sample_id`` and, if present, ``identity`` of a CSV.
 
     Raises:
-        UserError: unreadable, no such column, or no numbers in it.
+        UserError: an unreadable file, no column ``sample_id``, or values that are not whole numbers.
     """
     try:
         with path.open(newline="") as file:
@@ -261,11 +214,11 @@ def read_list(path: Path) -> dict[int, str]:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def _selected(part: Part, shard: int, group: int, layout: Layout) -> tuple[list[list[FlatRow]], int]:
-    """The chunks of a row group that stay, as they are called in the result, and how many listed images do not.
+def _relabelled_chunks(part: Part, shard: int, group: int, layout: Layout) -> tuple[list[list[FlatRow]], int]:
+    """Return the chunks of a row group that stay, with their new ids and labels, and the number of listed images.
 
     Raises:
-        UserError: a listed image is another identity's.
+        UserError: the list names another identity for an image.
     """
     kept, left_out = [], 0
     for chunk in chunks_of(part.dataset.read_row_group(shard, group), layout):
@@ -273,9 +226,12 @@ def _selected(part: Part, shard: int, group: int, layout: Layout) -> tuple[list[
         for sample_id, label, jpeg, points in chunk:
             if sample_id in part.without:
                 left_out += 1
-                told, own = part.without[sample_id], part.names[label]
-                if told not in ("", own):
-                    raise UserError(f"sample {sample_id} is {told!r} in the list, {own!r} here: a list of other data")
+                listed, actual = part.without[sample_id], part.names[label]
+                if listed not in ("", actual):
+                    raise UserError(
+                        f"sample {sample_id} is {listed!r} in the list, {actual!r} in the dataset: "
+                        "the list is of another dataset"
+                    )
             elif part.labels_N[label] >= 0:
                 rows.append((part.first_id + sample_id, int(part.labels_N[label]), jpeg, points))
         if rows:
@@ -283,27 +239,28 @@ def _selected(part: Part, shard: int, group: int, layout: Layout) -> tuple[list[
     return kept, left_out
 
 
-def _new_identities(names: list[list[str]]) -> list[np.ndarray]:
-    """Every identity of every dataset a number of its own."""
-    ends = np.cumsum([len(own) for own in names])
-    return [np.arange(end - len(own), end) for end, own in zip(ends, names, strict=True)]
+def _number_identities(names: list[list[str]]) -> list[np.ndarray]:
+    """Give the identities of all datasets consecutive numbers."""
+    ends = np.cumsum([len(own_names) for own_names in names])
+    return [np.arange(end - len(own_names), end) for end, own_names in zip(ends, names, strict=True)]
 
 
-def _titles(folders: list[str], names: list[list[str]], used: np.ndarray) -> list[str]:
-    """What the identities that are left are called: their names; ``NAME@FOLDER`` where several are called alike."""
-    owners = [(name, folder) for folder, own in zip(folders, names, strict=True) for name in own]
-    left = [owners[number] for number in used.tolist()]
-    alike = Counter(name for name, _ in left)
-    titles = [f"{name}@{folder}" if alike[name] > 1 else name for name, folder in left]
-    again = Counter(titles)  # folders are called alike too
-    return [f"{title}-{number}" if again[title] > 1 else title for number, title in enumerate(titles)]
+def _result_names(folders: list[str], names: list[list[str]], used: np.ndarray) -> list[str]:
+    """Return distinct names of the result's identities: ``NAME``, or ``NAME@FOLDER`` where a name repeats."""
+    owners = [(name, folder) for folder, own_names in zip(folders, names, strict=True) for name in own_names]
+    kept = [owners[number] for number in used.tolist()]
+    name_counts = Counter(name for name, _ in kept)
+    titles = [f"{name}@{folder}" if name_counts[name] > 1 else name for name, folder in kept]
+    title_counts = Counter(titles)  # two folders can have the same name
+    return [f"{title}-{number}" if title_counts[title] > 1 else title for number, title in enumerate(titles)]
 
 
 def _join_by_name(names: list[list[str]], becomes: list[np.ndarray]) -> None:
+    """Give identities of the same name the number of the first of them, in place."""
     first: dict[str, int] = {}
-    for own, new in zip(names, becomes, strict=True):
-        for label, name in enumerate(own):
-            new[label] = first.setdefault(name, int(new[label]))
+    for own_names, numbers in zip(names, becomes, strict=True):
+        for label, name in enumerate(own_names):
+            numbers[label] = first.setdefault(name, int(numbers[label]))
 
 
 def _join_by_centre(
@@ -317,24 +274,30 @@ def _join_by_centre(
     on_ray: bool,
     progress: Callable[[int, int], None],
 ) -> None:
-    known_ND = np.zeros((0, 0), np.float32)  # centres of the identities of the datasets so far, in their order
+    """Give an identity the number of the nearest identity of the earlier datasets, if near enough; in place."""
+    known_ND = np.zeros((0, 0), np.float32)  # centres of the earlier datasets' identities, in their order
     for number, dataset in enumerate(opened):
         embeddings = embed(model, dataset.root, out, net, on_ray=on_ray, own_folder=True, progress=progress)
-        own_ND = all_centres(embeddings, dataset.manifest.identities)
+        own_ND = identity_centres(embeddings, dataset.manifest.identities)
         if number:
-            nobody, before = np.full(len(own_ND), -1), np.concatenate(becomes[:number])
-            nearest = nearest_centres(own_ND, known_ND, nobody)
+            earlier = np.concatenate(becomes[:number])
+            no_label_N = np.full(len(own_ND), -1)  # every known centre belongs to another dataset
+            nearest = nearest_centres(own_ND, known_ND, no_label_N)
             row_N, cosines[number] = (np.concatenate(parts) for parts in zip(*nearest, strict=True))
-            joins = (cosines[number] >= overlap) & (row_N >= 0) & ~np.isin(becomes[number], before)
+            joins_N = (cosines[number] >= overlap) & (row_N >= 0) & ~np.isin(becomes[number], earlier)
             moved = np.arange(sum(map(len, becomes)))
-            moved[becomes[number][joins]] = before[row_N[joins]]
-            for own in becomes:
-                own[:] = moved[own]
+            moved[becomes[number][joins_N]] = earlier[row_N[joins_N]]
+            for numbers in becomes:
+                numbers[:] = moved[numbers]
         known_ND = np.concatenate([known_ND, own_ND]) if number else own_ND
 
 
-def _largest_id(dataset: Dataset) -> int:
-    column = "sample_id" if dataset.manifest.layout == "flat" else "sample_ids"
-    tables = (dataset.read_row_group(shard, group, [column]) for shard, group, _ in dataset.row_groups.tolist())
-    flat = (np.concatenate(t[column].to_numpy()) if column == "sample_ids" else t[column].to_numpy() for t in tables)
-    return max(int(ids.max()) for ids in flat)
+def _largest_sample_id(dataset: Dataset) -> int:
+    """Return the largest sample id; reads only the column of ids."""
+    grouped = dataset.manifest.layout == "grouped"
+    column = "sample_ids" if grouped else "sample_id"
+    largest = 0
+    for shard, group, _ in dataset.row_groups.tolist():
+        ids = dataset.read_row_group(shard, group, [column])[column].to_numpy()
+        largest = max(largest, int((np.concatenate(ids) if grouped else ids).max()))
+    return largest

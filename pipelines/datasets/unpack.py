@@ -1,4 +1,4 @@
-"""Shards back into what every other program reads: a folder a person, or WebDataset tars. No lock-in."""
+"""Turn shards back into files that other programs read: a folder for each person, or WebDataset tars."""
 
 import csv
 import io
@@ -22,23 +22,25 @@ def unpack(
     form: Form = "folders",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes the images of a dataset, JPEG bytes untouched, a row group in memory at a time.
+    """Write the images of a dataset, JPEG bytes unchanged, with one row group in memory at a time.
 
-    folders: ``NAME/SAMPLE.jpg``, and ``landmarks.csv`` of those with known points. webdataset: ``00000.tar`` …, one
-    a shard, for each image ``SAMPLE.jpg`` and ``SAMPLE.cls`` with its label, and ``identities.csv``.
+    Args:
+        form: ``folders`` writes ``NAME/SAMPLE.jpg``, and ``landmarks.csv`` for images with known points.
+            ``webdataset`` writes ``00000.tar`` …, one per shard, and ``identities.csv``. Each tar holds
+            ``SAMPLE.jpg`` and ``SAMPLE.cls`` (the label) for each image.
 
     Returns:
-        Images written.
+        Number of images written.
 
     Raises:
         UserError: no dataset, a damaged shard, or ``out`` is not empty.
     """
     dataset = open_dataset(shards)
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty")
+        raise UserError(f"{out} is not empty: name another folder, or remove this one first")
     out.mkdir(parents=True, exist_ok=True)
     total = dataset.manifest.images
-    write = _folders if form == "folders" else _tars
+    write = _write_folders if form == "folders" else _write_tars
     done = 0
     for done in write(dataset, out):
         progress(done, total)
@@ -46,22 +48,24 @@ def unpack(
 
 
 def folder_names(names: list[str]) -> list[str]:
-    """Names of the identities that are safe and distinct as folders; others become ``identityLABEL``."""
+    """Return distinct folder names for the identities; an unsafe name becomes ``identityLABEL``."""
     safe = [name if _is_plain(name) else f"identity{label}" for label, name in enumerate(names)]
     seen: set[str] = set()
     for label in range(len(safe)):
-        while safe[label].lower() in seen:  # file systems may not tell upper from lower case
+        while safe[label].lower() in seen:  # some file systems ignore case
             safe[label] += f"-{label}"
         seen.add(safe[label].lower())
     return safe
 
 
 def _is_plain(name: str) -> bool:
+    """Return whether every common file system takes the name for a folder."""
     short = len(name.encode(errors="replace")) < 200
     return short and bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/\\:*?"<>|')
 
 
-def _folders(dataset: Dataset, out: Path) -> Iterator[int]:
+def _write_folders(dataset: Dataset, out: Path) -> Iterator[int]:
+    """Write a folder for each identity; yields the number of images written so far."""
     names, done = folder_names(dataset.identity_names()), 0
     for name in names:
         (out / name).mkdir()
@@ -79,7 +83,8 @@ def _folders(dataset: Dataset, out: Path) -> Iterator[int]:
             yield done
 
 
-def _tars(dataset: Dataset, out: Path) -> Iterator[int]:
+def _write_tars(dataset: Dataset, out: Path) -> Iterator[int]:
+    """Write a tar for each shard; yields the number of images written so far."""
     with (out / "identities.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("label", "name"), *enumerate(dataset.identity_names())])
     done = 0

@@ -1,3 +1,4 @@
+import shutil
 import tarfile
 import zipfile
 
@@ -13,6 +14,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
+from tests.helpers.commands import bigface
 from tests.helpers.machine import REAL_DATA, needs_detector, needs_real_data
 
 
@@ -207,5 +209,37 @@ def test_loose_images_of_nobody_known_are_one_identity(photos, tmp_path):
     manifest = ingest(photos, tmp_path / "shards", on_ray=False, unlabelled=True)
     assert (manifest.images, manifest.identities) == (30, 1)
     assert open_dataset(tmp_path / "shards").identity_names() == ["(unlabelled)"]
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give one of the two"):
         ingest(photos, tmp_path / "more", on_ray=False, unlabelled=True, labels="list.csv")
+
+
+def test_the_end_of_an_ingest_tells_what_became_of_the_photos_and_what_to_do_next(faces, tmp_path):
+    photos = tmp_path / "my photos"
+    shutil.copytree(faces, photos)
+    (photos / "id00" / "broken.jpg").write_bytes(b"no image")
+    (photos / "id00" / "empty.png").touch()
+    (photos / "id01" / "new.WEBP").touch()
+    shutil.copy(photos / "id01" / "00.jpg", photos / "loose.jpg")
+    for path in sorted((photos / "id02").iterdir())[1:]:
+        path.unlink()
+    out = tmp_path / "my shards"
+    printed = bigface("ingest", photos, "--out", out, "--size", 16, "--in-process")
+    lines = printed.splitlines()
+    assert lines[-1] == f"next: bigface split '{out}' --out '{out}-split'"
+    reasons = f"1 empty file, 1 neither JPEG nor PNG; listed in {out / 'rejects.csv'}"
+    assert lines[-2] == f"{out}: 625 images of 40 people; 2 images left out: {reasons}"
+    assert "warning: 1 person has one image only" in lines[-3]
+    assert "not read: 1 .webp file: convert to JPEG or PNG" in lines
+    assert "not read: 1 photo in no person's folder: give each person a folder" in lines
+    assert sum("figure" in line for line in lines) == 1
+
+
+def test_the_next_command_after_an_ingest_is_one_that_works(faces, tmp_path):
+    few = tmp_path / "few"
+    for folder in sorted(faces.iterdir())[:7]:
+        shutil.copytree(folder, few / folder.name)
+    printed = bigface("ingest", few, "--out", tmp_path / "a", "--size", 16, "--in-process")
+    assert printed.splitlines()[-1] == f"next: bigface inspect {tmp_path / 'a'} --out {tmp_path / 'a-looks'}"
+    printed = bigface("ingest", few, "--out", tmp_path / "b", "--size", 16, "--in-process", "--unlabelled")
+    assert "112 images of unknown people; 0 images left out" in printed
+    assert printed.splitlines()[-1].startswith("next: bigface distill RECIPE")

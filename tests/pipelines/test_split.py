@@ -1,0 +1,83 @@
+import csv
+import shlex
+
+import pytest
+
+from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.errors import UserError
+from fr_core.verify.pairs import read_pairs
+from pipelines.cli import data
+from pipelines.datasets.split import MIN_HELD_OUT, held_out_count, interval_of, split
+from tests.helpers.commands import bigface, figures
+from tests.helpers.datasets import write_dataset
+
+
+def images_of(root):
+    """(identity, JPEG) of every image of a dataset."""
+    dataset = open_dataset(root)
+    names = dataset.identity_names()
+    rows = [row for shard, group, _ in dataset.row_groups.tolist() for row in dataset.read_images(shard, group)]
+    return sorted((names[label], jpeg) for _, label, jpeg, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("people", "share", "held_out"),
+    [(50, 0.1, 5), (50, 0.08, 4), (100, 0.29, 29), (50, 0.5, 25), (50, None, 20), (30, None, 15), (1000, None, 100)],
+)
+def test_as_many_people_are_held_out_as_asked(people, share, held_out):
+    assert held_out_count(people, share, "shards") == held_out
+
+
+def test_so_few_people_that_no_pairs_come_of_them_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--share 0.02 of 50 people holds out 1, .*: use --share 0.08 or more"):
+        held_out_count(50, 0.02, "shards")
+    for people in (8, 51, 333, 12345):  # the share that the message names is enough
+        with pytest.raises(UserError) as error:
+            held_out_count(people, 0, "shards")
+        named = float(str(error.value).split("use --share ")[1].split()[0])
+        assert held_out_count(people, named, "shards") >= MIN_HELD_OUT
+    with pytest.raises(UserError, match="more than half of the 50 people"):
+        held_out_count(50, 0.6, "shards")
+    shards = write_dataset(tmp_path / "shards", 70, 7)
+    with pytest.raises(UserError, match="too few to split: 8 are needed"):
+        split(shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert data.PEOPLE_TO_SPLIT == 2 * MIN_HELD_OUT
+
+
+def test_few_people_have_a_wide_interval():
+    assert [round(100 * interval_of(people)) for people in (5, 20, 100)] == [13, 7, 3]
+
+
+@pytest.mark.parametrize("layout", ["flat", "grouped"])
+def test_both_layouts_lose_no_image_and_the_end_names_the_next_command(tmp_path, layout):
+    shards = write_dataset(tmp_path / "my shards", 300, 50, layout=layout, points=True)
+    out = tmp_path / "my parts"
+    printed = bigface("split", shards, "--out", out, "--share", 0.1, "--pairs", 20, "--json", tmp_path / "s.json")
+    train = open_dataset(out / "train")
+    assert train.manifest.layout == layout
+    held = [(path.parent.name, path.read_bytes()) for path in (out / "verify" / "images").rglob("*.jpg")]
+    assert sorted([*images_of(out / "train"), *held]) == images_of(shards)
+    found = figures(tmp_path / "s.json")
+    pairs = read_pairs(out / "verify" / "pairs.csv")
+    assert (found["held_out_identities"], found["folds"], found["pairs"]) == (5, 2, 80) == (5, 2, len(pairs.same))
+    assert found["distinct_pairs"] == len({frozenset(pair) for pair in zip(pairs.left, pairs.right, strict=True)})
+    with (out / "verify" / "landmarks.csv").open() as file:
+        points = [row["path"] for row in csv.DictReader(file)]
+    assert 0 < len(points) < len(held)
+    assert all((out / "verify" / "images" / path).is_file() for path in points)
+    lines = printed.splitlines()
+    assert f"held out: 5 people, {len(held)} images; 80 pairs" in lines[-3]
+    assert "warning: 5 people give a wide 95 % interval, about ±13 points" in lines[-2]
+    words = shlex.split(lines[-1][lines[-1].index("bigface train") :])
+    assert words[:3] == ["bigface", "train", "RECIPE"]
+    recipe = data.EXAMPLE_RECIPES[layout]
+    assert f"such as {recipe}" in lines[-1]
+    config = load_config(recipe, words[3:])
+    assert config.method.facts.layout == layout
+    assert config.data.path == str(out / "train")
+    assert (str(config.verify.images), str(config.verify.pairs)) == (
+        str(out / "verify" / "images"),
+        str(out / "verify" / "pairs.csv"),
+    )
