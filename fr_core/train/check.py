@@ -25,13 +25,13 @@ def checked_plan(config: Config, *workers: int) -> Plan:
     Raises:
         UserError: as :func:`fitting_plan` and :func:`check_pairs`, or a teacher that does not fit.
     """
-    plan = fitting_plan(config, dataset_of(config), *workers)
+    plan = fitting_plan(config, open_training_data(config), *workers)
     check_pairs(config)
     open_teacher(config, plan.dataset, torch.device("cpu"))
     return plan
 
 
-def dataset_of(config: Config) -> Dataset:
+def open_training_data(config: Config) -> Dataset:
     """Raises: UserError: none is named, or there is none."""
     if not config.data.path:
         raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")

@@ -110,10 +110,10 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
         raise type(error)(f"cannot write checkpoint {folder} of {needed:,} bytes: {error}") from None
     with raise_together(ranks):
         if ranks.rank == 0:
-            _drop_others(out, config.train.keep)
+            _delete_old_checkpoints(out, config.train.keep)
 
 
-def _drop_others(out: AnyPath, keep: int) -> None:
+def _delete_old_checkpoints(out: AnyPath, keep: int) -> None:
     """Leaves the newest ``keep`` whole checkpoints: older, unfinished and damaged ones go."""
     kept = checkpoints(out)[-keep:]
     for folder in find_paths(out / "checkpoints", "step_*"):
@@ -199,9 +199,9 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
     extra = {name: tensor for file in states for name, tensor in read_tensors(folder, summary, file).items()}
     state.usable.load_state_dict(read_tensors(folder, summary, BACKBONE))
-    for name, net in _other_nets(state).items():
-        net.load_state_dict(_under(f"{name}/", extra))
-    _load_optimizer(state.optimizers["backbone"], state.trained, _under("optimizer/", extra))
+    for name, net in _unshipped_nets(state).items():
+        net.load_state_dict(_select_prefix(f"{name}/", extra))
+    _load_optimizer(state.optimizers["backbone"], state.trained, _select_prefix("optimizer/", extra))
     _load_head(state, folder, summary)
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.began = time.monotonic() - summary.get("seconds", 0.0)
@@ -246,9 +246,9 @@ def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's part of the head. Where no head stands for the classes, the thresholds take its place if any are."""
     if state.head is None:
         return dict(state.agreement.state_dict()) if state.agreement and ranks.rank == 0 else {}
-    sharded = _sharded(state.head)
+    sharded = _sharded_params(state.head)
     own = {name: tensor for name, tensor in state.head.state_dict().items() if name in sharded or ranks.rank == 0}
-    return own | _prefixed("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
+    return own | _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
 
 
 def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
@@ -260,25 +260,25 @@ def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
         rows, same = read_head(folder, summary, state.head.lo, state.head.hi, common)
         own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
         state.head.load_state_dict(own | same)
-        _load_optimizer(state.optimizers["head"], _sharded(state.head), _under("optimizer/", rows))
+        _load_optimizer(state.optimizers["head"], _sharded_params(state.head), _select_prefix("optimizer/", rows))
     else:
         state.head.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
 
 
-def _sharded(head: Head) -> dict[str, Tensor]:
+def _sharded_params(head: Head) -> dict[str, Tensor]:
     return {name: param for name, param in head.named_parameters() if name in head.sharded}
 
 
 def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's part of the optimiser's state, and on rank 0 the nets beside the one that is shipped."""
-    tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
+    tensors = _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
     if ranks.rank == 0:
-        for name, net in _other_nets(state).items():
-            tensors |= _prefixed(f"{name}/", net.state_dict())
+        for name, net in _unshipped_nets(state).items():
+            tensors |= _add_prefix(f"{name}/", net.state_dict())
     return tensors
 
 
-def _other_nets(state: TrainState) -> dict[str, nn.Module]:
+def _unshipped_nets(state: TrainState) -> dict[str, nn.Module]:
     nets: dict[str, nn.Module | None]
     nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
     nets["agreement"] = state.agreement if state.head else None  # else it has the head's file
@@ -303,7 +303,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
-        "schedule.kind": (_stateful(config), _stateful(old)),
+        "schedule.kind": (_state_kind(config), _state_kind(old)),
         "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
@@ -325,13 +325,13 @@ def _unlabelled_stamp(config: Config) -> str | None:
     return other[1].dataset.stamp if other else None
 
 
-def _stateful(config: Config) -> str:
+def _state_kind(config: Config) -> str:
     """The kind of a schedule that has a state of its own; the others are functions of the step."""
     return config.schedule.kind if config.schedule.watches_loss else "a function of the step"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    own = _local(optimizer).state
+    own = _rank_optimizer(optimizer).state
     return {
         f"{key}/{name}": value
         for name, param in named.items()
@@ -341,7 +341,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Ten
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    optimizer = _local(optimizer)
+    optimizer = _rank_optimizer(optimizer)
     optimizer.state.clear()  # of a damaged checkpoint
     own = {param for group in optimizer.param_groups for param in group["params"]}
     for key_name, value in tensors.items():
@@ -352,14 +352,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
             optimizer.state[like][key] = torch.empty_like(like).copy_(value) if own_layout else value
 
 
-def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _rank_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """What holds this rank's state."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _select_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(f"^{prefix}", "", n): t for n, t in tensors.items() if n.startswith(prefix)}

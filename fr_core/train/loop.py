@@ -20,7 +20,7 @@ from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
-from fr_core.train.check import check_pairs, dataset_of, fitting_plan
+from fr_core.train.check import check_pairs, fitting_plan, open_training_data
 from fr_core.train.checkpoint import raise_together, resume, save_checkpoint
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods import step
@@ -29,7 +29,7 @@ from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
-from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
+from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes
 from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import make_report, roc_figure, score_figure, verification_figures, write_report
 
@@ -68,25 +68,25 @@ def train_loop(
     clock = Clock(config.train.global_batch + unlabelled_batch(config))
     try:
         while state.step < state.total_steps:
-            batch = clock.waited(stream)
+            batch = clock.next_batch(stream)
             metrics = step(config, state, batch, ranks)
             stop_if_diverged(config, state, out)
             if tracker:
                 tracker.step_done(batch)
             metrics |= {"step": state.step, "epoch": epoch_of(state)}
-            if due(config.train.log_every, state):
+            if is_due(config.train.log_every, state):
                 metrics |= clock.rates(state.step)
                 if tracker:
                     tracker.log(state.step, metrics)
             last = state.step == state.total_steps
-            if last or due(config.train.verify_every, state):
+            if last or is_due(config.train.verify_every, state):
                 refresh_norm_statistics(config, state, ranks, blocks)
-            if due(config.train.verify_every, state) and not last:
+            if is_due(config.train.verify_every, state) and not last:
                 metrics |= verify(config, state, ranks, tracker)
-            if due(config.train.log_every, state):
+            if is_due(config.train.log_every, state):
                 report(metrics | {"head_mib": head_mib(state)}, None)
             told = shared_notice(config, state, ranks, notice)
-            if told or (due(config.train.save_every, state) and state.bad_steps == 0):
+            if told or (is_due(config.train.save_every, state) and state.bad_steps == 0):
                 report(metrics, save(config, state, out, ranks, tracker))
             if told is Notice.STOP:
                 raise RunStopped(state.step)
@@ -104,7 +104,7 @@ def train_loop(
 
 def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
     """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
-    plan = fitting_plan(config, dataset_of(config), ranks.size)
+    plan = fitting_plan(config, open_training_data(config), ranks.size)
     with raise_together(ranks):
         if ranks.rank == 0:
             check_pairs(config)
@@ -116,9 +116,9 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
             steps = min(config.net.calibration_batches, state.total_steps or plan.steps_per_epoch)
             calibrate(config, state, partial(plain, steps), ranks)
         if config.init.head != "random":
-            prototypes(config, state, plain(plan.steps_per_epoch), ranks)
+            set_prototypes(config, state, plain(plan.steps_per_epoch), ranks)
         if config.init.head == "names":
-            rows_by_name(config, state)
+            copy_rows_by_name(config, state)
     return state
 
 
@@ -142,7 +142,7 @@ def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) 
     return tracker
 
 
-def due(every: int | None, state: TrainState) -> bool:
+def is_due(every: int | None, state: TrainState) -> bool:
     return every is not None and state.step % every == 0
 
 
@@ -150,7 +150,7 @@ def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker:
     """A checkpoint, and before it all figures so far, for whoever goes on from it."""
     with raise_together(ranks):
         if tracker:
-            tracker.settle()
+            tracker.deliver()
     return save_checkpoint(config, state, out, ranks)
 
 
@@ -158,7 +158,7 @@ def shared_notice(config: Config, state: TrainState, ranks: Ranks, notice: Calla
     """The gravest of any rank. Several agree when they log: a collective at every step would cost more."""
     if ranks.size == 1:
         return notice()
-    return max(ranks.gather_objects(notice())) if due(config.train.log_every, state) else Notice.NONE
+    return max(ranks.gather_objects(notice())) if is_due(config.train.log_every, state) else Notice.NONE
 
 
 def epoch_of(state: TrainState) -> float:
@@ -215,14 +215,14 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
 
 
 def finish(
-    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, begun: int
+    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, first_step: int
 ) -> dict[str, float]:
     """Final checkpoint, verification and ``report.json``; of a run that was over when it began again, what this says.
 
     Args:
         begun: the step that this life began at.
     """
-    if state.step == begun and (known := ranks.broadcast_object(reported(out, state.step))):
+    if state.step == first_step and (known := ranks.broadcast_object(read_report(out, state.step))):
         if tracker:
             tracker.close("FINISHED")
         return known
@@ -262,7 +262,7 @@ def finish(
     return figures
 
 
-def reported(out: AnyPath, step: int) -> dict[str, float] | None:
+def read_report(out: AnyPath, step: int) -> dict[str, float] | None:
     """Figures of the run's report, if it has one of this step."""
     path = out / "report.json"
     figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
@@ -277,7 +277,7 @@ class Clock:
         self.step: int | None = None
         self.since, self.waiting = time.monotonic(), 0.0
 
-    def waited(self, stream: Iterator[Batch]) -> Batch:
+    def next_batch(self, stream: Iterator[Batch]) -> Batch:
         before = time.monotonic()
         batch = next(stream)
         self.waiting += time.monotonic() - before

@@ -85,7 +85,7 @@ def report_figures(out: AnyPath) -> dict[str, float]:
     return figures | parameter_figures(parse_config(config, str(path)), identities)
 
 
-def curves(rows: list[dict[str, float]]) -> Figure:
+def plot_curves(rows: list[dict[str, float]]) -> Figure:
     """Loss, FastFace's detector where there is one, learning rate and throughput over the steps."""
     shown = [name for name in PANELS if any(name in row for row in rows)]
     figure = Figure(figsize=(7, 2.4 * len(shown)), layout="constrained")

@@ -64,7 +64,7 @@ class Outbox:
                 self.letters.append(letter)
             self.changed.notify_all()
 
-    def settle(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
         """Waits for deliveries unless the server is known to be away, then keeps the rest in the run's folder.
 
         Raises:

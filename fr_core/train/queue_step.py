@@ -13,12 +13,12 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import FixedCentres
 from fr_core.data.stream import Batch
-from fr_core.heads.attfc import follow
+from fr_core.heads.attfc import update_encoder
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, encoded, update, without_sync
+from fr_core.train.update import backward, begin_step, embed, encode_class_images, update, without_sync
 
 
 def make_queue(config: Config, method: FixedCentres, classes: int, device: torch.device) -> ClassQueue:
@@ -55,12 +55,12 @@ def queue_step(
     labels_AB = batch.labels_B.to(state.device).chunk(micro)
     total = torch.zeros((), device=state.device)
     begin_step(config, state)
-    follow(state.encoder, state.backbone, encoder_momentum)
+    update_encoder(state.encoder, state.backbone, encoder_momentum)
     made = []
     for a in range(micro):
         with without_sync(state) if a < micro - 1 else nullcontext():
-            x_BD = embedded(config, state, images_ABHWC[a], ranks, a)
-            centres_BD = mix(x_BD, encoded(config, state, class_images_ABKHWC[a]))
+            x_BD = embed(config, state, images_ABHWC[a], ranks, a)
+            centres_BD = mix(x_BD, encode_class_images(config, state, class_images_ABKHWC[a]))
             made.append((ranks.gather(centres_BD), ranks.gather(labels_AB[a])))
             if order == "paper":
                 queue.put(*made[a], state.step)

@@ -18,7 +18,7 @@ from fr_core.config import Config
 from fr_core.config.recipes import flat
 from fr_core.data.store import AnyPath, RemotePath, atomic_file, explain_disk_errors, write_text_atomically
 from fr_core.data.stream import Batch
-from fr_core.train.metrics import COLUMNS, curves, read_metrics
+from fr_core.train.metrics import COLUMNS, plot_curves, read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
 from fr_core.train.outbox import (
     CALL_METRICS,
@@ -119,16 +119,16 @@ class Tracker:
                 self.outbox.post(["metrics", self.pending[start : start + CALL_METRICS]])
         self.pending = []
 
-    def settle(self) -> None:
+    def deliver(self) -> None:
         """Sees to it that whoever goes on from here has all up to here."""
         self.flush()
         if self.outbox:
-            self.outbox.settle(HEALTHY_WAIT)
+            self.outbox.wait(HEALTHY_WAIT)
 
     def log_curves(self) -> None:
         """Loss, FastFace's detector and the rate over the steps, as far as the run has come."""
         if self.rows:
-            self.log_picture("curves", curves(self.rows))
+            self.log_picture("curves", plot_curves(self.rows))
 
     def pictures(self) -> list[str]:
         """Those of the run so far, relative to its folder."""

@@ -34,12 +34,12 @@ def begin_step(config: Config, state: TrainState) -> None:
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
     state.backbone.train()
-    state.buffers = [buffer.clone() for buffer in statistics(state)]
+    state.buffers = [buffer.clone() for buffer in buffers_to_restore(state)]
     if state.head:
         state.head.begin_step()
 
 
-def embedded(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
+def embed(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
     """The backbone's embeddings of uint8 images in training: [B, D], with gradient.
 
     Dropout draws by the seed, the step, and the place of these images in the global batch.
@@ -51,7 +51,7 @@ def embedded(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Rank
 
 
 @torch.no_grad()
-def encoded(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
+def encode_class_images(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
     """The momentum encoder's features of class images, by its batch norm's own statistics of them: [B, K, D]."""
     assert state.encoder is not None
     images = normalised(images_BKHWC.flatten(0, 1), state.backbone.input_std)
@@ -65,7 +65,7 @@ def without_sync(state: TrainState) -> AbstractContextManager[None]:
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
 
 
-def statistics(state: TrainState) -> list[Tensor]:
+def buffers_to_restore(state: TrainState) -> list[Tensor]:
     """What batch norm has gathered, of the backbone and of a momentum encoder, and the thresholds of quantface.
 
     The head takes back its own buffers (:class:`fr_core.heads.head.Head`).
@@ -126,7 +126,7 @@ def update(
         state.bad_steps += 1
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
-        for buffer, before in zip(statistics(state), state.buffers, strict=True):
+        for buffer, before in zip(buffers_to_restore(state), state.buffers, strict=True):
             buffer.copy_(before)
         if state.head:
             state.head.drop_step()

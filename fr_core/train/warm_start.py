@@ -72,7 +72,7 @@ def class_matrix_of(state: TrainState) -> ShardedFC:
 
 
 @torch.no_grad()
-def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
+def set_prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
     """Sets each row of the class matrix to the mean normalised embedding of its identity's images.
 
     Rows get the length that random ones have, so that the learning rate means the same; an identity without images
@@ -93,7 +93,7 @@ def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks:
 
 
 @torch.no_grad()
-def rows_by_name(config: Config, state: TrainState) -> None:
+def copy_rows_by_name(config: Config, state: TrainState) -> None:
     """Sets the class matrix's rows of identities that the run in ``init.backbone`` knew, by their names.
 
     Raises:

@@ -19,7 +19,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update, without_sync
+from fr_core.train.update import backward, begin_step, embed, update, without_sync
 
 
 def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks) -> ShardedFC:
@@ -48,7 +48,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     sgd = tile_sgd(state) if method.update == "fused" else None
     for a in range(micro):
         with without_sync(state) if a < micro - 1 else nullcontext():
-            x_XD = embedded(config, state, images_AXHWC[a], ranks, a)
+            x_XD = embed(config, state, images_AXHWC[a], ranks, a)
             with autocast(config, state.device):
                 student_XE = state.adapter(x_XD) if state.adapter else x_XD
             faces_BD, apart = x_XD[:labelled], torch.zeros_like(total)

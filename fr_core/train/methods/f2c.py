@@ -10,12 +10,12 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import F2C
 from fr_core.data.stream import Batch
-from fr_core.heads.attfc import follow, generative_centres
+from fr_core.heads.attfc import generative_centres, update_encoder
 from fr_core.heads.f2c import ClassPool
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, encoded, update
+from fr_core.train.update import backward, begin_step, embed, encode_class_images, update
 
 
 def make_head(config: Config, method: F2C, classes: int, device: torch.device) -> ClassPool:
@@ -42,15 +42,15 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
     images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
     begin_step(config, state)
-    follow(state.encoder, state.backbone, method.encoder_momentum)
-    faces_BD = embedded(config, state, images_BHWC, ranks)
-    centres_BD = generative_centres(faces_BD, encoded(config, state, images_BHWC[:, None]), "single")
+    update_encoder(state.encoder, state.backbone, method.encoder_momentum)
+    faces_BD = embed(config, state, images_BHWC, ranks)
+    centres_BD = generative_centres(faces_BD, encode_class_images(config, state, images_BHWC[:, None]), "single")
     (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
     all_x, all_y = (ranks.gather(labels.to(state.device)) for labels in (x_labels, y_labels))
-    pool.put(ranks.gather(gallery_y), all_y)
+    pool.write(ranks.gather(gallery_y), all_y)
     loss = pool(probe_x, x_labels)
-    pool.take_back()
-    pool.put(ranks.gather(gallery_x), all_x)
+    pool.roll_back()
+    pool.write(ranks.gather(gallery_x), all_x)
     loss = (loss + pool(probe_y, y_labels)) / (2 * ranks.size)
     backward(config, state, loss, ranks)
     return update(config, state, loss, ranks)

@@ -13,7 +13,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update
+from fr_core.train.update import backward, begin_step, embed, update
 
 
 def make_head(config: Config, method: QuantFace, classes: int, ranks: Ranks) -> ShardedFC | None:
@@ -40,7 +40,7 @@ def quantface_step(
     with autocast(config, state.device):
         (target_BE,) = state.teacher.targets(batch, [images_BHWC])
     begin_step(config, state)
-    x_GD = ranks.gather(embedded(config, state, images_BHWC, ranks))
+    x_GD = ranks.gather(embed(config, state, images_BHWC, ranks))
     apart, terms = state.agreement(x_GD, ranks.gather(target_BE), labels_G)
     loss = share = apart / ranks.size  # a gather's gradient is the sum over ranks
     if method.cross_entropy:

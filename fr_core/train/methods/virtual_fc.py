@@ -13,7 +13,7 @@ from fr_core.heads.virtual_fc import Anchors
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update
+from fr_core.train.update import backward, begin_step, embed, update
 
 
 def make_head(config: Config, method: VirtualFC, classes: int, device: torch.device) -> Anchors:
@@ -36,9 +36,9 @@ def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Rank
     images_XHWC = torch.cat([batch.images_BHWC, batch.class_images_BKHWC.flatten(0, 1)]).to(state.device)
     labels_X = torch.cat([batch.labels_B, batch.labels_B.repeat_interleave(count - 1)]).to(state.device)
     begin_step(config, state)
-    x_XD = embedded(config, state, images_XHWC, ranks)
+    x_XD = embed(config, state, images_XHWC, ranks)
     loss = anchors(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
     backward(config, state, loss, ranks)
     metrics = update(config, state, loss, ranks)
-    anchors.give_back()
+    anchors.restore_borrowed()
     return metrics

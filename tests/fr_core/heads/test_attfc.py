@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import DCQ, AttFC, Margin
 from fr_core.errors import UserError
-from fr_core.heads.attfc import follow, generative_centres
-from fr_core.heads.class_queue import NOBODY, ClassQueue
+from fr_core.heads.attfc import generative_centres, update_encoder
+from fr_core.heads.class_queue import NO_CLASS, ClassQueue
 from fr_core.heads.streamed import Softmax
 
 ARC = Margin(scale=64, m2=0.5, m3=0)
@@ -104,7 +104,7 @@ def test_fifty_steps_equal_a_deque(order):
     random = torch.Generator().manual_seed(1)
     margin = Margin(scale=16, m2=0.3, m3=0)
     queue = ClassQueue(12, 6, Softmax(margin, tile=5), seed=3)
-    assert (queue.labels_S == NOBODY).all()
+    assert (queue.labels_S == NO_CLASS).all()
     reference = Reference(queue, order, margin)
     for step in range(50):
         labels = torch.randint(0, 9, (4,), generator=random)
@@ -131,14 +131,14 @@ def test_a_dropped_steps_centres_are_taken_back():
     first = queue.state_dict()["centres_SD"].clone()
     queue.begin_step()
     queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
-    assert queue.labels_S.tolist() == [NOBODY, NOBODY, 1, 2]
+    assert queue.labels_S.tolist() == [NO_CLASS, NO_CLASS, 1, 2]
     queue.drop_step()
     assert torch.equal(queue.centres_SD, first)
-    assert (queue.labels_S == NOBODY).all()
+    assert (queue.labels_S == NO_CLASS).all()
     queue.put(torch.eye(3)[:2], torch.tensor([3, 4]), 2)
     queue.begin_step()  # a step that is dropped before it puts anything in
     queue.drop_step()
-    assert queue.labels_S.tolist() == [3, 4, NOBODY, NOBODY]
+    assert queue.labels_S.tolist() == [3, 4, NO_CLASS, NO_CLASS]
 
 
 def test_momentum_moves_weights_and_leaves_statistics():
@@ -146,7 +146,7 @@ def test_momentum_moves_weights_and_leaves_statistics():
     q, k = torch.nn.Sequential(q, torch.nn.BatchNorm1d(2)), torch.nn.Sequential(k, torch.nn.BatchNorm1d(2))
     q[1].running_mean.fill_(5)
     expected = 0.9 * k[0].weight + 0.1 * q[0].weight
-    follow(k, q, 0.9)
+    update_encoder(k, q, 0.9)
     assert torch.allclose(k[0].weight, expected)
     assert not k[1].running_mean.any()
 

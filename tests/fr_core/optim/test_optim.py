@@ -140,11 +140,11 @@ def groups_of(**optim):
 def test_parameters_of_a_head_that_nothing_would_move_are_refused():
     """Of a method without a class matrix, and beside the rows that ranks share out."""
     pairs = parse_config({"method": {"kind": "quantface"}}, "test")
-    with pytest.raises(ValueError, match=r"quantface: parameters of a head .* class_matrix; weight"):
+    with pytest.raises(ValueError, match=r"quantface: the parameters of a head .* class_matrix; .* head: weight"):
         make_optimizers(pairs, Net(), Rows(), Ranks())
     head = Rows()
     head.bias = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"named in its sharded .*; bias, weight"):
+    with pytest.raises(ValueError, match=r"named in its `sharded`.* head: bias, weight"):
         make_optimizers(parse_config({}, "test"), Net(), head, Ranks())
 
 

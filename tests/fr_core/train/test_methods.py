@@ -15,7 +15,7 @@ from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods.f2c import sides
-from fr_core.train.update import statistics
+from fr_core.train.update import buffers_to_restore
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import losses, run
 
@@ -153,7 +153,7 @@ def test_a_bad_step_leaves_no_trace(grouped, method, cause):
     config = config_of(grouped, method, *(f"method.order={name}" for name in order))
     state, stream = begun(config, Ranks())
     loop.step(config, state, next(stream), Ranks())
-    kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(buffers_to_restore(state))}
     kept = {name: value.clone() for name, value in kept.items()}
     if cause == "weights":
         with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_bad_step_leaves_no_trace(grouped, method, cause):
     stream.close()
     assert state.bad_steps == 1
     assert np.isfinite(metrics["loss"]) == (cause == "gradient")
-    found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(buffers_to_restore(state))}
     assert all(torch.equal(value, found[name]) for name, value in kept.items())
 
 

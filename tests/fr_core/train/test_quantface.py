@@ -25,7 +25,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.memory import memory
 from fr_core.train.metrics import read_metrics
-from fr_core.train.update import statistics
+from fr_core.train.update import buffers_to_restore
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import interrupted, losses, run
 
@@ -273,14 +273,14 @@ def test_a_bad_step_leaves_no_trace(dataset, teacher):
     config = config_of(dataset, *teacher)
     state, stream = begun(config)
     loop.step(config, state, next(stream), Ranks())
-    kept = [buffer.clone() for buffer in statistics(state)]
+    kept = [buffer.clone() for buffer in buffers_to_restore(state)]
     with torch.no_grad():
         state.backbone.conv1.weight.fill_(torch.inf)
     loop.step(config, state, next(stream), Ranks())
     stream.close()
     assert state.bad_steps == 1
-    assert all(torch.equal(*pair) for pair in zip(kept, statistics(state), strict=True))
-    assert any(buffer is state.agreement.pool_NM for buffer in statistics(state))
+    assert all(torch.equal(*pair) for pair in zip(kept, buffers_to_restore(state), strict=True))
+    assert any(buffer is state.agreement.pool_NM for buffer in buffers_to_restore(state))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

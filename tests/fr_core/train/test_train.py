@@ -21,7 +21,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import load_checkpoint, save_checkpoint
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import newest_metrics, read_metrics
-from fr_core.train.warm_start import prototypes
+from fr_core.train.warm_start import set_prototypes
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import (
@@ -435,7 +435,7 @@ def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
 def prototype_rows(ranks, config):
     state, _ = state_and_batches(config, ranks)
     stream = batches(config, state.plan, ranks, 0, state.plan.steps_per_epoch, blocks_in_process)
-    prototypes(config, state, stream, ranks)
+    set_prototypes(config, state, stream, ranks)
     return state.head.weight.detach()
 
 
