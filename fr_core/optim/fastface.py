@@ -56,7 +56,8 @@ class Recurrence:
         if max(self.alpha, self.beta) >= 1:
             raise UserError(
                 f"schedule.reference_batch = {config.reference_batch}: a batch of {global_batch} scales schedule.alpha "
-                f"to {self.alpha:g} and schedule.beta to {self.beta:g}, which must stay below 1: raise schedule.reference_batch"
+                f"to {self.alpha:g} and schedule.beta to {self.beta:g}, both must stay below 1: "
+                "raise schedule.reference_batch"
             )
         self.config, self.patience = config, int(total_steps * config.patience)
         if self.patience == 0:
@@ -105,8 +106,8 @@ class Recurrence:
 class HaarWindow:
     """h_t = (sum of the older half − sum of the newer half of the last m means A) / m.
 
-    A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means. The attributes are those of :class:`Recurrence`: ``detector`` is h, and ``cuts`` counts cuts
-    in a row.
+    A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means. The attributes are those of
+    :class:`Recurrence`: ``detector`` is h, and ``cuts`` counts cuts in a row.
 
     Raises:
         UserError: the window is shorter than two steps.

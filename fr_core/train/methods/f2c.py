@@ -1,7 +1,9 @@
-"""F2C, Faster Face Classification: a probe net against a pool that a gallery net writes, both ways round
-(METHODS §3).
+"""F2C, Faster Face Classification: a probe net classifies faces against a pool that a gallery net writes.
 
-Legend: B images of a rank, X = 3·B/4 images of either side, D embedding.
+Wang et al., "An Efficient Training Approach for Very Large Scale Face Recognition", CVPR 2022;
+docs/methods/baselines.md.
+
+Legend: B images of a rank, X = 3·B/4 images of each side, D embedding.
 """
 
 import torch
@@ -19,22 +21,23 @@ from fr_core.train.update import backward, begin_step, embed, encode_class_image
 
 
 def make_head(config: Config, method: F2C, classes: int, device: torch.device) -> ClassPool:
+    """Make the pool of a run, with its random first centres."""
     slots = method.centres(classes, config.train.global_batch)
     return ClassPool(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
 def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch.
+    """Train on one global batch.
 
-    Half of the images are identity pairs (a, b) with their class images, the rest are instances, shared out:
-    x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
-    takes x for the loss of y. The loss is the mean over all faces of both.
+    Half of the images form pairs (a, b) with their class images. The other half are instances, split between the sides
+    x = [a, instances 1] and y = [b, instances 2]. The pool takes the centres of y for the loss of x, then rolls back.
+    Then it takes the centres of x for the loss of y. The loss is the mean over the faces of both sides.
 
-    Departures from the paper: its identity loader draws identities uniformly, ours images; either net sees x and y
-    as one batch.
+    Departures from the F2C paper: there the identity loader draws identities uniformly, here images are drawn
+    uniformly. And each net sees x and y as one batch.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`.
+        The metrics of :func:`fr_core.train.update.update`.
     """
     pool = state.head
     assert isinstance(pool, ClassPool)
@@ -57,9 +60,10 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
 
 
 def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y with their labels: images uint8 [X, H, W, C] and int64 [X] of each.
+    """Split a batch into x, its labels, y and its labels: images uint8 [X, H, W, C], labels int64 [X].
 
-    Of four neighbours in the batch two are pairs, one an instance of x, one of y: the same for every number of ranks.
+    Of four neighbours in the batch, two form pairs, the third is an instance of x, and the fourth an instance of y. The
+    split is thus the same for every number of ranks.
     """
     own, others, labels = batch.images_BHWC, batch.class_images_BKHWC[:, 0], batch.labels_B
     x_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, :3].flatten()

@@ -233,12 +233,12 @@ def test_an_adapter_meets_a_teacher_of_another_width(dataset, tmp_path):
 def test_mistakes(dataset, more, grouped, tmp_path):
     opened, cpu = open_dataset(dataset), torch.device("cpu")
     config = config_of(dataset)
-    with pytest.raises(UserError, match=r"nobody to learn from: give method\.distill\.teacher"):
+    with pytest.raises(UserError, match=r"no teacher is named: give method\.distill\.teacher"):
         open_teacher(config, opened, cpu)
     embedded(tmp_path / "e", opened, dimensions=32)
     embedded(tmp_path / "f", open_dataset(more), dimensions=30)
     two = [f"method.distill.embeddings={tmp_path / 'e'}", *unlabelled_of(more, f"embeddings={tmp_path / 'f'}")]
-    with pytest.raises(UserError, match=r"have 30 dimensions, .* 32: they are of two teachers"):
+    with pytest.raises(UserError, match=r"have 30 dimensions, .* 32: give embeddings of one teacher"):
         open_teacher(config_of(dataset, *two), opened, cpu)
     with pytest.raises(UserError, match="not both"):
         config_of(dataset, "method.distill.teacher=a", "method.distill.embeddings=b")

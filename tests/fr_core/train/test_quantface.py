@@ -342,11 +342,13 @@ def test_metrics_of_an_older_run_are_read(tmp_path):
 
 
 def test_mistakes(dataset, teacher, tmp_path):
-    with pytest.raises(UserError, match=r"nobody to learn from: give method\.teacher=RUN$"):
+    with pytest.raises(UserError, match=r"no teacher is named: give method\.teacher=RUN$"):
         begun(config_of(dataset))
     with pytest.raises(UserError, match="no such run, checkpoint or weights file"):
         begun(config_of(dataset, f"method.teacher={tmp_path / 'none'}"))
-    with pytest.raises(UserError, match=r"has 20 dimensions, the student's 32: net\.embedding=20, or method\.loss"):
+    with pytest.raises(
+        UserError, match=r"has 20 dimensions, the student's 32: give net\.embedding=20, or method\.loss"
+    ):
         begun(config_of(dataset, *teacher, "method.loss=mse"))
     with pytest.raises(UserError, match=r"pairs of the whole batch: train\.accumulate = 1"):
         config_of(dataset, "train.accumulate=2")

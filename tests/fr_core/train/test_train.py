@@ -511,9 +511,9 @@ def test_a_head_that_knows_nobody_or_is_not_there_starts_no_run_by_names(dataset
     opened = open_dataset(dataset)
     write_manifest(tmp_path / "other", opened.manifest, [f"x{i}" for i in range(40)], opened.identity_counts())
     by_names = [f"init.backbone={tmp_path / 'first'}", "init.head=names"]
-    with pytest.raises(UserError, match="it knew nobody"):
+    with pytest.raises(UserError, match="no identity there has the name"):
         rows_of(Ranks(), config_of(tmp_path / "other", *by_names))
-    with pytest.raises(UserError, match="it knew nobody"):
+    with pytest.raises(UserError, match="no identity there has the name"):
         rows_of(Ranks(), config_of(tmp_path / "other", *by_names, "data.variants=3"))
     weights = tmp_path / "first" / "bare.safetensors"
     shutil.copy(checkpoints(tmp_path / "first")[-1] / "backbone.safetensors", weights)
