@@ -16,7 +16,7 @@ def pool_of(slots, embedding=4):
 
 
 class Reference:
-    """The pool with both layers kept whole and a list as LRU."""
+    """The pool with both layers in full, and a list for the order of use."""
 
     def __init__(self, pool):
         self.layers = [pool.first_QD.double().clone(), pool.first_QD.double().clone()]
@@ -36,7 +36,7 @@ class Reference:
             self.layers[self.latest[slot]][slot] = centre
 
     def views(self):
-        """Layer 0, and the layer that was written last."""
+        """Return layer 0, and the layer that was written last."""
         slots = range(len(self.layers[0]))
         last = [self.layers[self.latest[s]][s] if s in self.latest else self.layers[0][s] for s in slots]
         return self.layers[0], torch.stack(last)
@@ -56,7 +56,7 @@ class Reference:
 
 
 def test_steps_equal_two_whole_layers_and_a_list():
-    """6 slots for 15 people: classes leave, come back, and write their other layer."""
+    """With 6 slots for 15 people, classes leave, come back, and write their other layer."""
     random = torch.Generator().manual_seed(0)
     pool = pool_of(6)
     reference = Reference(pool)

@@ -15,7 +15,7 @@ def anchors_of(count):
 
 
 def test_identities_take_their_groups_anchor_and_the_others_the_lowest_free_one():
-    """Of 5 anchors, people 3 and 8 share group 3, and 5, 10 and 15 group 0: 8, 10 and 15 borrow 1, 2 and 4."""
+    """With 5 anchors, people 3 and 8 are in group 3, and 5, 10 and 15 in group 0. 8, 10 and 15 borrow 1, 2 and 4."""
     taken, borrowed = anchors_of(5).assign(torch.tensor([3, 5, 8, 10, 15]))
     assert taken.tolist() == [3, 0, 1, 2, 4]
     assert borrowed.tolist() == [False, False, True, True, True]
