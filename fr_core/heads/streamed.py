@@ -205,9 +205,8 @@ class _FixedCentresSoftmax(torch.autograd.Function):
             pull_GD.mul_(shrink_G[:, None])
             _add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
         spread_G = sums.value_G() - scale * value_G
-        pull_GD.div_(
-            sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)[:, None]
-        )  # the mean of the negatives, weighted by p
+        total_G = sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)
+        pull_GD.div_(total_G[:, None])  # the mean of the negatives, weighted by p
         pull_GD.sub_(slope_G[:, None] * positive_GD).mul_(torch.sigmoid(spread_G)[:, None])
         ctx.save_for_backward(pull_GD.mul_(scale / len(unit_GD)))
         return F.softplus(spread_G).mean()

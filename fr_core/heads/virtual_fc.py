@@ -64,17 +64,16 @@ class Anchors(Head):
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
             labels_I, identity_G = labels_G.unique(return_inverse=True)
-            taken_I, borrowed_I = self.assign(labels_I)
+            anchors_I, borrowed_I = self.assign(labels_I)
             member_IG = (torch.arange(len(labels_I), device=x_GD.device)[:, None] == identity_G).float()
-            centres_ID = F.normalize(
-                member_IG @ F.normalize(x_GD.detach().float())
-            )  # summed in the same order on all ranks
-            before_ID = self.anchors_MD[taken_I]
-            self.anchors_MD[taken_I] = centres_ID.to(self.anchors_MD.dtype)
+            # All ranks sum in the same order, so that their anchors are identical.
+            centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))
+            before_ID = self.anchors_MD[anchors_I]
+            self.anchors_MD[anchors_I] = centres_ID.to(self.anchors_MD.dtype)
             own_B = torch.searchsorted(labels_I, labels_B)
-            column_P, face_P = taken_I[own_B].sort()
+            column_P, face_P = anchors_I[own_B].sort()
             loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
-            self.assignment = Assignment(taken_I, borrowed_I, before_ID)
+            self.assignment = Assignment(anchors_I, borrowed_I, before_ID)
             return loss
 
     @torch.no_grad()

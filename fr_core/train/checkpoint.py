@@ -69,9 +69,8 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
         _save(config, state, out, folder, ranks)
     except DiskFull as error:
         saved = ranks.broadcast_object(checkpoints(out))
-        if len(saved) < 2 or not isinstance(
-            out, Path
-        ):  # for a URL, the scratch folder is full: deleting checkpoints does not help
+        # For a URL, the scratch folder is full: deleting checkpoints does not help.
+        if len(saved) < 2 or not isinstance(out, Path):
             raise
         with raise_together(ranks):
             if ranks.rank == 0:

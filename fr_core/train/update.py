@@ -103,15 +103,17 @@ def update(
         Metrics: the backbone's lr, loss and terms, gradient norms, and FastFace's detector. The head's norm is 0 if it
         has no gradient.
     """
-    backbone, terms = [p for p in state.trained.values() if p.grad is not None], terms or {}
+    terms = terms or {}
+    backbone = [p for p in state.trained.values() if p.grad is not None]
     head = list(state.head.parameters()) if state.head else []
     if state.loss_scale != 1:
         for param in (*backbone, *head):
             if param.grad is not None:
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
-    shared = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
-    numbers = torch.cat([torch.stack([backbone_norm, shared[0].sqrt()]), shared[1:]]).tolist()
+    sums = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
+    norms = torch.stack([backbone_norm, sums[0].sqrt()])
+    numbers = torch.cat([norms, sums[1:]]).tolist()
     metrics = {"lr": state.optimizers["backbone"].param_groups[0]["lr"]}
     metrics |= dict(zip(("grad_norm", "head_grad_norm", "loss", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
@@ -146,9 +148,8 @@ def _after_good_step(config: Config, state: TrainState) -> None:
         state.loss_scale *= 2
         state.good_steps = 0
     if state.average is not None:
-        decay = min(
-            config.train.ema, (1 + state.step) / (10 + state.step)
-        )  # early weights change fast: average over few steps
+        # Early weights change fast: at first, average over few steps.
+        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
         _blend(state.average, state.backbone, 1 - decay)
 
 
