@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter on a copy of the sources."""
+"""Follows docs/extending.md to the letter, on a copy of the sources."""
 
 import os
 import re
@@ -14,9 +14,9 @@ BLOCK = re.compile(r"^`([\w/.]+)`(?: \(new\))?:\n\n```(python|diff)\n(.*?)^```",
 
 
 def apply_page(page: str, sources: Path) -> list[str]:
-    """Writes the new files of the page and makes its changes; returns their paths.
+    """Write the new files of the page, apply its changes, and return the paths of all files.
 
-    A change's lines without a sign and those with ``-`` must stand in the file once, one after another.
+    The lines of a change without a sign, and those with ``-``, must occur in the file exactly once, in this order.
     """
     touched = []
     for path, kind, text in BLOCK.findall(page):
@@ -38,7 +38,7 @@ def apply_page(page: str, sources: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources with everything that the page adds."""
+    """A copy of the sources, with everything that the page adds."""
     sources = tmp_path_factory.mktemp("extended")
     for name in ("fr_core", "pipelines", "tune_spaces", "tests"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -48,7 +48,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_says_which_files_each_addition_touches():
-    """Each chapter's «Files» line names the files of its blocks, and no others."""
+    """The «Files» line of each chapter names exactly the files of its blocks."""
     page = (ROOT / "docs" / "extending.md").read_text()
     chapters = [chapter for chapter in page.split("\n## ")[1:] if "\nFiles: " in chapter]
     assert len(chapters) == 5

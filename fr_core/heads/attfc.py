@@ -1,4 +1,4 @@
-"""AttFC's class centres: attention over class images (METHODS §3, the paper's Eq. 8–10).
+"""AttFC's class centres: attention over class images (AttFC, arXiv 2025, Eq. 8–10; docs/methods/attfc.md).
 
 Legend: B faces, K class images of each, D embedding, N identities, G global batch.
 """
@@ -14,17 +14,20 @@ from torch.nn import functional as F
 def generative_centres(
     x_BD: Tensor, class_BKD: Tensor, strategy: Literal["attention", "constant", "single"], temperature: float = 1.0
 ) -> Tensor:
-    """The class centre that each face's class images make, normalised: w⁺ = Σ_i α_i K_i / ‖Σ_i α_i K_i‖.
+    """Return the class centre of each face, made of its class images: w⁺ = Σ_i α_i K_i / ‖Σ_i α_i K_i‖.
 
-    The sum is over the class encoder's raw features. α: the softmax over i of cos(f, K_i) / temperature (attention),
-    1/K (constant), or the first image alone (single).
+    K_i are the class encoder's features, not normalised. The strategy sets the weights α:
+
+    - attention: the softmax over i of cos(f, K_i) / temperature;
+    - constant: 1/K;
+    - single: the first image alone.
 
     Args:
-        x_BD: the faces' embeddings; no gradient passes to or through them.
-        class_BKD: the class encoder's features.
+        x_BD: embeddings f of the faces; they get no gradient.
+        class_BKD: features of the class images.
 
     Returns:
-        float32 [B, D], without gradient.
+        Unit vectors, float32 [B, D], without gradient.
     """
     class_BKD = class_BKD.float()
     match strategy:
@@ -39,6 +42,9 @@ def generative_centres(
 
 
 @torch.no_grad()
-def follow(encoder: nn.Module, backbone: nn.Module, momentum: float) -> None:
-    """Moves a momentum encoder's weights: θ_k ← γ·θ_k + (1 − γ)·θ_q. Its batch-norm statistics stay its own."""
+def update_encoder(encoder: nn.Module, backbone: nn.Module, momentum: float) -> None:
+    """Move a momentum encoder's weights towards the backbone's: θ_k ← γ·θ_k + (1 − γ)·θ_q.
+
+    The encoder keeps its own batch-norm statistics.
+    """
     torch._foreach_lerp_(list(encoder.parameters()), list(backbone.parameters()), 1 - momentum)

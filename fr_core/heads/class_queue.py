@@ -1,4 +1,4 @@
-"""The queue of class centres that stands for the class matrix in AttFC and DCQ (METHODS §3).
+"""The queue of class centres that replaces the class matrix in AttFC and DCQ (docs/methods/attfc.md, baselines.md).
 
 Legend: B faces of a rank, G faces of all ranks, D embedding, S slots.
 """
@@ -11,13 +11,13 @@ from fr_core import rng
 from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres, same_label
 
-NOBODY = -1  # the label of a slot that holds a random centre
+NO_CLASS = -1  # label of a slot that still holds its random first centre
 
 
 class ClassQueue(Head):
-    """First in, first out: S centres of length 1 and their labels, the same on every rank.
+    """A first-in, first-out queue of S unit centres and their labels, the same on every rank.
 
-    S is a multiple of G, so a batch's slots follow from the number of the step and there is no cursor to save.
+    S is a multiple of G, so the step number alone gives the slots of a batch. There is no cursor to save.
     """
 
     too_large = ("centres_SD", "labels_S")
@@ -29,16 +29,17 @@ class ClassQueue(Head):
         self.softmax = softmax
         first = rng.torch_seed(seed, "class queue")
         self.register_buffer("centres_SD", random_centres(slots, embedding, softmax.precision, first))
-        self.register_buffer("labels_S", torch.full((slots,), NOBODY))
-        self.replaced: tuple[slice, Tensor, Tensor] | None = None  # by this step: slots, their centres and labels
+        self.register_buffer("labels_S", torch.full((slots,), NO_CLASS))
+        self.replaced: tuple[slice, Tensor, Tensor] | None = None  # what this step overwrote: slots, centres, labels
 
     def begin_step(self) -> None:
+        """Forget what the last step overwrote."""
         super().begin_step()
         self.replaced = None
 
     @torch.no_grad()
     def put(self, centres_GD: Tensor, labels_G: Tensor, step: int) -> None:
-        """Puts a step's centres over the oldest ones; once a step."""
+        """Overwrite the oldest centres with those of this step. Call it once per step."""
         first = step * len(labels_G) % len(self.labels_S)
         slots = slice(first, first + len(labels_G))
         self.replaced = slots, self.centres_SD[slots].clone(), self.labels_S[slots].clone()
@@ -46,17 +47,18 @@ class ClassQueue(Head):
 
     @torch.no_grad()
     def drop_step(self) -> None:
+        """Restore the buffers and the centres that this step overwrote."""
         super().drop_step()
         if self.replaced:
             slots, centres_GD, labels_G = self.replaced
             self.centres_SD[slots], self.labels_S[slots] = centres_GD, labels_G
 
     def forward(self, x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean cross-entropy of each face against its own centre and every slot of another label.
+        """Return the mean cross-entropy of the faces: own centre against every slot with another label.
 
         Args:
             x_BD: embeddings, not normalised.
-            centres_BD: the fresh centre of each face's class, of length 1, without gradient.
+            centres_BD: the new unit centre of each face's class, without gradient.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())

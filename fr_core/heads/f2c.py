@@ -1,8 +1,10 @@
-"""F2C's class pool: Q classes, the least recently used leaves first (METHODS §3; Wang et al., "An Efficient Training
-Approach for Very Large Scale Face Recognition").
+"""F2C's class pool: it holds Q classes and evicts the least recently used one.
 
-A class has two layers of centres, written in turn. The loss reads them in two ways only: layer 0, and whichever layer
-was written last; so these two are what is kept.
+Wang et al., "An Efficient Training Approach for Very Large Scale Face Recognition", CVPR 2022;
+docs/methods/baselines.md.
+
+A class has two layers of centres, which are written in turn. The loss reads layer 0 and the layer that was written
+last. The pool therefore stores these two views instead of both layers.
 
 Legend: B faces of a rank, G faces of all ranks, D embedding, Q slots.
 """
@@ -19,16 +21,18 @@ from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 T = TypeVar("T")
-HARD_SHARE, HARD_FEWEST, HARD_MOST = 2e-4, 3, 10  # centres that a face without a class is pushed away from
+HARD_SHARE, HARD_FEWEST, HARD_MOST = 2e-4, 3, 10  # number of centres that push a face whose class is not in the pool
 
 
 class Slot(NamedTuple):
+    """The place of a class in the pool."""
+
     place: int
-    latest: int = 0  # the layer that was written last
+    latest: int = 0  # layer that was written last
 
 
-class Before(NamedTuple):
-    """What :meth:`ClassPool.put` wrote over: who held which slot, and of both layers places and their centres."""
+class Overwritten(NamedTuple):
+    """What :meth:`ClassPool.write` overwrote: the slots of all classes, and places with their centres in each view."""
 
     slots: OrderedDict[int, Slot]
     first: tuple[list[int], Tensor]
@@ -36,7 +40,7 @@ class Before(NamedTuple):
 
 
 class ClassPool(Head):
-    """Two layers of Q centres of length 1, and which class holds which slot: the same on every rank."""
+    """Two views of Q unit centres, and the slot of each class. All ranks hold the same pool."""
 
     too_large = ("first_QD", "latest_QD")
     first_QD: Tensor
@@ -48,20 +52,23 @@ class ClassPool(Head):
         centres_QD = random_centres(slots, embedding, softmax.precision, rng.torch_seed(seed, "class pool"))
         self.register_buffer("first_QD", centres_QD)
         self.register_buffer("latest_QD", centres_QD.clone())
-        self.slots: OrderedDict[int, Slot] = OrderedDict()  # by label, the least recently used first
-        self.before: Before | None = None
+        self.slots: OrderedDict[int, Slot] = OrderedDict()  # by label, least recently used first
+        self.overwritten: Overwritten | None = None
 
     def begin_step(self) -> None:
+        """Forget what the last step overwrote."""
         super().begin_step()
-        self.before = None
+        self.overwritten = None
 
     @torch.no_grad()
-    def put(self, centres_GD: Tensor, labels_G: Tensor) -> None:
-        """Writes faces one after another: a new class takes a free slot or that of the least recently used class
-        (layer 0), a known one its slot's other layer. Of faces with one label in a row, each writes.
+    def write(self, centres_GD: Tensor, labels_G: Tensor) -> None:
+        """Write the centres of a batch, one face after another.
+
+        A new class takes a free slot, or the slot of the least recently used class, and writes layer 0. A class that is
+        in the pool writes the other layer of its slot. Each face writes, also when a label repeats.
         """
         slots = self.slots.copy()
-        first: dict[int, int] = {}  # slot -> the face whose centre it ends up with
+        first: dict[int, int] = {}  # slot -> the last face that writes it
         latest: dict[int, int] = {}
         for face, label in enumerate(labels_G.tolist()):
             slot = self.slots.pop(label, None)
@@ -78,27 +85,30 @@ class ClassPool(Head):
         held = [(list(written), layer[list(written)]) for layer, written in self._layers(first, latest)]
         for layer_QD, written in self._layers(first, latest):
             layer_QD[list(written)] = centres_GD[list(written.values())].to(layer_QD.dtype)
-        self.before = Before(slots, *held)
+        self.overwritten = Overwritten(slots, *held)
 
     @torch.no_grad()
-    def take_back(self) -> None:
-        """The pool before the last :meth:`put` of this step, if there was one."""
-        if self.before:
-            self.slots = self.before.slots
-            for layer_QD, (places, centres_PD) in self._layers(self.before.first, self.before.latest):
+    def roll_back(self) -> None:
+        """Undo the last :meth:`write` of this step, if there was one."""
+        if self.overwritten:
+            self.slots = self.overwritten.slots
+            for layer_QD, (places, centres_PD) in self._layers(self.overwritten.first, self.overwritten.latest):
                 layer_QD[places] = centres_PD
-        self.before = None
+        self.overwritten = None
 
     def drop_step(self) -> None:
+        """Restore the buffers and the pool as they were before this step."""
         super().drop_step()
-        self.take_back()
+        self.roll_back()
 
     def _layers(self, first: T, latest: T) -> list[tuple[Tensor, T]]:
         return [(self.first_QD, first), (self.latest_QD, latest)]
 
     def forward(self, x_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """Sum of the two layers' mean losses: cross-entropy for faces whose class is in the pool, and for the others
-        the mean of their nearest centres' positive cosines.
+        """Return the mean loss over the faces, summed over the two views.
+
+        A face whose class is in the pool has a cross-entropy. For any other face, the loss is the mean positive cosine
+        to its nearest centres.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
@@ -123,15 +133,16 @@ class ClassPool(Head):
     @staticmethod
     def _push(unit_UD: Tensor, centres_QD: Tensor) -> Tensor:
         hardest = min(max(int(HARD_SHARE * len(centres_QD)), HARD_FEWEST), HARD_MOST, len(centres_QD))
-        with torch.no_grad():  # the pool will be overwritten before the backward pass: keep only what is near
+        with torch.no_grad():  # the pool changes before the backward pass: keep a copy of the nearest centres only
             near_UH = (unit_UD @ centres_QD.float().T).topk(hardest).indices
             near_UHD = centres_QD[near_UH].float()
         return torch.einsum("ud,uhd->uh", unit_UD, near_UHD).clamp_min(0).mean()
 
     def get_extra_state(self) -> Tensor:
-        """Label, place and latest layer of each class in the order of use: int64 [classes, 3], in ``state_dict``."""
+        """Return label, place and latest layer of each class in the order of use: int64 [classes, 3]."""
         rows = [(label, slot.place, slot.latest) for label, slot in self.slots.items()]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Restore the slots from what :meth:`get_extra_state` returned."""
         self.slots = OrderedDict((label, Slot(place, latest)) for label, place, latest in state.tolist())

@@ -1,4 +1,4 @@
-"""What all heads have in common: which tensors the ranks share out, and how a dropped step is taken back."""
+"""The base class of all heads: which tensors the ranks split, and how a dropped step is undone."""
 
 from typing import ClassVar
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """What stands for the classes in the loss.
+    """The part of the model that represents the classes in the loss.
 
-    All its parameters are named in ``sharded``: the ranks share out their rows, and the class matrix's optimiser moves
-    them. Everything else is a buffer, the same on every rank. A checkpoint saves all of it.
+    ``sharded`` names all parameters. The ranks split their rows, and the optimiser of the class matrix moves them.
+    Everything else is a buffer, which is the same on every rank. A checkpoint saves parameters and buffers.
     """
 
-    sharded: ClassVar[tuple[str, ...]] = ()  # parameters of which each rank has the rows [lo, hi)
+    sharded: ClassVar[tuple[str, ...]] = ()  # parameters; each rank holds their rows [lo, hi)
     too_large: ClassVar[tuple[str, ...]] = ()  # buffers too large to copy in every step
     lo: int = 0
     hi: int = 0
@@ -23,14 +23,14 @@ class Head(nn.Module):
         self._before: dict[str, Tensor] = {}
 
     def begin_step(self) -> None:
-        """Remembers what :meth:`drop_step` puts back."""
+        """Copy the small buffers, so that :meth:`drop_step` can restore them."""
         self._before = {name: buffer.clone() for name, buffer in self._small_buffers().items()}
 
     @torch.no_grad()
     def drop_step(self) -> None:
-        """Undoes what this step has changed in the buffers, since it was not finite.
+        """Restore the buffers after a step that was not finite.
 
-        A head with buffers that are ``too_large`` remembers what it writes over, and puts that back here.
+        A head with ``too_large`` buffers extends this method: it remembers what it overwrites and restores that.
         """
         for name, before in self._before.items():
             self.get_buffer(name).copy_(before)

@@ -1,6 +1,8 @@
-"""Margins of the positive class: ArcFace, CosFace and their combination (METHODS §1).
+"""Margins of the positive class: ArcFace, CosFace and their combination (docs/methods/bigface.md).
 
-cos θ → cos(m1·θ + m2) − m3. Legend: B faces, G faces of the global batch, D embedding.
+cos θ → cos(m1·θ + m2) − m3 (ArcFace: Deng et al., CVPR 2019, Eq. 4).
+
+Legend: B faces, G faces of the global batch, D embedding.
 """
 
 import math
@@ -12,12 +14,12 @@ from torch import Tensor, nn
 
 from fr_core.config.methods import AnyMargin, Margin
 
-MIN_SINE = 1e-4  # below it dθ/dcos is capped; its product with d cos/dx, which carries sin θ, vanishes there anyway
+MIN_SINE = 1e-4  # caps dθ/dcos = −1/sin θ near θ = 0 and π, where d cos/dx vanishes like sin θ
 
 
 @dataclass(frozen=True)
 class FaceMargin:
-    """A :class:`fr_core.config.methods.Margin` whose m2 and m3 may be numbers of their own for each face [G]."""
+    """A :class:`fr_core.config.methods.Margin` whose m2 and m3 may differ from face to face [G]."""
 
     scale: float
     m1: float
@@ -28,23 +30,23 @@ class FaceMargin:
 
 
 class FixedMargin(nn.Module):
-    """One margin for every face, whatever its embedding."""
+    """The same margin for every face."""
 
     def __init__(self, margin: Margin) -> None:
         super().__init__()
         self.margin = margin
 
     def forward(self, x_GD: Tensor) -> Margin:
-        """The margin of each face of a step.
+        """Return the margin of the faces of a step.
 
         Args:
-            x_GD: all ranks' embeddings, not normalised: their lengths tell how good the faces are.
+            x_GD: embeddings of all ranks, not normalised: their lengths tell how good the faces are.
         """
         return self.margin
 
 
 def make_margin(margin: AnyMargin) -> nn.Module:
-    """The module of a margin's section. It may hold buffers, which the head saves and takes back with its own."""
+    """Return the module of a margin's section. The head saves and restores the module's buffers, if it has any."""
     match margin:
         case Margin():
             return FixedMargin(margin)
@@ -53,15 +55,17 @@ def make_margin(margin: AnyMargin) -> nn.Module:
 
 
 def with_margin(cos_B: Tensor, margin: Margin | FaceMargin) -> tuple[Tensor, Tensor]:
-    """The positive's cosine after the margin, before the scale, and its derivative by the cosine.
+    """Return the positive cosine after the margin, before the scale, and its derivative by the cosine.
 
-    ``margin.gradient = "exact"`` differentiates the formula: m1·sin(m1·θ + m2)/sin θ. ``"straight_through"`` passes
-    the gradient as if the margin were a constant, as the widely used public code does (same loss, another update).
-    Where m1·θ + m2 > π, ``"fallback"`` continues downwards instead of letting the cosine rise again: for m1 = 1
-    with ArcFace's cos θ − m2·sin(m2) (Deng et al., 2019), else with the line of slope 1 through (θ0, −1).
+    ``margin.gradient``: ``"exact"`` differentiates the formula, m1·sin(m1·θ + m2)/sin θ. ``"straight_through"`` treats
+    the margin as a constant, as the widely used public code does: the loss is the same, the update is not.
+
+    ``margin.past_pi``: where m1·θ + m2 > π the cosine would rise again. ``"wrap"`` lets it rise; ``"fallback"``
+    continues downwards. For m1 = 1 it uses ArcFace's cos θ − m2·sin(m2) (Deng et al., CVPR 2019). For other m1 it uses
+    the line of slope 1 through (cos θ0, −1), where m1·θ0 + m2 = π.
 
     Args:
-        cos_B: float [B]; rounding beyond ±1 is cut off.
+        cos_B: float [B]; values beyond ±1 are clamped.
 
     Returns:
         value [B] and slope [B].

@@ -1,6 +1,6 @@
-"""The class matrix, sharded over ranks, with its margin softmax: exact loss, exact gradients (METHODS §1, §2).
+"""The class matrix, sharded over ranks, with its margin softmax: exact loss, exact gradients (docs/methods/bigface.md).
 
-Legend: G global batch, D embedding, N identities, S this rank's rows of the class matrix (or the sampled ones).
+Legend: G global batch, D embedding, N identities, S rows of this rank that take part (all, or the sampled ones).
 """
 
 import torch
@@ -15,11 +15,11 @@ from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
 from fr_core.ranks import Ranks
 
 INIT_STD = 0.01
-_INIT_ROWS = 4096  # drawn from one seed, so that a row's first value does not depend on the number of ranks
+_INIT_ROWS = 4096  # rows drawn from one seed, so that the initial values do not depend on the number of ranks
 
 
 class ShardedFC(Head):
-    """Rows [lo, hi) of the N×D class matrix and the softmax over all of them.
+    """This rank's rows [lo, hi) of the N×D class matrix, and the softmax over the rows of all ranks.
 
     Raises:
         ValueError: fewer identities than ranks.
@@ -38,12 +38,12 @@ class ShardedFC(Head):
         self.weight = nn.Parameter(initial_rows(self.lo, self.hi, embedding, seed))
 
     def sample(self, labels_G: Tensor, step: int) -> Tensor | None:
-        """Partial FC (An et al., 2022): the rows that enter this step's softmax.
+        """Draw the rows that enter the softmax of this step (Partial FC: An et al., CVPR 2022).
 
-        All of this rank's positives, and random negatives up to ``sample_rate`` of its rows.
+        They are all positives of this rank, filled up with random negatives to the share ``sample_rate`` of its rows.
 
         Returns:
-            Sorted int64 [S], relative to ``lo``; None where every row enters.
+            Sorted int64 [S], relative to ``lo``; None if every row enters.
         """
         if self.sample_rate >= 1:
             return None
@@ -58,13 +58,13 @@ class ShardedFC(Head):
     def forward(
         self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None, sgd: TileSGD | None = None
     ) -> Tensor:
-        """Mean cross-entropy of the margin softmax over all ranks' rows; see :func:`margin_softmax`.
+        """Return the mean cross-entropy of the margin softmax over the rows of all ranks (:func:`margin_softmax`).
 
         Args:
-            x_GD: all ranks' embeddings, not normalised.
+            x_GD: embeddings of all ranks, not normalised.
             labels_G: int64.
-            rows_S: from :meth:`sample`; the weight's gradient is then sparse.
-            sgd: the fused mode: rows move in the backward pass and get no gradient.
+            rows_S: rows from :meth:`sample`; the gradient of the weight is then sparse.
+            sgd: settings of the fused mode, in which rows move in the backward pass and get no gradient.
         """
         own_G = (labels_G >= self.lo) & (labels_G < self.hi)
         column_G = (labels_G - self.lo).clamp(0, self.hi - self.lo - 1)
@@ -79,7 +79,7 @@ class ShardedFC(Head):
 
 
 def initial_rows(lo: int, hi: int, embedding: int, seed: int) -> Tensor:
-    """Rows [lo, hi) of a class matrix drawn from N(0, 0.01²): float32 [hi − lo, D]."""
+    """Return rows [lo, hi) of a class matrix drawn from N(0, 0.01²): float32 [hi − lo, D]."""
     rows = torch.empty(hi - lo, embedding)
     for block in range(lo // _INIT_ROWS, -(-hi // _INIT_ROWS)):
         generator = torch.Generator().manual_seed(rng.torch_seed(seed, "class matrix", block))

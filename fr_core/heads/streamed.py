@@ -1,11 +1,13 @@
-"""Softmax over many classes, streamed: one tile of classes at a time, exact loss and exact gradients (METHODS §1, §2).
+"""Softmax over many classes, one tile of classes at a time: exact loss, exact gradients (docs/methods/bigface.md).
 
-Pass (a) walks the tiles once for the softmax's denominator. Pass (b) walks them again, makes a tile's probabilities
-anew, adds the tile's part to the embeddings' gradient, and forms the gradient of its rows through their
-normalisation. There is never more than one tile of logits, nor a normalised copy of the class matrix. With
-:class:`TileSGD` the rows move while their tile is in cache, and there is no gradient of the class matrix either.
+The forward pass goes over the tiles once for the softmax's denominator. The backward pass goes over them again. It
+recomputes the probabilities of a tile, and adds the tile's part to the gradient of the embeddings. Then it computes the
+gradient of the tile's rows, through their normalisation.
 
-The positive class is masked out of its tile and handled apart, never subtracted: Σ exp − exp(positive) cancels.
+Memory holds one tile of logits at a time, and no normalised copy of the class matrix. With :class:`TileSGD`, the rows
+move while their tile is in cache, and the class matrix has no gradient at all.
+
+The positive class is masked in its tile and handled separately. Subtracting it, Σ exp − exp(positive), would cancel.
 
 Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile.
 """
@@ -25,21 +27,21 @@ from fr_core.device import multiplies_bfloat16
 from fr_core.heads.margins import FaceMargin, with_margin
 from fr_core.ranks import Ranks
 
-MASKED = -1e30  # a logit whose probability is 0; finite, so that 0 · MASKED is 0
-MIN_NORM = 1e-12  # of a row, as in F.normalize
-CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers of one tile: in cache; enough to fill a card
-MIN_TILE = 256  # classes: below it products are too thin to be fast
-ONE_PASS = 4  # times as many on a CPU where a tile's rows are read once and need not stay in cache
+MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
+MIN_NORM = 1e-12  # smallest length of a row, as in F.normalize
+CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
+MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
+ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """Which softmax, and how it is computed.
+    """The settings of a softmax and of its computation.
 
     Args:
-        drop_above: negatives with a larger cosine have probability 0 (inter-class filter); 1 keeps all.
-        precision: of the matrix products' operands; float32 everywhere else.
-        tile: classes per tile; None: what fits cache or card.
+        drop_above: negatives with a larger cosine get probability 0 (inter-class filter); 1 keeps all.
+        precision: type of the operands of matrix products; everything else is float32.
+        tile: classes per tile; None: as many as fit the cache or the GPU.
     """
 
     margin: Margin | FaceMargin
@@ -50,7 +52,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class TileSGD:
-    """SGD with momentum and weight decay, applied to rows of the class matrix as their tile passes."""
+    """The settings of SGD with momentum and weight decay, which moves each tile of the class matrix in turn."""
 
     momentum_ND: Tensor
     lr: float
@@ -67,18 +69,19 @@ def margin_softmax(
     rows_S: Tensor | None = None,
     sgd: TileSGD | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of the margin softmax over all ranks' rows.
+    """Return the mean cross-entropy of the margin softmax over the rows of all ranks.
 
-    Every rank calls it with the same faces and gets the same loss. The gradient of ``unit_GD`` is the part that this
-    rank's rows contribute (``Ranks.gather`` sums the parts); that of the rows is whole.
+    All ranks pass the same faces and get the same loss. ``unit_GD`` gets the part of its gradient that comes from this
+    rank's rows; ``Ranks.gather`` sums the parts. The rows get their whole gradient.
 
     Args:
         unit_GD: embeddings of length 1.
-        weight_ND: this rank's rows, of any length; they are normalised on the way.
-        column_G: int64, the row of each face's class (its position in ``rows_S`` where that is given); negative
-            where another rank holds it.
+        weight_ND: rows of this rank, of any length; the function normalises them.
+        column_G: int64, the row of each face's class, or its position in ``rows_S`` if given. It is negative if another
+            rank holds the class.
         rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse.
-        sgd: the rows move in the backward pass and get no gradient. A loss that is not finite moves nothing.
+        sgd: settings of the fused mode: the rows move in the backward pass and get no gradient. If the loss is not
+            finite, nothing moves.
     """
     return _MarginSoftmax.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
 
@@ -86,30 +89,31 @@ def margin_softmax(
 def fixed_centres_softmax(
     unit_GD: Tensor, positive_GD: Tensor, centres_SD: Tensor, excluded: tuple[Tensor, Tensor], softmax: Softmax
 ) -> Tensor:
-    """Mean cross-entropy against one centre per face and negatives, none of which carries a gradient, in one pass.
+    """Return the mean cross-entropy of faces against fixed centres, in one pass over the centres.
 
-    Σ p·w accumulates beside the denominator, so that nothing is computed twice (METHODS §3).
+    The centres carry no gradient. Σ p·w is accumulated together with the denominator, so that nothing is computed twice
+    (docs/methods/attfc.md).
 
     Args:
         unit_GD: embeddings of length 1.
-        positive_GD: the centre of each face's class, of length 1.
-        centres_SD: of length 1; they may be bfloat16.
-        excluded: faces and columns (sorted) of centres that are no negatives, from :func:`same_label`.
+        positive_GD: unit centre of each face's class.
+        centres_SD: unit centres, float32 or bfloat16.
+        excluded: faces and sorted columns of centres that are no negatives, from :func:`same_label`.
     """
     return _FixedCentresSoftmax.apply(unit_GD, positive_GD, centres_SD, excluded, softmax)
 
 
 def random_centres(count: int, embedding: int, precision: torch.dtype, seed: int) -> Tensor:
-    """Centres of length 1 in random directions [count, D]; drawn in place, as there may be millions."""
+    """Return unit centres in random directions [count, D]. They are drawn in place: there may be millions."""
     centres_SD = torch.randn(count, embedding, generator=torch.Generator().manual_seed(seed))
     centres_SD /= torch.linalg.vector_norm(centres_SD, dim=1, keepdim=True)
     return centres_SD.to(precision)
 
 
 def same_label(labels_G: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a face and a centre have one label: int64 faces [P] and columns [P], sorted by column.
+    """Return the pairs of a face and a centre with the same label: int64 faces [P], columns [P], sorted by column.
 
-    A look-up per centre instead of a comparison of all with all; only the few centres found are compared.
+    A binary search per centre finds the few centres with a label of the batch. Only these are compared with all faces.
     """
     sorted_G = labels_G.sort().values
     place_S = torch.searchsorted(sorted_G, labels_S).clamp_max_(len(sorted_G) - 1)
@@ -155,7 +159,7 @@ class _MarginSoftmax(torch.autograd.Function):
         if not ctx.finite:
             return grad_GD.fill_(math.nan), *[None] * 6
         total_G = torch.logaddexp(negative_G, positive_G)
-        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive
+        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive class
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
@@ -201,7 +205,8 @@ class _FixedCentresSoftmax(torch.autograd.Function):
             pull_GD.mul_(shrink_G[:, None])
             _add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
         spread_G = sums.value_G() - scale * value_G
-        pull_GD.div_(sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)[:, None])  # the mean negative by p
+        total_G = sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)
+        pull_GD.div_(total_G[:, None])  # the mean of the negatives, weighted by p
         pull_GD.sub_(slope_G[:, None] * positive_GD).mul_(torch.sigmoid(spread_G)[:, None])
         ctx.save_for_backward(pull_GD.mul_(scale / len(unit_GD)))
         return F.softplus(spread_G).mean()
@@ -215,18 +220,18 @@ class _FixedCentresSoftmax(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows [start, start + T) of those that take part; ``rows`` are their places in the class matrix."""
+    """Rows [start, start + T) of the rows that take part; ``rows`` are their places in the class matrix."""
 
     start: int
     rows: slice | Tensor
     weight_TD: Tensor
     operand_TD: Tensor
     inverse_T: Tensor  # 1 / length
-    positives: tuple[Tensor, Tensor] | None  # faces whose class lies in this tile, and its columns
+    positives: tuple[Tensor, Tensor] | None  # faces whose class is in this tile, and its columns
     softmax: Softmax
 
     def negatives(self, operand_GD: Tensor) -> Tensor:
-        """Logits [G, T] without the positives."""
+        """Return the logits [G, T], with the positives masked."""
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
         _drop(logits_GT, self.softmax)
         if self.positives:
@@ -236,7 +241,7 @@ class _Tile:
     def push(
         self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
+        """Return the gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
         scale = self.softmax.margin.scale
         logits_GT = self.negatives(operand_GD)
         push_GT = (logits_GT - total_G[:, None]).exp_()
@@ -248,31 +253,31 @@ class _Tile:
         return _operand(push_GT, self.softmax.precision), radial_T
 
     def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, out_SD: Tensor) -> None:
-        """The rows' gradient, written to their place in ``out_SD``."""
+        """Write the gradient of the rows to their place in ``out_SD``."""
         out_TD = out_SD[self.start : self.start + len(self.weight_TD)]
         _add_product(out_TD, 0, push_GT.T, operand_GD)
         out_TD.addcmul_(self.weight_TD, radial_T[:, None], value=-1)
 
     def move(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, sgd: TileSGD, weight_ND: Tensor) -> None:
-        """SGD on the rows in place: m ← μ·m + gradient + λ·w, w ← w − lr·m."""
+        """Move the rows by SGD, in place: m ← μ·m + gradient + λ·w, w ← w − lr·m."""
         momentum_TD = sgd.momentum_ND[self.rows]
         _add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD)
         momentum_TD.addcmul_(self.weight_TD, (sgd.weight_decay - radial_T)[:, None])
         self.weight_TD.add_(momentum_TD, alpha=-sgd.lr)
-        if isinstance(self.rows, Tensor):  # these are copies
+        if isinstance(self.rows, Tensor):  # indexing made copies: write them back
             sgd.momentum_ND[self.rows] = momentum_TD
             weight_ND[self.rows] = self.weight_TD
 
 
 class _LogSumExp:
-    """log Σ exp over tiles as they come."""
+    """A running log Σ exp over tiles."""
 
     def __init__(self, unit_GD: Tensor, scale: float) -> None:
         self.top_G = unit_GD.new_full((len(unit_GD),), -2 * scale)  # below every logit
         self.sum_G = torch.zeros_like(self.top_G)
 
     def add(self, logits_GT: Tensor) -> Tensor:
-        """Adds a tile, turning its logits into exp(logit − top) in place; returns what older sums shrink by."""
+        """Add a tile: its logits become exp(logit − top) in place. Return the factor by which older sums shrink [G]."""
         top_G = torch.maximum(self.top_G, logits_GT.amax(1))
         shrink_G = torch.exp(self.top_G - top_G)
         self.sum_G = self.sum_G * shrink_G + logits_GT.sub_(top_G[:, None]).exp_().sum(1)
@@ -280,11 +285,12 @@ class _LogSumExp:
         return shrink_G
 
     def value_G(self) -> Tensor:
+        """Return log Σ exp over the tiles so far [G]."""
         return self.top_G + self.sum_G.log()
 
 
 def tile_size(faces: int, embedding: int, device: torch.device) -> int:
-    """Classes per tile, where the softmax does not say."""
+    """Return the classes per tile, for a softmax that does not set them."""
     if device.type == "cuda":
         return max(MIN_TILE, GPU_LOGITS // faces)
     return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
@@ -298,7 +304,7 @@ def _tiles(
     softmax: Softmax,
     inverse_S: Tensor | None = None,
 ) -> Iterator[_Tile]:
-    """The rows that take part, tile by tile; ``inverse_S`` are their inverse lengths once they are known."""
+    """Yield the rows that take part, tile by tile; ``inverse_S``: their inverse lengths, if already known."""
     size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
     starts = range(0, len(weight_ND if rows_S is None else rows_S), size)
     column_P, face_P = column_G.sort()
@@ -315,12 +321,12 @@ def _tiles(
 
 
 def _edges(column_P: Tensor, starts: range, size: int) -> list[int]:
-    """Where in the sorted columns each tile begins, and the last one ends."""
+    """Return where in the sorted columns each tile begins, and where the last tile ends."""
     return torch.searchsorted(column_P, torch.tensor([*starts, starts[-1] + size], device=column_P.device)).tolist()
 
 
 def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """log Σ exp over all ranks' negatives, and the positive's logit from whichever rank holds it: one collective."""
+    """Return log Σ exp over the negatives of all ranks, and the logit of the positive class, with one collective."""
     parts_W2G = ranks.gather(torch.stack([sums.value_G(), positive_G])).unflatten(0, (ranks.size, 2))
     return parts_W2G[:, 0].logsumexp(0), parts_W2G[:, 1].sum(0)
 
@@ -335,7 +341,7 @@ def _drop(logits_GT: Tensor, softmax: Softmax) -> None:
 
 
 def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
-    """A product's operand, rounded. Processors without bfloat16 products multiply the rounded numbers in float32."""
+    """Round an operand of a product. Processors without bfloat16 products multiply the rounded numbers in float32."""
     if precision != torch.bfloat16:
         return x
     rounded = x.bfloat16()
@@ -343,14 +349,14 @@ def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product with float32 sums and, except on CPUs, a float32 result."""
+    """Multiply matrices with float32 sums. The result is float32; on a CPU it passes through bfloat16."""
     if a.dtype != torch.bfloat16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def _add_product(out: Tensor, keep: float, a: Tensor, b: Tensor) -> None:
-    """out ← keep·out + a·b."""
+    """Compute out ← keep·out + a·b in place."""
     if a.dtype != torch.bfloat16:
         out.addmm_(a, b, beta=keep)
     elif keep:

@@ -1,8 +1,11 @@
-"""Virtual FC's anchors: M of them for N identities (METHODS §3; Li et al., "Virtual Fully-Connected Layer", 2021).
+"""Virtual FC's anchors: M of them represent N identities.
 
-Identity l belongs to group l mod M. The identities of a batch take over anchors: the first of each group, in the order
-of labels, that of its group, which keeps the new value; any further one the lowest anchor that nobody in the batch
-holds, which gets its old value back after the step.
+Li et al., "Virtual Fully-Connected Layer: Training a Large-Scale Face Recognition Dataset with Limited Computational
+Resources", CVPR 2021; docs/methods/baselines.md.
+
+Identity l belongs to group l mod M, and each group has one anchor. In a step, the first identity of a group (by label)
+overwrites the anchor of its group for good. A further identity of the same group borrows the lowest free anchor. A
+borrowed anchor gets its old value back after the step.
 
 Legend: B faces of a rank, G faces of all ranks, D embedding, M anchors, I identities of the batch.
 """
@@ -19,8 +22,8 @@ from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 
-class Taken(NamedTuple):
-    """The anchors of a batch's identities, which of them are borrowed, and their values before."""
+class Assignment(NamedTuple):
+    """The anchors of a batch's identities, which of them are borrowed, and their old values."""
 
     anchors_I: Tensor
     borrowed_I: Tensor
@@ -28,7 +31,7 @@ class Taken(NamedTuple):
 
 
 class Anchors(Head):
-    """M centres of length 1, the same on every rank."""
+    """M unit centres, the same on every rank."""
 
     too_large = ("anchors_MD",)
     anchors_MD: Tensor
@@ -38,63 +41,68 @@ class Anchors(Head):
         self.softmax = softmax
         first = rng.torch_seed(seed, "anchors")
         self.register_buffer("anchors_MD", random_centres(anchors, embedding, softmax.precision, first))
-        self.taken: Taken | None = None
+        self.assignment: Assignment | None = None
 
     def begin_step(self) -> None:
+        """Forget the assignment of the last step."""
         super().begin_step()
-        self.taken = None
+        self.assignment = None
 
     def forward(self, x_BD: Tensor, labels_B: Tensor, x_GD: Tensor, labels_G: Tensor) -> Tensor:
-        """Mean cross-entropy of a rank's faces over all anchors, after the batch's identities took theirs. Once a step.
+        """Write the anchors of the batch's identities, and return the mean cross-entropy of this rank's faces.
+
+        Call it once per step. An anchor becomes the normalised sum of its identity's unit embeddings, so that each face
+        counts the same. Departure from the Virtual FC paper: there the embeddings are not normalised before the sum.
 
         Args:
-            x_BD: this rank's embeddings, not normalised.
-            x_GD: all ranks' embeddings. An anchor becomes the sum of those of its identity at length 1 (the paper's
-                are not normalised first), so that each face counts alike. No gradient passes.
+            x_BD: embeddings of this rank, not normalised.
+            x_GD: embeddings of all ranks; they get no gradient.
 
         Raises:
-            UserError: more identities in a batch than anchors.
+            UserError: the batch has more identities than there are anchors.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
             labels_I, identity_G = labels_G.unique(return_inverse=True)
-            taken_I, borrowed_I = self.take(labels_I)
+            anchors_I, borrowed_I = self.assign(labels_I)
             member_IG = (torch.arange(len(labels_I), device=x_GD.device)[:, None] == identity_G).float()
-            centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))  # in one order on all ranks
-            before_ID = self.anchors_MD[taken_I]
-            self.anchors_MD[taken_I] = centres_ID.to(self.anchors_MD.dtype)
+            # All ranks sum in the same order, so that their anchors are identical.
+            centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))
+            before_ID = self.anchors_MD[anchors_I]
+            self.anchors_MD[anchors_I] = centres_ID.to(self.anchors_MD.dtype)
             own_B = torch.searchsorted(labels_I, labels_B)
-            column_P, face_P = taken_I[own_B].sort()
+            column_P, face_P = anchors_I[own_B].sort()
             loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
-            self.taken = Taken(taken_I, borrowed_I, before_ID)
+            self.assignment = Assignment(anchors_I, borrowed_I, before_ID)
             return loss
 
     @torch.no_grad()
-    def give_back(self) -> None:
-        """Gives borrowed anchors their old values, at the end of a step."""
-        if self.taken:
-            anchors_I, borrowed_I, before_ID = self.taken
+    def restore_borrowed(self) -> None:
+        """Restore the old values of borrowed anchors, at the end of a step."""
+        if self.assignment:
+            anchors_I, borrowed_I, before_ID = self.assignment
             self.anchors_MD[anchors_I[borrowed_I]] = before_ID[borrowed_I]
-        self.taken = None
+        self.assignment = None
 
     @torch.no_grad()
     def drop_step(self) -> None:
+        """Restore the buffers and all anchors that this step wrote."""
         super().drop_step()
-        if self.taken:
-            self.anchors_MD[self.taken.anchors_I] = self.taken.before_ID
-        self.taken = None
+        if self.assignment:
+            self.anchors_MD[self.assignment.anchors_I] = self.assignment.before_ID
+        self.assignment = None
 
-    def take(self, labels_I: Tensor) -> tuple[Tensor, Tensor]:
-        """The anchor of each identity, and which of them are borrowed for this step only.
+    def assign(self, labels_I: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the anchor of each identity, and whether it is borrowed for this step only.
 
         Args:
-            labels_I: sorted, without repeats.
+            labels_I: sorted labels without repeats.
 
         Returns:
             int64 [I] and bool [I].
 
         Raises:
-            UserError: more identities than anchors.
+            UserError: there are more identities than anchors.
         """
         size = len(self.anchors_MD)
         if len(labels_I) > size:

@@ -1,11 +1,11 @@
-"""Losses by which a student agrees with its teacher on the pairs of a batch (METHODS §6), and QuantFace's own.
+"""Losses that make a student agree with its teacher: EKD and its general form on pairs, and QuantFace's MSE.
 
-Evaluation-oriented knowledge distillation (EKD): verification accepts a pair whose cosine exceeds a threshold, which a
-false-positive rate sets. What a student must keep is on which side of the thresholds its pairs lie, each network by
-thresholds of its own.
+Verification accepts a pair of images whose cosine exceeds a threshold, and a false-positive rate sets the threshold.
+Evaluation-oriented knowledge distillation (EKD, CVPR 2022) therefore teaches on which side of the thresholds each pair
+lies. Teacher and student have thresholds of their own. See docs/methods/quantface.md.
 
-Legend: G images of the global batch, P pairs of them, H of these, M similarities of a pool, N = 2 networks (teacher,
-student), K = 6 thresholds, D student's and E teacher's embedding.
+Legend: G images of the global batch, P pairs of images, H hardest negative pairs, M cosines of the pool. N = 2 networks
+(teacher, student), K = 6 thresholds, D embedding of the student, E embedding of the teacher.
 """
 
 import torch
@@ -15,22 +15,25 @@ from torch.nn import functional as F
 from fr_core.config.methods import EKD, EmbeddingMSE, RelativeSimilarity
 from fr_core.losses.distill import distillation_loss
 
-RATES = 6  # false-positive rates 1e-1 … 1e-6, one threshold each
+RATES = 6  # number of false-positive rates, 1e-1 … 1e-6; each has a threshold
 NETWORKS = ("teacher", "student")
 THRESHOLDS = tuple(f"threshold_{network}_1e-{k}" for network in NETWORKS for k in range(1, RATES + 1))
 
 
 class Agreement(nn.Module):
-    """How far a student is from agreeing with its teacher on a batch, and the thresholds by which it is judged.
+    """The loss of a student against its teacher on a batch, and the thresholds of both networks.
 
-    Threshold A_k of a network is the cosine at place ⌊m / 10^k⌋ (from 0) of its m newest negatives, sorted from the
-    highest. m grows to ``form.pool``; with fewer than 10^k negatives A_k is their maximum. The thresholds then follow
-    the pool's as an EMA that starts at its first value: the pool steadies them over many batches, the EMA over the
-    steps in which the student changes; ``form.threshold_momentum = 0`` leaves it to the pool. Before the first
-    negative they are 1. They carry no gradient.
+    A pool holds the cosines of the m newest negative pairs of each network; m grows up to ``form.pool``. The pool's
+    threshold A_k is the cosine at place ⌊m / 10^k⌋ (from 0) from the highest. With fewer than 10^k negatives, A_k is
+    their maximum.
+
+    The thresholds in use are an exponential moving average of the pool's, which starts at its first value. The pool
+    averages over many batches, the moving average over steps in which the student changes. With
+    ``form.threshold_momentum = 0`` the pool's thresholds are used directly. All thresholds are 1 before the first
+    negative pair, and carry no gradient.
     """
 
-    pool_NM: Tensor  # cosines, newest batch first; -inf where none has come yet
+    pool_NM: Tensor  # cosines, newest batch first; -inf in places not filled yet
     thresholds_NK: Tensor
 
     def __init__(self, form: EKD | RelativeSimilarity | EmbeddingMSE) -> None:
@@ -41,15 +44,15 @@ class Agreement(nn.Module):
             self.register_buffer("thresholds_NK", torch.ones(2, RATES))
 
     def forward(self, student_GD: Tensor, teacher_GE: Tensor, labels_G: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a global batch, and what to tell beside it.
+        """Return the loss of a global batch, and the metrics to report with it.
 
         Args:
-            student_GD: any floating type; computed in float32 (float64 stays so), whatever autocast says.
-            teacher_GE: without gradient; D = E for the MSE.
-            labels_G: int64; equal ones make a positive pair.
+            student_GD: any floating type; computed in float32, or in float64 if it is float64, also under autocast.
+            teacher_GE: embeddings without gradient; the MSE needs E = D.
+            labels_G: int64; images with equal labels form a positive pair.
 
         Returns:
-            Loss, float scalar; and without gradient its terms before their weights, and the thresholds.
+            The loss, a float scalar. The metrics, without gradient: unweighted terms of the loss, and thresholds.
         """
         form = self.form
         if isinstance(form, EmbeddingMSE):
@@ -63,12 +66,12 @@ class Agreement(nn.Module):
         hardest_H = negatives_NP[1].topk(min(form.hardest, negatives_NP.shape[1])).indices
         positive, negative = self.distance(cosines_NP[:, same_P]), self.distance(negatives_NP[:, hardest_H])
         terms = {"positive_loss": positive.detach(), "negative_loss": negative.detach()}
-        told = dict(zip(THRESHOLDS, self.thresholds_NK.flatten().clone(), strict=True))
-        return form.lambda_pos * positive + form.lambda_neg * negative, terms | told
+        thresholds = dict(zip(THRESHOLDS, self.thresholds_NK.flatten().clone(), strict=True))
+        return form.lambda_pos * positive + form.lambda_neg * negative, terms | thresholds
 
     @torch.no_grad()
     def observe(self, negatives_NP: Tensor, momentum: float) -> None:
-        """Puts a batch's negatives into the pool, of more than M the first, and moves the thresholds."""
+        """Put the negatives of a batch into the pool (at most the first M), and update the thresholds."""
         if negatives_NP.shape[1] == 0:
             return
         first = self.pool_NM[0, 0].isinf()
@@ -79,11 +82,11 @@ class Agreement(nn.Module):
         self.thresholds_NK.lerp_(now_NK, torch.where(first, 1.0, 1 - momentum))
 
     def distance(self, cosines_NP: Tensor) -> Tensor:
-        """Mean square over pairs of how differently the networks place them; 0 of no pairs.
+        """Return the mean squared difference between teacher and student over the pairs; 0 if there are none.
 
-        EKD places a pair at r(x) = Σ_k sigmoid((x − A_k) / temperature), about the number of thresholds it exceeds.
-        The general form ‖(x_T − A_k,T) − (x_S − A_k,S)‖, whose norm the paper leaves open, is the mean square over k
-        too.
+        EKD compares r(x) = Σ_k sigmoid((x − A_k) / temperature): about the number of thresholds that a cosine exceeds.
+        The general form is ‖(x_T − A_k,T) − (x_S − A_k,S)‖. The EKD paper does not say which norm; here it is the mean
+        square over k, too.
         """
         above_NPK = cosines_NP[..., None] - self.thresholds_NK[:, None]
         if isinstance(self.form, EKD):
@@ -94,7 +97,7 @@ class Agreement(nn.Module):
 
 
 def cosines(x_GD: Tensor) -> Tensor:
-    """Of all pairs: float32 [G, G], or float64 of float64."""
+    """Return the cosines of all pairs [G, G], in float32, or in float64 for float64 embeddings."""
     with torch.autocast(x_GD.device.type, enabled=False):
         unit_GD = F.normalize(x_GD if x_GD.dtype == torch.float64 else x_GD.float())
         return unit_GD @ unit_GD.T

@@ -1,23 +1,25 @@
-"""FastFace: the loss decides the learning rate (METHODS §4). The one stateful schedule.
+"""FastFace (TCSVT 2025; docs/methods/fastface.md): the loss decides the learning rate. No other schedule has a state.
 
-Both forms smooth the loss, measure how fast it falls, call a step stationary where it hardly does, and cut the rate
-after a stretch of stationary steps. They differ in this:
+Both forms smooth the loss and measure how fast it falls. A step is stationary if the loss hardly falls. After a stretch
+of stationary steps, the rate is cut. A step that is not stationary ends the stretch.
 
-===================  =================================  ==========================================================
-                     Recurrence (the published code)    HaarWindow (the published training log)
-===================  =================================  ==========================================================
-smoothing            two EMAs, of rates α and β         mean of m losses, then halves of a window of m such means
-detector             D: the fall per step               h: older half minus newer half, over m
-stationary           D < λ                              h < threshold
-stretch              ⌊τ·T⌋ steps                        2m steps
-after a stretch      rate / δ, ``max_cuts`` times       rate / 2; instead of a fourth cut in a row, rate × 4
-a step that falls    ends the stretch                   ends the stretch and the row of cuts
-starts               with the second step               after 2m steps
-state                six numbers                        2m numbers; running sums make a step O(1)
-===================  =================================  ==========================================================
+:class:`Recurrence` is the published code:
 
-All ranks must feed the same loss, the global batch's, or their rates drift apart. State is float64 (Python's floats):
-in float32 the recurrence's double pole loses a fifth of D within 50,000 steps.
+- Smoothing: two exponential moving averages (EMAs), with rates α and β.
+- Detector: D, the fall of the loss per step. A step is stationary if D < λ.
+- A stretch is ⌊τ·T⌋ steps of T. After it the rate is divided by δ, at most ``max_cuts`` times.
+- It decides from the second step on. Its state is seven numbers.
+
+:class:`HaarWindow` reproduces the published training log:
+
+- Smoothing: the mean of m losses, and then the two halves of a window of m such means.
+- Detector: h, the older half minus the newer half, over m. A step is stationary if h < threshold.
+- A stretch is 2m steps. After it the rate is halved; instead of a fourth cut in a row, it rises by a factor of 4.
+- A step that is not stationary also ends the row of cuts.
+- It decides after 2m steps. Its state is 2m numbers and a few running sums, so a step costs O(1).
+
+All ranks must pass the same loss, that of the global batch. Otherwise their rates drift apart. The state is float64
+(Python floats): in float32, the recurrence's double pole loses a fifth of D within 50,000 steps.
 """
 
 from array import array
@@ -26,24 +28,24 @@ from typing import Any, assert_never
 from fr_core.config.optim import Constant, Cosine, FastFace, FastFaceHaar, MultiStep, Polynomial, Schedule
 from fr_core.errors import UserError
 
-CUTS_IN_A_ROW = 3  # of HaarWindow, before the rate is raised instead
+CUTS_IN_A_ROW = 3  # HaarWindow raises the rate instead of a further cut
 
 
 class Recurrence:
     """D_t = (2−α−β)·D_{t−1} − (1−α)(1−β)·D_{t−2} + αβ·(L_{t−1} − L_t), with D_1 = α(L_0 − L_1).
 
-    ``start = "published"`` sets D_0 = 0, which overshoots at first; ``"consistent"`` sets D_0 = D_1, and D is then
-    exactly the EMA of the EMA of the loss's falls.
+    ``start = "published"`` sets D_0 = 0, which overshoots at first. ``"consistent"`` sets D_0 = D_1. D is then exactly
+    the EMA of the EMA of the falls of the loss.
 
     Attributes:
-        factor: of the base rate, for the next step.
+        factor: factor of the base rate for the next step.
         detector: D.
         count: stationary steps in a row.
-        cuts: so far.
+        cuts: cuts so far.
 
     Raises:
-        UserError: a run so short that ⌊τ·T⌋ = 0, when every stationary step would cut the rate; or a batch so large
-            that α or β would pass 1.
+        UserError: the run is so short that ⌊τ·T⌋ = 0, so that every stationary step would cut the rate. Or the batch is
+            so large that the scaled α or β reaches 1.
     """
 
     STATE = ("factor", "detector", "before", "loss", "steps", "count", "cuts")
@@ -52,16 +54,24 @@ class Recurrence:
         ratio = global_batch / config.reference_batch if config.reference_batch else 1.0
         self.alpha, self.beta, self.threshold = config.alpha * ratio, config.beta * ratio, config.threshold * ratio
         if max(self.alpha, self.beta) >= 1:
-            raise UserError(f"schedule.reference_batch = {config.reference_batch}: alpha or beta would pass 1")
+            raise UserError(
+                f"schedule.reference_batch = {config.reference_batch}: a batch of {global_batch} scales schedule.alpha "
+                f"to {self.alpha:g} and schedule.beta to {self.beta:g}, both must stay below 1: "
+                "raise schedule.reference_batch"
+            )
         self.config, self.patience = config, int(total_steps * config.patience)
         if self.patience == 0:
-            raise UserError(f"schedule.patience = {config.patience} of {total_steps} steps is not one: raise it")
+            raise UserError(
+                f"schedule.patience = {config.patience} of {total_steps} steps is less than 1 step: "
+                "raise schedule.patience, or train longer"
+            )
         self.factor, self.detector, self.before, self.loss = 1.0, 0.0, 0.0, 0.0
         self.steps = self.count = self.cuts = 0
 
     def observe(self, loss: float) -> None:
-        """Takes the loss of the step just done; ``factor`` is then that of the next step. A loss that is not finite
-        must not come here: that step was dropped.
+        """Take the loss of the last step, and set ``factor`` for the next step.
+
+        Do not pass a loss that is not finite: its step was dropped.
         """
         fall, self.loss, self.steps = self.loss - loss, loss, self.steps + 1
         if self.steps == 1:
@@ -84,21 +94,23 @@ class Recurrence:
                 self.factor /= self.config.delta
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready; a run that resumes with another length keeps its rate and its stretch under the new patience."""
+        """Return the state, ready for JSON. A run resumed with another length keeps its rate and its stretch."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
         for name in self.STATE:
             setattr(self, name, state[name])
 
 
 class HaarWindow:
-    """A_t = mean of the last m losses; h_t = (sum of the older ⌊m/2⌋ of the last m A's − that of the newer)/m.
+    """h_t = (sum of the older half − sum of the newer half of the last m means A) / m.
 
-    Attributes: as those of :class:`Recurrence`, ``detector`` being h; ``cuts`` are those in a row.
+    A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means. The attributes are those of
+    :class:`Recurrence`: ``detector`` is h, and ``cuts`` counts cuts in a row.
 
     Raises:
-        UserError: a run too short for a single decision.
+        UserError: the window is shorter than two steps.
     """
 
     STATE = ("m", "factor", "detector", "steps", "count", "cuts", "sum", "older", "newer")
@@ -107,14 +119,17 @@ class HaarWindow:
     def __init__(self, config: FastFaceHaar, total_steps: int) -> None:
         self.config, self.m = config, config.m or int(total_steps * config.window)
         if self.m < 2:
-            raise UserError(f"schedule.window = {config.window} of {total_steps} steps is less than 2: raise it, or m")
+            raise UserError(
+                f"schedule.window = {config.window} of {total_steps} steps is less than 2 steps: "
+                "raise schedule.window, or give schedule.m"
+            )
         self.factor, self.detector = 1.0, 0.0
         self.steps = self.count = self.cuts = 0
-        self.losses, self.means = array("d", bytes(8 * self.m)), array("d", bytes(8 * self.m))  # rings
+        self.losses, self.means = array("d", bytes(8 * self.m)), array("d", bytes(8 * self.m))  # ring buffers
         self.sum = self.older = self.newer = 0.0
 
     def observe(self, loss: float) -> None:
-        """As :meth:`Recurrence.observe`."""
+        """Take the loss of the last step, as :meth:`Recurrence.observe` does."""
         m, half, at = self.m, self.m // 2, self.steps % self.m
         self.sum += loss - self.losses[at]
         self.losses[at] = loss
@@ -138,10 +153,11 @@ class HaarWindow:
             self.factor *= 0.5 if self.cuts else 4
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready; the window keeps the length it began with."""
+        """Return the state, ready for JSON. A resumed run keeps the window length that it began with."""
         return {name: getattr(self, name) for name in self.STATE} | {n: getattr(self, n).tolist() for n in self.RINGS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
         for name in self.STATE:
             setattr(self, name, state[name])
         for name in self.RINGS:
@@ -149,7 +165,7 @@ class HaarWindow:
 
 
 def watcher(schedule: Schedule, total_steps: int, global_batch: int) -> Recurrence | HaarWindow | None:
-    """What watches the loss for this schedule; None for schedules that are functions of the step."""
+    """Return the object that watches the loss for this schedule; None if the schedule is a function of the step."""
     match schedule:
         case FastFace():
             return Recurrence(schedule, total_steps, global_batch)

@@ -1,4 +1,4 @@
-"""Optimisers: PyTorch's, LARS for large batches, Muon for short runs, and SGD on single rows for the class matrix."""
+"""Optimisers: PyTorch's own, LARS for large batches, Muon for short runs, and SGD on rows for the class matrix."""
 
 from collections.abc import Iterable
 from typing import Any, assert_never
@@ -18,23 +18,24 @@ from fr_core.ranks import Ranks
 
 
 class RowSGD(torch.optim.Optimizer):
-    """SGD with momentum and weight decay that moves only the rows which a sparse gradient names.
+    """SGD with momentum and weight decay that moves only the rows of a sparse gradient.
 
-    A dense update would let the rows that were not sampled drift by their momentum and weight decay. In the fused
-    mode the head moves the rows itself (:meth:`tile_sgd`) and ``step`` finds no gradient.
+    A dense update would also move the rows that were not sampled, by their momentum and weight decay. In the fused mode
+    the head moves the rows itself (:meth:`tile_sgd`), and ``step`` has no gradient to apply.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def tile_sgd(self) -> TileSGD:
-        """This step's settings, for the head to apply."""
+        """Return the settings of this step, for a head that moves its rows itself."""
         (group,) = self.param_groups
         (param,) = group["params"]
         return TileSGD(self._momentum(param), group["lr"], group["momentum"], group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move the rows that have a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -56,8 +57,8 @@ class RowSGD(torch.optim.Optimizer):
 class LayerwiseSGD(torch.optim.Optimizer):
     """LARS: v ← μ·v + lr·r·(g + β·w), w ← w − v, with r = trust·‖w‖ / (‖g‖ + β·‖w‖) for each tensor.
 
-    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017, algorithm 1. In groups with
-    ``adapt = False``, and for tensors or gradients that are all zero, r = 1.
+    You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", 2017, algorithm 1. r is 1 in groups with
+    ``adapt = False``, and where a tensor or its gradient is all zero.
     """
 
     def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
@@ -66,6 +67,7 @@ class LayerwiseSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move all parameters by LARS."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -89,8 +91,8 @@ class LayerwiseSGD(torch.optim.Optimizer):
 class OrthogonalSGD(torch.optim.Optimizer):
     """Muon: v ← μ·v + g, w ← (1 − η·λ)·w − η·√max(1, m/n)·O(g + μ·v) for a matrix w [m, n], O as :func:`orthogonal`.
 
-    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A convolution is the matrix of its
-    m filters. In groups with ``adapt = False`` a tensor moves by SGD: v ← μ·v + g + λ·w, w ← w − η·v.
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A convolution is treated as the
+    matrix of its m filters. Groups with ``adapt = False`` move by SGD: v ← μ·v + g + λ·w, w ← w − η·v.
     """
 
     def __init__(self, params: ParamsT, lr: float, momentum: float, weight_decay: float) -> None:
@@ -98,6 +100,7 @@ class OrthogonalSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move matrices by Muon, and other parameters by SGD."""
         for group in self.param_groups:
             rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
             for param in group["params"]:
@@ -116,9 +119,10 @@ class OrthogonalSGD(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U·Vᵀ of the matrix U·S·Vᵀ [m, n], but for singular values of about .7 to 1.2, by Newton and Schulz's iteration.
+    """Return about U·Vᵀ for the matrix U·S·Vᵀ [m, n], by a Newton–Schulz iteration.
 
-    The polynomial is Jordan's; bfloat16 does where the processor multiplies it.
+    The singular values of the result lie between about 0.7 and 1.2. The polynomial is Jordan's (Jordan et al., 2024).
+    The iteration runs in bfloat16 where the processor multiplies it natively.
     """
     coarse = torch.bfloat16 if multiplies_bfloat16(matrix.device) else torch.float32
     wide = matrix.to(coarse) if matrix.shape[0] <= matrix.shape[1] else matrix.to(coarse).T
@@ -132,10 +136,13 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 def make_optimizers(
     config: Config, backbone: nn.Module, head: Head | None, ranks: Ranks
 ) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers of the backbone and, where there is one, of the class matrix: "backbone" and "head".
+    """Return the optimisers by name: "backbone", and "head" if there is a class matrix.
 
-    Every parameter group keeps its base rate under ``initial_lr``, as PyTorch's schedulers do; the linear-scaling
-    rule (Goyal et al., 2017) is in it.
+    Each parameter group keeps its base rate as ``initial_lr``, like in PyTorch's schedulers. The base rate follows the
+    linear scaling rule (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
+
+    Raises:
+        ValueError: the head's parameters and ``sharded`` differ, or the method states no class matrix for them.
     """
     optim, scale = config.optim, config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
     trained = [p for p in backbone.parameters() if p.requires_grad]
@@ -168,8 +175,8 @@ def make_optimizers(
     names = {name for name, _ in head.named_parameters()} if head else set()
     if names != set(head.sharded if head else ()) or bool(names) != bool(matrix):
         raise ValueError(
-            f"{config.method.kind}: parameters of a head are named in its sharded and moved by the optimiser of the "
-            f"method's class_matrix; {', '.join(sorted(names)) or 'this head has none'}"
+            f"{config.method.kind}: the parameters of a head must be named in its `sharded`, and its method must state "
+            f"a class_matrix; parameters of this head: {', '.join(sorted(names)) or 'none'}"
         )
     if matrix and head:
         optimizers["head"] = head_optimizer(config, matrix, head, scale)
@@ -180,7 +187,7 @@ def make_optimizers(
 
 
 def head_optimizer(config: Config, method: BigFace, head: nn.Module, scale: float = 1.0) -> torch.optim.Optimizer:
-    """SGD for the class matrix: dense, or on single rows where they are sampled or the head is fused."""
+    """Return SGD for the class matrix: :class:`RowSGD` if rows are sampled or the head is fused, else dense SGD."""
     optim, own = config.optim, config.optim.head
     like = optim.sgd if isinstance(optim, Muon) else optim
     momentum, decay = (0.9, 5e-4) if isinstance(like, AdamW) else (like.momentum, like.weight_decay)
@@ -194,7 +201,7 @@ def head_optimizer(config: Config, method: BigFace, head: nn.Module, scale: floa
 
 
 def squared_norm(params: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of the gradients, dense or sparse: float32 scalar."""
+    """Return the sum of squares of all gradients, dense or sparse: float32 scalar."""
     grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
     norms = torch._foreach_norm(grads) if grads else []
     return torch.stack([n.float().square() for n in norms]).sum() if grads else torch.zeros((), device=device)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the step, nothing to save (but for FastFace, in ``fastface.py``)."""
+"""Learning-rate schedules that are functions of the step, so have no state. FastFace is in ``fastface.py``."""
 
 import math
 
@@ -15,16 +15,16 @@ from fr_core.config.optim import (
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, steps_per_epoch: int) -> float:
-    """The share of the base rate at which step ``step`` (from 0) of ``total`` trains.
+    """Return the factor of the base rate for step ``step`` (from 0) of ``total``.
 
-    Warm-up rises linearly to 1, which its last step reaches; the rest of the run follows the schedule.
+    During warm-up, the factor rises linearly and reaches 1 at the last warm-up step. Then it follows the schedule.
     """
     warmup = steps_of_epochs(schedule.warmup_epochs, steps_per_epoch)
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     match schedule:
-        case Constant() | FastFace() | FastFaceHaar():  # FastFace's factor comes on top
+        case Constant() | FastFace() | FastFaceHaar():  # the loop multiplies by FastFace's own factor
             return 1.0
         case Cosine():
             low = schedule.final_ratio

@@ -1,7 +1,7 @@
-"""The one place where a config is checked against its data and its workers, before anything trains.
+"""Checks of a config against its data and its number of workers, before anything trains.
 
-The launcher checks every number of workers that a run may have; ``train_loop`` checks its own again.
-What a config can say without data is checked by the rules in ``fr_core/config/__init__.py``.
+The launcher checks every number of workers that a run may have; ``train_loop`` checks the actual number again.
+``fr_core/config/__init__.py`` checks everything that needs no data.
 """
 
 from pathlib import Path
@@ -20,34 +20,38 @@ from fr_core.verify.pairs import read_pairs
 
 
 def checked_plan(config: Config, *workers: int) -> Plan:
-    """The plan of a run that can be launched on any of these numbers of workers; opens its pairs and its teacher.
+    """Return the plan of a run that fits all these numbers of workers, after checking its pairs and its teacher.
 
     Raises:
-        UserError: as :func:`fitting_plan` and :func:`check_pairs`, or a teacher that does not fit.
+        UserError: as :func:`fitting_plan` and :func:`check_pairs`, or the teacher does not fit.
     """
-    plan = fitting_plan(config, dataset_of(config), *workers)
+    plan = fitting_plan(config, open_training_data(config), *workers)
     check_pairs(config)
     open_teacher(config, plan.dataset, torch.device("cpu"))
     return plan
 
 
-def dataset_of(config: Config) -> Dataset:
-    """Raises: UserError: none is named, or there is none."""
+def open_training_data(config: Config) -> Dataset:
+    """Open the training data.
+
+    Raises:
+        UserError: ``data.path`` is not set, or holds no dataset.
+    """
     if not config.data.path:
         raise UserError("data.path is not set: give data.path=SHARDS, a folder that `bigface ingest` made")
     return open_dataset(config.data.path)
 
 
 def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
-    """The plan of a run whose config, data and workers fit together, for each of these numbers of workers.
+    """Return the plan of a run, if config, data and all these numbers of workers fit together.
 
     Raises:
-        UserError: they do not: workers, batch, centres, class images, rates, FastFace's stretches, or a quantised net
-            made of nothing.
+        UserError: the workers, batch, centres, class images, learning rates or FastFace's stretch do not fit. Or a
+            quantised net has no trained net to start from.
     """
     if isinstance(config.net, QuantisedNet) and not config.init.backbone:
         raise UserError(
-            'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or bigface quantize RUN'
+            'net.kind = "quantised" is made of a trained net: give init.backbone=RUN, or use `bigface quantize RUN`'
         )
     plan = make_plan(config, dataset)
     for number in workers:
@@ -62,7 +66,11 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
 
 
 def check_pairs(config: Config) -> None:
-    """Raises: UserError: pairs that cannot be read, or no folder of their images."""
+    """Check the verification pairs, if the config names any.
+
+    Raises:
+        UserError: the pairs cannot be read, or the folder of their images does not exist.
+    """
     if config.verify.pairs:
         read_pairs(config.verify.pairs)
         if config.verify.images and not Path(config.verify.images).is_dir():
@@ -70,7 +78,11 @@ def check_pairs(config: Config) -> None:
 
 
 def check_workers(config: Config, plan: Plan, workers: int) -> None:
-    """Raises: UserError: lanes, batches, identities or ghost batches that do not fit so many workers."""
+    """Check that a run fits a number of workers.
+
+    Raises:
+        UserError: the lanes, batches, identities or ghost batches do not fit.
+    """
     plan.lanes_of(0, workers)
     identities = plan.dataset.manifest.identities
     if workers > identities:
@@ -86,7 +98,11 @@ def check_workers(config: Config, plan: Plan, workers: int) -> None:
 
 
 def check_shares(config: Config, workers: int) -> None:
-    """Raises: UserError: a batch that so many workers cannot share, or ghost batches that do not fill their shares."""
+    """Check that a number of workers can split the global batch, and that ghost batches divide a worker's part.
+
+    Raises:
+        UserError: they do not.
+    """
     batch, accumulate, multiple = config.train.global_batch, config.train.accumulate, config.method.facts.batch_multiple
     if batch % (workers * accumulate):
         raise UserError(

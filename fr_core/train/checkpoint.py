@@ -1,12 +1,12 @@
-"""Saves a run and goes on with it, on any number of ranks. What the files hold: ``fr_core/nets/checkpoint_files.py``.
+"""Saves a run's state in checkpoints and restores it, on any number of ranks.
 
-Nothing random is saved: every draw is a function of (seed, step, rank or sample id), and the data position is the step.
+``fr_core/nets/checkpoint_files.py`` describes the files. No random state is saved: every draw is a function of the
+seed, the step, and the rank or sample id. The position in the data is the step.
 """
 
 import errno
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -45,23 +45,23 @@ from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import average_statistics
 
-SET_ASIDE = "damaged.json"  # what a damaged checkpoint's checkpoint.json is renamed
+SET_ASIDE = "damaged.json"  # new name of checkpoint.json in a damaged checkpoint
 FULL = os.strerror(errno.ENOSPC)
 
 log = logging.getLogger("bigface")
 
 
 class DiskFull(UserError):
-    """No room for a checkpoint."""
+    """The disk has no room for a checkpoint."""
 
 
 def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> AnyPath:
-    """Writes ``out/checkpoints/step_N`` from all ranks, then drops all but the newest ``train.keep`` whole ones.
+    """Write ``out/checkpoints/step_N`` from all ranks, then delete all but the newest ``train.keep`` whole checkpoints.
 
-    Where the disk is full, room is made once by dropping the oldest checkpoint, unless it is the only one.
+    If the disk is full, delete the oldest checkpoint, unless it is the only one, and try once more.
 
     Raises:
-        UserError: the folder cannot be written; on all ranks alike, and nothing of it is left.
+        UserError: the checkpoint cannot be written. All ranks raise it, and nothing of the checkpoint is left.
     """
     average_statistics(state, ranks)
     folder = out / "checkpoints" / step_name(state.step)
@@ -69,11 +69,12 @@ def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Rank
         _save(config, state, out, folder, ranks)
     except DiskFull as error:
         saved = ranks.broadcast_object(checkpoints(out))
-        if len(saved) < 2 or not isinstance(out, Path):  # of a URL, scratch is full
+        # For a URL, the scratch folder is full: deleting checkpoints does not help.
+        if len(saved) < 2 or not isinstance(out, Path):
             raise
         with raise_together(ranks):
             if ranks.rank == 0:
-                log.warning("%s; dropping %s to make room", error, saved[0])
+                log.warning("%s; deleting %s to make room", error, saved[0])
                 remove_folder(saved[0])
         _save(config, state, out, folder, ranks)
     return folder
@@ -88,16 +89,16 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
         files[BACKBONE] = dict(state.usable.state_dict())
     if ranks.rank == 0 or config.optim.shard_state:
         files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
-    net = {"net": config.net.model_dump_json()}  # so that the file opens by itself
+    net = {"net": config.net.model_dump_json()}  # so that the file opens without its folder
     needed = sum(ranks.gather_objects(sum(t.nbytes for tensors in files.values() for t in tensors.values())))
     try:
         with raise_together(ranks):
             if ranks.rank == 0:
-                remove_folder(folder)  # what an earlier life left unfinished
+                remove_folder(folder)  # an unfinished checkpoint of an earlier start
                 folder.mkdir(parents=True)
         with raise_together(ranks):
             facts = {name: write_tensors(folder / name, tensors, net) for name, tensors in files.items()}
-            if ranks.rank == 0 and rows:  # whose rows they are, for runs on other identities
+            if ranks.rank == 0 and rows:  # names the rows, for runs on other identities
                 facts[IDENTITIES] = copy_file(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
         parts = ranks.gather_objects((facts, rows))
         with raise_together(ranks):
@@ -110,11 +111,11 @@ def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, rank
         raise type(error)(f"cannot write checkpoint {folder} of {needed:,} bytes: {error}") from None
     with raise_together(ranks):
         if ranks.rank == 0:
-            _drop_others(out, config.train.keep)
+            _delete_old_checkpoints(out, config.train.keep)
 
 
-def _drop_others(out: AnyPath, keep: int) -> None:
-    """Leaves the newest ``keep`` whole checkpoints: older, unfinished and damaged ones go."""
+def _delete_old_checkpoints(out: AnyPath, keep: int) -> None:
+    """Keep the newest ``keep`` whole checkpoints, and delete older, unfinished and damaged ones."""
     kept = checkpoints(out)[-keep:]
     for folder in find_paths(out / "checkpoints", "step_*"):
         if folder not in kept:
@@ -126,7 +127,7 @@ def raise_together(ranks: Ranks) -> Iterator[None]:
     """If any rank fails in the block, all ranks raise the first error.
 
     Raises:
-        UserError: that of the lowest rank that failed.
+        UserError: the error of the lowest rank that failed.
     """
     failed: UserError | None = None
     try:
@@ -135,23 +136,23 @@ def raise_together(ranks: Ranks) -> Iterator[None]:
         failed = error
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        failed = DiskFull(FULL) if FULL in reason else UserError(reason)  # safetensors adds words of its own
+        failed = DiskFull(FULL) if FULL in reason else UserError(reason)  # safetensors wraps the system's words
     first = next(filter(None, ranks.gather_objects(failed)), None)
     if first:
         raise first
 
 
 def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
-    """Puts the newest whole checkpoint of a run into ``state``; damaged ones are said and set aside.
+    """Load the newest whole checkpoint of a run into ``state``. Log damaged checkpoints and set them aside.
 
     Returns:
-        Whether there is any checkpoint.
+        Whether the run has a checkpoint.
 
     Raises:
-        UserError: none is whole, or it is of a run with other settings.
+        UserError: no checkpoint is whole, or it belongs to a run with other settings.
     """
     damaged: list[tuple[AnyPath, Damaged]] = []
-    # One rank looks, so that all agree even if the folder changes meanwhile.
+    # Rank 0 alone lists the folder, so that all ranks agree even if it changes meanwhile.
     for marker in reversed(ranks.broadcast_object(find_paths(out, CHECKPOINTS) if ranks.rank == 0 else None)):
         try:
             with raise_together(ranks):
@@ -161,7 +162,7 @@ def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> boo
             continue
         with raise_together(ranks):
             for bad, what in damaged if ranks.rank == 0 else ():
-                log.warning("damaged: %s; going on from %s", what, marker.parent.name)
+                log.warning("damaged checkpoint: %s; going on from %s", what, marker.parent.name)
                 with atomic_file(bad.with_name(SET_ASIDE)) as aside:
                     aside.write_bytes(bad.read_bytes())
                 bad.unlink()
@@ -173,10 +174,15 @@ def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> boo
 
 
 def adopt_checkpoint(donor: Path, out: Path, run_id: str | None) -> None:
-    """Makes another run's checkpoint the only one of a run, under the run's own id in MLflow.
+    """Replace all checkpoints of a run by a copy of another run's checkpoint.
+
+    Args:
+        donor: checkpoint folder of the other run.
+        out: folder of the run.
+        run_id: id of this run's MLflow run, which the copy carries.
 
     Raises:
-        Damaged: the donor's ``checkpoint.json`` is not as it was written.
+        Damaged: the donor's ``checkpoint.json`` is damaged.
     """
     summary = read_summary(donor) | {"run_id": run_id}
     folder = out / "checkpoints" / step_name(summary["step"])
@@ -186,11 +192,11 @@ def adopt_checkpoint(donor: Path, out: Path, run_id: str | None) -> None:
 
 
 def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: Ranks) -> None:
-    """Puts a run's checkpoint into ``state``; this many or any other number of ranks may have written it.
+    """Load a run's checkpoint into ``state``. Any number of ranks may have written it.
 
     Raises:
-        Damaged: names the file.
-        UserError: a run with other data, net, method, batch or seed.
+        Damaged: a file is damaged; the error names it.
+        UserError: the checkpoint belongs to a run with other data, net, method, batch or seed.
     """
     summary = read_summary(folder)
     if summary["format"] != FORMAT:
@@ -199,9 +205,9 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
     extra = {name: tensor for file in states for name, tensor in read_tensors(folder, summary, file).items()}
     state.usable.load_state_dict(read_tensors(folder, summary, BACKBONE))
-    for name, net in _other_nets(state).items():
-        net.load_state_dict(_under(f"{name}/", extra))
-    _load_optimizer(state.optimizers["backbone"], state.trained, _under("optimizer/", extra))
+    for name, net in _unshipped_nets(state).items():
+        net.load_state_dict(_select_prefix(f"{name}/", extra))
+    _load_optimizer(state.optimizers["backbone"], state.trained, _select_prefix("optimizer/", extra))
     _load_head(state, folder, summary)
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.began = time.monotonic() - summary.get("seconds", 0.0)
@@ -243,45 +249,45 @@ def _head_file(rank: int) -> str:
 
 
 def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of the head. Where no head stands for the classes, the thresholds take its place if any are."""
+    """Return this rank's part of the head and its optimiser. Without a head, return quantface's thresholds, if any."""
     if state.head is None:
         return dict(state.agreement.state_dict()) if state.agreement and ranks.rank == 0 else {}
-    sharded = _sharded(state.head)
+    sharded = _sharded_params(state.head)
     own = {name: tensor for name, tensor in state.head.state_dict().items() if name in sharded or ranks.rank == 0}
-    return own | _prefixed("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
+    return own | _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
 
 
 def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
     if state.head is None:
-        if state.agreement and summary["head"]:  # a loss without thresholds leaves no file
+        if state.agreement and summary["head"]:  # a loss without thresholds has no file
             state.agreement.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
     elif state.head.sharded:
         common = sorted(state.head.state_dict().keys() - set(state.head.sharded))
         rows, same = read_head(folder, summary, state.head.lo, state.head.hi, common)
         own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
         state.head.load_state_dict(own | same)
-        _load_optimizer(state.optimizers["head"], _sharded(state.head), _under("optimizer/", rows))
+        _load_optimizer(state.optimizers["head"], _sharded_params(state.head), _select_prefix("optimizer/", rows))
     else:
         state.head.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
 
 
-def _sharded(head: Head) -> dict[str, Tensor]:
+def _sharded_params(head: Head) -> dict[str, Tensor]:
     return {name: param for name, param in head.named_parameters() if name in head.sharded}
 
 
 def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's part of the optimiser's state, and on rank 0 the nets beside the one that is shipped."""
-    tensors = _prefixed("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
+    """Return this rank's part of the optimiser's state, and on rank 0 the nets that are not shipped."""
+    tensors = _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
     if ranks.rank == 0:
-        for name, net in _other_nets(state).items():
-            tensors |= _prefixed(f"{name}/", net.state_dict())
+        for name, net in _unshipped_nets(state).items():
+            tensors |= _add_prefix(f"{name}/", net.state_dict())
     return tensors
 
 
-def _other_nets(state: TrainState) -> dict[str, nn.Module]:
+def _unshipped_nets(state: TrainState) -> dict[str, nn.Module]:
     nets: dict[str, nn.Module | None]
     nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
-    nets["agreement"] = state.agreement if state.head else None  # else it has the head's file
+    nets["agreement"] = state.agreement if state.head else None  # without a head, it is in the head's file
     return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 
@@ -291,7 +297,7 @@ MOVABLE = {"method.teacher"} | {
 
 
 def _check_same_run(config: Config, state: TrainState, summary: Summary, folder: AnyPath) -> None:
-    old = parse_config(summary["config"], str(folder))  # a knob that it lacks had the default
+    old = parse_config(summary["config"], str(folder))  # a field that an older config lacks had its default
     now, then = config.model_dump(mode="json"), old.model_dump(mode="json")
     facts: dict[str, tuple[object, object]] = {
         "seed": (config.seed, old.seed),
@@ -303,13 +309,13 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
-        "schedule.kind": (_stateful(config), _stateful(old)),
+        "schedule.kind": (_state_kind(config), _state_kind(old)),
         "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
         "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
     }
     for name, stamp in (("data", state.plan.dataset.stamp), ("unlabelled", _unlabelled_stamp(config))):
-        facts[f"the {name}"] = (stamp, summary.get(name, stamp))  # older ones lack it
+        facts[f"the {name}"] = (stamp, summary.get(name, stamp))  # older checkpoints lack it
     if config.data.variants == old.data.variants == 1:
         del facts["data.variant_strength"]
     for section in ("net", "method"):
@@ -317,7 +323,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         facts |= {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if name not in MOVABLE}
     for name, (here, there) in facts.items():
         if here != there:
-            raise UserError(f"{folder}: cannot go on, {name} differs: {there} there, {here} now; use another folder")
+            raise UserError(f"{folder}: cannot resume, {name} differs: {there} there, {here} now; use another folder")
 
 
 def _unlabelled_stamp(config: Config) -> str | None:
@@ -325,13 +331,13 @@ def _unlabelled_stamp(config: Config) -> str | None:
     return other[1].dataset.stamp if other else None
 
 
-def _stateful(config: Config) -> str:
-    """The kind of a schedule that has a state of its own; the others are functions of the step."""
+def _state_kind(config: Config) -> str:
+    """Return the kind of a schedule that has a state. Other schedules are interchangeable on resume."""
     return config.schedule.kind if config.schedule.watches_loss else "a function of the step"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    own = _local(optimizer).state
+    own = _rank_optimizer(optimizer).state
     return {
         f"{key}/{name}": value
         for name, param in named.items()
@@ -341,25 +347,27 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Ten
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    optimizer = _local(optimizer)
-    optimizer.state.clear()  # of a damaged checkpoint
+    optimizer = _rank_optimizer(optimizer)
+    optimizer.state.clear()  # it may hold parts of a damaged checkpoint
     own = {param for group in optimizer.param_groups for param in group["params"]}
     for key_name, value in tensors.items():
         key, name = key_name.split("/", 1)
-        if named[name] in own:  # a step count has no dimension and stays on the CPU
-            like = named[name]
-            own_layout = value.shape == like.shape  # channels last, as the weights
-            optimizer.state[like][key] = torch.empty_like(like).copy_(value) if own_layout else value
+        param = named[name]
+        if param in own:  # with optim.shard_state, other ranks hold the rest
+            # A momentum takes the memory layout of its parameter. A step count is a scalar and stays on the CPU.
+            same_shape = value.shape == param.shape
+            optimizer.state[param][key] = torch.empty_like(param).copy_(value) if same_shape else value
 
 
-def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What holds this rank's state."""
+def _rank_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimiser that holds this rank's state."""
     return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {re.sub(f"^{prefix}", "", n): t for n, t in tensors.items() if n.startswith(prefix)}
+def _select_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, named without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

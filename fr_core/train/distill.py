@@ -1,7 +1,8 @@
-"""What a student is to agree with: a teacher net that sees the same images, or the embeddings that it left.
+"""The teacher of a distilled run: a net that sees the student's images, or embeddings that were computed before.
 
-A net teaches consistently (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", 2022);
-embeddings, of the plain images, cost no forward pass.
+A net is a consistent teacher: it sees the same augmented images as the student. See Beyer et al., "Knowledge
+distillation: a good teacher is patient and consistent", CVPR 2022. Stored embeddings are those of the plain images, but
+cost no forward pass.
 
 Legend: A micro-batches, B labelled and U unlabelled images of a rank's step, X = (B + U) / A, E teacher's embedding.
 """
@@ -25,7 +26,7 @@ from fr_core.nets.open import normalised, open_net
 
 @dataclass(frozen=True)
 class Teacher:
-    """Either a net, or embeddings of the labelled images and of the unlabelled ones if there are any."""
+    """A net, or stored embeddings of the labelled images, and of the unlabelled images if there are any."""
 
     embedding: int  # E
     net: Backbone | OnnxNet | None = None
@@ -34,7 +35,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch, images_AXHWC: list[Tensor]) -> list[Tensor]:
-        """What it says of each micro-batch's images, as :func:`micro_batches` made them: [X, E], of any length."""
+        """Return the teacher's embeddings of each micro-batch of :func:`micro_batches`: [X, E], not normalised."""
         if self.net is not None:
             size, std = self.net.input_size, self.net.input_std
             return [self.net(normalised(resized(images_XHWC, size), std)) for images_XHWC in images_AXHWC]
@@ -43,15 +44,15 @@ class Teacher:
         if self.unlabelled is not None and batch.unlabelled is not None:
             more_UE = torch.from_numpy(self.unlabelled(batch.unlabelled.sample_ids))
         device = images_AXHWC[0].device
-        return [known.to(device) for known in _shared_out(known_BE, more_UE, len(images_AXHWC))]
+        return [known.to(device) for known in _split_parts(known_BE, more_UE, len(images_AXHWC))]
 
 
 def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teacher | None:
-    """The teacher of a run on ``dataset``; None where nobody teaches.
+    """Open the teacher of a run on ``dataset``; return None if the method takes none.
 
     Raises:
-        UserError: none named, one that does not open, embeddings of other images, or of another width than the
-            student's where the two are compared.
+        UserError: no teacher is named, it does not open, or its embeddings are of other images. Or its width differs
+            from the student's, and the loss needs equal widths.
     """
     given = config.method.taught
     if given is None:
@@ -67,30 +68,30 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
         teacher = Teacher(known.embeddings_ID.shape[1], None, known, other)
     else:
         embeddings = f" or {given.embeddings_named}=FOLDER" if given.embeddings_named else ""
-        raise UserError(f"nobody to learn from: give {given.named}=RUN{embeddings}")
+        raise UserError(f"no teacher is named: give {given.named}=RUN{embeddings}")
     if teacher.unlabelled and teacher.unlabelled.embeddings_ID.shape[1] != teacher.embedding:
         raise UserError(
             f"method.distill.unlabelled.embeddings have {teacher.unlabelled.embeddings_ID.shape[1]} dimensions, "
-            f"method.distill.embeddings {teacher.embedding}: they are of two teachers"
+            f"method.distill.embeddings {teacher.embedding}: give embeddings of one teacher"
         )
     if teacher.embedding != config.net.embedding and given.width_mend:
         raise UserError(
             f"the teacher's embedding has {teacher.embedding} dimensions, the student's {config.net.embedding}: "
-            f"net.embedding={teacher.embedding}, or {given.width_mend}"
+            f"give net.embedding={teacher.embedding}, or {given.width_mend}"
         )
     return teacher
 
 
 def micro_batches(batch: Batch, count: int, device: torch.device) -> list[Tensor]:
-    """A rank's images in equal parts, in each the labelled ones first: A of uint8 [X, H, W, 3]."""
+    """Split a rank's images into equal parts, labelled images first in each: A tensors uint8 [X, H, W, 3]."""
     images_BHWC, others_UHWC = batch.images_BHWC.to(device), None
     if batch.unlabelled is not None:
         others_UHWC = resized(batch.unlabelled.images_BHWC.to(device), images_BHWC.shape[1])
-    return _shared_out(images_BHWC, others_UHWC, count)
+    return _split_parts(images_BHWC, others_UHWC, count)
 
 
 def resized(images_XHWC: Tensor, size: int) -> Tensor:
-    """uint8 [X, size, size, 3]."""
+    """Resize images to uint8 [X, size, size, 3]."""
     if images_XHWC.shape[1] == size:
         return images_XHWC
     images_XCHW = images_XHWC.permute(0, 3, 1, 2).float()
@@ -98,7 +99,7 @@ def resized(images_XHWC: Tensor, size: int) -> Tensor:
     return images_XCHW.round_().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _shared_out(labelled: Tensor, unlabelled: Tensor | None, count: int) -> list[Tensor]:
+def _split_parts(labelled: Tensor, unlabelled: Tensor | None, count: int) -> list[Tensor]:
     parts = labelled.chunk(count)
     if unlabelled is None:
         return list(parts)

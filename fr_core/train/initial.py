@@ -1,4 +1,4 @@
-"""The state that a run begins with: seeded weights, the same on every rank and for every number of ranks."""
+"""The state that a run begins with."""
 
 import copy
 import math
@@ -24,12 +24,12 @@ from fr_core.train.distill import open_teacher
 from fr_core.train.methods import make_head
 from fr_core.train.state import TrainState
 
-FIRST_LOSS_SCALE = 2.0**16  # float16 only
-MAPS = 6  # that autograd keeps of a residual block
+FIRST_LOSS_SCALE = 2.0**16  # for float16 only
+MAPS = 6  # feature maps that autograd keeps of a residual block
 
 
 def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device) -> TrainState:
-    """Seeded weights, the same on every rank and for every number of ranks."""
+    """Return a state with seeded weights, which are the same on every rank and for every number of ranks."""
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
     backbone = on_device(trained_net(config), device)
     head = make_head(config, class_count(config, plan.dataset.manifest.identities), ranks, device)
@@ -51,7 +51,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
         state.encoder = copy.deepcopy(backbone).requires_grad_(False)
         for module in state.encoder.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # training mode is for its batch norm
+                module.p = 0.0  # the encoder is in training mode for its batch norm alone
         state.ships_encoder = config.method.facts.encoder == "shipped"
     if config.train.precision == "float16":
         state.loss_scale = FIRST_LOSS_SCALE
@@ -59,7 +59,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
 
 
 def trained_net(config: Config) -> Backbone:
-    """The backbone as training runs it: the published net, in what the recipe makes of its memory and batch norm."""
+    """Build the backbone, with the recipe's ghost batches and recomputation."""
     net = build_net(config.net)
     if config.train.ghost_batch:
         use_ghost_batches(net, config.train.ghost_batch)
@@ -69,9 +69,10 @@ def trained_net(config: Config) -> Backbone:
 
 
 def segment_blocks(config: Config) -> int | None:
-    """Residual blocks that the backward pass makes anew at a time; None: it makes none.
+    """Return how many residual blocks the backward pass recomputes at a time; None: it recomputes none.
 
-    Of n blocks in segments of k, autograd keeps n / k inputs and, at a time, MAPS·k maps: least at k = √(n / MAPS).
+    With n blocks in segments of k, autograd keeps n / k inputs, and MAPS·k maps of the segment at work. The sum is
+    smallest at k = √(n / MAPS).
     """
     if not (config.train.recompute and isinstance(config.net, Residual)):
         return None
@@ -79,7 +80,7 @@ def segment_blocks(config: Config) -> int | None:
 
 
 def parameter_figures(config: Config, identities: int) -> dict[str, int]:
-    """Parameters of a run's backbone and of its classifier, the class matrix; centres without a gradient are none."""
+    """Count the parameters of a run's backbone and of its class matrix. Fixed centres are not parameters."""
     with torch.device("meta"):
         backbone = sum(param.numel() for param in build_net(config.net).parameters())
     matrix = class_count(config, identities) * config.net.embedding if config.method.class_matrix else 0
@@ -87,19 +88,19 @@ def parameter_figures(config: Config, identities: int) -> dict[str, int]:
 
 
 def _data_parallel(config: Config, backbone: nn.Module, ranks: Ranks) -> nn.Module:
-    """DDP that *sums* gradients: the loss is already the mean over the global batch (``fr_core/ranks.py``)."""
+    """Wrap the backbone in DDP that *sums* gradients: those of the ranks add up to the global one (``ranks.py``)."""
     if ranks.size == 1:
         return backbone
     parallel = DistributedDataParallel(backbone, broadcast_buffers=False, gradient_as_bucket_view=True)
-    parallel.register_comm_hook(getattr(torch, config.train.compress_gradients or "float32"), _summed)
+    parallel.register_comm_hook(getattr(torch, config.train.compress_gradients or "float32"), _sum_bucket)
     return parallel
 
 
-def _summed(precision: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The bucket summed over ranks in ``precision``.
+def _sum_bucket(precision: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a gradient bucket over ranks in ``precision``.
 
-    bfloat16 has float32's range. Where float16 overflows, at the loss scale, all ranks see the same infinity and drop
-    the step, and the scale falls.
+    bfloat16 has the range of float32. If float16 overflows, all ranks see the same infinity: they drop the step and
+    lower the loss scale.
     """
     work = dist.all_reduce(bucket.buffer().to(precision), async_op=True)
     return work.get_future().then(lambda future: bucket.buffer().copy_(future.value()[0]))

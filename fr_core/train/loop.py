@@ -1,7 +1,8 @@
-"""The train loop. It knows nothing of Ray: whoever calls it hands it ranks, blocks and a function to report to."""
+"""The train loop. It knows nothing of Ray: the caller passes in the ranks, the data blocks and a report function."""
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -20,7 +21,7 @@ from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
 from fr_core.nets.open import Recogniser
 from fr_core.ranks import Ranks
-from fr_core.train.check import check_pairs, dataset_of, fitting_plan
+from fr_core.train.check import check_pairs, fitting_plan, open_training_data
 from fr_core.train.checkpoint import raise_together, resume, save_checkpoint
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods import step
@@ -29,12 +30,14 @@ from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
-from fr_core.train.warm_start import calibrate, load_backbone, prototypes, rows_by_name
+from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes
 from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
 from fr_core.verify.report import make_report, roc_figure, score_figure, verification_figures, write_report
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 Report = Callable[[dict[str, float], AnyPath | None], None]
+
+log = logging.getLogger("bigface")
 
 
 def train_loop(
@@ -45,21 +48,24 @@ def train_loop(
     report: Report,
     notice: Callable[[], Notice] = lambda: Notice.NONE,
 ) -> dict[str, float]:
-    """Trains a run from its newest checkpoint, or from the start, to its end.
+    """Train a run to its end, from its newest checkpoint if it has one.
+
+    Each step takes one global batch and updates the weights. After a step, the loop logs, verifies or saves if that is
+    due. All ranks run this function side by side.
 
     Args:
-        out: the run's folder, local or at a URL, the same for all ranks.
-        blocks: where rows come from (``fr_core/data/stream.py``).
-        report: called on every rank with the step's metrics: when they are logged with None, and after each checkpoint
-            with its folder. Both have the figures of a verification at the same step.
-        notice: what this rank was told since it was last asked; what any was told, all do.
+        out: folder of the run, local or at a URL; the same on all ranks.
+        blocks: source of the rows (``fr_core/data/stream.py``).
+        report: receives the metrics of a step, on every rank. The second argument is None when a step is logged, and
+            the folder of the checkpoint after one was saved.
+        notice: returns requests to this rank since the last call. A request to any rank holds for all ranks.
 
     Returns:
         The figures of the run's report.
 
     Raises:
-        UserError: bad data, checkpoints of another run, a full disk, or a loss that stays non-finite.
-        RunStopped: the run was asked to leave.
+        UserError: bad data, a checkpoint of another run, a full disk, or a loss that stays non-finite.
+        RunStopped: a request stopped the run, after a checkpoint was saved.
     """
     state = resume_or_init(config, out, ranks, blocks)
     first_step = state.step
@@ -68,43 +74,43 @@ def train_loop(
     clock = Clock(config.train.global_batch + unlabelled_batch(config))
     try:
         while state.step < state.total_steps:
-            batch = clock.waited(stream)
+            batch = clock.next_batch(stream)
             metrics = step(config, state, batch, ranks)
             stop_if_diverged(config, state, out)
             if tracker:
                 tracker.step_done(batch)
             metrics |= {"step": state.step, "epoch": epoch_of(state)}
-            if due(config.train.log_every, state):
+            if is_due(config.train.log_every, state):
                 metrics |= clock.rates(state.step)
                 if tracker:
                     tracker.log(state.step, metrics)
             last = state.step == state.total_steps
-            if last or due(config.train.verify_every, state):
+            if last or is_due(config.train.verify_every, state):
                 refresh_norm_statistics(config, state, ranks, blocks)
-            if due(config.train.verify_every, state) and not last:
+            if is_due(config.train.verify_every, state) and not last:
                 metrics |= verify(config, state, ranks, tracker)
-            if due(config.train.log_every, state):
+            if is_due(config.train.log_every, state):
                 report(metrics | {"head_mib": head_mib(state)}, None)
-            told = shared_notice(config, state, ranks, notice)
-            if told or (due(config.train.save_every, state) and state.bad_steps == 0):
+            request = shared_notice(config, state, ranks, notice)
+            if request or (is_due(config.train.save_every, state) and state.bad_steps == 0):
                 report(metrics, save(config, state, out, ranks, tracker))
-            if told is Notice.STOP:
+            if request is Notice.STOP:
                 raise RunStopped(state.step)
         return finish(config, state, out, ranks, tracker, first_step)
-    except BaseException as end:
+    except BaseException as error:
         if tracker:
-            with contextlib.suppress(Exception):  # whatever ended the run is what must be reported
+            with contextlib.suppress(Exception):  # report the first error, not one of the clean-up
                 tracker.log_curves()
             with contextlib.suppress(Exception):
-                tracker.close("KILLED" if isinstance(end, RunStopped) else "FAILED")
+                tracker.close("KILLED" if isinstance(error, RunStopped) else "FAILED")
         raise
     finally:
         stream.close()
 
 
 def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -> TrainState:
-    """The newest whole checkpoint of the run, or fresh (or warm-started) weights."""
-    plan = fitting_plan(config, dataset_of(config), ranks.size)
+    """Return the state of the run's newest whole checkpoint, or a new one: seeded or warm-started."""
+    plan = fitting_plan(config, open_training_data(config), ranks.size)
     with raise_together(ranks):
         if ranks.rank == 0:
             check_pairs(config)
@@ -116,66 +122,69 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
             steps = min(config.net.calibration_batches, state.total_steps or plan.steps_per_epoch)
             calibrate(config, state, partial(plain, steps), ranks)
         if config.init.head != "random":
-            prototypes(config, state, plain(plan.steps_per_epoch), ranks)
+            set_prototypes(config, state, plain(plan.steps_per_epoch), ranks)
         if config.init.head == "names":
-            rows_by_name(config, state)
+            copy_rows_by_name(config, state)
     return state
 
 
 def plain_batches(config: Config, plan: Plan, ranks: Ranks, blocks: Blocks, steps: int) -> Generator[Batch, None, None]:
-    """A rank's first batches without augmentation."""
+    """Read this rank's first batches, without augmentation."""
     plain = {"augment": Augment(flip=0), "masks": Masks(), "progressive": None, "views": 1}
     data = config.data.model_copy(update=plain)
     return batches(config.model_copy(update={"data": data}), plan, ranks, 0, steps, blocks)
 
 
 def remaining_batches(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
-    """A rank's batches from the state's step on, with unlabelled ones where the run takes them."""
+    """Read this rank's batches from the state's step on, with unlabelled images if the run takes them."""
     steps = (state.step, state.total_steps)
     stream, other = batches(config, state.plan, ranks, *steps, blocks), unlabelled(config)
     return stream if other is None else step_by_step(stream, batches(*other, ranks, *steps, blocks))
 
 
 def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) -> Tracker | None:
+    """Open the tracker, on rank 0 alone, and give all ranks the id of its MLflow run."""
     tracker = Tracker(config, out, state.step, state.run_id) if ranks.rank == 0 else None
     state.run_id = ranks.broadcast_object(tracker and tracker.run_id)
     return tracker
 
 
-def due(every: int | None, state: TrainState) -> bool:
+def is_due(every: int | None, state: TrainState) -> bool:
+    """Tell whether something that happens every so many steps happens now; None: never."""
     return every is not None and state.step % every == 0
 
 
 def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> AnyPath:
-    """A checkpoint, and before it all figures so far, for whoever goes on from it."""
+    """Save a checkpoint and return its folder. Deliver the figures first, so that a resumed run has them all."""
     with raise_together(ranks):
         if tracker:
-            tracker.settle()
+            tracker.deliver()
     return save_checkpoint(config, state, out, ranks)
 
 
 def shared_notice(config: Config, state: TrainState, ranks: Ranks, notice: Callable[[], Notice]) -> Notice:
-    """The gravest of any rank. Several agree when they log: a collective at every step would cost more."""
+    """Return the strongest notice to any rank. Several ranks ask only when they log, to save collectives."""
     if ranks.size == 1:
         return notice()
-    return max(ranks.gather_objects(notice())) if due(config.train.log_every, state) else Notice.NONE
+    return max(ranks.gather_objects(notice())) if is_due(config.train.log_every, state) else Notice.NONE
 
 
 def epoch_of(state: TrainState) -> float:
+    """Return the epochs trained so far."""
     return state.step / state.plan.steps_per_epoch
 
 
 def head_mib(state: TrainState) -> float:
-    """Memory of this rank's class matrix or queue of centres, MiB."""
+    """Return the memory of this rank's class matrix or class centres, in MiB."""
     classes = state.head.state_dict() if state.head else {}
     return sum(tensor.nbytes for tensor in classes.values()) / 2**20
 
 
 def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
-    """Ends a run whose loss or gradients stay non-finite.
+    """End a run whose loss or gradients stay non-finite.
 
     Raises:
-        UserError: names the last good checkpoint.
+        UserError: they were not finite for ``train.max_bad_steps`` steps; it names the last good checkpoint.
     """
     if state.bad_steps >= config.train.max_bad_steps:
         saved = checkpoints(out)
@@ -186,7 +195,7 @@ def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
 
 
 def refresh_norm_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
-    """Averages batch-norm statistics over ranks; after virtual identities, re-measures the last norm on real faces."""
+    """Average batch-norm statistics over ranks; after virtual identities, re-measure the last norm on real faces."""
     average_statistics(state, ranks)
     if config.data.variants > 1 and state.usable.last_norm is not None:
         faces = config.model_copy(update={"data": config.data.model_copy(update={"variants": 1})})
@@ -195,7 +204,7 @@ def refresh_norm_statistics(config: Config, state: TrainState, ranks: Ranks, blo
 
 
 def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | None) -> dict[str, float]:
-    """Figures of the usable backbone on the recipe's pairs, if it names any; each rank embeds a share of the images."""
+    """Verify the usable net on the recipe's pairs, if it names any. Each rank embeds a share of the images."""
     if config.verify.pairs is None:
         return {}
     pairs = read_pairs(config.verify.pairs)
@@ -215,15 +224,19 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
 
 
 def finish(
-    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, begun: int
+    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, first_step: int
 ) -> dict[str, float]:
-    """Final checkpoint, verification and ``report.json``; of a run that was over when it began again, what this says.
+    """Save the last checkpoint, verify, write ``report.json`` and return its figures.
+
+    If the run was already finished when this call of the loop began, return the figures of its report instead.
 
     Args:
-        begun: the step that this life began at.
+        first_step: step at which this call of the loop began.
     """
-    if state.step == begun and (known := ranks.broadcast_object(reported(out, state.step))):
+    if state.step == first_step and (known := ranks.broadcast_object(read_report(out, state.step))):
         if tracker:
+            facts = {"step": state.step, "report": str(out / "report.json")}
+            log.info("the run was already finished: nothing to train", extra={"facts": facts})
             tracker.close("FINISHED")
         return known
     seconds = time.monotonic() - state.began
@@ -241,8 +254,8 @@ def finish(
         **parameter_figures(config, manifest.identities),
         "workers": ranks.size,
         "seconds": seconds,
-        "peak_memory_mib": peak / 2**20,  # of rank 0 in training: its card, or its process
-        "classes_mib": head_mib(state),  # of rank 0
+        "peak_memory_mib": peak / 2**20,  # rank 0 in training: its GPU, or else its process
+        "classes_mib": head_mib(state),  # rank 0
     }
     if tracker:
         tracker.log_figures(state.step, figures)
@@ -262,28 +275,30 @@ def finish(
     return figures
 
 
-def reported(out: AnyPath, step: int) -> dict[str, float] | None:
-    """Figures of the run's report, if it has one of this step."""
+def read_report(out: AnyPath, step: int) -> dict[str, float] | None:
+    """Read the figures of the run's report; None if there is no report of this step."""
     path = out / "report.json"
     figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
     return figures if figures.get("steps") == step else None
 
 
 class Clock:
-    """Throughput and the share of time spent waiting for data, since it was last asked."""
+    """Measures throughput, and the share of time spent waiting for data."""
 
     def __init__(self, images: int) -> None:
-        self.images = images  # of a step, over all ranks
+        self.images = images  # per step, over all ranks
         self.step: int | None = None
         self.since, self.waiting = time.monotonic(), 0.0
 
-    def waited(self, stream: Iterator[Batch]) -> Batch:
+    def next_batch(self, stream: Iterator[Batch]) -> Batch:
+        """Return the next batch, and count the time that it took as waiting."""
         before = time.monotonic()
         batch = next(stream)
         self.waiting += time.monotonic() - before
         return batch
 
     def rates(self, step: int) -> dict[str, float]:
+        """Return throughput and waiting share since the last call. The first call has no throughput."""
         now = time.monotonic()
         steps = step - self.step if self.step is not None else 0
         seconds = now - self.since
@@ -295,12 +310,12 @@ class Clock:
 
 
 def holds_run(out: AnyPath) -> bool:
-    """Whether a run was begun in this folder, or its checkpoints were copied here."""
+    """Tell whether a run was started in this folder, or its checkpoints were copied here."""
     return (out / "run.json").is_file() or bool(find_paths(out, CHECKPOINTS))
 
 
 def clear_run(out: AnyPath) -> None:
-    """Removes the checkpoints and figures of an earlier run in this folder; anything else in it stays."""
+    """Remove the checkpoints and figures of an earlier run in this folder. Other files stay."""
     if not holds_run(out):
         return
     for name in ("checkpoints", "pictures"):

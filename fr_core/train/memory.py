@@ -1,6 +1,6 @@
-"""What a run keeps in the memory of one card, by part, computed without a card and without allocating it.
+"""The memory that a run needs on one GPU, part by part, computed without a GPU and without allocating it.
 
-Legend: B images of a rank's micro-batch, G = B × ranks, D embedding, S a rank's rows of the class matrix, T one tile.
+Legend: B batch, C channels, H W pixels.
 """
 
 from functools import lru_cache
@@ -24,21 +24,23 @@ from fr_core.train.initial import segment_blocks
 
 FLOAT = 4  # bytes
 GPU = torch.device("cuda")
-CONTEXT = 3 * 2**28  # bytes that CUDA, its libraries and the allocator's rounding take: assumed, not computed
-LOGIT_TEMPORARIES = 3  # tensors of a tile's logits that live at once
-POOL_COPIES = 4  # of the negatives: as they are, as they were before the step, joined and sorted
-PAIR_TEMPORARIES = 3  # tensors of a global batch's pairs that live at once
+CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
+LOGIT_TEMPORARIES = 3  # tensors of the size of a tile's logits at one time
+POOL_COPIES = 4  # copies of the pool: current, before the step, concatenated, sorted
+PAIR_TEMPORARIES = 3  # tensors of the size of a global batch's pairs at one time
 
 
 def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
-    """Bytes on rank 0's card, by part; their ``total`` is the peak of a step.
+    """Return the bytes on rank 0's GPU, part by part; ``total`` is the peak of a step.
 
-    ``teacher_features`` live before the student's forward pass, ``activations`` with the largest of ``tile``,
-    ``encoder_features`` and ``recomputed`` (one segment made anew) in the backward pass, ``update`` (the optimisers'
-    temporaries) after it: the largest counts.
+    Most parts stay during the whole step. The others live in three phases, and the largest phase counts:
+
+    - before the student's forward pass: ``teacher_features``;
+    - in the backward pass: ``activations``, and the largest of ``tile``, ``encoder_features`` and ``recomputed``;
+    - in the update: ``update``, the temporaries of the optimisers.
 
     Raises:
-        UserError: a teacher that does not open.
+        UserError: the teacher does not open.
     """
     rows = class_count(config, identities)
     images = config.train.global_batch // config.train.accumulate
@@ -47,7 +49,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     blocks = segment_blocks(config)
     trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
     moments = 2 if isinstance(config.optim, AdamW) else 1
-    apart = gpus > 1 and config.train.accumulate > 1  # gradients of micro-batches, beside the buckets of their sum
+    apart = gpus > 1 and config.train.accumulate > 1  # micro-batch gradients next to DDP's buckets
     method = config.method
     head = {"update": 0}
     if matrix := config.method.class_matrix:
@@ -79,7 +81,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
-    """Of rank 0's rows of the class matrix and what a step needs for them."""
+    """Return the bytes of rank 0's rows of the class matrix, and of what a step needs for them."""
     embedding = config.net.embedding
     lo, hi = Ranks(0, gpus).split(classes)
     sampled = max(1, int(method.sample_rate * (hi - lo)))
@@ -99,7 +101,7 @@ def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> di
 
 
 def centre_bytes(config: Config, method: FixedCentres, classes: int, faces: int) -> dict[str, int]:
-    """Of the centres that stand for a class matrix; every rank holds all of them."""
+    """Return the bytes of fixed centres, and of what a step needs for them. Every rank holds all centres."""
     embedding = config.net.embedding
     precision = config.train.precision if method.precision == "auto" else method.precision
     each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
@@ -115,9 +117,9 @@ def centre_bytes(config: Config, method: FixedCentres, classes: int, faces: int)
 
 @lru_cache
 def feature_bytes(net: Net, batch: int, precision: str) -> int:
-    """Bytes of a forward pass without gradient: a block's input, and the input and output of its layer at work.
+    """Estimate the bytes of a forward pass without gradient: three of the largest feature maps.
 
-    Three of the largest feature maps: an estimate.
+    They are the input of a block, and the input and output of the layer at work.
     """
     with FakeTensorMode():
         return 3 * largest_feature(build_net(net), batch, precision)
@@ -125,13 +127,13 @@ def feature_bytes(net: Net, batch: int, precision: str) -> int:
 
 @lru_cache
 def teacher_bytes(ref: str, net: str | None, batch: int, precision: str) -> tuple[int, int]:
-    """Bytes of a teacher's weights, and of its forward pass as :func:`feature_bytes`.
+    """Return the bytes of a teacher's weights, and of its forward pass as :func:`feature_bytes` estimates it.
 
     Raises:
         UserError: as :func:`fr_core.nets.open.open_net`.
     """
     module = open_net(ref, net, torch.device("cpu")).net
-    if isinstance(module, OnnxNet):  # it runs beside the card
+    if isinstance(module, OnnxNet):  # ONNX Runtime runs it on the CPU
         return 0, 0
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -140,7 +142,7 @@ def teacher_bytes(ref: str, net: str | None, batch: int, precision: str) -> tupl
 
 @torch.no_grad()
 def largest_feature(module: Backbone, batch: int, precision: str) -> int:
-    """Bytes of the largest output of any layer, of images that take no memory in a ``FakeTensorMode``."""
+    """Return the bytes of the largest output of any layer. In a ``FakeTensorMode`` nothing is allocated."""
     largest = 0
 
     def look(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -157,12 +159,12 @@ def largest_feature(module: Backbone, batch: int, precision: str) -> int:
 
 @lru_cache
 def backbone_bytes(net: Net, batch: int, precision: str, segment: int | None = None) -> tuple[int, int, int]:
-    """Bytes of a backbone's float32 weights, of what its forward pass saves for the backward pass, and of a segment.
+    """Return the bytes of a backbone's float32 weights, of its saved activations, and of a recomputed segment.
 
-    Runs the net on fake tensors, which have shapes and no memory.
+    The net runs on fake tensors, which have shapes but no memory.
 
     Args:
-        segment: residual blocks that the backward pass makes anew at a time; None: it makes none.
+        segment: number of residual blocks that the backward pass recomputes at a time; None: it recomputes none.
     """
     with FakeTensorMode():
         module = build_net(net).train()
@@ -175,7 +177,7 @@ def backbone_bytes(net: Net, batch: int, precision: str, segment: int | None = N
 
 
 def segment_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
-    """Bytes that the largest recomputed segment keeps beside its input while its gradients are formed."""
+    """Return the bytes that the largest recomputed segment saves, besides its input."""
     segments = [s for stage in module.modules() if isinstance(stage, Stage) for s in stage.segments()]
     inputs: dict[nn.Module, Tensor] = {}
     for segment in segments:
@@ -187,9 +189,9 @@ def segment_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
 
 
 def saved_bytes(module: nn.Module, images_BCHW: Tensor, precision: str) -> int:
-    """Bytes that autograd keeps of one forward pass, each storage once, weights and buffers not counted."""
+    """Return the bytes that autograd saves in one forward pass: each storage once, without weights and buffers."""
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    saved: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again
+    saved: dict[int, Tensor] = {}  # keeping the tensors alive keeps their addresses unique
 
     def keep(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)

@@ -1,4 +1,4 @@
-"""A run's figures as its folder holds them: ``metrics.csv``, the curves, ``report.json``."""
+"""The figures in a run's folder: ``metrics.csv``, the curves and ``report.json``."""
 
 import csv
 import json
@@ -15,9 +15,9 @@ from fr_core.train.initial import parameter_figures
 
 COLUMNS = (
     *("step", "epoch", "loss", "lr", "grad_norm", "head_grad_norm"),
-    *("margin_loss", "distill_loss"),  # of a distilled run
-    *("positive_loss", "negative_loss", *THRESHOLDS),  # of quantface
-    *("detector", "stationary"),  # of FastFace
+    *("margin_loss", "distill_loss"),  # distilled runs
+    *("positive_loss", "negative_loss", *THRESHOLDS),  # quantface
+    *("detector", "stationary"),  # FastFace
     *("images_per_second", "data_wait"),
 )
 PANELS = {
@@ -29,12 +29,12 @@ PANELS = {
     "lr": "learning rate",
     "images_per_second": "images/s",
 }
-PARAMETERS = "backbone_parameters"  # a figure that older reports lack
-TAIL = 4096  # bytes: a few rows of metrics.csv
+PARAMETERS = "backbone_parameters"  # reports of older versions lack this figure
+TAIL = 4096  # bytes; holds a few rows of metrics.csv
 
 
 def read_metrics(out: AnyPath) -> list[dict[str, float]]:
-    """Rows of a run's ``metrics.csv``; none if it has not begun. A half-written last row is left out."""
+    """Read the rows of a run's ``metrics.csv``, without a half-written last row. A run not yet started has no rows."""
     path = out / "metrics.csv"
     if not path.is_file():
         return []
@@ -43,7 +43,7 @@ def read_metrics(out: AnyPath) -> list[dict[str, float]]:
 
 
 def newest_metrics(out: AnyPath) -> dict[str, float] | None:
-    """The last row of a run's ``metrics.csv``, read from its end where it is local: a long run is followed cheaply."""
+    """Read the last row of a run's ``metrics.csv``; None if it has no row. A local file is read from its end."""
     path = out / "metrics.csv"
     if not isinstance(path, Path):
         return next(reversed(read_metrics(out)), None)
@@ -51,7 +51,7 @@ def newest_metrics(out: AnyPath) -> dict[str, float] | None:
         return None
     with path.open("rb") as file:
         header = file.readline()
-        file.seek(max(len(header), path.stat().st_size - TAIL))  # a row that this cuts lacks its last column
+        file.seek(max(len(header), path.stat().st_size - TAIL))  # a row cut here lacks its last column
         lines = [header, *file.readlines()]
     return next(reversed(_whole_rows(line.decode() for line in lines)), None)
 
@@ -60,7 +60,7 @@ def _whole_rows(lines: Iterable[str]) -> list[dict[str, float]]:
     rows = []
     for row in csv.DictReader(lines):
         try:
-            if row["data_wait"]:  # the last column: a row without it is half written
+            if row["data_wait"]:  # the last column; without it, the row is half written
                 rows.append({name: float(row[name]) for name in COLUMNS if row.get(name)} | {"step": int(row["step"])})
         except (TypeError, ValueError, KeyError):
             continue
@@ -68,10 +68,10 @@ def _whole_rows(lines: Iterable[str]) -> list[dict[str, float]]:
 
 
 def report_figures(out: AnyPath) -> dict[str, float]:
-    """Figures of a run's ``report.json``; parameters are counted by its config where an older one lacks them.
+    """Read the figures of a run's ``report.json``. If an older report lacks parameter counts, count them by its config.
 
     Raises:
-        UserError: no report of a training, or a config of another version.
+        UserError: there is no report of a training, or its config is of another version.
     """
     path = out / "report.json"
     try:
@@ -85,8 +85,8 @@ def report_figures(out: AnyPath) -> dict[str, float]:
     return figures | parameter_figures(parse_config(config, str(path)), identities)
 
 
-def curves(rows: list[dict[str, float]]) -> Figure:
-    """Loss, FastFace's detector where there is one, learning rate and throughput over the steps."""
+def plot_curves(rows: list[dict[str, float]]) -> Figure:
+    """Plot losses, FastFace's detector, learning rate and throughput over the steps, as far as the rows have them."""
     shown = [name for name in PANELS if any(name in row for row in rows)]
     figure = Figure(figsize=(7, 2.4 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]

@@ -1,4 +1,4 @@
-"""Runs in MLflow: opening, grouping, searching them, and adding later figures."""
+"""Runs in MLflow: open, group and search them, and add later figures."""
 
 import hashlib
 import json
@@ -13,12 +13,7 @@ from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, RemotePath, local_copy
 from fr_core.errors import UserError
 from fr_core.train.metrics import PARAMETERS, report_figures
-from fr_core.train.outbox import (
-    first_line,
-    log,
-    refused,
-    try_briefly,
-)
+from fr_core.train.outbox import first_line, log, refused, try_briefly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,15 +23,18 @@ PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 
 
 def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str]":
-    """A client, and the id of the experiment, which is made where it does not exist.
+    """Return a client and the id of the experiment. The experiment is made if it does not exist.
 
     Args:
-        folder: of the runs; the database lies in it unless ``tracking.uri`` names another.
+        folder: folder of the runs; it holds the database, unless ``tracking.uri`` names another.
+
+    Raises:
+        UserError: ``folder`` is a URL, which cannot hold a database, and no ``tracking.uri`` is given.
     """
     from mlflow import MlflowClient
 
     if tracking.uri is None and isinstance(folder, RemotePath):
-        raise UserError(f"no database can lie at {folder}: give tracking.uri, or tracking.uri=off")
+        raise UserError(f"{folder} is a URL and cannot hold MLflow's database: give tracking.uri, or tracking.uri=off")
     uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
@@ -48,14 +46,14 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str
 
 
 def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:
-    """Adds figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
+    """Add figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
 
     Args:
-        ref: where the net was opened from; only a run's folder or a checkpoint in one leads to an MLflow run.
+        ref: path that the net was opened from. Only a run's folder, or a checkpoint in it, leads to an MLflow run.
         files: pictures and tables to add, under ``verify/NAME``.
 
     Returns:
-        Its id, or None where there is none.
+        The id of the MLflow run, or None if there is none.
 
     Raises:
         UserError: MLflow refuses.
@@ -69,28 +67,29 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
 
     try:
         tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
-        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the run was copied from elsewhere
+        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the folder was copied from elsewhere
             return None
         client, _ = open_mlflow(tracking, run.parent)
         now = int(time.time() * 1000)
         client.log_batch(run_id, metrics=[Metric(f"{name}/{n}", float(value), now, 0) for n, value in figures.items()])
         for path in files:
             client.log_artifact(run_id, str(path), f"verify/{name}")
-    except Exception as error:  # MLflow hands through whatever its database or store raises
-        raise UserError(f"{run}: not added to its MLflow run: {first_line(error)}") from None
+    except Exception as error:  # MLflow passes on any error of its database or store
+        raise UserError(f"{run}: cannot add figures to its MLflow run: {first_line(error)}") from None
     return run_id
 
 
 class Comparison:
-    """The MLflow run that the runs of a comparison or a search are shown under; the same results go on with one.
+    """The parent MLflow run of a comparison or a search. The same results file goes on with the same parent run.
 
-    Where a server is away, they go on without it, and ``run_id`` is None.
+    If the server is away, the runs go on without a parent run, and ``run_id`` is None.
 
     Args:
-        anew: whatever stood at the same path was another one.
+        results: results file of the comparison or the search.
+        anew: start a new parent run, since earlier results at this path were replaced.
 
     Raises:
-        UserError: MLflow refuses, or its database cannot be.
+        UserError: MLflow refuses, or its database cannot be made.
     """
 
     def __init__(self, tracking: Tracking, results: AnyPath, anew: bool = False) -> None:
@@ -110,13 +109,13 @@ class Comparison:
                 run = self.client.create_run(experiment, run_name=name, tags=tags)
             self.client.update_run(run.info.run_id, status="RUNNING")
             self.run_id = run.info.run_id
-        except Exception as error:  # MLflow hands through whatever its database or store raises
+        except Exception as error:  # MLflow passes on any error of its database or store
             if refused(error) or not self.uri.startswith("http"):
                 raise UserError(f"tracking.uri = {self.uri}: {first_line(error)}") from None
-            log.warning("MLflow is away; its runs will stand alone: %s", first_line(error))
+            log.warning("MLflow cannot be reached; runs get no parent run there: %s", first_line(error))
 
     def close(self, table: str, files: Iterable[AnyPath] = (), status: str = "FINISHED") -> None:
-        """Records the table as it stands, in Markdown, and files beside it, if MLflow can be told.
+        """Add the table in Markdown, and files, and end the parent run. Log a warning if MLflow cannot be reached.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -129,20 +128,20 @@ class Comparison:
                 with local_copy(path) as file:
                     self.client.log_artifact(self.run_id, str(file))
             self.client.set_terminated(self.run_id, status)
-        except Exception as error:  # see above
-            log.warning("MLflow was not told how %s ended: %s", self.run_id, first_line(error))
+        except Exception as error:  # MLflow passes on any error of its database or store
+            log.warning("MLflow could not record the end of run %s: %s", self.run_id, first_line(error))
 
 
 def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Callable[[], dict[str, float]]]]:
-    """Names of the finished runs of an MLflow experiment, and what reads their figures as :func:`report_figures` does.
+    """List the finished trainings of an MLflow experiment: a name, and a function that reads the figures.
 
-    Figures of later verifications are among them (``NAME/FIGURE``).
+    The figures are those of :func:`report_figures`, and of later verifications (``NAME/FIGURE``).
 
     Args:
-        query: MLflow's filter, or none.
+        query: filter in MLflow's syntax; empty for all runs.
 
     Raises:
-        UserError: no such database or experiment, or a filter that MLflow does not understand.
+        UserError: the database or the experiment does not exist, or MLflow does not understand the filter.
     """
     from mlflow import MlflowClient
 
@@ -153,19 +152,19 @@ def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Call
 
 
 def search_mlflow(uri: str, experiment: str | None, query: str) -> "list[Run]":
-    """Runs of an MLflow experiment, or of all of them.
+    """Return the runs of an MLflow experiment, or of all experiments.
 
     Args:
-        query: MLflow's filter, or none.
+        query: filter in MLflow's syntax; empty for all runs.
 
     Raises:
-        UserError: no such database or experiment, or a filter that MLflow does not understand.
+        UserError: the database or the experiment does not exist, or MLflow does not understand the filter.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).is_file():  # MLflow would make one
+    if database != uri and not Path(database).is_file():  # MLflow would create an empty one
         raise UserError(f"{uri}: no such database: give --uri, or folders of runs")
     try:
         client = MlflowClient(uri)
@@ -199,6 +198,7 @@ def _tracked_figures(client: "MlflowClient", run: "Run") -> dict[str, float]:
 
 
 def saved_run_id(out: AnyPath) -> str | None:
+    """Read the id of a run's MLflow run from its ``run.json``; None if there is none."""
     try:
         return json.loads((out / "run.json").read_text())["run_id"]
     except (OSError, ValueError, KeyError):

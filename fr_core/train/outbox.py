@@ -1,8 +1,8 @@
-"""What is on its way to MLflow, whose server may be away: delivered in order by a thread, kept in the run's folder.
+"""The queue of a run's figures and files for MLflow. A thread delivers them in order, also if the server is away.
 
-The one room where MLflow is waited for. Training never is: whoever posts goes on at once. MLflow's client would itself
-try again for minutes; here every try is short, and what is not delivered waits for the next one, for the run's end,
-or in ``undelivered.jsonl`` for the run's next life.
+Training never waits for MLflow: posting returns at once, and only this module waits. MLflow's client would retry for
+minutes; here every try is short. What is not delivered is tried again during the run and at its end. After that it
+stays in ``undelivered.jsonl``, and a resumed run delivers it.
 """
 
 import json
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 UNDELIVERED = "undelivered.jsonl"
 RETRY_AFTER = 5.0  # seconds
-HEALTHY_WAIT, LAST_WAIT = 2.0, 15.0  # seconds that a checkpoint and the end of a run wait for deliveries
-CALL_METRICS = 1000  # MLflow's limit of one call
+HEALTHY_WAIT, LAST_WAIT = 2.0, 15.0  # seconds to wait for deliveries at a checkpoint, and at the end of a run
+CALL_METRICS = 1000  # MLflow's limit per call
 
 Letter = list[Any]  # ["metrics", [name, value, time, step] …], ["params", {}], ["file", path, folder], ["status", name]
 
@@ -30,11 +30,12 @@ log = logging.getLogger("bigface")
 
 
 class Outbox:
-    """The way of one run's figures and files to MLflow.
+    """Delivers the figures and files of one run to MLflow.
 
     Args:
-        open_run: makes or opens the run; returns a client and the run's id. Called by the thread until it succeeds.
-        out: the run's folder, which the paths of files are relative to.
+        open_run: makes or opens the MLflow run, and returns a client and the run's id. The thread calls it until it
+            succeeds.
+        out: the run's folder; paths of files are relative to it.
 
     Raises:
         UserError: MLflow refuses, so that no later try can succeed.
@@ -46,12 +47,12 @@ class Outbox:
         self.client: MlflowClient | None = None
         self.run_id: str | None = None
         self.letters: list[Letter] = []
-        self.away = False  # the last try failed
+        self.away = False  # whether the last try failed
         self.changed = threading.Condition()
         self.closing = False
         try:
             self.client, self.run_id = open_run()
-        except Exception as error:  # MLflow hands through whatever its database or store raises
+        except Exception as error:  # MLflow passes on any error of its database or store
             if refused(error) or not (tracking.uri or "").startswith("http"):
                 raise UserError(f"tracking.uri = {tracking.uri}: {first_line(error)}") from None
             self._say_away(error)
@@ -59,26 +60,27 @@ class Outbox:
         self.thread.start()
 
     def post(self, letter: Letter) -> None:
+        """Queue a letter for delivery, and return at once. A letter that already waits is not queued again."""
         with self.changed:
-            if letter not in self.letters[1:]:  # the first may be on its way, and a file have changed since
+            if letter not in self.letters[1:]:  # the first may be on its way, with an older version of its file
                 self.letters.append(letter)
             self.changed.notify_all()
 
-    def settle(self, seconds: float) -> None:
-        """Waits for deliveries unless the server is known to be away, then keeps the rest in the run's folder.
+    def wait(self, seconds: float) -> None:
+        """Wait for deliveries, unless the server is known to be away. Then save the rest in the run's folder.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the folder cannot be written.
         """
         with self.changed:
             self.changed.wait_for(lambda: not self.letters or self.away, seconds)
             self._keep()
 
     def close(self) -> None:
-        """Delivers what is left, in bounded time; the rest stays in the run's folder.
+        """Deliver what is left, for a limited time. Save the rest in the run's folder.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the folder cannot be written.
         """
         with self.changed:
             self.closing = True
@@ -109,7 +111,7 @@ class Outbox:
                     self.client, self.run_id = self.open_run()
                 self._send(letter)
                 failure = None
-            except Exception as error:  # MLflow hands through whatever its database or store raises
+            except Exception as error:  # MLflow passes on any error of its database or store
                 failure = error
             with self.changed:
                 more = self.letters[1:]
@@ -120,7 +122,7 @@ class Outbox:
                         log.warning("MLflow answers again")
                     self.away, self.letters = False, more
                 elif letter[0] == "file" and any(other[0] != "file" for other in more):
-                    self.letters = [*more, letter]  # files have a store of their own: figures need not wait for it
+                    self.letters = [*more, letter]  # files go to another store: figures need not wait for it
                 else:
                     if not self.away:
                         self._say_away(failure)
@@ -147,11 +149,11 @@ class Outbox:
 
     def _say_away(self, error: Exception) -> None:
         self.away = True
-        log.warning("MLflow cannot be told; training goes on, and figures wait: %s", first_line(error))
+        log.warning("MLflow cannot be reached; training goes on, and figures wait: %s", first_line(error))
 
 
 def read_undelivered(out: AnyPath, step: int) -> list[Letter]:
-    """What an earlier life of the run could not deliver, without its end and what lies beyond ``step``."""
+    """Read what an earlier start of the run did not deliver, without its end status and metrics beyond ``step``."""
     path = out / UNDELIVERED
     letters = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     for letter in letters:
@@ -161,19 +163,19 @@ def read_undelivered(out: AnyPath, step: int) -> list[Letter]:
 
 
 def try_briefly() -> None:
-    """Lets MLflow's client, which reads these at every call, try once: who calls it decides what comes then."""
+    """Make MLflow's client try only once per call, so that the caller decides about retries."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def refused(error: Exception) -> bool:
-    """Whether MLflow answered, and would answer the same again."""
+    """Tell whether MLflow refused the request, so that another try would fail the same way."""
     from mlflow.exceptions import MlflowException
 
-    # Other 4xx come from whatever stands before a server that is away.
+    # Other 4xx codes may come from a proxy in front of a server that is away.
     return isinstance(error, MlflowException) and error.get_http_status_code() == 400
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says, or its class."""
+    """Return the first line of an error's message, or the name of its class."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""In which precision a run computes: its backbone, and the centres that stand for its classes."""
+"""The precision of a run's backbone, and of the class centres that replace a class matrix."""
 
 import torch
 
@@ -9,15 +9,15 @@ from fr_core.heads.streamed import Softmax
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The backbone's precision."""
+    """Return the autocast context in which the backbone computes."""
     precision = autocast_precision(config, device)
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def autocast_precision(config: Config, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the processor multiplies it natively.
+    """Return the backbone's precision. ``auto`` is bfloat16 if the processor multiplies it natively, else float32.
 
-    Without such instructions a CPU emulates it: IR-10 at width 16 and 64×64 trained 17 images/s instead of 160.
+    A CPU without such instructions emulates bfloat16: IR-10 at width 16 and 64×64 trained 17 images/s instead of 160.
     """
     if config.train.precision == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
@@ -25,7 +25,7 @@ def autocast_precision(config: Config, device: torch.device) -> torch.dtype:
 
 
 def centre_softmax(config: Config, method: FixedCentres, device: torch.device) -> Softmax:
-    """The softmax over centres without a gradient; ``auto`` keeps them as the backbone trains, but not in float16."""
+    """Return the softmax over fixed centres. ``auto`` stores centres in the backbone's precision, but never float16."""
     precision = autocast_precision(config, device) if method.precision == "auto" else getattr(torch, method.precision)
     precision = torch.float32 if precision == torch.float16 else precision
     return Softmax(method.margin, precision=precision, tile=method.tile)

@@ -1,4 +1,4 @@
-"""The queue of class centres and the step with it, which AttFC and DCQ share (METHODS §3).
+"""The queue of class centres and its training step, which AttFC and DCQ share (docs/methods/attfc.md, baselines.md).
 
 Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, K class images, D embedding.
 """
@@ -13,15 +13,16 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import FixedCentres
 from fr_core.data.stream import Batch
-from fr_core.heads.attfc import follow
+from fr_core.heads.attfc import update_encoder
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, encoded, update, without_sync
+from fr_core.train.update import backward, begin_step, embed, encode_class_images, update, without_sync
 
 
 def make_queue(config: Config, method: FixedCentres, classes: int, device: torch.device) -> ClassQueue:
+    """Make the queue of a run, with its random first centres."""
     slots = method.centres(classes, config.train.global_batch)
     return ClassQueue(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
@@ -35,17 +36,18 @@ def queue_step(
     order: Literal["paper", "reference"],
     encoder_momentum: float,
 ) -> dict[str, float]:
-    """Trains on one global batch.
+    """Train on one global batch.
 
-    The encoder follows the weights from before this step's update. In the paper's order all ranks' centres enter the
-    queue before the loss, so that a face's negatives include those of its own batch; in the reference order after it.
-    The queue is the same on all ranks, and each computes the loss of its own faces.
+    The encoder moves first, towards the weights before this step's update. Each rank computes the loss of its own
+    faces against the queue, which is the same on all ranks.
 
     Args:
-        mix: makes of faces [B, D] and the encoder's features of their class images [B, K, D] the centres [B, D].
+        mix: makes centres [B, D] of faces [B, D] and the features of their class images [B, K, D].
+        order: when the centres of all ranks enter the queue. ``paper``: before the loss, so that a face's negatives
+            include centres of its own batch. ``reference``: after the loss, as in the published code.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`.
+        The metrics of :func:`fr_core.train.update.update`.
     """
     queue, micro = state.head, config.train.accumulate
     assert isinstance(queue, ClassQueue)
@@ -55,20 +57,20 @@ def queue_step(
     labels_AB = batch.labels_B.to(state.device).chunk(micro)
     total = torch.zeros((), device=state.device)
     begin_step(config, state)
-    follow(state.encoder, state.backbone, encoder_momentum)
-    made = []
+    update_encoder(state.encoder, state.backbone, encoder_momentum)
+    entries = []  # centres [G, D] and labels [G] of each micro-batch
     for a in range(micro):
         with without_sync(state) if a < micro - 1 else nullcontext():
-            x_BD = embedded(config, state, images_ABHWC[a], ranks, a)
-            centres_BD = mix(x_BD, encoded(config, state, class_images_ABKHWC[a]))
-            made.append((ranks.gather(centres_BD), ranks.gather(labels_AB[a])))
+            x_BD = embed(config, state, images_ABHWC[a], ranks, a)
+            centres_BD = mix(x_BD, encode_class_images(config, state, class_images_ABKHWC[a]))
+            entries.append((ranks.gather(centres_BD), ranks.gather(labels_AB[a])))
             if order == "paper":
-                queue.put(*made[a], state.step)
+                queue.put(*entries[a], state.step)
             loss = queue(x_BD, centres_BD, labels_AB[a]) / (micro * ranks.size)
             backward(config, state, loss, ranks)
         total += loss.detach()
     step, metrics = state.step, update(config, state, total, ranks)
     if order == "reference" and not state.bad_steps:
-        centres_AGD, labels_AG = zip(*made, strict=True)
+        centres_AGD, labels_AG = zip(*entries, strict=True)
         queue.put(torch.cat(centres_AGD), torch.cat(labels_AG), step)
     return metrics

@@ -1,4 +1,4 @@
-"""What a run carries from step to step."""
+"""The state of a run: what it carries from step to step."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,39 +16,39 @@ from fr_core.train.distill import Teacher
 
 @dataclass
 class TrainState:
-    """Everything that training changes, and the plan that it follows."""
+    """Everything that training changes, and the plan that training follows."""
 
     plan: Plan
     device: torch.device
     backbone: Backbone  # without its data-parallel wrapper
-    parallel: nn.Module  # what training calls: the backbone, wrapped where there are several ranks
-    head: Head | None  # what stands for the classes; None where the method compares pairs alone
-    optimizers: dict[str, torch.optim.Optimizer]  # "backbone", and "head" where the head has parameters
+    parallel: nn.Module  # the backbone as training calls it: wrapped if there are several ranks
+    head: Head | None  # represents the classes; None if the method compares pairs alone
+    optimizers: dict[str, torch.optim.Optimizer]  # "backbone", and "head" if the head has parameters
     total_steps: int
     average: Backbone | None = None  # moving average of the backbone
     encoder: Backbone | None = None  # momentum encoder: AttFC's class encoder, DCQ's key encoder, F2C's gallery net
-    ships_encoder: bool = False
+    ships_encoder: bool = False  # verify and ship the momentum encoder, not the backbone
     teacher: Teacher | None = None
-    adapter: nn.Linear | None = None  # to the teacher's width; trained with the backbone, not shipped
-    agreement: Agreement | None = None  # of a student's pairs with its teacher's
-    watcher: Recurrence | HaarWindow | None = None  # FastFace: what cuts the rate
-    began: float = field(default_factory=time.monotonic)  # seconds, as if the run had gone on without a break
+    adapter: nn.Linear | None = None  # maps to the teacher's width; trained with the backbone, not shipped
+    agreement: Agreement | None = None  # the loss between the pairs of a student and of its teacher
+    watcher: Recurrence | HaarWindow | None = None  # FastFace: cuts the learning rate
+    began: float = field(default_factory=time.monotonic)  # monotonic start in seconds, as if the run had never paused
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0
-    good_steps: int = 0  # since the loss scale changed
+    good_steps: int = 0  # finite steps since the loss scale changed
     bad_steps: int = 0  # non-finite steps in a row
-    run_id: str | None = None  # of MLflow
-    buffers: list[Tensor] = field(default_factory=list)  # statistics before this step
+    run_id: str | None = None  # id of the MLflow run
+    buffers: list[Tensor] = field(default_factory=list)  # buffers as they were before this step
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """What the backbone's optimiser moves, by name."""
+        """Return the tensors that the backbone's optimiser moves, by name."""
         adapter = {"adapter.weight": self.adapter.weight} if self.adapter else {}
         return {name: p for name, p in self.backbone.named_parameters() if p.requires_grad} | adapter
 
     @property
     def usable(self) -> Backbone:
-        """The backbone that is verified and shipped: DCQ's key encoder, else the moving average where there is one."""
+        """Return the net to verify and ship: DCQ's key encoder, else the moving average if kept, else the backbone."""
         if self.encoder is not None and self.ships_encoder:
             return self.encoder
         return self.average if self.average is not None else self.backbone

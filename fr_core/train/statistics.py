@@ -1,4 +1,4 @@
-"""Batch-norm statistics as they are verified and saved: one for all ranks, and the last norm's of real faces.
+"""Batch-norm statistics for verification and saving: averaged over ranks, and the last norm measured on real faces.
 
 Legend: B batch, D embedding, M moments (0, 1, 2).
 """
@@ -15,12 +15,12 @@ from fr_core.ranks import Ranks
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
 
-IMAGES = 10_000  # that the last norm is measured by: its mean is then within 1 % of a deviation
+IMAGES = 10_000  # images to measure the last norm; its mean is then exact to 1 % of a standard deviation
 
 
 @torch.no_grad()
 def average_statistics(state: TrainState, ranks: Ranks) -> None:
-    """Gives all ranks the mean of their batch-norm statistics, before these are verified or saved."""
+    """Average the batch-norm statistics over all ranks. Call it before they are verified or saved."""
     if ranks.size > 1:
         for module in (state.backbone, state.average, state.encoder):
             for name, buffer in module.named_buffers() if module is not None else ():
@@ -30,15 +30,14 @@ def average_statistics(state: TrainState, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def measure_last_norm(config: Config, state: TrainState, faces: Iterable[Batch], ranks: Ranks) -> None:
-    """Sets the statistics of the usable net's last batch norm to the mean and variance of its input on some faces.
+    """Set the statistics of the usable net's last batch norm to the mean and variance of its input on some faces.
 
-    For a net whose training showed others than those it is made for: trained on virtual identities, its embeddings of
-    real faces lie off centre, and their cosines are all too high. (Batch norm measured anew on the domain in question:
-    Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", 2016; here the last norm alone, which
-    centres the embedding.)
+    A net trained on virtual identities needs this: its embeddings of real faces lie off centre, so that all their
+    cosines are too high. Re-measuring batch norm on the target domain is from Li et al., "Revisiting Batch
+    Normalization For Practical Domain Adaptation", 2016. Only the last norm is measured here: it centres the embedding.
 
     Args:
-        faces: this rank's images, not augmented.
+        faces: real images of this rank, not augmented.
     """
     net = state.usable.eval()
     norm = net.last_norm

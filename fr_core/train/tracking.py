@@ -1,7 +1,7 @@
-"""Where a run's figures go: ``metrics.csv`` in its folder, and MLflow. Rank 0 alone tracks.
+"""Records a run's figures, in ``metrics.csv`` of its folder and in MLflow. Only rank 0 tracks.
 
-Parameters, losses, rates, throughput, a sample batch, curves and the report. A restarted run goes on in the same
-MLflow run, whose id its checkpoints and ``run.json`` carry.
+It records parameters, losses, learning rates, throughput, a sample batch, curves and the report. A resumed run goes on
+in the same MLflow run, whose id is in the checkpoints and in ``run.json``.
 """
 
 import csv
@@ -18,7 +18,7 @@ from fr_core.config import Config
 from fr_core.config.recipes import flat
 from fr_core.data.store import AnyPath, RemotePath, atomic_file, explain_disk_errors, write_text_atomically
 from fr_core.data.stream import Batch
-from fr_core.train.metrics import COLUMNS, curves, read_metrics
+from fr_core.train.metrics import COLUMNS, plot_curves, read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
 from fr_core.train.outbox import (
     CALL_METRICS,
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FLUSH_EVERY = 10.0  # seconds between deliveries to MLflow
-BEAT_EVERY = 10.0  # seconds between touches of metrics.csv, by which others see that steps are taken
+BEAT_EVERY = 10.0  # seconds between touches of metrics.csv, which show that the run goes on
 SAMPLE_IMAGES = 32
 
 
 class Tracker:
-    """Records one run. At a URL, where no row can be appended, ``metrics.csv`` is written anew every few seconds.
+    """Records one run. At a URL, where no row can be appended, it rewrites ``metrics.csv`` every few seconds.
 
     Args:
-        step: the step that the run goes on from; rows beyond it (of a life that ended) are dropped.
-        run_id: the MLflow run to go on with, if any.
+        step: step at which the run resumes; later rows are dropped.
+        run_id: id of the MLflow run to go on with, if any.
     """
 
     def __init__(self, config: Config, out: AnyPath, step: int, run_id: str | None) -> None:
@@ -66,7 +66,7 @@ class Tracker:
                 self.outbox.post(letter)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of a training step, to the CSV at once and to MLflow in batches."""
+        """Record the metrics of a training step: in the CSV at once, in MLflow in batches."""
         row = {name: metrics[name] for name in COLUMNS if name in metrics} | {"step": step}
         self.rows.append(row)
         if isinstance(self.out, Path):
@@ -74,7 +74,7 @@ class Tracker:
         self.log_figures(step, {name: value for name, value in metrics.items() if name != "step"})
 
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Named numbers, to MLflow only."""
+        """Record named numbers in MLflow only."""
         if self.outbox:
             now = int(time.time() * 1000)
             self.pending += [[name, float(value), now, step] for name, value in figures.items()]
@@ -82,7 +82,7 @@ class Tracker:
             self.flush()
 
     def log_picture(self, name: str, figure: Figure) -> None:
-        """A picture into the run's folder and MLflow."""
+        """Save a picture in the run's folder and in MLflow."""
         path = self.out / "pictures" / f"{name}.png"
         with explain_disk_errors(path):
             path.parent.mkdir(exist_ok=True)
@@ -91,12 +91,12 @@ class Tracker:
         self.log_file(f"pictures/{name}.png", "pictures")
 
     def log_file(self, path: str, folder: str | None = None) -> None:
-        """A file of the run's folder into a folder of MLflow's."""
+        """Copy a file of the run's folder to MLflow, into ``folder`` of its artifacts."""
         if self.outbox:
             self.outbox.post(["file", path, folder])
 
     def step_done(self, batch: Batch) -> None:
-        """Shows that the run goes on, also between two rows of ``metrics.csv``; draws the first batch."""
+        """Touch ``metrics.csv`` every few seconds, to show that the run goes on. Save a picture of the first batch."""
         if not self.sampled:
             self.sampled = True
             self._log_sample_batch(batch)
@@ -105,12 +105,12 @@ class Tracker:
             os.utime(self.out / "metrics.csv")
 
     def _log_sample_batch(self, batch: Batch) -> None:
-        """The first images of a batch as the net sees them."""
+        """Save a picture of the first images of a batch, as the net sees them."""
         images = batch.images_BHWC[:SAMPLE_IMAGES].numpy()
         self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))
 
     def flush(self) -> None:
-        """Hands on what is pending, to MLflow and to a URL."""
+        """Pass pending figures on to MLflow, and rewrite ``metrics.csv`` at a URL."""
         self.last_flush = time.monotonic()
         if isinstance(self.out, RemotePath):
             self._write_rows()
@@ -119,23 +119,23 @@ class Tracker:
                 self.outbox.post(["metrics", self.pending[start : start + CALL_METRICS]])
         self.pending = []
 
-    def settle(self) -> None:
-        """Sees to it that whoever goes on from here has all up to here."""
+    def deliver(self) -> None:
+        """Deliver all figures so far, or save them in the run's folder, so that a resumed run has them."""
         self.flush()
         if self.outbox:
-            self.outbox.settle(HEALTHY_WAIT)
+            self.outbox.wait(HEALTHY_WAIT)
 
     def log_curves(self) -> None:
-        """Loss, FastFace's detector and the rate over the steps, as far as the run has come."""
+        """Save the curves of the run so far, as a picture."""
         if self.rows:
-            self.log_picture("curves", curves(self.rows))
+            self.log_picture("curves", plot_curves(self.rows))
 
     def pictures(self) -> list[str]:
-        """Those of the run so far, relative to its folder."""
+        """Return the paths of the run's pictures, relative to its folder."""
         return sorted(f"pictures/{path.name}" for path in (self.out / "pictures").glob("*.png"))
 
     def close(self, status: str) -> None:
-        """Delivers what is pending; ``status`` is FINISHED, FAILED or KILLED."""
+        """Deliver what is pending, and end the MLflow run with status FINISHED, FAILED or KILLED."""
         self.flush()
         if self.outbox:
             self.outbox.post(["status", status])
@@ -160,7 +160,7 @@ class Tracker:
 
     def _write_facts(self) -> None:
         path, started = self.out / "run.json", time.time()
-        if path.is_file():  # the run goes on
+        if path.is_file():  # a resumed run keeps its start
             started = json.loads(path.read_text())["started"]
         facts = {"run_id": self.run_id, "started": started, "config": self.config.model_dump(mode="json")}
         with explain_disk_errors(path):
@@ -177,7 +177,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                log.warning("MLflow has no run %s: this one was moved here; a new one begins", self.run_id)
+                log.warning("MLflow has no run %s: this folder was moved; a new MLflow run begins", self.run_id)
                 self.run_id = None
         if self.run_id is None:
             tags = {PARENT_TAG: tracking.parent} if tracking.parent else {}

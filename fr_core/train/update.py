@@ -1,4 +1,4 @@
-"""The parts of a step that all methods share: rates, embeddings, gradients, the update, and what a dropped step undoes.
+"""The parts of a step that all methods share: learning rates, embeddings, gradients, and the update or its undoing.
 
 Legend: B images of a rank's micro-batch, K class images of each, D embedding.
 """
@@ -22,11 +22,11 @@ from fr_core.ranks import Ranks
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
 
-LOSS_SCALE_PATIENCE = 2000  # good steps until it doubles
+LOSS_SCALE_PATIENCE = 2000  # finite steps until the loss scale doubles
 
 
 def begin_step(config: Config, state: TrainState) -> None:
-    """Sets the learning rates, and remembers what a step that is not finite changes all the same."""
+    """Set the learning rates, and copy the buffers that a dropped step must restore."""
     share = learning_rate(config.schedule, state.step, state.total_steps, state.plan.steps_per_epoch)
     if state.watcher:
         share *= state.watcher.factor
@@ -34,15 +34,15 @@ def begin_step(config: Config, state: TrainState) -> None:
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
     state.backbone.train()
-    state.buffers = [buffer.clone() for buffer in statistics(state)]
+    state.buffers = [buffer.clone() for buffer in buffers_to_restore(state)]
     if state.head:
         state.head.begin_step()
 
 
-def embedded(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
-    """The backbone's embeddings of uint8 images in training: [B, D], with gradient.
+def embed(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
+    """Embed uint8 images with the backbone in training mode: [B, D], with gradient.
 
-    Dropout draws by the seed, the step, and the place of these images in the global batch.
+    Dropout is seeded by the run's seed, the step, and the place of these images in the global batch.
     """
     place = ranks.rank * config.train.accumulate + micro_batch
     torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, place))
@@ -51,8 +51,8 @@ def embedded(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Rank
 
 
 @torch.no_grad()
-def encoded(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
-    """The momentum encoder's features of class images, by its batch norm's own statistics of them: [B, K, D]."""
+def encode_class_images(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
+    """Encode class images with the momentum encoder in training mode: features [B, K, D], without gradient."""
     assert state.encoder is not None
     images = normalised(images_BKHWC.flatten(0, 1), state.backbone.input_std)
     with autocast(config, state.device):
@@ -60,25 +60,25 @@ def encoded(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
 
 
 def without_sync(state: TrainState) -> AbstractContextManager[None]:
-    """Holds back the sum of gradients over ranks, for all but the last micro-batch."""
+    """Return a context without the sum of gradients over ranks, for all micro-batches but the last."""
     parallel = state.parallel
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
 
 
-def statistics(state: TrainState) -> list[Tensor]:
-    """What batch norm has gathered, of the backbone and of a momentum encoder, and the thresholds of quantface.
+def buffers_to_restore(state: TrainState) -> list[Tensor]:
+    """List the buffers that a dropped step restores: batch-norm statistics and quantface's thresholds.
 
-    The head takes back its own buffers (:class:`fr_core.heads.head.Head`).
+    The head restores its own buffers (:class:`fr_core.heads.head.Head`).
     """
     modules = (state.backbone, state.encoder, state.agreement)
     return [buffer for module in modules if module is not None for buffer in module.buffers()]
 
 
 def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> None:
-    """Gradients of a micro-batch's loss, at the loss scale.
+    """Add the gradients of a micro-batch's loss, multiplied by the loss scale.
 
-    A mixture of experts adds its load-balance term: the mean over ranks and micro-batches of theirs, to the gradient
-    alone; the loss that a run reports, and FastFace sees, stays that of the method.
+    A mixture of experts adds its load-balance term to the gradient, averaged over ranks and micro-batches. The loss
+    that the run reports and FastFace watches does not contain this term.
     """
     if isinstance(config.net, MoENet):
         loss = loss + config.net.balance * take_balance(state.backbone) / (config.train.accumulate * ranks.size)
@@ -88,29 +88,32 @@ def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> N
 def update(
     config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
 ) -> dict[str, float]:
-    """Moves the weights by the gradients of one global batch, or drops the step on all ranks if any is not finite:
-    then ``state.bad_steps`` is not 0.
+    """Move the weights by the gradients of one global batch.
 
-    Clips, steps both optimisers, the moving average and the loss scale. The loss scale lives here, not in
-    ``GradScaler``, because ranks with different rows of the class matrix must agree on it.
+    This clips gradients, and updates optimisers, moving average, FastFace and the loss scale. If the loss or a gradient
+    is not finite, all ranks drop the step: they restore the buffers, and ``state.bad_steps`` is not 0.
+
+    The loss scale is not left to ``GradScaler``: ranks with different rows of the class matrix must agree on it.
 
     Args:
-        loss: this rank's share; the global loss is the ranks' sum, the same to the last bit on all of them.
-        terms: of the loss, to be told beside it, shares too.
+        loss: this rank's share. The global loss is the sum over ranks, and is identical on all ranks.
+        terms: this rank's shares of the loss terms to report.
 
     Returns:
-        lr of the backbone, loss and its terms, gradient norms (the head's is 0 where it has no gradient), and what
-        FastFace sees.
+        Metrics: the backbone's lr, loss and terms, gradient norms, and FastFace's detector. The head's norm is 0 if it
+        has no gradient.
     """
-    backbone, terms = [p for p in state.trained.values() if p.grad is not None], terms or {}
+    terms = terms or {}
+    backbone = [p for p in state.trained.values() if p.grad is not None]
     head = list(state.head.parameters()) if state.head else []
     if state.loss_scale != 1:
         for param in (*backbone, *head):
             if param.grad is not None:
                 param.grad.div_(state.loss_scale)
     backbone_norm = squared_norm(backbone, state.device).sqrt()
-    shared = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
-    numbers = torch.cat([torch.stack([backbone_norm, shared[0].sqrt()]), shared[1:]]).tolist()
+    sums = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
+    norms = torch.stack([backbone_norm, sums[0].sqrt()])
+    numbers = torch.cat([norms, sums[1:]]).tolist()
     metrics = {"lr": state.optimizers["backbone"].param_groups[0]["lr"]}
     metrics |= dict(zip(("grad_norm", "head_grad_norm", "loss", *terms), numbers, strict=True))
     if all(map(math.isfinite, numbers)):
@@ -126,7 +129,7 @@ def update(
         state.bad_steps += 1
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
-        for buffer, before in zip(statistics(state), state.buffers, strict=True):
+        for buffer, before in zip(buffers_to_restore(state), state.buffers, strict=True):
             buffer.copy_(before)
         if state.head:
             state.head.drop_step()
@@ -145,7 +148,8 @@ def _after_good_step(config: Config, state: TrainState) -> None:
         state.loss_scale *= 2
         state.good_steps = 0
     if state.average is not None:
-        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))  # a short memory while weights still race
+        # Early weights change fast: at first, average over few steps.
+        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
         _blend(state.average, state.backbone, 1 - decay)
 
 

@@ -1,4 +1,4 @@
-"""Starting from a trained backbone, on the same or on new identities.
+"""Starts a run from a trained backbone, on the same or on new identities.
 
 Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix.
 """
@@ -23,10 +23,10 @@ from fr_core.train.state import TrainState
 
 
 def load_backbone(config: Config, state: TrainState) -> None:
-    """Puts the weights that ``init.backbone`` names into a fresh state.
+    """Load the weights of ``init.backbone`` into a new state.
 
     Raises:
-        UserError: no such weights, or weights of another net.
+        UserError: there are no such weights, or they do not fit the net.
     """
     if config.init.backbone is None:
         return
@@ -41,7 +41,10 @@ def load_backbone(config: Config, state: TrainState) -> None:
 
 
 def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Batch]], ranks: Ranks) -> None:
-    """Sets the ranges of a quantised net's activations by the images of ``start``, which begins anew at every call.
+    """Calibrate the activation ranges of a quantised net.
+
+    Args:
+        start: returns the calibration batches from the first one; called once per pass.
 
     Raises:
         UserError: as :func:`fr_core.nets.calibration.calibrate`.
@@ -67,16 +70,20 @@ def _copy_weights(state: TrainState) -> None:
 
 
 def class_matrix_of(state: TrainState) -> ShardedFC:
-    assert isinstance(state.head, ShardedFC)  # the config's rules see to it
+    """Return the class matrix of a run whose config asks for rows of a class matrix."""
+    assert isinstance(state.head, ShardedFC)  # the config's rules refuse other heads
     return state.head
 
 
 @torch.no_grad()
-def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
-    """Sets each row of the class matrix to the mean normalised embedding of its identity's images.
+def set_prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
+    """Set each row of the class matrix to the mean normalised embedding of its identity's images.
 
-    Rows get the length that random ones have, so that the learning rate means the same; an identity without images
-    in ``epoch`` keeps its random row.
+    Rows are scaled to the length of random rows, so that the learning rate keeps its meaning. An identity without
+    images in ``epoch`` keeps its random row.
+
+    Args:
+        epoch: this rank's images of one epoch, not augmented.
     """
     head = class_matrix_of(state)
     sums_SD = torch.zeros_like(head.weight)
@@ -93,21 +100,24 @@ def prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks:
 
 
 @torch.no_grad()
-def rows_by_name(config: Config, state: TrainState) -> None:
-    """Sets the class matrix's rows of identities that the run in ``init.backbone`` knew, by their names.
+def copy_rows_by_name(config: Config, state: TrainState) -> None:
+    """Copy the rows of identities that the run in ``init.backbone`` knew, matched by name.
 
     Raises:
-        UserError: weights without a class matrix's identities, or it knew none of these.
+        UserError: ``init.backbone`` has no class matrix with names, or knew none of these identities.
     """
     folder = find_checkpoint(to_path(config.init.backbone or ""))
     known, variants = read_identities(folder)
     label_of = {name: label for label, name in enumerate(known)}
     old_N = torch.tensor([label_of.get(name, -1) for name in state.plan.dataset.identity_names()])
     if (old_N < 0).all():
-        raise UserError(f'{folder}: init.head = "names": it knew nobody called like any identity here')
+        raise UserError(
+            f'{folder}: init.head = "names", but no identity there has the name of an identity here: '
+            'give init.head = "prototypes"'
+        )
     head = class_matrix_of(state)
     classes_S = torch.arange(head.lo, head.hi)
     label_S = old_N[classes_S // config.data.variants]
-    plain_S = classes_S % config.data.variants == 0  # other variants are warps of their own in every run
+    plain_S = classes_S % config.data.variants == 0  # other variants are different warps in every run
     old_S = torch.where((label_S >= 0) & plain_S, label_S * variants, -1)
     head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)

@@ -1,4 +1,4 @@
-"""What docs/extending.md adds, at work. Collected by tests/test_extending.py alone, on the extended sources."""
+"""Tests of everything that docs/extending.md adds. Only tests/test_extending.py runs them, on the extended sources."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def npair_of(shards, *overrides):
 
 
 def restored(ranks, config, folder):
-    """What every rank holds of the margin after it opened a checkpoint."""
+    """Return the margin's buffer on this rank, after it loaded a checkpoint."""
     state, stream = state_and_batches(config, ranks)
     stream.close()
     load_checkpoint(config, state, folder, ranks)
@@ -56,7 +56,7 @@ def test_these_are_the_extended_sources():
 
 
 def test_the_margin_is_its_formula():
-    """Against the whole matrix in float64, with a running mean over two steps."""
+    """The reference is the whole matrix in float64, with a running mean over two steps."""
     method = BigFace.model_validate({"margin": {"kind": "length", "scale": 16.0, "m3": 0.3, "momentum": 0.5}})
     head = ShardedFC(11, 8, method, Ranks(), seed=0)
     random, mean = torch.Generator().manual_seed(0), None
@@ -143,7 +143,7 @@ def test_the_method_resumes_bit_for_bit(grouped, tmp_path):
 
 
 def first_steps(ranks, config):
-    """Losses with batch norm as at inference, which is the same for every number of ranks."""
+    """Return losses with batch norm in inference mode, which do not depend on the number of ranks."""
     state, stream = state_and_batches(config, ranks)
     state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
     found = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(3)]

@@ -143,5 +143,5 @@ def test_what_would_be_ignored_is_refused_in_one_line(places, method, overrides,
 
 def test_a_run_too_short_for_fastface_is_refused(places, tmp_path):
     config = config_of(places, "bigface", "schedule.kind=fastface")
-    with pytest.raises(UserError, match=r"patience = 0\.05 of 5 steps is not one: raise it"):
+    with pytest.raises(UserError, match=r"patience = 0\.05 of 5 steps is less than 1 step: raise schedule\.patience"):
         resume_or_init(config, tmp_path, Ranks(), blocks_in_process)

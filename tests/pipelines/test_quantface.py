@@ -49,7 +49,7 @@ def test_mistakes_before_the_run(dataset, teacher, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             follow(dataset, teacher, tmp_path / "run", *args)
-    with pytest.raises(UserError, match=r"nobody to learn from: give method\.teacher=RUN$"):
+    with pytest.raises(UserError, match=r"no teacher is named: give method\.teacher=RUN$"):
         bigface("train", "debug_quantface", f"data.path={dataset}", "--in-process", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,9 +1,9 @@
-"""The methods: one room each, with what stands for the classes (``make_head``) and the step that trains on it.
+"""The training methods. Each has a module with its head (``make_head``) and its training step.
 
-AttFC and DCQ share the queue of ``fr_core/train/queue_step.py``, its head and its step.
+AttFC and DCQ share the head and the step of ``fr_core/train/queue_step.py``.
 
-These two functions are the only place that asks which method runs; all else asks its section
-(:class:`fr_core.config.methods.Facts`). A method does not import another's room, and none imports this file.
+Only the two functions of this file ask which method runs. Everything else asks the section of the method
+(:class:`fr_core.config.methods.Facts`). A method does not import another method, and none imports this file.
 """
 
 from typing import assert_never
@@ -21,13 +21,16 @@ from fr_core.train.state import TrainState
 
 
 def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) -> Head | None:
-    """What stands for the classes: this rank's rows of the class matrix, or centres that are the same on all ranks.
+    """Make the head: this rank's rows of the class matrix, or centres that are the same on all ranks.
 
     Args:
-        device: that will compute; the head itself is made on the CPU.
+        device: where the run computes; the head itself is made on the CPU.
+
+    Returns:
+        The head, or None if the method has none.
 
     Raises:
-        UserError: fewer centres than a batch needs.
+        UserError: there are fewer centres than a batch needs.
     """
     match config.method:
         case BigFace() as method:
@@ -45,10 +48,10 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
 
 
 def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """One optimiser step of the run's method.
+    """Train on one global batch with the method of the run.
 
     Returns:
-        What :func:`fr_core.train.update.update` returns.
+        The metrics of :func:`fr_core.train.update.update`.
     """
     match config.method:
         case BigFace() as method:

@@ -1,4 +1,7 @@
-"""AttFC: a class encoder makes each face's class centre, a queue of centres replaces the class matrix (METHODS §3)."""
+"""AttFC: a class encoder makes the class centre of each face, and a queue of centres replaces the class matrix.
+
+AttFC (arXiv 2025); docs/methods/attfc.md.
+"""
 
 from functools import partial
 
@@ -12,8 +15,6 @@ from fr_core.train.state import TrainState
 
 
 def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch, as :func:`fr_core.train.queue_step.queue_step` does, with attention over class
-    images.
-    """
+    """Train on one global batch by :func:`fr_core.train.queue_step.queue_step`, with attention over class images."""
     mix = partial(generative_centres, strategy=method.strategy, temperature=method.temperature)
     return queue_step(config, state, batch, ranks, mix, method.order, method.encoder_momentum)

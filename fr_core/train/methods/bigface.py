@@ -1,7 +1,9 @@
-"""BigFace: a class matrix sharded over the ranks, its margin softmax, and distillation beside it (METHODS §2, §5).
+"""BigFace: margin softmax over a class matrix that is sharded over the ranks, with optional distillation.
 
-Legend: A micro-batches, B images of a rank's micro-batch, G = B × ranks, X = B and the unlabelled ones behind them,
-D embedding, E the teacher's.
+BigFace and BigFace-Distill (MFR-ICCV 2021, WebFace260M track); docs/methods/bigface.md.
+
+Legend: A micro-batches, B labelled images of a rank's micro-batch, X all its images, G = B × ranks. D embedding of the
+student, E embedding of the teacher.
 """
 
 from contextlib import nullcontext
@@ -19,21 +21,23 @@ from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update, without_sync
+from fr_core.train.update import backward, begin_step, embed, update, without_sync
 
 
 def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks) -> ShardedFC:
+    """Make this rank's rows of the class matrix."""
     return ShardedFC(classes, config.net.embedding, method, ranks, config.seed)
 
 
 def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch.
+    """Train on one global batch.
 
-    The loss is the mean over the global batch whatever the ranks and micro-batches; only batch norm sees
-    micro-batches one by one. Distillation adds its weight × the mean over labelled and unlabelled images.
+    The loss is the mean over the global batch for any number of ranks and micro-batches. Only batch norm computes its
+    statistics per micro-batch. Distillation adds λ × the mean distance to the teacher, over labelled and unlabelled
+    images.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`; of a distilled run also both terms.
+        The metrics of :func:`fr_core.train.update.update`; a distilled run also has both terms of the loss.
     """
     head, micro, distill = state.head, config.train.accumulate, method.distill
     assert isinstance(head, ShardedFC)
@@ -48,20 +52,20 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     sgd = tile_sgd(state) if method.update == "fused" else None
     for a in range(micro):
         with without_sync(state) if a < micro - 1 else nullcontext():
-            x_XD = embedded(config, state, images_AXHWC[a], ranks, a)
+            x_XD = embed(config, state, images_AXHWC[a], ranks, a)
             with autocast(config, state.device):
                 student_XE = state.adapter(x_XD) if state.adapter else x_XD
             faces_BD, apart = x_XD[:labelled], torch.zeros_like(total)
-            if distill:  # each rank its own faces' share
+            if distill:  # this rank's share
                 apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
-                faces_BD = faces_BD + 0 * apart.detach()  # a fused head sees by it that the step is not finite
+                faces_BD = faces_BD + 0 * apart.detach()  # tells a fused head that the distance is not finite
             loss = head(ranks.gather(faces_BD), labels_AG[a], rows_S, sgd) / micro
             total += loss.detach()
             if distill:
                 distance += apart.detach()
                 loss = loss + distill.weight * apart
             backward(config, state, loss, ranks)
-    share = total / ranks.size  # every rank has the whole margin loss, and its own faces' part of the distance
+    share = total / ranks.size  # every rank has the whole margin loss, but only its share of the distance
     if distill is None:
         return update(config, state, share, ranks)
     if state.adapter:
@@ -72,7 +76,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
 
 
 def tile_sgd(state: TrainState) -> TileSGD:
-    """This step's settings of the optimiser, for a head that moves its rows itself."""
+    """Return the optimiser's settings of this step, for a head that moves its rows itself."""
     optimizer = state.optimizers["head"]
     assert isinstance(optimizer, RowSGD)
     return optimizer.tile_sgd()

@@ -1,5 +1,6 @@
-"""DCQ, the Dynamic Class Queue: the key encoder's feature of another image is the class centre
-(METHODS §3; Li et al., "Dynamic Class Queue for Large Scale Face Recognition in the Wild", 2021).
+"""DCQ, the Dynamic Class Queue: the class centre is the key encoder's feature of another image of the person.
+
+Li et al., "Dynamic Class Queue for Large Scale Face Recognition in the Wild", CVPR 2021; docs/methods/baselines.md.
 """
 
 from functools import partial
@@ -14,8 +15,9 @@ from fr_core.train.state import TrainState
 
 
 def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch, as :func:`fr_core.train.queue_step.queue_step` does: one class image, no attention,
-    and centres that enter the queue after the loss.
+    """Train on one global batch by :func:`fr_core.train.queue_step.queue_step`.
+
+    There is one class image and no attention. Centres enter the queue after the loss.
     """
     first = partial(generative_centres, strategy="single")
     return queue_step(config, state, batch, ranks, first, "reference", method.encoder_momentum)

@@ -1,7 +1,9 @@
-"""F2C, Faster Face Classification: a probe net against a pool that a gallery net writes, both ways round
-(METHODS §3).
+"""F2C, Faster Face Classification: a probe net classifies faces against a pool that a gallery net writes.
 
-Legend: B images of a rank, X = 3·B/4 images of either side, D embedding.
+Wang et al., "An Efficient Training Approach for Very Large Scale Face Recognition", CVPR 2022;
+docs/methods/baselines.md.
+
+Legend: B images of a rank, X = 3·B/4 images of each side, D embedding.
 """
 
 import torch
@@ -10,31 +12,32 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import F2C
 from fr_core.data.stream import Batch
-from fr_core.heads.attfc import follow, generative_centres
+from fr_core.heads.attfc import generative_centres, update_encoder
 from fr_core.heads.f2c import ClassPool
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, encoded, update
+from fr_core.train.update import backward, begin_step, embed, encode_class_images, update
 
 
 def make_head(config: Config, method: F2C, classes: int, device: torch.device) -> ClassPool:
+    """Make the pool of a run, with its random first centres."""
     slots = method.centres(classes, config.train.global_batch)
     return ClassPool(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
 def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch.
+    """Train on one global batch.
 
-    Half of the images are identity pairs (a, b) with their class images, the rest are instances, shared out:
-    x = [a, instances 1], y = [b, instances 2]. The pool takes y for the loss of x and is rolled back; then it
-    takes x for the loss of y. The loss is the mean over all faces of both.
+    Half of the images form pairs (a, b) with their class images. The other half are instances, split between the sides
+    x = [a, instances 1] and y = [b, instances 2]. The pool takes the centres of y for the loss of x, then rolls back.
+    Then it takes the centres of x for the loss of y. The loss is the mean over the faces of both sides.
 
-    Departures from the paper: its identity loader draws identities uniformly, ours images; either net sees x and y
-    as one batch.
+    Departures from the F2C paper: there the identity loader draws identities uniformly, here images are drawn
+    uniformly. And each net sees x and y as one batch.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`.
+        The metrics of :func:`fr_core.train.update.update`.
     """
     pool = state.head
     assert isinstance(pool, ClassPool)
@@ -42,24 +45,25 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
     images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
     begin_step(config, state)
-    follow(state.encoder, state.backbone, method.encoder_momentum)
-    faces_BD = embedded(config, state, images_BHWC, ranks)
-    centres_BD = generative_centres(faces_BD, encoded(config, state, images_BHWC[:, None]), "single")
+    update_encoder(state.encoder, state.backbone, method.encoder_momentum)
+    faces_BD = embed(config, state, images_BHWC, ranks)
+    centres_BD = generative_centres(faces_BD, encode_class_images(config, state, images_BHWC[:, None]), "single")
     (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
     all_x, all_y = (ranks.gather(labels.to(state.device)) for labels in (x_labels, y_labels))
-    pool.put(ranks.gather(gallery_y), all_y)
+    pool.write(ranks.gather(gallery_y), all_y)
     loss = pool(probe_x, x_labels)
-    pool.take_back()
-    pool.put(ranks.gather(gallery_x), all_x)
+    pool.roll_back()
+    pool.write(ranks.gather(gallery_x), all_x)
     loss = (loss + pool(probe_y, y_labels)) / (2 * ranks.size)
     backward(config, state, loss, ranks)
     return update(config, state, loss, ranks)
 
 
 def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y with their labels: images uint8 [X, H, W, C] and int64 [X] of each.
+    """Split a batch into x, its labels, y and its labels: images uint8 [X, H, W, C], labels int64 [X].
 
-    Of four neighbours in the batch two are pairs, one an instance of x, one of y: the same for every number of ranks.
+    Of four neighbours in the batch, two form pairs, the third is an instance of x, and the fourth an instance of y. The
+    split is thus the same for every number of ranks.
     """
     own, others, labels = batch.images_BHWC, batch.class_images_BKHWC[:, 0], batch.labels_B
     x_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, :3].flatten()

@@ -1,6 +1,8 @@
-"""QuantFace: a student follows its teacher by the pairs of a batch, without a classifier (METHODS §6).
+"""QuantFace: a student learns from its teacher on the pairs of a batch, without a classifier.
 
-Legend: B images of a rank, G = B × ranks, D embedding, E the teacher's.
+Ef-QuantFace (2024), with the loss of EKD (CVPR 2022); docs/methods/quantface.md.
+
+Legend: B images of a rank, G = B × ranks, D embedding of the student, E embedding of the teacher.
 """
 
 import torch
@@ -13,10 +15,11 @@ from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update
+from fr_core.train.update import backward, begin_step, embed, update
 
 
 def make_head(config: Config, method: QuantFace, classes: int, ranks: Ranks) -> ShardedFC | None:
+    """Make the class matrix of the cross-entropy; return None if the run has no cross-entropy."""
     matrix = method.class_matrix
     return ShardedFC(classes, config.net.embedding, matrix, ranks, config.seed) if matrix else None
 
@@ -24,13 +27,13 @@ def make_head(config: Config, method: QuantFace, classes: int, ranks: Ranks) -> 
 def quantface_step(
     config: Config, method: QuantFace, state: TrainState, batch: Batch, ranks: Ranks
 ) -> dict[str, float]:
-    """Trains on one global batch.
+    """Train on one global batch.
 
-    Every rank computes the loss of the whole batch: its G² cosines are little beside a forward pass, and the hardest
-    negatives are those of all ranks. Cross-entropy, where the method has it, comes from ranks' rows as BigFace's does.
+    Every rank computes the loss of the whole batch, because the hardest negatives may lie on any rank. The G² cosines
+    cost little beside a forward pass. The optional cross-entropy uses a class matrix, as BigFace does.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`; the terms of the loss, and the thresholds if it has any.
+        The metrics of :func:`fr_core.train.update.update`, with the terms of the loss and its thresholds.
     """
     assert state.teacher is not None
     assert state.agreement is not None
@@ -40,9 +43,9 @@ def quantface_step(
     with autocast(config, state.device):
         (target_BE,) = state.teacher.targets(batch, [images_BHWC])
     begin_step(config, state)
-    x_GD = ranks.gather(embedded(config, state, images_BHWC, ranks))
+    x_GD = ranks.gather(embed(config, state, images_BHWC, ranks))
     apart, terms = state.agreement(x_GD, ranks.gather(target_BE), labels_G)
-    loss = share = apart / ranks.size  # a gather's gradient is the sum over ranks
+    loss = share = apart / ranks.size  # the backward pass of gather sums over ranks
     if method.cross_entropy:
         assert state.head is not None
         margin_loss = state.head(x_GD, labels_G)

@@ -1,7 +1,9 @@
-"""Virtual FC: all images of an identity-balanced batch against anchors that many identities share
-(METHODS §3).
+"""Virtual FC: the images of an identity-balanced batch are classified against anchors that identities share.
 
-Legend: B images of a rank, K class images of each, X = B·(K + 1) images, D embedding.
+Li et al., "Virtual Fully-Connected Layer: Training a Large-Scale Face Recognition Dataset with Limited Computational
+Resources", CVPR 2021; docs/methods/baselines.md.
+
+Legend: B images of a rank, K class images of each image, X = B·(K + 1) images, D embedding.
 """
 
 import torch
@@ -13,22 +15,23 @@ from fr_core.heads.virtual_fc import Anchors
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
 from fr_core.train.state import TrainState
-from fr_core.train.update import backward, begin_step, embedded, update
+from fr_core.train.update import backward, begin_step, embed, update
 
 
 def make_head(config: Config, method: VirtualFC, classes: int, device: torch.device) -> Anchors:
+    """Make the anchors of a run, with random first values."""
     anchors = method.centres(classes, config.train.global_batch)
     return Anchors(anchors, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
 def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
-    """Trains on one global batch, and on its class images.
+    """Train on one global batch, and on its class images.
 
-    Departure from the paper: its batches hold equally many images of identities drawn uniformly; here images are
-    drawn uniformly, and each brings its class images.
+    Departure from the Virtual FC paper: there identities are drawn uniformly, with equally many images each. Here
+    images are drawn uniformly, and each comes with its class images.
 
     Returns:
-        Those of :func:`fr_core.train.update.update`.
+        The metrics of :func:`fr_core.train.update.update`.
     """
     anchors = state.head
     assert isinstance(anchors, Anchors)
@@ -36,9 +39,9 @@ def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Rank
     images_XHWC = torch.cat([batch.images_BHWC, batch.class_images_BKHWC.flatten(0, 1)]).to(state.device)
     labels_X = torch.cat([batch.labels_B, batch.labels_B.repeat_interleave(count - 1)]).to(state.device)
     begin_step(config, state)
-    x_XD = embedded(config, state, images_XHWC, ranks)
+    x_XD = embed(config, state, images_XHWC, ranks)
     loss = anchors(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
     backward(config, state, loss, ranks)
     metrics = update(config, state, loss, ranks)
-    anchors.give_back()
+    anchors.restore_borrowed()
     return metrics

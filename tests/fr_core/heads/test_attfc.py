@@ -7,15 +7,15 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import DCQ, AttFC, Margin
 from fr_core.errors import UserError
-from fr_core.heads.attfc import follow, generative_centres
-from fr_core.heads.class_queue import NOBODY, ClassQueue
+from fr_core.heads.attfc import generative_centres, update_encoder
+from fr_core.heads.class_queue import NO_CLASS, ClassQueue
 from fr_core.heads.streamed import Softmax
 
 ARC = Margin(scale=64, m2=0.5, m3=0)
 
 
 def test_a_step_by_hand():
-    """B = K = D = 2, a queue of two slots, worked through Eq. 8–12 with s = 2 and m = 0.2.
+    """Eq. 8–12 of AttFC by hand: B = K = D = 2, a queue of two slots, s = 2 and m = 0.2.
 
     Face 0 is (1, 0), its class images (2, 0) and (0, 1): cosines 1 and 0, so α = (e, 1)/(e + 1).
     Face 1 is (0, 3), its class images (0, 1) and (0, 3): cosines 1 and 1, so α = (1/2, 1/2).
@@ -31,7 +31,7 @@ def test_a_step_by_hand():
     queue.labels_S.copy_(torch.tensor([7, 5]))  # face 0 is person 7, face 1 is person 8
     loss = queue(x, centres, torch.tensor([7, 8]))
     angle = math.atan2(1.0, 2 * math.e)  # between face 0 and its centre
-    first = math.log1p(math.exp(2 * 1.0) / math.exp(2 * math.cos(angle + 0.2)))  # slot 0 is its own: left out
+    first = math.log1p(math.exp(2 * 1.0) / math.exp(2 * math.cos(angle + 0.2)))  # slot 0 is its own class: left out
     second = math.log1p((math.exp(2 * 0.8) + math.exp(0)) / math.exp(2 * math.cos(0.2)))
     assert float(loss.detach()) == pytest.approx((first + second) / 2, rel=1e-6)
 
@@ -67,14 +67,14 @@ def test_no_gradient_reaches_centres_or_class_images():
 
 
 class Reference:
-    """AttFC's head in float64, with a deque of (centre, label) and dictionaries of logits."""
+    """AttFC's head in float64, as a deque of (centre, label) and dictionaries of logits."""
 
     def __init__(self, queue, order, margin):
         content = zip(queue.centres_SD.double(), queue.labels_S.tolist(), strict=True)
         self.queue, self.order, self.margin = deque(content, maxlen=len(queue.labels_S)), order, margin
 
     def step(self, x, class_images, labels):
-        """Loss and gradient by x."""
+        """Return the loss and its gradient by x."""
         x = x.double().requires_grad_()
         losses, made = [], []
         for f, images, label in zip(x, class_images.double(), labels.tolist(), strict=True):
@@ -100,11 +100,11 @@ class Reference:
 
 @pytest.mark.parametrize("order", ["paper", "reference"])
 def test_fifty_steps_equal_a_deque(order):
-    """12 slots, batches of 4 of 9 people: the queue wraps sixteen times and conflicts abound."""
+    """With 12 slots and batches of 4 of 9 people, the queue wraps sixteen times, and many slots share a label."""
     random = torch.Generator().manual_seed(1)
     margin = Margin(scale=16, m2=0.3, m3=0)
     queue = ClassQueue(12, 6, Softmax(margin, tile=5), seed=3)
-    assert (queue.labels_S == NOBODY).all()
+    assert (queue.labels_S == NO_CLASS).all()
     reference = Reference(queue, order, margin)
     for step in range(50):
         labels = torch.randint(0, 9, (4,), generator=random)
@@ -131,14 +131,14 @@ def test_a_dropped_steps_centres_are_taken_back():
     first = queue.state_dict()["centres_SD"].clone()
     queue.begin_step()
     queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
-    assert queue.labels_S.tolist() == [NOBODY, NOBODY, 1, 2]
+    assert queue.labels_S.tolist() == [NO_CLASS, NO_CLASS, 1, 2]
     queue.drop_step()
     assert torch.equal(queue.centres_SD, first)
-    assert (queue.labels_S == NOBODY).all()
+    assert (queue.labels_S == NO_CLASS).all()
     queue.put(torch.eye(3)[:2], torch.tensor([3, 4]), 2)
-    queue.begin_step()  # a step that is dropped before it puts anything in
+    queue.begin_step()  # a step dropped before it puts anything in
     queue.drop_step()
-    assert queue.labels_S.tolist() == [3, 4, NOBODY, NOBODY]
+    assert queue.labels_S.tolist() == [3, 4, NO_CLASS, NO_CLASS]
 
 
 def test_momentum_moves_weights_and_leaves_statistics():
@@ -146,7 +146,7 @@ def test_momentum_moves_weights_and_leaves_statistics():
     q, k = torch.nn.Sequential(q, torch.nn.BatchNorm1d(2)), torch.nn.Sequential(k, torch.nn.BatchNorm1d(2))
     q[1].running_mean.fill_(5)
     expected = 0.9 * k[0].weight + 0.1 * q[0].weight
-    follow(k, q, 0.9)
+    update_encoder(k, q, 0.9)
     assert torch.allclose(k[0].weight, expected)
     assert not k[1].running_mean.any()
 

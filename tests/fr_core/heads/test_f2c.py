@@ -16,7 +16,7 @@ def pool_of(slots, embedding=4):
 
 
 class Reference:
-    """The pool with both layers kept whole and a list as LRU."""
+    """The pool with both layers in full, and a list for the order of use."""
 
     def __init__(self, pool):
         self.layers = [pool.first_QD.double().clone(), pool.first_QD.double().clone()]
@@ -36,7 +36,7 @@ class Reference:
             self.layers[self.latest[slot]][slot] = centre
 
     def views(self):
-        """Layer 0, and the layer that was written last."""
+        """Return layer 0, and the layer that was written last."""
         slots = range(len(self.layers[0]))
         last = [self.layers[self.latest[s]][s] if s in self.latest else self.layers[0][s] for s in slots]
         return self.layers[0], torch.stack(last)
@@ -56,14 +56,14 @@ class Reference:
 
 
 def test_steps_equal_two_whole_layers_and_a_list():
-    """6 slots for 15 people: classes leave, come back, and write their other layer."""
+    """With 6 slots for 15 people, classes leave, come back, and write their other layer."""
     random = torch.Generator().manual_seed(0)
     pool = pool_of(6)
     reference = Reference(pool)
     for _ in range(60):
         labels = torch.randint(0, 15, (4,), generator=random)
         centres = F.normalize(torch.randn(4, 4, generator=random))
-        pool.put(centres, labels)
+        pool.write(centres, labels)
         reference.put(centres, labels)
         first, latest = reference.views()
         assert {label: slot.place for label, slot in pool.slots.items()} == reference.held
@@ -76,10 +76,10 @@ def test_steps_equal_two_whole_layers_and_a_list():
 
 def test_rolling_back_leaves_no_trace():
     pool = pool_of(4)
-    pool.put(F.normalize(torch.randn(3, 4)), torch.tensor([1, 2, 3]))
+    pool.write(F.normalize(torch.randn(3, 4)), torch.tensor([1, 2, 3]))
     before = {k: v.clone() for k, v in pool.state_dict().items()}
     pool.begin_step()
-    pool.put(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
+    pool.write(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
     assert list(pool.slots) == [2, 4, 5, 3]
     pool.drop_step()
     assert all(torch.equal(value, before[name]) for name, value in pool.state_dict().items())
@@ -88,10 +88,10 @@ def test_rolling_back_leaves_no_trace():
 
 def test_the_gradient_is_the_faces_alone_and_survives_later_writes():
     pool = pool_of(4)
-    pool.put(F.normalize(torch.randn(2, 4)), torch.tensor([1, 2]))
+    pool.write(F.normalize(torch.randn(2, 4)), torch.tensor([1, 2]))
     x = torch.randn(3, 4, requires_grad=True)
     loss = pool(x, torch.tensor([1, 9, 2]))  # 9 is not in the pool
-    pool.put(F.normalize(torch.randn(2, 4)), torch.tensor([3, 9]))
+    pool.write(F.normalize(torch.randn(2, 4)), torch.tensor([3, 9]))
     loss.backward()
     assert (x.grad.abs().sum(1) > 0).sum() >= 2
     assert math.isfinite(float(loss.detach()))

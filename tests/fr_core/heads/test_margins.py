@@ -45,7 +45,7 @@ def test_straight_through_has_the_same_value_and_slope_one(kind):
 
 
 def test_arcface_by_hand():
-    """cos 60° with a margin of 30° is cos 90°; its slope sin 90° / sin 60°."""
+    """With a margin of 30°, cos 60° becomes cos 90°. Its slope is sin 90° / sin 60°."""
     value, slope = with_margin(torch.tensor([0.5], dtype=torch.float64), Margin(m2=math.pi / 6, m3=0))
     assert float(value) == pytest.approx(0, abs=1e-12)
     assert float(slope) == pytest.approx(2 / math.sqrt(3))

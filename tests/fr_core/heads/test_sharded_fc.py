@@ -33,7 +33,7 @@ def embeddings():
 
 
 def reference(method, x_GD, weight_ND, labels_G):
-    """float64 F.cross_entropy over the whole matrix; ArcFace by acos and autograd."""
+    """Return loss and gradients of F.cross_entropy over the whole matrix in float64, margins by acos and autograd."""
     x, w = x_GD.double().requires_grad_(), weight_ND.double().requires_grad_()
     cos = F.normalize(x) @ F.normalize(w).T
     m, rows = method.margin, torch.arange(G)
@@ -59,7 +59,7 @@ def sharded(ranks, method, labels):
 
 
 def everything(ranks):
-    """What the tests below compare, by the name of the case."""
+    """Return all results that the tests below compare, by case."""
     found = {(m, k): sharded(ranks, METHODS[m], LABELS[k]) for m in METHODS for k in LABELS}
     found |= {"fused": fused_steps(ranks), "fused, many": fused_steps(ranks, 1000), "partial": partial_step(ranks)}
     return found
@@ -67,7 +67,7 @@ def everything(ranks):
 
 @pytest.fixture(scope="module")
 def found_on():
-    """Of a number of ranks: the results of each, by case."""
+    """A function that returns the results of each rank, by case, for a number of ranks."""
     return cache(lambda size: run_ranks(size, everything))
 
 
@@ -88,7 +88,7 @@ def test_loss_and_gradients_equal_the_whole_matrix_in_float64(found_on, size, me
 
 
 def fused_steps(ranks, identities=N):
-    """Three fused steps: losses, the moved rows, and the bytes that a step handed to collectives."""
+    """Return the losses of three fused steps, the moved rows, and the bytes handed to collectives per step."""
     method = ARC.model_copy(update={"update": "fused", "tile": 2})
     head = ShardedFC(identities, D, method, ranks, seed=1)
     optimizer = head_optimizer(Config(method=method), method, head)
@@ -136,7 +136,7 @@ def test_saturated_probabilities_and_parallel_vectors_stay_finite():
     loss = head(x, torch.tensor([0, 1, 2]))
     loss.backward()
     assert loss.isfinite()
-    assert loss > 64 * 1.5 / 3  # the second face sits opposite its class: no clamp at 69
+    assert loss > 64 * 1.5 / 3  # the second face is opposite its class: no clamp at 69
     assert x.grad.isfinite().all()
     assert head.weight.grad.isfinite().all()
 
@@ -150,7 +150,7 @@ PARTIAL = BigFace(margin=Margin(scale=16, m3=0.4), sample_rate=0.4)
 
 
 def partial_step(ranks):
-    """Three steps of Partial FC: which rows moved, which were sampled, and the last loss against its own subset."""
+    """Take three steps of Partial FC; return moved rows, sampled rows, their old values, labels and loss of each."""
     head = ShardedFC(50, D, PARTIAL, ranks, seed=1)
     optimizer = head_optimizer(Config(method=PARTIAL), PARTIAL, head)
     history = []

@@ -28,7 +28,7 @@ def problem(faces, dim, identities, dtype=torch.float64):
     unit = F.normalize(torch.randn(faces, dim, generator=random, dtype=torch.float64))
     weight = torch.randn(identities, dim, generator=random, dtype=torch.float64) * 0.01
     labels = torch.randint(0, identities, (faces,), generator=random)
-    labels[-1] = labels[0]  # a class that two faces share
+    labels[-1] = labels[0]  # two faces share a class
     return unit.to(dtype), weight.to(dtype), labels
 
 
@@ -106,7 +106,7 @@ def test_a_sample_of_rows_equals_the_softmax_over_them():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_products(monkeypatch, native):
-    """Operands keep 8 bits, so cosines are within 2⁻⁸ and gradients within 2 % of the largest."""
+    """Operands have 8 significant bits: cosines are exact to 2⁻⁸, gradients to 2 % of the largest."""
     monkeypatch.setattr(streamed, "multiplies_bfloat16", lambda device: native)
     unit, weight, labels = problem(16, 64, 300, torch.float32)
     found = streamed_loss_and_gradients(unit, weight, labels, Softmax(COS, precision=torch.bfloat16, tile=70))
@@ -135,7 +135,7 @@ def test_one_identity_has_neither_loss_nor_gradient():
 
 
 def fused_and_plain(softmax, rows=None, steps=4):
-    """Weights after some steps of the fused mode, and of torch.optim.SGD on the plain mode's gradients."""
+    """Return weights after steps of the fused mode, and of torch.optim.SGD on the plain mode's gradients."""
     unit, weight, labels = problem(6, 8, 23)
     fused, plain = weight.clone().requires_grad_(), weight.clone().requires_grad_()
     sgd = TileSGD(torch.zeros_like(weight), 0.1, 0.9, 0.01)
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_moves_no_row(bad):
     assert not loss.isfinite()
     assert torch.equal(moved.detach(), weight)
     assert not momentum.any()
-    assert not unit.grad.isfinite().any()  # the backbone's update sees it and drops the step too
+    assert not unit.grad.isfinite().any()  # so that the update of the backbone drops the step, too
 
 
 @pytest.mark.parametrize("drop_above", [1.0, 0.3])

@@ -15,12 +15,12 @@ def anchors_of(count):
 
 
 def test_identities_take_their_groups_anchor_and_the_others_the_lowest_free_one():
-    """Of 5 anchors, people 3 and 8 share group 3, and 5, 10 and 15 group 0: 8, 10 and 15 borrow 1, 2 and 4."""
-    taken, borrowed = anchors_of(5).take(torch.tensor([3, 5, 8, 10, 15]))
+    """With 5 anchors, people 3 and 8 are in group 3, and 5, 10 and 15 in group 0. 8, 10 and 15 borrow 1, 2 and 4."""
+    taken, borrowed = anchors_of(5).assign(torch.tensor([3, 5, 8, 10, 15]))
     assert taken.tolist() == [3, 0, 1, 2, 4]
     assert borrowed.tolist() == [False, False, True, True, True]
     with pytest.raises(UserError, match=r"method.anchors = 5 is less than the 6 identities of a batch"):
-        anchors_of(5).take(torch.arange(6))
+        anchors_of(5).assign(torch.arange(6))
 
 
 def test_steps_equal_a_dictionary_of_anchors():
@@ -34,7 +34,7 @@ def test_steps_equal_a_dictionary_of_anchors():
         head.begin_step()
         loss = head(x, labels, x, labels)
         loss.backward()
-        head.give_back()
+        head.restore_borrowed()
 
         unit = F.normalize(x.detach().double())
         holders, returned = {}, {}
@@ -67,5 +67,5 @@ def test_a_dropped_step_leaves_no_trace():
     head(x, torch.arange(4), x, torch.arange(4))
     assert not torch.equal(head.anchors_MD, before)
     head.drop_step()
-    head.give_back()
+    head.restore_borrowed()
     assert torch.equal(head.anchors_MD, before)

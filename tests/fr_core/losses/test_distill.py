@@ -6,7 +6,7 @@ from fr_core.losses.distill import distillation_loss
 
 
 def by_hand(form, student, teacher):
-    """METHODS §5, image by image."""
+    """Return the mean distance, computed image by image (docs/methods/bigface.md)."""
     total = 0.0
     for s, t in zip(student, teacher, strict=True):
         s, t = s / np.sqrt(sum(s * s)), t / np.sqrt(sum(t * t))
@@ -15,7 +15,7 @@ def by_hand(form, student, teacher):
 
 
 def slope_by_hand(form, student, teacher):
-    """d by_hand / d student: through cos = s·t / |s||t|."""
+    """Return d by_hand / d student, through cos = s·t / (‖s‖·‖t‖)."""
     grads = []
     for s, t in zip(student, teacher, strict=True):
         length, t = np.linalg.norm(s), t / np.linalg.norm(t)

@@ -11,7 +11,7 @@ from fr_core.losses.ekd import THRESHOLDS, Agreement
 
 
 class ByHand:
-    """METHODS §6 for one pool and one moving average per network, newest negatives first."""
+    """EKD's formulas (docs/methods/quantface.md), with a pool per network that begins with the newest negatives."""
 
     def __init__(self, form):
         self.form, self.pools, self.thresholds = form, ([], []), [None, None]
@@ -50,7 +50,7 @@ class ByHand:
 
 
 def features(seed, rows=24, spread=0.8):
-    """Of six identities, the teacher's of another width and the student's near them: [G, 5], [G, 7], [G]."""
+    """Return student embeddings [G, 5] of six identities, similar teacher embeddings [G, 7], and labels [G]."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 6, rows)
     people = np.random.default_rng(99).normal(size=(6, 5))
@@ -71,7 +71,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.kind)
 def test_loss_and_thresholds_are_those_of_the_formula_over_steps(form):
-    """The pool is full, and forgets, from the third batch on."""
+    """From the third batch on, the pool is full and drops its oldest pairs."""
     agreement, reference = Agreement(form), ByHand(form)
     for step in range(6):
         given = features(step)
@@ -84,7 +84,7 @@ def test_loss_and_thresholds_are_those_of_the_formula_over_steps(form):
         assert np.allclose(found, np.concatenate(reference.thresholds), atol=1e-5)
         assert np.allclose(agreement.pool_NM[:, : len(reference.pools[0])], reference.pools, atol=1e-6)
     assert len(reference.pools[0]) == 700
-    assert len(set(found)) == 6  # 1e-3 and rarer are the maximum of a pool of 700
+    assert len(set(found)) == 6  # for rates of 1e-3 and below, it is the maximum of the pool of 700
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.kind)
@@ -148,7 +148,7 @@ def test_a_batch_without_negatives_leaves_the_thresholds():
     assert (before < 1).all()
     agreement(student, teacher, one_person)
     assert torch.equal(agreement.thresholds_NK, before)
-    assert agreement.pool_NM.isfinite().all()  # 100 of more than 200
+    assert agreement.pool_NM.isfinite().all()  # the pool holds 100 of more than 200 negatives
 
 
 def test_autocast_and_half_precision_leave_the_cosines_in_float32():

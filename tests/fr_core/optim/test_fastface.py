@@ -18,7 +18,7 @@ RECURRENCE_CHANGES = [94270, 135927, 156070, 175310, 185427, 195544]
 
 
 def changes(watching, losses):
-    """(first step at the new rate, factor) of every change."""
+    """Return (first step at the new rate, factor) of every change."""
     found = []
     for step, loss in enumerate(losses, 1):
         before = watching.factor
@@ -62,7 +62,7 @@ def detectors(watching, losses):
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_a_consistent_start_is_an_average_of_averages(seed):
-    """Two plain moving averages in float64, over 200,000 steps of a random walk."""
+    """The reference is two plain moving averages in float64, over 200,000 steps of a random walk."""
     losses = 20 + np.random.default_rng(seed).normal(0, 0.05, 200_000).cumsum()
     falls = -np.diff(losses)
     first = second = 1e-3 * falls[0]
@@ -76,7 +76,7 @@ def test_a_consistent_start_is_an_average_of_averages(seed):
 
 
 def test_the_published_start_overshoots():
-    """One fall of 0.5, then a constant loss: 0.184 at step 1000 (METHODS §4), where consistent averages stay small."""
+    """After one fall of 0.5 and a constant loss, D is 0.184 at step 1000. With a consistent start, it stays small."""
     losses = [10.0] + [9.5] * 1000
     assert detectors(Recurrence(FastFace(), 10_000, 128), losses)[-1] == pytest.approx(0.184, abs=5e-4)
     assert abs(detectors(Recurrence(FastFace(start="consistent"), 10_000, 128), losses)[-1]) < 1e-3
@@ -96,7 +96,7 @@ def test_the_window_form_equals_recomputed_windows(m):
 def test_a_constant_loss_is_cut_at_even_steps_down_to_the_floor():
     watching = Recurrence(FastFace(patience=0.01, max_cuts=3), 1000, 128)
     found = changes(watching, [1.0] * 200)
-    assert found == [(13 + 11 * k, 0.5) for k in range(3)]  # 10 stationary steps from the second on, then one more
+    assert found == [(13 + 11 * k, 0.5) for k in range(3)]  # 10 stationary steps from the second on; the next one cuts
     assert watching.factor == 1 / 8
 
 
@@ -126,7 +126,7 @@ def test_state_goes_on_in_the_middle_of_a_stretch(schedule, at):
 
 
 def test_a_run_that_goes_on_with_another_length_keeps_its_stretch_under_the_new_patience():
-    """5 stationary steps so far: the one after the sixth cuts with T = 60, after the twentieth with T = 200."""
+    """The run had 5 stationary steps. A cut follows after 6, 10 or 20, as T is 60, 100 or 200."""
     first = Recurrence(FastFace(patience=0.1), 100, 128)
     changes(first, [1.0] * 6)
     assert (first.count, first.factor) == (5, 1.0)
@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_with_another_length_keeps_its_stretch_under_the_new_
 
 
 def test_batch_size_rule():
-    """Twice the batch halves the steps: a step falls twice as much, the averages span half as many."""
+    """Twice the batch means half the steps: the loss falls twice as much per step, and averages span half as many."""
     scaled = Recurrence(FastFace(reference_batch=128), 1000, 256)
     assert (scaled.alpha, scaled.beta, scaled.threshold) == (2e-3, 2e-3, 1e-4)
     with pytest.raises(UserError, match="reference_batch = 1"):
@@ -158,7 +158,7 @@ def test_runs_too_short_to_decide_are_refused():
 
 
 def rates_of(ranks):
-    """2,000 steps of losses that differ between ranks; each feeds their mean."""
+    """Return the rate of 2,000 steps. Losses differ between ranks, and each rank passes their mean."""
     random = np.random.default_rng(ranks.rank)
     watching = Recurrence(FastFace(patience=0.1), 2000, 128)
     factors = []

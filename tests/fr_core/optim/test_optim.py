@@ -50,18 +50,18 @@ def test_row_sgd_equals_sgd_on_the_rows_it_touches():
     assert torch.allclose(sparse[rows], whole[rows], atol=1e-6)
     others = torch.tensor([0, 2, 3, 5])
     assert torch.equal(sparse[others], start[others])
-    assert not torch.equal(whole[others], start[others])  # what a dense update would have done
+    assert not torch.equal(whole[others], start[others])  # a dense update would have moved them
 
 
 def lars_by_hand(weight, grad, velocity, rate, momentum, decay, trust):
-    """Algorithm 1 of You et al. (2017), for one tensor."""
+    """Algorithm 1 of LARS (You et al., 2017), for one tensor."""
     local = trust * np.linalg.norm(weight) / (np.linalg.norm(grad) + decay * np.linalg.norm(weight))
     velocity = momentum * velocity + rate * local * (grad + decay * weight)
     return weight - velocity, velocity
 
 
 def test_lars_by_hand():
-    """A matrix adapts and decays, a vector does neither, zeros have no length to adapt to."""
+    """A matrix adapts and decays, a vector does neither, and a tensor of zeros has no length to adapt to."""
     random = np.random.default_rng(0)
     matrix, vector = random.normal(size=(4, 3)), random.normal(size=5)
     params = [torch.nn.Parameter(torch.tensor(array)) for array in (matrix, vector, np.zeros((2, 2)))]
@@ -83,7 +83,7 @@ def test_lars_by_hand():
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
 def test_orthogonal_keeps_the_directions_of_a_matrix(shape):
-    """In the bases of its singular vectors the answer is near the identity."""
+    """In the bases of the matrix's singular vectors, the result is near the identity."""
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -96,7 +96,7 @@ def test_orthogonal_keeps_the_directions_of_a_matrix(shape):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch's came with 2.9")
 def test_muon_equals_pytorchs_on_matrices_and_sgd_on_the_rest():
-    """PyTorch's takes matrices alone: a convolution is compared as the matrix of its filters."""
+    """PyTorch's Muon takes only matrices: a convolution is compared as the matrix of its filters."""
     torch.manual_seed(0)
     tensors = [torch.randn(8, 3, 3, 3), torch.randn(20, 6), torch.randn(5)]
     conv, wide, vector = (torch.nn.Parameter(t.clone()) for t in tensors)
@@ -138,13 +138,13 @@ def groups_of(**optim):
 
 
 def test_parameters_of_a_head_that_nothing_would_move_are_refused():
-    """Of a method without a class matrix, and beside the rows that ranks share out."""
+    """A method without a class matrix cannot have them, and ``sharded`` must name all of them."""
     pairs = parse_config({"method": {"kind": "quantface"}}, "test")
-    with pytest.raises(ValueError, match=r"quantface: parameters of a head .* class_matrix; weight"):
+    with pytest.raises(ValueError, match=r"quantface: the parameters of a head .* class_matrix; .* head: weight"):
         make_optimizers(pairs, Net(), Rows(), Ranks())
     head = Rows()
     head.bias = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"named in its sharded .*; bias, weight"):
+    with pytest.raises(ValueError, match=r"named in its `sharded`.* head: bias, weight"):
         make_optimizers(parse_config({}, "test"), Net(), head, Ranks())
 
 
@@ -175,6 +175,6 @@ def test_groups_rates_and_decay():
 def test_squared_norm_of_dense_and_sparse_gradients():
     dense, sparse = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3, 2))
     dense.grad = torch.tensor([3.0, 4.0])
-    sparse.grad = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [1.0, 1.0]], (3, 2))  # a row named twice adds up
+    sparse.grad = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [1.0, 1.0]], (3, 2))  # values of a repeated row add up
     assert float(squared_norm([dense, sparse], torch.device("cpu"))) == pytest.approx(25 + 4 + 1)
     assert float(squared_norm([torch.nn.Parameter(torch.zeros(1))], torch.device("cpu"))) == 0

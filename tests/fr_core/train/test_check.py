@@ -1,4 +1,4 @@
-"""A config is checked against data and workers in one place, whoever starts the run."""
+"""The same checks of config, data and workers run in the launcher and in the loop."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from fr_core.train.loop import train_loop
 from pipelines.train import train
 from tests.helpers.runs import config_of, state_and_batches
 
-MISTAKES = {  # workers, overrides, what is said
+MISTAKES = {  # workers, overrides, message
     "no data": (1, ["data.path="], "data.path is not set"),
     "flat shards": (1, ["method.kind=attfc"], "holds flat shards; attfc reads grouped ones"),
     "a batch that two cannot share": (2, ["train.global_batch=33", "data.lanes=11"], "2 workers|lanes"),

@@ -30,13 +30,13 @@ from tests.helpers.runs import interrupted, last_weights, losses, run, smooth_ru
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    """100 images of other people."""
+    """A dataset of 100 images of other people."""
     return write_dataset(tmp_path_factory.mktemp("more") / "shards", 100, 5, seed=9)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """An untrained net of the student's width, at an input of its own."""
+    """An untrained net with the student's width, but another input size."""
     return saved(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", 32)
 
 
@@ -50,7 +50,7 @@ def config_of(dataset, *overrides):
     return load_config("debug_distill", [f"data.path={dataset}", "tracking.uri=off", "data.lanes=8", *overrides])
 
 
-def begun(config, ranks=None):
+def started(config, ranks=None):
     ranks = ranks or Ranks()
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, torch.device("cpu"))
@@ -62,14 +62,14 @@ def unlabelled_of(more, *fields):
 
 
 def test_a_step_is_the_formula(dataset, more, teacher):
-    """Margin softmax of the labelled images, and λ · the mean distance to the teacher of all; both move the weights."""
+    """The loss is margin softmax of labelled images + λ × the mean distance to the teacher over all images."""
     plain = ["optim.momentum=0", "optim.weight_decay=0", "optim.clip=1e9", "optim.lr=1.0", "schedule.kind=constant"]
     config = config_of(dataset, *teacher, *unlabelled_of(more, "batch=16"), "method.distill.weight=3", *plain)
-    state, stream = begun(config)
+    state, stream = started(config)
     batch = next(stream)
     stream.close()
     assert (len(batch.images_BHWC), len(batch.unlabelled.images_BHWC)) == (32, 16)
-    reference, _ = begun(config)
+    reference, _ = started(config)
     images = torch.cat([batch.images_BHWC, batch.unlabelled.images_BHWC])
     x = reference.backbone.train()((images.permute(0, 3, 1, 2).float() - 127.5) / 127.5)
     net = open_net(config.method.distill.teacher, "iresnet10").net
@@ -92,7 +92,7 @@ def test_a_step_is_the_formula(dataset, more, teacher):
 @pytest.mark.parametrize("update", ["plain", "fused"])
 def test_a_distance_that_is_not_finite_leaves_no_trace(dataset, teacher, update):
     config = config_of(dataset, *teacher, f"method.update={update}")
-    state, stream = begun(config)
+    state, stream = started(config)
     batch = next(stream)
     stream.close()
     state.teacher.net.fc.weight.data.fill_(torch.nan)
@@ -104,7 +104,7 @@ def test_a_distance_that_is_not_finite_leaves_no_trace(dataset, teacher, update)
 
 
 def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, more, tmp_path, monkeypatch):
-    """8 steps, with unlabelled images, an adapter and optimiser state that is shared out."""
+    """Over 8 steps, with unlabelled images, an adapter, and sharded optimiser state."""
     with monkeypatch.context() as patch:
         patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
         teacher = saved(tmp_path / "smooth.safetensors", 20)
@@ -137,7 +137,7 @@ def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, more, tmp_path, 
     ],
 )
 def test_a_resumed_run_is_bit_identical(dataset, more, teacher, tmp_path, monkeypatch, extra):
-    """The unlabelled stream is amid its second epoch then; nothing of the teacher is shipped."""
+    """The interruption is inside the second epoch of the unlabelled stream. Nothing of the teacher is shipped."""
     given = [*teacher, *unlabelled_of(more), *extra, "train.max_steps=9", "train.save_every=4"]
     config = config_of(dataset, *given)
     run(config, tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_embeddings_stand_for_the_teacher_sample_by_sample(dataset, more, tmp_pa
     others = embedded(tmp_path / "f", open_dataset(more), dimensions=32, seed=3)
     given = [f"method.distill.embeddings={tmp_path / 'e'}", *unlabelled_of(more, f"embeddings={tmp_path / 'f'}")]
     config = config_of(dataset, *given, "train.accumulate=2")
-    state, stream = begun(config)
+    state, stream = started(config)
     batch = next(stream)
     targets = state.teacher.targets(batch, micro_batches(batch, 2, state.device))
     for half, target in zip((slice(0, 16), slice(16, 32)), targets, strict=True):
@@ -170,9 +170,9 @@ def test_embeddings_stand_for_the_teacher_sample_by_sample(dataset, more, tmp_pa
 
 
 def test_streams_of_the_same_shards_draw_apart(dataset, teacher):
-    """Another order, and for one sample another flip."""
+    """The streams have different orders, and flip the same sample differently."""
     config = config_of(dataset, *teacher, *unlabelled_of(dataset))
-    _, stream = begun(config)
+    _, stream = started(config)
     first, flipped = {}, 0
     for _, batch in zip(range(40), stream, strict=False):
         assert not np.array_equal(batch.sample_ids, batch.unlabelled.sample_ids)
@@ -186,7 +186,7 @@ def test_streams_of_the_same_shards_draw_apart(dataset, teacher):
 def test_unlabelled_images_follow_progressive_resizing(dataset, more, teacher):
     given = ["data.progressive={size=20,share=0.5}", "net.stem_stride=2", *unlabelled_of(more, "batch=8")]
     config = config_of(dataset, *teacher, *given)
-    state, stream = begun(config)
+    state, stream = started(config)
     batch = next(stream)
     stream.close()
     assert (batch.images_BHWC.shape[1], batch.unlabelled.images_BHWC.shape[1]) == (20, 32)
@@ -198,12 +198,12 @@ def test_unlabelled_images_follow_progressive_resizing(dataset, more, teacher):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_tells_nearly_the_same(dataset, more, teacher, precision):
-    """And moves the adapter as far: the loss scale reaches it and is taken out again."""
+    """The adapter moves equally far: the loss scale is applied to its gradient and taken out again."""
     given = [*teacher, *unlabelled_of(more, "batch=8"), "method.distill.adapter=true"]
     found = {}
     for name in ("float32", precision):
         config = config_of(dataset, *given, f"train.precision={name}")
-        state, stream = begun(config)
+        state, stream = started(config)
         state.loss_scale = 2.0**6 if name == "float16" else 1.0
         before = state.adapter.weight.detach().clone()
         found[name] = bigface_step(config, config.method, state, next(stream), Ranks())
@@ -217,9 +217,9 @@ def test_an_adapter_meets_a_teacher_of_another_width(dataset, tmp_path):
     teacher = saved(tmp_path / "wide.safetensors", 20)
     config = config_of(dataset, *teacher)
     with pytest.raises(UserError, match=r"net\.embedding=20, or method\.distill\.adapter=true"):
-        begun(config)
+        started(config)
     config = config_of(dataset, *teacher, "method.distill.adapter=true")
-    state, stream = begun(config)
+    state, stream = started(config)
     before = state.adapter.weight.detach().clone()
     metrics = [bigface_step(config, config.method, state, next(stream), Ranks()) for _ in range(10)]
     stream.close()
@@ -233,12 +233,12 @@ def test_an_adapter_meets_a_teacher_of_another_width(dataset, tmp_path):
 def test_mistakes(dataset, more, grouped, tmp_path):
     opened, cpu = open_dataset(dataset), torch.device("cpu")
     config = config_of(dataset)
-    with pytest.raises(UserError, match=r"nobody to learn from: give method\.distill\.teacher"):
+    with pytest.raises(UserError, match=r"no teacher is named: give method\.distill\.teacher"):
         open_teacher(config, opened, cpu)
     embedded(tmp_path / "e", opened, dimensions=32)
     embedded(tmp_path / "f", open_dataset(more), dimensions=30)
     two = [f"method.distill.embeddings={tmp_path / 'e'}", *unlabelled_of(more, f"embeddings={tmp_path / 'f'}")]
-    with pytest.raises(UserError, match=r"have 30 dimensions, .* 32: they are of two teachers"):
+    with pytest.raises(UserError, match=r"have 30 dimensions, .* 32: give embeddings of one teacher"):
         open_teacher(config_of(dataset, *two), opened, cpu)
     with pytest.raises(UserError, match="not both"):
         config_of(dataset, "method.distill.teacher=a", "method.distill.embeddings=b")

@@ -1,4 +1,4 @@
-"""What befalls a run: a signal, a kill, damaged and unwritable checkpoints, a full disk."""
+"""Faults that may hit a run: signals, a kill, damaged or unwritable checkpoints, a full disk, MLflow away."""
 
 import itertools
 import json
@@ -39,14 +39,14 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset, tmp_path_factory):
-    """20 steps with a checkpoint at each fifth."""
+    """A run of 20 steps with a checkpoint every five."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     run(config_of(dataset, "train.save_every=5", "train.keep=4"), out)
     return out
 
 
 def cut(undisturbed, out, at):
-    """The run as it stood at a step."""
+    """Copy the run as it was at a step."""
     shutil.copytree(undisturbed, out)
     for folder in checkpoints(out):
         if int(folder.name[5:]) > at:
@@ -58,13 +58,13 @@ def cut(undisturbed, out, at):
 
 
 def signalled(number, out, *command):
-    """A command that gets a signal after its first step: its exit code and what it said."""
+    """Send a signal to a command after its first step; return its exit code and standard error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *command],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore SIGINT
     )
     while not losses(out):
         time.sleep(0.05)
@@ -101,10 +101,10 @@ def test_ctrl_c_is_an_exit_code_and_no_traceback(dataset, tmp_path):
 
 
 def save_at_four_and_leave_at_eight(ranks, config, out):
-    """Rank 0 alone is told the one, rank 1 the other; they listen at every second step."""
-    told = iter([[0, 1, 0, 0], [0, 0, 0, 2]][ranks.rank])
+    """Only rank 0 gets the notice to save, only rank 1 the notice to stop. Ranks ask at every second step."""
+    notices = iter([[0, 1, 0, 0], [0, 0, 0, 2]][ranks.rank])
     try:
-        loop.train_loop(config, out, ranks, blocks_in_process, lambda *_: None, lambda: Notice(next(told)))
+        loop.train_loop(config, out, ranks, blocks_in_process, lambda *_: None, lambda: Notice(next(notices)))
     except RunStopped as left:
         return left.step
 
@@ -158,7 +158,7 @@ def test_nothing_whole_is_a_mistake_and_not_a_new_start(dataset, undisturbed, tm
     out = cut(undisturbed, tmp_path / "run", 20)
     for folder in checkpoints(out):
         flipped_weights(folder)
-    for _ in range(2):  # the first leaves it as it was
+    for _ in range(2):  # the first attempt changes nothing
         with pytest.raises(UserError, match=r"no whole checkpoint in .*step_00000020/backbone\.safetensors: wrong"):
             run(config_of(dataset), out)
     with pytest.raises(UserError, match=r"step_00000020/backbone\.safetensors: wrong checksum"):
@@ -186,7 +186,7 @@ def run_on(ranks, config, out):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 4 MiB of its own."""
+    """A separate disk of 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True).returncode:
@@ -268,7 +268,7 @@ SERVER = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
 
 @contextmanager
 def mlflow_server(folder, port):
-    """A real server on a database in the folder."""
+    """Run a real server, with its database in the folder."""
     place = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
     process = subprocess.Popen(
         [sys.executable, *SERVER, "--port", str(port), *place],
@@ -297,7 +297,7 @@ def free_port():
 def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
     dataset, tmp_path, monkeypatch, mlflow_database
 ):
-    """Absent from the start to the end of one life, there in the next, stopped in its middle, and there again."""
+    """The server is away in the first start of the run, there in the second, away in the third, there in the last."""
     from mlflow import MlflowClient
 
     monkeypatch.setattr(outbox, "RETRY_AFTER", 0.2)

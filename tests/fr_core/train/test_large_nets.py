@@ -23,7 +23,7 @@ MOE = ["net.kind=moe", "net.experts=3", "net.balance=0.5"]
 
 
 def trained(ranks, config, steps=2, loss_scale=None):
-    """Losses, and everything that steps have changed; without PReLU's kink (see test_train)."""
+    """Return losses and all tensors after some steps, of a net without PReLU's kink (see tests/helpers/runs.py)."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(iresnet, "PReLU", lambda channels: torch.nn.SiLU())
@@ -53,7 +53,7 @@ def same(ours, theirs, atol=0.0):
     ],
 )
 def test_recomputation_is_the_same_training(dataset, extra):
-    """Bit for bit, batch norm's statistics and their count included."""
+    """Results are identical bit for bit, including batch norm's statistics and their count."""
     losses, plain = trained(Ranks(), config_of(dataset, *[e for e in extra if "recompute" not in e]))
     again, recomputed = trained(Ranks(), config_of(dataset, *extra, "train.recompute=true"))
     assert losses == again
@@ -72,7 +72,7 @@ def test_recomputation_beside_a_momentum_encoder(grouped):
 
 
 def test_blocks_run_twice_where_they_are_recomputed(dataset):
-    """And what is outside of them once: the stem."""
+    """The stem, outside of the blocks, runs once."""
     config = config_of(dataset, "train.recompute=true", "train.accumulate=2")
     plan = make_plan(config, open_dataset(dataset))
     state = initial_state(config, plan, Ranks(), torch.device("cpu"))
@@ -85,13 +85,13 @@ def test_blocks_run_twice_where_they_are_recomputed(dataset):
 
 
 def test_ghost_batches_are_the_statistics_of_micro_batches(dataset):
-    """Two steps of four groups of 8: losses, weights by their gradients, running statistics."""
+    """Losses, weights and running statistics agree after two steps of four groups of 8."""
     losses, ghost = trained(Ranks(), config_of(dataset, "train.ghost_batch=8", *MOE))
     expected, micro = trained(Ranks(), config_of(dataset, "train.accumulate=4", *MOE))
     whole, _ = trained(Ranks(), config_of(dataset, *MOE))
     assert losses == pytest.approx(expected, abs=1e-4)
     assert abs(whole[1] - losses[1]) > 1e-3
-    # The balance of a whole batch is not the mean of its parts': the gate alone may differ by it.
+    # The gate may differ: the balance term of a whole batch is not the mean over its parts.
     assert [name for name in same(ghost, micro, 1e-4) if "gate" not in name] == []
 
 
@@ -128,7 +128,7 @@ def on_two_ranks(ranks, configs, overflowing):
 
 
 def test_two_ranks(dataset):
-    """A mixture and recomputation on two ranks equal two micro-batches on one; compressed gradients nearly do."""
+    """A mixture with recomputation on two ranks equals two micro-batches on one. Compressed gradients nearly agree."""
     deep = [*MOE, "train.recompute=true", "net.dropout=0.2"]
     plain = config_of(dataset)
     bfloat16 = config_of(dataset, "train.compress_gradients=bfloat16")
@@ -158,7 +158,7 @@ def test_two_ranks(dataset):
 
 @pytest.mark.parametrize("method", ["bigface", "virtual_fc"])
 def test_the_balance_term_is_trained_whatever_the_method(dataset, grouped, method):
-    """With a gate that prefers one expert, a heavy term alone evens it out."""
+    """The gate prefers one expert at first; only a heavy balance term evens it out."""
     path = dataset if method == "bigface" else grouped
     config = load_config(f"debug_{method}", [f"data.path={path}", "data.lanes=8", "data.shuffle_window=256", *MOE])
     found = []

@@ -36,7 +36,7 @@ def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
 
 
 def test_saved_bytes_by_hand():
-    """A linear layer keeps its input; the weights are not counted."""
+    """Autograd saves the linear layer's input and the sigmoid's output; weights are not counted."""
     module = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Sigmoid())
     assert saved_bytes(module, torch.randn(3, 10), "float32") == 3 * 10 * 4 + 3 * 20 * 4
 
@@ -57,7 +57,7 @@ def test_parts_by_hand():
 
 
 def test_parts_with_recomputation_by_hand():
-    """R50's 24 blocks go in segments of √(24 / 6) = 2; a mixture's further experts cost weights."""
+    """R50's 24 blocks form segments of √(24 / 6) = 2. Further experts of a mixture cost weights."""
     config = load_config("bigface_r50", ["train.recompute=true", "method.update=fused"])
     plain, parts = memory(load_config("bigface_r50"), 1000, 1), memory(config, 1000, 1)
     given = memory(load_config("bigface_r50", ["train.recompute=true", "train.recompute_blocks=2"]), 1000, 1)
@@ -71,7 +71,7 @@ def test_parts_with_recomputation_by_hand():
 
 
 def test_parts_of_fixed_centres_by_hand():
-    """Of 10,000 people r = 0.3 are 3,000 centres, 7 whole batches of 384 of them; no class matrix is left."""
+    """A share r = 0.3 of 10,000 people is 3,000 centres: 7 whole batches of 384. There is no class matrix."""
     parts = memory(load_config("attfc_r50"), 10_000, 1)
     assert parts["centres"] == 7 * 384 * 512 * 2
     assert parts["encoder"] == parts["backbone_optimizer"]
@@ -106,7 +106,7 @@ def test_state_is_what_a_run_holds(dataset):
 
 
 class Watch(TorchDispatchMode):
-    """The most bytes that storages held at once, those of a net's own tensors left out."""
+    """Measures the most bytes that storages held at one time, without the net's own tensors."""
 
     def __init__(self, net):
         super().__init__()
@@ -129,7 +129,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_recomputation_against_a_step_that_is_watched():
-    """What is planned lives at the peak of a forward and backward pass; beside it gradients, and maps at work."""
+    """The planned bytes are alive at the peak of a step, besides gradients and the maps at work."""
     net, peaks = IResNetNet(depth=34, width=8, input_size=64), []
     for segment in (None, 3):
         module = build_net(net).train()

@@ -1,4 +1,4 @@
-"""AttFC, DCQ, F2C and Virtual FC: whole steps, several ranks, resuming."""
+"""AttFC, DCQ, F2C and Virtual FC: whole steps, several ranks, and resuming."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods.f2c import sides
-from fr_core.train.update import statistics
+from fr_core.train.update import buffers_to_restore
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import losses, run
 
@@ -27,16 +27,16 @@ def config_of(grouped, method, *overrides):
     return load_config(f"debug_{method}", [*base, *overrides])
 
 
-def begun(config, ranks):
+def started(config, ranks):
     plan = make_plan(config, open_dataset(config.data.path))
     state = initial_state(config, plan, ranks, torch.device("cpu"))
     return state, batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
 
 
 def fixed_statistics_run(ranks, config, steps):
-    """Losses, and what the ranks hold in place of a class matrix, with batch norm as at inference."""
+    """Return losses, the state of the head and a layer's weights, with batch norm in inference mode."""
     torch.set_num_threads(1)
-    state, stream = begun(config, ranks)
+    state, stream = started(config, ranks)
     for net in (state.backbone, state.encoder):
         if net is not None:
             net.train = lambda mode=True, net=net: type(net).train(net, False)
@@ -52,7 +52,7 @@ def fixed_statistics_runs(ranks, configs, steps):
 @pytest.mark.parametrize("method", [*METHODS, "bigface"])
 def test_parameters_are_counted_without_a_net(grouped, dataset, method):
     config = config_of(dataset if method == "bigface" else grouped, method, "data.variants=2")
-    state, _ = begun(config, Ranks())
+    state, _ = started(config, Ranks())
     found = parameter_figures(config, state.plan.dataset.manifest.identities)
     for name, module in (("backbone", state.backbone), ("classifier", state.head)):
         assert found[f"{name}_parameters"] == sum(param.numel() for param in module.parameters())
@@ -60,7 +60,7 @@ def test_parameters_are_counted_without_a_net(grouped, dataset, method):
 
 @pytest.fixture(scope="module")
 def one_and_two_ranks(grouped):
-    """What four steps of each method leave on one rank, and on each of two."""
+    """Results of four steps of each method, on one rank and on two."""
     small = ["train.global_batch=16", "optim.lr=0.005"]
     configs = {method: config_of(grouped, method, *small) for method in METHODS}
     return [run_ranks(size, fixed_statistics_runs, configs, 4) for size in (1, 2)]
@@ -68,11 +68,12 @@ def one_and_two_ranks(grouped):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_are_one_rank(one_and_two_ranks, method):
-    """At one global batch: the same losses, and one and the same queue, pool or anchors everywhere.
+    """With the same global batch, losses are the same, and all ranks hold the same queue, pool or anchors.
 
-    The rate is small, so that four steps do not amplify what rounding parts: Virtual FC's anchors are what the net that
-    they train makes of faces. Weights off by one unit in the last place (6e-8) part centres by 1.3e-6 at this rate; at
-    the recipe's 0.05 by 4e-5, with SiLU as with PReLU. The tolerance of 1e-5 is eight times the former.
+    The rate is small, so that four steps do not amplify rounding. Virtual FC's anchors do so most: they are embeddings
+    of the net that they train. A change of the weights by one unit in the last place (6e-8) moves centres by 1.3e-6 at
+    this rate. At the recipe's rate of 0.05 it moves them by 4e-5, with SiLU and with PReLU. The tolerance of 1e-5 is
+    eight times the former.
     """
     [alone], shared = one_and_two_ranks
     losses, head, fc = alone[method]
@@ -95,7 +96,7 @@ def test_three_ranks_hold_one_queue(grouped):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_equals_uninterrupted(grouped, tmp_path, method):
-    """Bit for bit, from the middle of the queue."""
+    """The runs agree bit for bit; the resumed one begins in the middle of the queue."""
     config = config_of(grouped, method, "train.save_every=7", "train.max_steps=12")
     run(config, tmp_path / "whole")
     run(config, tmp_path / "whole2")
@@ -131,7 +132,7 @@ def test_reference_order_accumulates_as_one_batch_where_batch_norm_is_fixed(grou
 
 
 def test_f2c_pairs_and_instances(grouped):
-    _, stream = begun(config_of(grouped, "f2c"), Ranks())
+    _, stream = started(config_of(grouped, "f2c"), Ranks())
     batch = next(stream)
     stream.close()
     x, x_labels, y, y_labels = sides(batch)
@@ -148,12 +149,12 @@ def test_f2c_pairs_and_instances(grouped):
 @pytest.mark.parametrize("cause", ["weights", "gradient"])
 @pytest.mark.parametrize("method", [*METHODS, "attfc reference"])
 def test_a_bad_step_leaves_no_trace(grouped, method, cause):
-    """Infinite weights, so that loss, centres and statistics are not finite; or a gradient alone, as of float16."""
+    """Infinite weights make loss, centres and statistics non-finite; an overflow in float16 only the gradient."""
     method, *order = method.split()
     config = config_of(grouped, method, *(f"method.order={name}" for name in order))
-    state, stream = begun(config, Ranks())
+    state, stream = started(config, Ranks())
     loop.step(config, state, next(stream), Ranks())
-    kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    kept = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(buffers_to_restore(state))}
     kept = {name: value.clone() for name, value in kept.items()}
     if cause == "weights":
         with torch.no_grad():
@@ -166,7 +167,7 @@ def test_a_bad_step_leaves_no_trace(grouped, method, cause):
     stream.close()
     assert state.bad_steps == 1
     assert np.isfinite(metrics["loss"]) == (cause == "gradient")
-    found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(statistics(state))}
+    found = dict(state.head.state_dict()) | {f"own {i}": b for i, b in enumerate(buffers_to_restore(state))}
     assert all(torch.equal(value, found[name]) for name, value in kept.items())
 
 
@@ -178,17 +179,17 @@ def test_another_number_of_variants_is_another_run(grouped, tmp_path):
 
 def test_mistakes(grouped):
     with pytest.raises(UserError, match="cannot hold a batch of 32"):
-        begun(config_of(grouped, "attfc", "method.size_ratio=0.3"), Ranks())
+        started(config_of(grouped, "attfc", "method.size_ratio=0.3"), Ranks())
     with pytest.raises(UserError, match=r"takes 16 other images of a person, but no identity"):
-        begun(config_of(grouped, "attfc", "method.class_images=16"), Ranks())
+        started(config_of(grouped, "attfc", "method.class_images=16"), Ranks())
     with pytest.raises(UserError, match="the whole batch's centres in the queue first"):
         config_of(grouped, "attfc", "train.accumulate=2")
     with pytest.raises(UserError, match="writes its centres once per batch"):
         config_of(grouped, "f2c", "train.accumulate=2")
     with pytest.raises(UserError, match="cannot hold the 24 faces that a batch of 32 writes"):
-        begun(config_of(grouped, "f2c", "method.pool_size=20"), Ranks())
+        started(config_of(grouped, "f2c", "method.pool_size=20"), Ranks())
     with pytest.raises(UserError, match=r"method.anchors = 20 is less than a batch of 32"):
-        begun(config_of(grouped, "virtual_fc", "method.anchors=20"), Ranks())
+        started(config_of(grouped, "virtual_fc", "method.anchors=20"), Ranks())
     with pytest.raises(UserError, match="dcq ships its key encoder"):
         config_of(grouped, "dcq", "train.ema=0.9")
     with pytest.raises(UserError, match='"prototypes" is for a class matrix; dcq has none'):

@@ -1,4 +1,4 @@
-"""QuantFace's step in the train loop, with float nets as students."""
+"""QuantFace's step in the train loop, mostly with float nets as students."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.memory import memory
 from fr_core.train.metrics import read_metrics
-from fr_core.train.update import statistics
+from fr_core.train.update import buffers_to_restore
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import interrupted, losses, run
 
@@ -34,7 +34,7 @@ CROSS_ENTROPY = "method.cross_entropy={weight=0.1}"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """An untrained net of another width and input than the student's."""
+    """An untrained net, whose width and input size differ from the student's."""
     return saved(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", 48, 20)
 
 
@@ -48,7 +48,7 @@ def config_of(dataset, *overrides):
     return load_config("debug_quantface", [f"data.path={dataset}", "tracking.uri=off", "data.lanes=8", *overrides])
 
 
-def begun(config, ranks=None):
+def started(config, ranks=None):
     torch.set_num_threads(1)
     ranks = ranks or Ranks()
     plan = make_plan(config, open_dataset(config.data.path))
@@ -57,18 +57,18 @@ def begun(config, ranks=None):
 
 
 def first_batch(config):
-    state, stream = begun(config)
+    state, stream = started(config)
     batch = next(stream)
     stream.close()
     return state, batch
 
 
 def test_a_step_is_the_formula(dataset, teacher):
-    """EKD and cross-entropy of all images; both move the backbone, the latter the class matrix."""
+    """EKD and cross-entropy of all images move the backbone; cross-entropy also moves the class matrix."""
     plain = ["optim.momentum=0", "optim.weight_decay=0", "optim.clip=1e9", "optim.lr=1.0", "schedule.kind=constant"]
     config = config_of(dataset, *teacher, *plain, CROSS_ENTROPY)
     state, batch = first_batch(config)
-    reference, _ = begun(config)
+    reference, _ = started(config)
     pixels = batch.images_BHWC.permute(0, 3, 1, 2).float()
     x = reference.backbone.train()((pixels - 127.5) / 127.5)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_step_is_the_formula(dataset, teacher):
 
 
 def paired(batch):
-    """Every second image is another view of the one before, as label-free training takes them."""
+    """Make every second image another view of the one before, as training without labels does."""
     ids = np.repeat(batch.sample_ids[::2], 2)
     images = batch.images_BHWC.clone()
     images[1::2] = images[::2].flip(2)
@@ -105,9 +105,9 @@ def test_without_labels_an_image_is_an_identity(dataset, teacher):
     assert (batch.sample_ids[::2] == batch.sample_ids[1::2]).all()
     free = loop.step(config, state, replace(batch, labels_B=torch.zeros(32, dtype=torch.int64)), Ranks())
     known = config_of(dataset, *teacher, "data.views=2")
-    state, _ = begun(known)
-    told = loop.step(known, state, replace(batch, labels_B=torch.from_numpy(batch.sample_ids)), Ranks())
-    assert free == told
+    state, _ = started(known)
+    labelled = loop.step(known, state, replace(batch, labels_B=torch.from_numpy(batch.sample_ids)), Ranks())
+    assert free == labelled
     assert free["positive_loss"] > 0
 
 
@@ -119,13 +119,13 @@ SETTINGS = {
 
 
 def steps_of(ranks, configs):
-    """Metrics of three steps, the first one's gradients, and weights after one: batch norm as at inference."""
+    """Return metrics and gradients of three steps, final weights and thresholds, with batch norm in inference mode."""
     found = {}
     for name, config in configs.items():
-        state, stream = begun(config, ranks)
+        state, stream = started(config, ranks)
         state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
         step = state.optimizers["backbone"].step
-        grads, told = [], []
+        grads, metrics = [], []
 
         def remembering(step=step, state=state, grads=grads):
             grads.append(state.backbone.fc.weight.grad.clone())
@@ -133,23 +133,23 @@ def steps_of(ranks, configs):
 
         state.optimizers["backbone"].step = remembering
         for _ in range(3):
-            told.append(loop.step(config, state, paired(next(stream)), ranks))
+            metrics.append(loop.step(config, state, paired(next(stream)), ranks))
             weights = state.backbone.fc.weight.detach().clone()
         stream.close()
         thresholds = dict(state.agreement.state_dict())
-        found[name] = ([[row[key] for key in sorted(row)] for row in told], grads, weights, thresholds)
+        found[name] = ([[row[key] for key in sorted(row)] for row in metrics], grads, weights, thresholds)
     return found
 
 
 def test_two_ranks_are_one_rank(dataset, tmp_path):
-    """Loss, its terms, thresholds, gradients and the weights after a step."""
+    """The loss, its terms, thresholds, gradients and weights agree."""
     teacher = saved(tmp_path / "teacher.safetensors", 32, 32)
     configs = {name: config_of(dataset, *teacher, *given) for name, given in SETTINGS.items()}
     alone = steps_of(Ranks(), configs)
     for found in run_ranks(2, steps_of, configs):
         for name in SETTINGS:
-            (told, grads, weights, thresholds), (one_told, one_grads, one_weights, one) = found[name], alone[name]
-            assert np.allclose(told, one_told, rtol=2e-3, atol=1e-5)
+            (metrics, grads, weights, thresholds), (one_metrics, one_grads, one_weights, one) = found[name], alone[name]
+            assert np.allclose(metrics, one_metrics, rtol=2e-3, atol=1e-5)
             assert grads[0].norm() > 0
             assert torch.allclose(grads[0], one_grads[0], atol=1e-4 * float(grads[0].abs().max()))
             assert torch.allclose(weights, one_weights, atol=1e-4)
@@ -158,7 +158,7 @@ def test_two_ranks_are_one_rank(dataset, tmp_path):
 
 
 def quantised(teacher, scheme):
-    """A copy of the teacher in integers, which has seen two batches."""
+    """Overrides that make the student an integer copy of the teacher, calibrated on two batches."""
     path = teacher[0].partition("=")[2]
     inner = "{kind='iresnet', depth=10, width=8, input_size=32, embedding=32}"
     bits = f"weights=6, activations=6, calibration_batches=2, scheme='{scheme}'"
@@ -166,7 +166,7 @@ def quantised(teacher, scheme):
 
 
 class Clipped:
-    """Activations kept in their ranges, without the grid."""
+    """Clips activations to their ranges, but does not round them to the grid."""
 
     @staticmethod
     def apply(x, scale, low, high):
@@ -174,7 +174,7 @@ class Clipped:
 
 
 def quantised_steps(ranks, configs):
-    """By scheme: a step's loss, what it moved the weights by, and the ranges before it."""
+    """Return for each scheme the loss of a step, the change of the weights, and the activation scales."""
     from fr_core.nets import quantised
 
     torch.set_num_threads(1)
@@ -195,7 +195,7 @@ def quantised_step(ranks, config):
 
 @pytest.fixture(scope="module")
 def one_and_two_ranks(dataset, tmp_path_factory):
-    """A step of each scheme on one rank, and on each of two."""
+    """Results of a step of each scheme, on one rank and on two."""
     pytest.importorskip("brevitas")
     teacher = saved(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", 32, 32)
     plain = [
@@ -212,11 +212,11 @@ def one_and_two_ranks(dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["integer", "quantface"])
 def test_two_ranks_train_a_quantised_net_as_one(one_and_two_ranks, scheme):
-    """Weights lie on their grid, the same for all ranks; activations are clipped to their ranges but not rounded.
+    """Weights lie on their grid, which is the same on all ranks. Activations are clipped to their ranges, not rounded.
 
-    On the grid one code that rounds otherwise, in a batch of another size or on another processor, changes this loss by
-    up to 10 % and turns the step (cosine .3 to 1 over three seeds and two instruction sets). For the same reason the
-    ranges are the extremes, and no channels are equalised, which would move weights before they are rounded.
+    With rounding, another batch size or processor can flip a single code. That changed this loss by up to 10 %, and
+    turned the step: its cosine was 0.3 to 1, over three seeds and two instruction sets. For the same reason, the ranges
+    are the extremes, and no channels are equalised: equalising moves weights before they are rounded.
     """
     [alone], shared = one_and_two_ranks
     loss, moved, scales = alone[scheme]
@@ -237,7 +237,7 @@ def test_a_quantised_net_has_no_norm_that_virtual_identities_move(dataset, tmp_p
 
 @pytest.mark.parametrize("extra", [[], [CROSS_ENTROPY, "train.ema=0.9"], ["integer", "train.ema=0.9"]])
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
-    """The pool is amid its second filling then."""
+    """At the interruption, the pool is being filled for the second time."""
     teacher = saved(tmp_path / "teacher.safetensors", 32, 32)
     if extra[:1] == ["integer"]:
         pytest.importorskip("brevitas")
@@ -271,16 +271,16 @@ def test_a_loss_without_thresholds_leaves_no_file_and_resumes(dataset, tmp_path,
 
 def test_a_bad_step_leaves_no_trace(dataset, teacher):
     config = config_of(dataset, *teacher)
-    state, stream = begun(config)
+    state, stream = started(config)
     loop.step(config, state, next(stream), Ranks())
-    kept = [buffer.clone() for buffer in statistics(state)]
+    kept = [buffer.clone() for buffer in buffers_to_restore(state)]
     with torch.no_grad():
         state.backbone.conv1.weight.fill_(torch.inf)
     loop.step(config, state, next(stream), Ranks())
     stream.close()
     assert state.bad_steps == 1
-    assert all(torch.equal(*pair) for pair in zip(kept, statistics(state), strict=True))
-    assert any(buffer is state.agreement.pool_NM for buffer in statistics(state))
+    assert all(torch.equal(*pair) for pair in zip(kept, buffers_to_restore(state), strict=True))
+    assert any(buffer is state.agreement.pool_NM for buffer in buffers_to_restore(state))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -300,7 +300,7 @@ def test_no_epoch_ships_the_net_as_it_starts(dataset, teacher, tmp_path):
     torch.manual_seed(3)
     save_file(IResNet(10, 8, 1, 32, 32).state_dict(), backbone)
     config = config_of(dataset, *teacher, "train.epochs=0", f"init.backbone={backbone}")
-    for _ in range(2):  # the second goes on with a run that is done
+    for _ in range(2):  # the second time, the run is already finished
         figures = run(config, tmp_path / "run")
         assert (figures["steps"], figures["epochs"]) == (0, 0)
         ours, theirs = load_file(checkpoints(tmp_path / "run")[-1] / "backbone.safetensors"), load_file(backbone)
@@ -327,7 +327,7 @@ def test_cross_entropy_starts_from_prototypes(dataset, teacher, tmp_path):
 @pytest.mark.parametrize("extra", [[], [CROSS_ENTROPY]])
 def test_parameters_and_memory_are_those_of_a_run(dataset, teacher, extra):
     config = config_of(dataset, *teacher, *extra)
-    state, _ = begun(config)
+    state, _ = started(config)
     found, parts = parameter_figures(config, 40), memory(config, 40, 1)
     assert found["classifier_parameters"] == (40 * 32 if extra else 0)
     assert ("class_matrix" in parts) == bool(extra)
@@ -342,17 +342,19 @@ def test_metrics_of_an_older_run_are_read(tmp_path):
 
 
 def test_mistakes(dataset, teacher, tmp_path):
-    with pytest.raises(UserError, match=r"nobody to learn from: give method\.teacher=RUN$"):
-        begun(config_of(dataset))
+    with pytest.raises(UserError, match=r"no teacher is named: give method\.teacher=RUN$"):
+        started(config_of(dataset))
     with pytest.raises(UserError, match="no such run, checkpoint or weights file"):
-        begun(config_of(dataset, f"method.teacher={tmp_path / 'none'}"))
-    with pytest.raises(UserError, match=r"has 20 dimensions, the student's 32: net\.embedding=20, or method\.loss"):
-        begun(config_of(dataset, *teacher, "method.loss=mse"))
+        started(config_of(dataset, f"method.teacher={tmp_path / 'none'}"))
+    with pytest.raises(
+        UserError, match=r"has 20 dimensions, the student's 32: give net\.embedding=20, or method\.loss"
+    ):
+        started(config_of(dataset, *teacher, "method.loss=mse"))
     with pytest.raises(UserError, match=r"pairs of the whole batch: train\.accumulate = 1"):
         config_of(dataset, "train.accumulate=2")
     with pytest.raises(UserError, match=r"method\.cross_entropy needs labels"):
         config_of(dataset, CROSS_ENTROPY, "method.labels=false")
     with pytest.raises(UserError, match=r"needs more than the 1500 images"):
-        begun(config_of(dataset, *teacher, "train.global_batch=2048"))
+        started(config_of(dataset, *teacher, "train.global_batch=2048"))
     with pytest.raises(UserError, match=r"method\.loss: .*'msee'.*'ekd', 'relative_similarity', 'mse'"):
         config_of(dataset, "method.loss=msee")

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the net that a run leaves."""
+"""Batch-norm statistics of the net at the end of a run."""
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from tests.helpers.runs import rank_run
 
 @pytest.fixture
 def trained(dataset, tmp_path):
-    """A short run's embeddings of all faces of its dataset, float64, and the shift of its last norm."""
+    """Train a short run; return its embeddings of all faces of the dataset (float64) and the bias of its last norm."""
 
     def train(ranks, *overrides, method="bigface", data=dataset):
         given = [f"data.path={data}", "tracking.uri=off", "train.global_batch=60", "train.max_steps=8", *overrides]
@@ -42,7 +42,7 @@ def test_virtual_identities_leave_a_net_that_is_centred_on_the_real_ones(trained
 
 @pytest.mark.parametrize("method", ["attfc", "dcq", "f2c", "virtual_fc"])
 def test_so_do_methods_of_class_images(trained, grouped, method):
-    """What they ship is measured, DCQ's key encoder too."""
+    """The shipped net is re-measured, also DCQ's key encoder."""
     given = ["data.variants=4", "data.variant_strength=0.1", "data.lanes=10"]
     x_BD, bias_D = trained(1, *given, method=method, data=grouped)
     assert (x_BD.mean(0) - bias_D).abs().max() < 1e-3

@@ -1,4 +1,4 @@
-"""Where a run's figures go, and how others see that it goes on."""
+"""The places of a run's figures, and the signs that it goes on."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from pipelines import train
 
 
 def test_a_database_keeps_its_files_beside_it(tmp_path, monkeypatch):
-    """Nothing is left in the caller's folder, whose own ``mlruns`` MLflow would take."""
+    """Nothing is written to the caller's folder, where MLflow would make ``mlruns`` by default."""
     (tmp_path / "caller").mkdir()
     (tmp_path / "store").mkdir()
     monkeypatch.chdir(tmp_path / "caller")
@@ -45,7 +45,7 @@ def test_steps_between_two_rows_are_seen(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps_are_taken", [True, False])
 def test_only_a_run_that_takes_no_step_is_called_silent(tmp_path, monkeypatch, caplog, steps_are_taken):
-    """A slow run that logs every 50 steps has no row for long, but it touches its metrics.csv."""
+    """A slow run that logs every 50 steps writes no row for long, but it touches its metrics.csv."""
     monkeypatch.setattr(train, "POLL", 0.02)
     monkeypatch.setattr(train, "SILENCE", 0.5)
     (tmp_path / "metrics.csv").touch()

@@ -1,6 +1,7 @@
-"""The loop, its state and its checkpoints, without Ray."""
+"""The train loop, its state and its checkpoints, without Ray."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import load_checkpoint, save_checkpoint
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import newest_metrics, read_metrics
-from fr_core.train.warm_start import prototypes
+from fr_core.train.warm_start import set_prototypes
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import (
@@ -42,7 +43,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
-    """20 steps: both see the same halves, so batch statistics agree."""
+    """Over 20 steps, both see the same halves of each batch, so that batch statistics agree."""
     smooth_run(Ranks(), config_of(dataset, "train.accumulate=2", "net.dropout=0.2"), tmp_path / "one")
     run_ranks(2, smooth_run, config_of(dataset, "net.dropout=0.2"), tmp_path / "two")
     assert len(losses(tmp_path / "one")) == 20
@@ -53,8 +54,9 @@ def test_two_ranks_equal_one_rank_of_two_micro_batches(dataset, tmp_path):
 
 
 def test_two_ranks_take_the_step_of_two_micro_batches_with_the_net_as_it_is(dataset, tmp_path):
-    """One step, before PReLU's kinks part what rounding has moved: every weight and every slope. Running statistics are
-    moved by one rank's two halves in turn, and by the mean of two ranks'.
+    """One step: after more steps, PReLU's kink would amplify differences of rounding.
+
+    Running statistics are not compared: one rank moves them twice, two ranks move them by their mean.
     """
     one = ["train.max_steps=1", "optim.lr=1", "schedule={kind='constant'}"]
     run(config_of(dataset, "train.accumulate=2", *one), tmp_path / "one")
@@ -86,7 +88,7 @@ def test_accumulation_equals_the_big_batch_where_batch_norm_is_fixed(dataset, sa
 
 @pytest.mark.parametrize("name", ["arcface", "cosface", "partial"])
 def test_golden_curves(dataset, tmp_path, name):
-    """The stored 20-step losses: a refactoring keeps them, a numerical change renews them on purpose."""
+    """The losses of 20 steps are stored: a refactoring keeps them, a numerical change updates them on purpose."""
     overrides = {
         "arcface": ["method.margin={ scale = 16.0, m2 = 0.3, m3 = 0.0 }"],
         "cosface": [],
@@ -147,9 +149,9 @@ def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_three(dataset, tmp_path):
-    """The uninterrupted run of two is the yardstick; batch statistics differ with the ranks, so it is met nearly.
+    """The reference is the uninterrupted run on two ranks. Batch statistics depend on the ranks: results nearly agree.
 
-    Both the weights and their moving average go on from where they were.
+    The weights and their moving average both go on from the checkpoint.
     """
     common = ["train.global_batch=48", "data.lanes=12", "train.ema=0.5"]
     first = config_of(dataset, *common, "train.save_every=10")
@@ -204,12 +206,14 @@ def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(da
     assert whole[1].abs().sum() > 0
 
 
-def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path):
+def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path, caplog):
     run(config_of(dataset, "train.max_steps=4"), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     report["figures"]["peak_memory_mib"] = 12345.0
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert run(config_of(dataset, "train.max_steps=4"), tmp_path) == report["figures"]
+    with caplog.at_level(logging.INFO, "bigface"):
+        assert run(config_of(dataset, "train.max_steps=4"), tmp_path) == report["figures"]
+    assert "the run was already finished: nothing to train" in caplog.messages
     assert run(config_of(dataset, "train.max_steps=5"), tmp_path)["peak_memory_mib"] != 12345
 
 
@@ -319,7 +323,7 @@ def test_a_run_opens_as_a_net(dataset, tmp_path):
 
 
 def poison(monkeypatch, steps):
-    """Makes the images of some steps NaN, through the whole net and its batch norm."""
+    """Make the images of some steps NaN, which reaches the whole net and its batch norm."""
     original = loop.step
 
     def step(config, state, batch, ranks):
@@ -435,7 +439,7 @@ def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
 def prototype_rows(ranks, config):
     state, _ = state_and_batches(config, ranks)
     stream = batches(config, state.plan, ranks, 0, state.plan.steps_per_epoch, blocks_in_process)
-    prototypes(config, state, stream, ranks)
+    set_prototypes(config, state, stream, ranks)
     return state.head.weight.detach()
 
 
@@ -467,19 +471,21 @@ def rows_of(ranks, config):
 
 
 def runs_and_rows(ranks, firsts, later):
-    """Runs to their ends; then the rows that others start with, of the same run or of one that is there already."""
+    """Train some runs to their end. Then return the rows that later runs start with."""
     for out, config in firsts.items():
         run(config, out, ranks)
-    ranks.gather_objects(None)  # all of them have left the last run
+    ranks.gather_objects(None)  # wait until all ranks have left the last run
     return {case: rows_of(ranks, config) for case, config in later.items()}
 
 
 def test_known_identities_keep_their_rows_whatever_the_ranks(tmp_path):
-    """The head lies in one file, or in two; each identity has one row, or three."""
+    """The old head is in one file or in two, and each identity has one row or three."""
     dataset = write_dataset(tmp_path / "shards", 320, 40)
     shutil.copytree(dataset, tmp_path / "other")
     opened = open_dataset(dataset)
-    names = ["new" if i % 10 == 9 else f"id{(i + 7) % 40}" for i in range(40)]  # others, and in another order
+    names = [
+        "new" if i % 10 == 9 else f"id{(i + 7) % 40}" for i in range(40)
+    ]  # some names are new, the others in another order
     write_manifest(tmp_path / "other", opened.manifest, names, opened.identity_counts())
     given = {variants: [f"data.variants={variants}", "train.max_steps=5"] for variants in (1, 3)}
     cases = {(files, variants): tmp_path / f"{files}_{variants}" for files in (1, 2) for variants in given}
@@ -501,7 +507,7 @@ def test_known_identities_keep_their_rows_whatever_the_ranks(tmp_path):
             for label, name in enumerate(names):
                 expected = fresh.unflatten(0, shape)[label].clone()
                 if name != "new":
-                    expected[0] = old[int(name[2:])][0]  # the others are warps of their own in every run
+                    expected[0] = old[int(name[2:])][0]  # the other variants are different warps in every run
                 assert torch.allclose(rows[label], expected, atol=1e-4), (case, ranks, label)
 
 
@@ -511,9 +517,9 @@ def test_a_head_that_knows_nobody_or_is_not_there_starts_no_run_by_names(dataset
     opened = open_dataset(dataset)
     write_manifest(tmp_path / "other", opened.manifest, [f"x{i}" for i in range(40)], opened.identity_counts())
     by_names = [f"init.backbone={tmp_path / 'first'}", "init.head=names"]
-    with pytest.raises(UserError, match="it knew nobody"):
+    with pytest.raises(UserError, match="no identity there has the name"):
         rows_of(Ranks(), config_of(tmp_path / "other", *by_names))
-    with pytest.raises(UserError, match="it knew nobody"):
+    with pytest.raises(UserError, match="no identity there has the name"):
         rows_of(Ranks(), config_of(tmp_path / "other", *by_names, "data.variants=3"))
     weights = tmp_path / "first" / "bare.safetensors"
     shutil.copy(checkpoints(tmp_path / "first")[-1] / "backbone.safetensors", weights)
