@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, RemotePath, local_copy
 from fr_core.errors import UserError
+from fr_core.nets.verifications import run_folder
 from fr_core.train.metrics import PARAMETERS, report_figures
 from fr_core.train.outbox import (
     first_line,
@@ -48,36 +49,35 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str
 
 
 def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:
-    """Adds figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
+    """Add figures of a later verification to the MLflow run that trained the net, as ``NAME/FIGURE``.
 
     Args:
-        ref: where the net was opened from; only a run's folder or a checkpoint in one leads to an MLflow run.
+        ref: what the net was opened from; only a run's or a checkpoint's folder leads to an MLflow run.
         files: pictures and tables to add, under ``verify/NAME``.
 
     Returns:
-        Its id, or None where there is none.
+        The id of the MLflow run, or None if there is none.
 
     Raises:
         UserError: MLflow refuses.
     """
-    run = ref.resolve()
-    run = run.parent.parent if run.parent.name == "checkpoints" else run
-    run_id = saved_run_id(run)
-    if run_id is None:
+    run = run_folder(ref)
+    run_id = saved_run_id(run) if run else None
+    if run is None or run_id is None:
         return None
     from mlflow.entities import Metric
 
     try:
         tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
-        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the run was copied from elsewhere
-            return None
+        if tracking.uri is None and not (run.parent / "mlflow.db").is_file():
+            return None  # the folder was copied here, without its database
         client, _ = open_mlflow(tracking, run.parent)
         now = int(time.time() * 1000)
         client.log_batch(run_id, metrics=[Metric(f"{name}/{n}", float(value), now, 0) for n, value in figures.items()])
         for path in files:
             client.log_artifact(run_id, str(path), f"verify/{name}")
-    except Exception as error:  # MLflow hands through whatever its database or store raises
-        raise UserError(f"{run}: not added to its MLflow run: {first_line(error)}") from None
+    except Exception as error:  # MLflow passes on whatever its database or store raises
+        raise UserError(f"{run}: figures not added to its MLflow run: {first_line(error)}") from None
     return run_id
 
 
