@@ -20,7 +20,7 @@ from fr_core.verify.report import det_figure, roc_figure, score_figure, verifica
 
 TABLE_FAR = 1e-3
 PAIRS_FILES = ("pairs.csv", "pairs.txt")
-OFTEN_WRONG = 0.3  # share of wrong decisions from which cosines near the threshold count as uncertain
+OFTEN_WRONG = 0.3  # share of wrong decisions that makes the cosines near a threshold uncertain
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def uncertain_within(scores_P: np.ndarray, same_P: np.ndarray, threshold: float)
     """Return how far from the threshold decisions are often wrong.
 
     Returns:
-        The largest distance w for which three in ten or more of the pairs within w of the threshold are decided wrongly.
-        It is 0 if there is none.
+        The largest distance w at which the net decides three in ten or more of the pairs within w wrongly; 0 if there
+        is none.
     """
     distances_P = np.abs(scores_P - threshold)
     order = np.argsort(distances_P, kind="stable")
