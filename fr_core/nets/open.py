@@ -26,6 +26,7 @@ from fr_core.nets.iresnet import IResNet, Stage
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
+from fr_core.nets.verifications import verification_of
 
 
 def build_net(config: Net) -> Backbone:
@@ -78,8 +79,9 @@ class Recogniser:
 
     net: Backbone | OnnxNet
     device: torch.device
-    threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
+    threshold: float | None = None  # cosine from which two faces are one person, by the newest verification, if any
     config: Net | None = None  # what the net is; an ONNX file does not say
+    checkpoint: AnyPath | None = None  # the folder that it was opened from, if that is a checkpoint
 
     @torch.inference_mode()
     def embed(
@@ -142,15 +144,15 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     if path.is_dir():
         folder = find_checkpoint(path)
         config, weights = _net_config(folder), weights_file(folder)
-        threshold = _threshold(folder.parent.parent / "report.json")
+        checkpoint, threshold = folder, _threshold(folder)
     elif path.is_file():
-        config, weights, threshold = _bare_config(path, net), path, None
+        config, weights, checkpoint, threshold = _bare_config(path, net), path, None, None
     else:
         raise UserError(f"{path}: no such run, checkpoint or weights file")
     module = build_net(config)
     load_weights(module, weights)
     on_device(module, device).eval().requires_grad_(False)
-    return Recogniser(module, device, threshold, config)
+    return Recogniser(module, device, threshold, config, checkpoint)
 
 
 def read_weights(path: AnyPath) -> dict[str, Tensor]:
@@ -228,8 +230,6 @@ def _bare_config(path: AnyPath, net: str | None) -> Net:
     raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
 
 
-def _threshold(report: AnyPath) -> float | None:
-    try:
-        return float(json.loads(report.read_text())["figures"]["threshold"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _threshold(checkpoint: AnyPath) -> float | None:
+    verified, _ = verification_of(checkpoint)
+    return verified.threshold if verified else None

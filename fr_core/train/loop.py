@@ -20,6 +20,7 @@ from fr_core.device import default_device, peak_memory
 from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
 from fr_core.nets.open import Recogniser
+from fr_core.nets.verifications import VERIFICATIONS
 from fr_core.ranks import Ranks
 from fr_core.train.check import check_pairs, fitting_plan, open_training_data
 from fr_core.train.checkpoint import raise_together, resume, save_checkpoint
@@ -262,7 +263,7 @@ def finish(
     figures |= verification
     if tracker:
         rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
-        figures["images_per_second"] = float(np.median(rates)) if rates else 0.0
+        figures |= {"images_per_second": float(np.median(rates))} if rates else {}
         finite = [row["loss"] for row in tracker.rows if np.isfinite(row["loss"])]
         figures |= {"loss": finite[-1]} if finite else {}
         tracker.log_curves()
@@ -320,5 +321,5 @@ def clear_run(out: AnyPath) -> None:
         return
     for name in ("checkpoints", "pictures"):
         remove_folder(out / name)
-    for name in ("metrics.csv", "run.json", "report.json", UNDELIVERED):
+    for name in ("metrics.csv", "run.json", "report.json", VERIFICATIONS, UNDELIVERED):
         (out / name).unlink(missing_ok=True)

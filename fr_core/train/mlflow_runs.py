@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, RemotePath, local_copy
 from fr_core.errors import UserError
+from fr_core.nets.verifications import run_folder
 from fr_core.train.metrics import PARAMETERS, report_figures
 from fr_core.train.outbox import first_line, log, refused, try_briefly
 
@@ -58,10 +59,9 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
     Raises:
         UserError: MLflow refuses.
     """
-    run = ref.resolve()
-    run = run.parent.parent if run.parent.name == "checkpoints" else run
-    run_id = saved_run_id(run)
-    if run_id is None:
+    run = run_folder(ref)
+    run_id = saved_run_id(run) if run else None
+    if run is None or run_id is None:
         return None
     from mlflow.entities import Metric
 

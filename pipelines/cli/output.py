@@ -1,42 +1,70 @@
-"""What commands print: figures, tables, progress; and files that cannot be written, in one line."""
+"""What commands print: figures, tables, progress bars, and commands to copy."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fr_core.data.store import explain_disk_errors
 
 console = Console()
+WIDE = 200  # columns of a table in a file or pipe, where no terminal tells its width
 
 
 def show(command: str, figures: Mapping[str, float], json: Path | None, **more: object) -> None:
-    """Prints figures as a table and writes the same as JSON where asked."""
-    table = Table("figure", "value", title=command)
-    for name, value in figures.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) >= 1000 else f"{value:.4f}"
-        table.add_row(name, text)
-    console.print(table)
-    if json:
-        from fr_core.verify.report import make_report, write_report
+    """Print figures as a table, and write them as JSON if a file is named."""
+    show_table([("figure", "value"), *((name, number(value)) for name, value in figures.items())], command)
+    write_json(command, figures, json, **more)
 
-        with explain_disk_errors(json):
-            write_report(json, make_report(command, figures, **more))
+
+def write_json(command: str, figures: Mapping[str, float], json: Path | None, **more: object) -> None:
+    """Write the report of a command if a file is named.
+
+    Args:
+        more: facts beside the figures.
+    """
+    if json is None:
+        return
+    from fr_core.verify.report import make_report, write_report
+
+    with explain_disk_errors(json):
+        write_report(json, make_report(command, figures, **more))
+
+
+def number(value: float) -> str:
+    """Return a figure as text: integers in full, from 1,000 on without decimals, else four significant digits."""
+    if isinstance(value, int) or value.is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:
-    """Prints a table, header first."""
-    table = Table(*rows[0], title=title)
+    """Print a table, header first."""
+    table = Table(title=title)
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")  # a narrow terminal must hide nothing
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(table)
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
+
+
+def command_line(*words: object) -> str:
+    """Return a bigface command as one copies it into a shell: paths with spaces are quoted."""
+    return shlex.join(["bigface", *map(str, words)])
+
+
+def show_line(text: str, colour: str | None = None) -> None:
+    """Print a line of plain text, which only the terminal breaks, so that commands in it can be copied."""
+    console.print(f"[{colour}]{escape(text)}[/]" if colour else escape(text), highlight=False, soft_wrap=True)
 
 
 def growing(advance: Callable[..., None]) -> Callable[[int, int], None]:
-    """For a bar that is told how many there are so far, and in all."""
+    """Return a callback for a bar whose caller reports images done so far, and images in all."""
     done = 0
 
     def progress(images: int, total: int) -> None:
@@ -49,7 +77,7 @@ def growing(advance: Callable[..., None]) -> Callable[[int, int], None]:
 
 @contextmanager
 def bar(name: str, total: int | None) -> Iterator:
-    """A progress bar; yields ``advance(count, total=None)``."""
+    """Show a progress bar during the block; yield ``advance(count, total=None)``."""
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=total)

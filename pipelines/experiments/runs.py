@@ -1,4 +1,4 @@
-"""``bigface runs``: what was trained, with what, how far it came and how good it is; from MLflow and from folders."""
+"""``bigface runs``: list runs with their settings, progress and scores, from MLflow and from folders."""
 
 import json
 import math
@@ -12,57 +12,68 @@ from typing import TYPE_CHECKING, Any
 
 from fr_core.config.recipes import flat
 from fr_core.errors import UserError
+from fr_core.nets.verifications import newest_verification
 from fr_core.train.metrics import read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.verify.report import smaller_is_better
+from pipelines.experiments.states import OF_MLFLOW, State
+from pipelines.train import SILENCE, last_touched
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as TrackedRun
 
 TAR = "tar_at_far_1e-3"
+SCORES = ("accuracy", TAR)  # columns of the table
+LATER = tuple(f"/{name}" for name in SCORES)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, or a comparison or search with its runs as children."""
+    """One run, or a comparison or search whose runs are its children."""
 
     name: str
     method: str
     net: str
     schedule: str
-    state: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED; of a folder alone: FINISHED or UNFINISHED
+    state: State
     started: float  # seconds since 1970
-    minutes: float | None  # from its start to its end, or to now
-    figures: Mapping[str, float]  # the last of each
+    minutes: float | None  # from the start to the end, or to now
+    figures: Mapping[str, float]  # the last value of each
     run_id: str | None = None
     parent: str | None = None
     children: list["Run"] = field(default_factory=list)
 
 
 def runs(folder: Path | None, uri: str | None, experiment: str | None, query: str, sort: str, limit: int) -> list[Run]:
-    """The first runs of an order; a child stands below its parent, in the same order.
+    """List the first runs in an order, each child below its parent in the same order.
 
     Args:
-        folder: of runs; with their ``mlflow.db`` unless ``uri`` names another, and runs that no MLflow knows.
-        uri: of MLflow; None: the folder's.
-        query: MLflow's filter; folders cannot be asked, and their runs are left out where there is one.
-        sort: started, name or a figure, which comes best first; runs without it come last.
-        limit: runs that are shown, children not counted.
+        folder: folder of runs. Its ``mlflow.db`` is read unless ``uri`` names another, and so are runs that MLflow does
+            not know.
+        uri: MLflow's database or server; None: the folder's database.
+        experiment: name in MLflow; None: all experiments.
+        query: filter of MLflow. Folders understand no filter, so runs that only a folder knows are left out.
+        sort: started, name or a figure. The best figure comes first, and runs without the figure come last.
+        limit: runs to show, children not counted.
 
     Raises:
-        UserError: nothing there, no such figure, or a filter that MLflow does not understand.
+        UserError: there are no runs, no run has the figure, or MLflow does not understand the filter.
     """
     database = None if folder is None else folder / "mlflow.db"
     if uri is None and database is not None and database.is_file():
         uri = f"sqlite:///{database}"
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: no folder of runs: give another, or --uri")
-    found = [_tracked(run) for run in search_mlflow(uri, experiment, query)] if uri else []
-    if folder is not None and not query:
+    in_folders = [] if folder is None else list(_in_folders(folder, experiment))
+    scores = {run.run_id: _scores(run.figures) for run in in_folders if run.run_id}
+    found = (
+        [_tracked(run, scores.get(run.info.run_id, {})) for run in search_mlflow(uri, experiment, query)] if uri else []
+    )
+    if not query:
         known = {run.run_id for run in found}
-        found += [run for run in _in_folders(folder, experiment) if run.run_id not in known]
+        found += [run for run in in_folders if run.run_id not in known]
     if not found:
-        raise UserError(f"no runs in {uri or folder}")
+        raise UserError(f"{uri or folder}: no runs there: bigface train RECIPE trains one")
     if sort not in ("started", "name") and not any(sort in run.figures for run in found):
         have = sorted({name for run in found for name in run.figures})
         raise UserError(f"--sort {sort}: no run has this figure: started, name, {', '.join(have)}")
@@ -70,7 +81,7 @@ def runs(folder: Path | None, uri: str | None, experiment: str | None, query: st
 
 
 def run_table(trees: Iterable[Run]) -> list[tuple[str, ...]]:
-    """Header first; children are indented."""
+    """Return a row for each run, header first; children are indented."""
     header = (
         "run",
         "method",
@@ -88,7 +99,7 @@ def run_table(trees: Iterable[Run]) -> list[tuple[str, ...]]:
 
 
 def run_facts(trees: Iterable[Run]) -> list[dict[str, Any]]:
-    """All runs for JSON, parents before children, each with its depth. Figures that are not finite are left out."""
+    """Return all runs for JSON, parents before children, each with its depth, without figures that are not finite."""
     names = ("name", "run_id", "parent", "method", "net", "schedule", "state", "started", "minutes")
     return [
         {name: getattr(run, name) for name in names}
@@ -97,45 +108,66 @@ def run_facts(trees: Iterable[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _tracked(run: "TrackedRun") -> Run:
-    """Of MLflow's."""
+def _tracked(run: "TrackedRun", scores: Mapping[str, float]) -> Run:
+    """Return a run as MLflow knows it.
+
+    Args:
+        scores: those that the run's folder knows, which are newer than MLflow's.
+    """
     params, info = run.data.params, run.info
     end = info.end_time or (time.time() * 1000 if info.status == "RUNNING" else None)
     return Run(
         info.run_name,
         *_kinds(params),
-        info.status,
+        OF_MLFLOW.get(info.status, "running"),
         info.start_time / 1000,
         (end - info.start_time) / 60_000 if end else None,
-        run.data.metrics,
+        {**_later_scores(run.data.metrics), **run.data.metrics, **scores},
         info.run_id,
         run.data.tags.get(PARENT_TAG),
     )
 
 
+def _scores(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: figures[name] for name in SCORES if name in figures}
+
+
+def _later_scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of later verifications, which MLflow calls NAME/FIGURE; of several, the last by name."""
+    return {name.rpartition("/")[2]: metrics[name] for name in sorted(metrics) if name.endswith(LATER)}
+
+
 def _in_folders(folder: Path, experiment: str | None) -> Iterator[Run]:
-    """Runs of an experiment, or of all, that lie in a folder, or in folders in it."""
+    """Yield the runs of an experiment, or of all, that lie in a folder at any depth."""
     for facts in sorted(folder.rglob("run.json")):
         out = facts.parent
         try:
             run = json.loads(facts.read_text())
             config, run_id, started = flat(run["config"]), run["run_id"], float(run["started"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # another program's
+            continue  # the file of another program
         if experiment not in (None, config.get("tracking.experiment")):
             continue
-        report = out / "report.json"
         rows = read_metrics(out)
         figures: dict[str, float] = {"steps": rows[-1]["step"], **rows[-1]} if rows else {}
         with suppress(OSError, ValueError, KeyError, TypeError):
-            figures |= json.loads(report.read_text())["figures"]
-        state = "FINISHED" if report.is_file() else "UNFINISHED"
+            figures |= json.loads((out / "report.json").read_text())["figures"]
+        verified = newest_verification(out)
+        figures |= _scores(verified.figures) if verified else {}
         minutes = figures["seconds"] / 60 if "seconds" in figures else None
-        yield Run(out.name, *_kinds(config), state, started, minutes, figures, run_id)
+        yield Run(out.name, *_kinds(config), _state(out), started, minutes, figures, run_id)
+
+
+def _state(out: Path) -> State:
+    """Return the state of a run that only its folder knows."""
+    if (out / "report.json").is_file():
+        return "finished"
+    touched = last_touched(out)  # every few seconds while steps are taken
+    return "running" if touched and time.time() - touched / 1e9 < SILENCE else "interrupted"
 
 
 def _kinds(config: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Method, net and schedule, of a flat config; none of what is no training."""
+    """Return method, net and schedule of a flat config; empty texts for what is no training."""
     net = "net.net" if config.get("net.kind") == "quantised" else "net"
     bits = f" w{config['net.weights']}a{config['net.activations']}" if net == "net.net" else ""
     named = f"{config.get(f'{net}.kind', '')}{config.get(f'{net}.depth', '')}{bits}"
@@ -143,7 +175,7 @@ def _kinds(config: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _trees(found: list[Run]) -> list[Run]:
-    """Puts children under their parents, where these were found too; the others stand at the top."""
+    """Put children under their parents; a run whose parent was not found stands at the top."""
     by_id = {run.run_id: run for run in found if run.run_id}
     tops = []
     for run in found:
@@ -164,10 +196,11 @@ def _sorted(trees: list[Run], sort: str) -> list[Run]:
 
 
 def _rank(run: Run, figure: str) -> float:
-    """Lower is better, by the best of a run and its children."""
+    """Return a number by which the best of a run and its children comes first, the lowest number first."""
     value = run.figures.get(figure, math.nan)
-    own = math.inf if math.isnan(value) else value if smaller_is_better(figure) else -value
-    return min([own, *(_rank(child, figure) for child in run.children)])
+    signed = value if smaller_is_better(figure) else -value
+    rank = math.inf if math.isnan(value) else signed
+    return min([rank, *(_rank(child, figure) for child in run.children)])
 
 
 def _walk(trees: Iterable[Run], depth: int = 0) -> Iterator[tuple[Run, int]]:
@@ -185,11 +218,15 @@ def _row(run: Run, depth: int) -> tuple[str, ...]:
         run.method,
         run.net,
         run.schedule,
-        run.state.lower(),
+        run.state,
         shown(",.0f", "steps"),
         shown(".2f", "epochs", "epoch"),
-        shown(".4f", "accuracy"),
-        shown(".4f", TAR),
+        *(_share(run.figures[name]) if name in run.figures else "" for name in SCORES),
         "" if run.minutes is None else f"{run.minutes:.1f}",
         f"{datetime.fromtimestamp(run.started):%m-%d %H:%M}",
     )
+
+
+def _share(value: float) -> str:
+    """Return a share with four decimals, or in scientific notation where these would all be 0."""
+    return f"{value:.2g}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""``bigface scaling``: error against parameters over finished runs, and what the next size would bring."""
+"""``bigface scaling``: fit error against parameters over finished runs, and predict the error of the next size."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from fr_core.train.metrics import report_figures
 from fr_core.train.mlflow_runs import finished_runs
 from fr_core.verify.scaling_law import ScalingLaw, fit_scaling_law
 
-# Figures that are shares of right decisions, whose error is 1 − figure, and figures that are errors.
+# The error of a share of right decisions is 1 − figure; other figures are errors themselves.
 RIGHT = re.compile(r"(^|[/_])(accuracy|tar_(of_means_)?at_far_1e-\d+|rank_\d+|tpir_at_fpir_1e-\d+)$")
 WRONG = re.compile(r"(^|[/_])(mfr|fnmr_at_fmr_1e-\d+|loss)$")
 FACTORS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -25,37 +25,44 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Run:
+    """One point of the law."""
+
     name: str
-    parameters: int  # of backbone and classifier
+    parameters: int  # of backbone and classifier together
     error: float
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """A law, and the runs that it was fitted over, smallest first."""
+    """A law, and the runs that it was fitted to."""
 
-    runs: list[Run]
-    left_out: list[tuple[str, str]]  # run, why
+    runs: list[Run]  # smallest first
+    left_out: list[tuple[str, str]]  # run, reason
     law: ScalingLaw
-    size: float  # to predict
+    size: float  # parameters of the net whose error is predicted
 
 
 def scaling(folders: list[str], figure: str, uri: str, experiment: str, query: str, predict: str | None) -> Scaling:
-    """Fits the scaling law over finished runs.
+    """Fit the scaling law over finished runs.
 
     Args:
-        folders: of runs; where there are none, the runs of an MLflow experiment that ``query`` lets through.
-        figure: whose error is meant: a share of right decisions, as accuracy or tar_at_far_1e-3, or an error, as mfr;
-            of a later verification in MLflow NAME/FIGURE.
-        predict: parameters, such as 600M or 1.2e9; None: twice the largest run's.
+        folders: folders of runs; if there are none, the runs of an MLflow experiment are taken.
+        figure: a share of right decisions such as accuracy or tar_at_far_1e-3, or an error such as mfr.
+            A later verification's figure in MLflow is called NAME/FIGURE.
+        uri, experiment, query: database or server, experiment and filter of MLflow, as for
+            :func:`fr_core.train.mlflow_runs.search_mlflow`.
+        predict: parameters of the predicted net, such as 600M or 1.2e9; None: twice those of the largest run.
 
     Raises:
-        UserError: a figure that is no error, no number, folders and a filter, or runs of less than three sizes.
+        UserError: ``figure`` has no error, ``predict`` is no number, both folders and a filter are given, or the runs
+            have fewer than three sizes.
     """
     if not RIGHT.search(figure) and not WRONG.search(figure):
-        raise UserError(f"--figure {figure}: not a share such as accuracy or tar_at_far_1e-3, nor an error such as mfr")
+        raise UserError(
+            f"--figure {figure}: not a share such as accuracy or tar_at_far_1e-3, nor an error such as mfr: name one"
+        )
     if folders and query:
-        raise UserError("--filter is for MLflow: leave it or the runs' folders out")
+        raise UserError("--filter asks MLflow, not folders: leave out --filter or the folders")
     size = None if predict is None else parameter_count(predict)
     named = [(folder, partial(report_figures, to_path(folder))) for folder in folders]
     runs: list[Run] = []
@@ -76,10 +83,10 @@ def scaling(folders: list[str], figure: str, uri: str, experiment: str, query: s
 
 
 def run_of(name: str, figures: Mapping[str, float], figure: str) -> Run:
-    """A point of the law.
+    """Return a run as a point of the law.
 
     Raises:
-        UserError: why it is none.
+        UserError: the run lacks the figure, or no power law passes through its error.
     """
     if figure not in figures:
         raise UserError(f"no figure {figure}")
@@ -90,10 +97,10 @@ def run_of(name: str, figures: Mapping[str, float], figure: str) -> Run:
 
 
 def parameter_count(text: str) -> float:
-    """1.2e9 of '1.2e9', '1.2G', '1.2B' or '1200M'.
+    """Read a number of parameters: '1.2e9', '1.2G', '1.2B' and '1200M' are all 1.2e9.
 
     Raises:
-        UserError: not a positive number.
+        UserError: the text is not a number from 1 on.
     """
     number, factor = (text[:-1], FACTORS[text[-1]]) if text[-1:] in FACTORS else (text, 1.0)
     try:
@@ -106,7 +113,7 @@ def parameter_count(text: str) -> float:
 
 
 def run_table(found: Scaling) -> list[tuple[str, ...]]:
-    """Runs with their error and the law's, header first."""
+    """Return the runs with their error and the law's, header first."""
     fitted = found.law.at(np.array([run.parameters for run in found.runs])).error
     rows = zip(found.runs, fitted, strict=True)
     return [
@@ -116,7 +123,7 @@ def run_table(found: Scaling) -> list[tuple[str, ...]]:
 
 
 def scaling_figures(found: Scaling) -> dict[str, float]:
-    """Flat figures of the law E = offset + prefactor · P^(−exponent), and of a run of the size that was asked for."""
+    """Return flat figures of the law E = offset + prefactor · P^(−exponent), and of the predicted run."""
     law, estimate = found.law, found.law.at(np.array([found.size]))
     figures = {
         "runs": len(found.runs),
@@ -136,34 +143,38 @@ def scaling_figures(found: Scaling) -> dict[str, float]:
 
 
 def findings(found: Scaling) -> list[str]:
-    """What the fit says of itself: whether the law has an offset, and whether it falls at all."""
+    """Return sentences: whether the law has an offset, and whether the error falls with size at all."""
     law = found.law
     if law.offset_p is None:
-        said = ["Three sizes do not tell whether the law has an offset, which no size mends."]
+        sentences = ["Three sizes do not tell whether the law has an offset: an error that no size mends."]
     else:
         test = f"(F test, p = {law.offset_p:.2g})"
-        kept, none = "which no size mends", "if there is one, larger nets gain less than this"
-        said = [
-            f"The law has an offset {test}, {kept}." if law.offset else f"These runs show no offset {test}; {none}."
-        ]
+        with_offset = f"The law has an offset {test}: an error that no size mends."
+        without = f"These runs show no offset {test}. If there is one, larger nets gain less than predicted."
+        sentences = [with_offset if law.offset else without]
     if law.exponent_interval[0] <= 0:
-        said.append("The exponent's interval reaches down to 0: these runs do not show that size helps.")
-    return said
+        sentences.append("The exponent's interval reaches down to 0: these runs do not show that size helps.")
+    return sentences
 
 
 def scaling_figure(found: Scaling, figure: str) -> Figure:
-    """Runs, law with its 95 % band, and the prediction with a single run's interval, on log axes."""
+    """Draw the runs, the law with its 95 % band, and the prediction with the interval of a single run.
+
+    Both axes are logarithmic.
+    """
     sizes, law = np.array([run.parameters for run in found.runs]), found.law
     line = np.geomspace(min(sizes[0], found.size), max(sizes[-1], found.size), CURVE_POINTS)
     curve, point = law.at(line), law.at(np.array([found.size]))
     picture = Figure(figsize=(6, 5), layout="constrained")
     axes = picture.subplots()
     offset = f"{law.offset:.3g} + " if law.offset else ""
-    axes.fill_between(line, curve.curve_low, curve.curve_high, alpha=0.2, label="95 % of the law")
+    axes.fill_between(line, curve.curve_low, curve.curve_high, alpha=0.2, label="95 % interval of the law")
     axes.plot(line, curve.error, linewidth=1, label=f"{offset}{law.prefactor:.3g} · P^{-law.exponent:.3g}")
     axes.scatter(sizes, [run.error for run in found.runs], s=16, color="black", zorder=3, label="runs")
     arms = np.stack([point.error - point.run_low, point.run_high - point.error])
-    axes.errorbar([found.size], point.error, arms, fmt="D", color="C3", capsize=3, label="predicted, 95 % of a run")
+    axes.errorbar(
+        [found.size], point.error, arms, fmt="D", color="C3", capsize=3, label="predicted, 95 % interval of a run"
+    )
     name = f"1 − {figure}" if RIGHT.search(figure) else figure
     axes.set(xscale="log", yscale="log", xlabel="parameters, backbone + classifier", ylabel=f"error, {name}")
     ticks = ((axes.xaxis, (1, 3), EngFormatter(sep="")), (axes.yaxis, (1, 2, 5), StrMethodFormatter("{x:g}")))

@@ -1,6 +1,6 @@
-"""``bigface export``: a net as an ONNX file, which is compared with the net before it stands there.
+"""``bigface export``: write a net as an ONNX file, and compare the two before the file takes its place.
 
-Of a mixture of experts every expert runs in such a file, for every image.
+In the file of a mixture of experts every expert runs for every image.
 """
 
 import statistics
@@ -19,45 +19,53 @@ from fr_core.nets.open import normalised, open_net
 from pipelines.timing import in_turns, least_cosine, one_thread
 
 FACES = 8
-ALLOWED = 1e-3  # of 1 − cosine
+ALLOWED = 1e-3  # largest 1 − cosine between the embeddings of both nets
 REPEATS = 5
 
 
 def check_name(out: Path) -> None:
-    """Raises: UserError: no file that may be called ONNX."""
+    """Refuse a path that is no name of an ONNX file.
+
+    Raises:
+        UserError: the name ends otherwise, or a folder lies there.
+    """
     if out.suffix != ".onnx":
         raise UserError(f"{out}: call it FILE.onnx; a checkpoint's backbone.safetensors already holds bare weights")
     if out.is_dir():
-        raise UserError(f"{out} is a folder")
+        raise UserError(f"{out} is a folder: give FILE.onnx")
 
 
 @torch.inference_mode()
 def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
-    """Folds a net's batch norm and writes it as ONNX; a quantised net in integers.
+    """Fold a net's batch norm and write the net as ONNX; a quantised net is written in integers.
+
+    The file's metadata holds the threshold of the net's newest verification.
 
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.
-        out: ``FILE.onnx``; weights of more than 1.5 GiB come to lie beside it in ``FILE.onnx.data``.
+        out: ``FILE.onnx``; weights of more than 1.5 GiB go into ``FILE.onnx.data``.
 
     Returns:
-        mib (of all files), least_cosine of both nets' embeddings of drawn faces, max_difference (over the largest of
-        the net's values), and net_ms and onnx_ms for one face on one thread.
+        - mib: size of all files;
+        - least_cosine: least cosine between both nets' embeddings of a drawn face;
+        - max_difference: largest difference of an embedding's component, relative to the net's largest component;
+        - net_ms, onnx_ms: milliseconds for one face on one thread.
 
     Raises:
-        UserError: no such net, or an ONNX file already; another kind of file asked for; embeddings that are not
-            finite or differ; or the packages are not installed.
+        UserError: the net does not exist, is an ONNX file already, or has embeddings that are not finite or differ.
+            The name of ``out`` is refused, or ``bigface[export]`` is not installed.
         OSError: ``out`` cannot be written.
     """
     check_name(out)
     recogniser = open_net(ref, net, torch.device("cpu"))
     if isinstance(recogniser.net, OnnxNet):
-        raise UserError(f"{ref} is an ONNX file already")
+        raise UserError(f"{ref} is an ONNX file already: give the run or weights that it was exported from")
     size = recogniser.net.input_size
     faces_BHWC = torch.from_numpy(np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)]))
     x_BCHW = normalised(faces_BHWC, recogniser.net.input_std)
     before_BD = recogniser.net(x_BCHW)
     if not before_BD.isfinite().all():
-        raise UserError(f"{ref}: the net's embeddings are not finite")
+        raise UserError(f"{ref}: the net's embeddings are not finite: take an earlier checkpoint")
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_thread(), TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         write_onnx(folded(recogniser.net), Path(folder) / out.name, recogniser.threshold)
@@ -69,7 +77,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
                 f"{ref}: ONNX Runtime's embeddings differ from the net's (cosine {cosine:.6f}): not written"
             )
         taken = in_turns({"net": partial(recogniser.net, x_BCHW[:1]), "onnx": partial(opened, x_BCHW[:1])}, REPEATS)
-        files = sorted(Path(folder).iterdir(), reverse=True)  # the weights first
+        files = sorted(Path(folder).iterdir(), reverse=True)  # FILE.onnx.data first, since FILE.onnx reads it
         mib = sum(file.stat().st_size for file in files) / 2**20
         for file in files:
             file.replace(out.with_name(file.name))

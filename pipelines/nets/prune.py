@@ -1,4 +1,4 @@
-"""``bigface prune``: a net with fewer channels, as it is or fine-tuned by the net that it was."""
+"""``bigface prune``: a net with fewer channels, as it is or fine-tuned with the unpruned net as the teacher."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,9 @@ from fr_core.verify.report import verification_figures, write_report
 from fr_core.verify.suites import verify
 from pipelines.train import train
 
-WEIGHTS = "pruned.safetensors"  # in the folder of the run that fine-tunes them
+WEIGHTS = "pruned.safetensors"  # the net before its fine-tuning, in the folder of the run
 
-Figures = dict[str, dict[str, float]]  # of the nets whole, pruned and tuned
+Figures = dict[str, dict[str, float]]  # form of the net (whole, pruned, tuned) -> its figures
 
 
 def prune(
@@ -36,21 +36,25 @@ def prune(
     images: Path | None = None,
     pairs: Path | None = None,
 ) -> Figures:
-    """Writes the most important channels of a net as bare weights, which tell what net they are.
+    """Drop a net's least important channels, and write what is left as bare weights with the net's config.
 
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.
         out: ``FILE.safetensors``.
         ratios, round_to: as :func:`fr_core.nets.prune.narrower` takes them.
-        images, pairs: to verify both nets on.
+        importance: as :func:`fr_core.nets.prune.pruned` takes it.
+        images, pairs: what to verify both nets on.
 
     Returns:
-        Of ``whole`` and ``pruned``: parameters, mmac (multiplications in convolutions and linear layers for an image,
-        in millions), mib (of weights and statistics), and a verification's figures where there are pairs.
+        For the nets ``whole`` and ``pruned``, and with pairs the figures of a verification:
+
+        - parameters;
+        - mmac: millions of multiplications in convolutions and linear layers for one image;
+        - mib: size of weights and statistics.
 
     Raises:
-        UserError: no such net, one that cannot be pruned so, another kind of file asked for, pairs that cannot be
-            read, or torch-pruning is not installed.
+        UserError: the net does not exist or cannot be pruned so, or the name of ``out`` is refused.
+            The pairs cannot be read, or ``bigface[compress]`` is not installed.
         OSError: ``out`` cannot be written.
     """
     if not out.name.endswith(".safetensors"):
@@ -75,30 +79,30 @@ def prune_and_tune(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Figures:
-    """Prunes a net and trains what is left, with the whole net as the teacher.
+    """Prune a net, and train what is left with the whole net as the teacher.
 
     Args:
-        out: the run's folder; the pruned net before its training comes to lie there as ``pruned.safetensors``.
-        recipe, overrides: of the training, a method with a teacher; the net is the pruned one, whatever the recipe
-            says. All nets are verified on ``verify.pairs``.
+        ref, ratios, round_to, importance, net: as :func:`prune` takes them.
+        out: folder of the run; it also gets the pruned net before its training, as ``pruned.safetensors``.
+        recipe: recipe of the training, whose method has a teacher; its net is replaced by the pruned one.
+        overrides: overrides of the recipe. All nets are verified on ``verify.pairs``.
         workers, in_process, resume, overwrite: as :func:`pipelines.train.train` takes them.
 
     Returns:
-        As :func:`prune`, and of ``tuned`` the same with the training's seconds.
+        The figures of :func:`prune`, and for the net ``tuned`` the same with the seconds of the training.
 
     Raises:
-        UserError: as :func:`prune` and :func:`pipelines.train.train`, or overrides of what pruning decides.
+        UserError: an override of what pruning decides, or as :func:`prune` and :func:`pipelines.train.train`.
         OSError: ``out`` cannot be written.
     """
     overrides = list(overrides)
     decided = {"method.teacher": ref, "method.teacher_net": net, "init.backbone": str(out / WEIGHTS)}
     for override in overrides:
         if override.startswith(("net.", "net=", *(f"{key}=" for key in decided))):
-            raise UserError(f"{override}: pruning decides that itself")
+            raise UserError(f"{override}: pruning decides this field: leave it out")
     whole, section = _open(ref, net, ratios, round_to)
-    config = load_config(
-        recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in decided.items() if value)]
-    )
+    by_pruning = [f"{key}={json.dumps(value)}" for key, value in decided.items() if value]
+    config = load_config(recipe, [*overrides, *by_pruning])
     config = parse_config(config.model_dump() | {"net": section.model_dump()}, recipe)
     if overwrite or not (out / "run.json").is_file():
         _write(whole, section, importance, out / WEIGHTS)
@@ -106,8 +110,8 @@ def prune_and_tune(
     images, pairs = (Path(place) if place else None for place in (config.verify.images, config.verify.pairs))
     nets = {"whole": whole, "pruned": open_net(out / WEIGHTS)}
     found = {form: _figures(one, images, pairs) for form, one in nets.items()}
-    found["tuned"] = found["pruned"] | {name: value for name, value in run.items() if name in found["pruned"]}
-    found["tuned"]["seconds"] = run["seconds"]
+    by_training = {name: value for name, value in run.items() if name in found["pruned"]}
+    found["tuned"] = found["pruned"] | by_training | {"seconds": run["seconds"]}
     content = json.loads((out / "report.json").read_text())
     write_report(out / "report.json", content | {"command": "prune", "figures": run | flat(found)})
     log_verification(out, "prune", flat(found))
@@ -115,12 +119,12 @@ def prune_and_tune(
 
 
 def flat(found: Figures) -> dict[str, float]:
-    """whole_parameters, pruned_parameters, …"""
+    """Return all figures in one mapping: whole_parameters, pruned_parameters and so on."""
     return {f"{form}_{name}": value for form, one in found.items() for name, value in one.items()}
 
 
 def table(found: Figures) -> list[tuple[str, ...]]:
-    """Header first."""
+    """Return a row for each net, header first."""
     columns = {"accuracy": "accuracy", "tar_at_far_1e-2": "TAR@1e-2", "tar_at_far_1e-3": "TAR@1e-3"}
     scores = [name for name in columns if name in found["whole"]]
     rows: list[tuple[str, ...]] = [("net", "parameters", "MMAC", "MiB", *(columns[name] for name in scores))]
@@ -135,7 +139,7 @@ def _open(
 ) -> tuple[Recogniser, IResNetNet | MobileFaceNetNet]:
     whole = open_net(ref, net)
     if whole.config is None:
-        raise UserError(f"{ref}: an ONNX file is not pruned; give the run or weights that it was exported from")
+        raise UserError(f"{ref}: an ONNX file cannot be pruned: give the run or weights that it was exported from")
     return whole, narrower(whole.config, ratios, round_to)
 
 

@@ -1,7 +1,7 @@
-"""``bigface quantize``: a trained net in integers, after one epoch of few images in which it follows itself in float.
+"""``bigface quantize``: a trained net in integers, after one epoch on few images with the float net as its teacher.
 
-The training is a run like any other (METHODS §6): net.kind = "quantised", method.kind = "quantface". Beside
-the float net, the ONNX file is verified in the runtime that ships it.
+The training follows QuantFace (docs/methods/quantface.md) and is a run like any other: net.kind = "quantised",
+method.kind = "quantface". The float net and the ONNX file are both verified, the file in ONNX Runtime.
 """
 
 import json
@@ -34,6 +34,13 @@ from pipelines.train import train
 
 REPEATS = 20
 MIB = 2**20
+COLUMNS = {  # column of the summary -> figures before and after
+    "accuracy %": ("before_accuracy", "after_accuracy"),
+    "TAR@FAR 1e-3 %": ("before_tar_at_far_1e-3", "after_tar_at_far_1e-3"),
+    "params × bits MiB": ("float_mib", "nominal_mib"),
+    "file MiB": ("float_file_mib", "int8_file_mib"),
+    "ms on one core": ("float_ms", "int8_ms"),
+}
 
 
 def quantised_config(
@@ -45,18 +52,18 @@ def quantised_config(
     overrides: Iterable[str] = (),
     **fields: object,
 ) -> Config:
-    """The config of a run that quantises a net.
+    """Return the config of a run that quantises a net.
 
     Args:
         ckpt, net: as :func:`fr_core.nets.open.open_net` takes them.
-        data_share: of an epoch's steps, and so of the images, since their order is random.
+        data_share: share of an epoch's steps. The order is random, so it is also a random share of the images.
         calibrate_only: measure the activations' ranges and train no step.
-        overrides: of the recipe, after all that is given here.
-        fields: of the recipe, ``__`` for the dot, such as data__path; None leaves the recipe's.
+        overrides: overrides of the recipe; they win over all other arguments.
+        fields: fields of the recipe with ``__`` for the dot, such as data__path; None keeps the recipe's value.
 
     Raises:
-        UserError: a net that cannot be quantised, or what :func:`fr_core.config.recipes.load_config` and
-            :func:`fr_core.data.stream.make_plan` refuse.
+        UserError: the net cannot be quantised, the data share is out of range, or the recipe is refused by
+            :func:`fr_core.config.recipes.load_config` or :func:`fr_core.data.stream.make_plan`.
     """
     given = {name.replace("__", "."): value for name, value in fields.items()}
     given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
@@ -64,13 +71,13 @@ def quantised_config(
     written, section = load_config(recipe), float_net(ckpt, net).config
     assert section is not None
     if written.method.kind != "quantface":
-        raise UserError(f'{recipe}: no recipe of a quantisation, which has method.kind = "quantface"')
+        raise UserError(f'{recipe}: not a recipe of a quantisation: take one with method.kind = "quantface"')
     bits = written.net.model_dump(exclude={"net"}) if isinstance(written.net, QuantisedNet) else {"kind": "quantised"}
     given = {"net": bits | {"net": section.model_dump()}} | given
     options = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
     config = load_config(recipe, [*options, *overrides])
     if not 0 < data_share <= 1:
-        raise UserError(f"a data share of {data_share:g} is not in 0 … 1; for no training, calibrate only")
+        raise UserError(f"a data share of {data_share:g} is not in 0 … 1: to train nothing, give --calibrate-only")
     if data_share < 1:
         steps = make_plan(config, open_dataset(config.data.path)).steps_per_epoch
         config = load_config(recipe, [*options, f"train.max_steps={max(1, round(data_share * steps))}", *overrides])
@@ -78,18 +85,20 @@ def quantised_config(
 
 
 def float_net(ckpt: str, net: str | None) -> Recogniser:
-    """The net that is to be quantised, on the CPU.
+    """Open the net that is to be quantised, on the CPU.
 
     Raises:
-        UserError: none there, or one that cannot be.
+        UserError: the net does not exist or cannot be quantised.
     """
     opened = open_net(ckpt, net, torch.device("cpu"))
     if opened.config is None:
-        raise UserError(f"{ckpt} is an ONNX file: quantise the run or the weights that it was made of")
+        raise UserError(f"{ckpt} is an ONNX file: quantise the run or the weights that it was exported from")
     if isinstance(opened.config, QuantisedNet):
         raise UserError(f"{ckpt} is quantised already: name the float net")
     if not isinstance(opened.config, IResNetNet | MobileFaceNetNet):
-        raise UserError(f'{ckpt}: net.kind = "{opened.config.kind}" cannot be quantised')
+        raise UserError(
+            f'{ckpt}: net.kind = "{opened.config.kind}" cannot be quantised: take an iresnet or a mobilefacenet'
+        )
     return opened
 
 
@@ -102,21 +111,25 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, float]:
-    """Trains, exports, verifies and times a quantised net; ``report.json`` of the run holds all of its figures.
+    """Train, export, verify and time a quantised net; the run's ``report.json`` holds all figures.
 
     Args:
-        config: of :func:`quantised_config`.
-        out: ``FILE.onnx`` for the integers; None: the simulation in floating point is what is verified.
+        config: config of :func:`quantised_config`.
+        out: ``FILE.onnx`` for the net in integers; None: only its simulation in floating point is verified.
         run, workers, in_process, resume, overwrite: as :func:`pipelines.train.train` takes them.
 
     Returns:
-        Those of the training, and data_share, float_mib and nominal_mib (parameters by their bits; the quantised net's
-        by net.weights), minutes_per_epoch where steps were timed, before_… and after_… of both verifications where
-        there are verify.pairs; and of an ONNX file: int8_cosine (least_cosine of :func:`pipelines.nets.export.export`),
-        int8_file_mib and those of :func:`timed`.
+        The figures of the training, and these:
+
+        - data_share: epochs trained;
+        - float_mib, nominal_mib: parameters times their bits, where nominal_mib counts net.weights bits each;
+        - minutes_per_epoch, if steps were timed;
+        - before_…, after_…: both verifications, if verify.pairs is set;
+        - int8_cosine, int8_file_mib and the figures of :func:`timed`, if an ONNX file was written. int8_cosine is
+          least_cosine of :func:`pipelines.nets.export.export`.
 
     Raises:
-        UserError: a file that cannot be written, a scheme that cannot be exported, and what training refuses.
+        UserError: the file cannot be written, integer kernels cannot run the scheme, or training refuses.
     """
     assert isinstance(config.net, QuantisedNet)
     assert config.init.backbone
@@ -145,11 +158,15 @@ def quantize(
 
 
 def check_target(out: Path, net: QuantisedNet) -> None:
-    """Raises: UserError: a scheme without integer kernels, or a file of another kind or that cannot be written."""
+    """Refuse a scheme that integer kernels cannot run, and a file that cannot be written.
+
+    Raises:
+        UserError: one of these, or ``bigface[export]`` is not installed.
+    """
     if net.scheme != "integer":
         raise UserError(
-            f'net.scheme = "{net.scheme}" gives every output channel a zero point of its own, which integer kernels '
-            "refuse: leave --out out, or take a recipe of scheme integer"
+            f'net.scheme = "{net.scheme}" gives every output channel its own zero point, which integer kernels refuse: '
+            'leave --out out, or take a recipe with net.scheme = "integer"'
         )
     check_name(out)
     if not installed():
@@ -163,7 +180,7 @@ def check_target(out: Path, net: QuantisedNet) -> None:
 
 
 def verified(config: Config, net: Recogniser, prefix: str) -> dict[str, float]:
-    """Figures of a net on the recipe's pairs; none without pairs."""
+    """Verify a net on the recipe's pairs; return its figures, or none without pairs."""
     if config.verify.pairs is None:
         return {}
     images = Path(config.verify.images) if config.verify.images else None
@@ -173,7 +190,11 @@ def verified(config: Config, net: Recogniser, prefix: str) -> dict[str, float]:
 
 @torch.inference_mode()
 def timed(net: Recogniser, int8: Path) -> dict[str, float]:
-    """Milliseconds of one face on one core in ONNX Runtime: the net's folded float32 against a file of integers."""
+    """Time one face on one core in ONNX Runtime: the folded float32 net against the file of integers.
+
+    Returns:
+        float_file_mib, float_ms, int8_ms, and speedup: the median over turns of float_ms / int8_ms.
+    """
     face_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.net.input_size)[0]]))
     x_BCHW = normalised(face_BHWC, net.net.input_std)
     with one_thread(), TemporaryDirectory(prefix="bigface-") as folder:
@@ -187,15 +208,8 @@ def timed(net: Recogniser, int8: Path) -> dict[str, float]:
 
 
 def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
-    """The net before and after in what was measured, header first."""
-    columns = {
-        "accuracy %": ("before_accuracy", "after_accuracy"),
-        "TAR@FAR 1e-3 %": ("before_tar_at_far_1e-3", "after_tar_at_far_1e-3"),
-        "params × bits MiB": ("float_mib", "nominal_mib"),
-        "file MiB": ("float_file_mib", "int8_file_mib"),
-        "ms on one core": ("float_ms", "int8_ms"),
-    }
-    columns = {column: names for column, names in columns.items() if names[0] in figures}
+    """Return the net before and after in what was measured, header first."""
+    columns = {column: names for column, names in COLUMNS.items() if names[0] in figures}
     rows: list[tuple[str, ...]] = [("net", *columns)]
     for place, net in enumerate(("float", "quantised")):
         shares = {column: 100 if column.endswith("%") else 1 for column in columns}
@@ -203,8 +217,13 @@ def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
     return rows
 
 
+def summarised() -> set[str]:
+    """Return the names of the figures that :func:`table` shows."""
+    return {name for names in COLUMNS.values() for name in names}
+
+
 def _toml(value: object) -> str:
-    """A value as it stands in a recipe; what is None is left out."""
+    """Write a value as TOML; parts of a table that are None are left out."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items() if part is not None) + "}"
     return json.dumps(value, ensure_ascii=False)

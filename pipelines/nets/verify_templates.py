@@ -1,4 +1,9 @@
-"""Verification and identification of a net on templates: IJB-B and IJB-C."""
+"""Verification and identification of a net on templates: IJB-B and IJB-C.
+
+A template is a set of photos and video frames of one person.
+
+Legend: N images or faces, U distinct images, D embedding, T templates, Q probes, G gallery.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +33,21 @@ class TemplateResult:
     images: int
     pairs: int
     failed: dict[str, str]  # image -> why it could not be read
-    skipped: int  # pairs with a template of which nothing could be read
+    skipped: int  # pairs with a template none of whose images could be read
 
 
 def verify_templates(
     recogniser: Recogniser, root: Path, out: Path | None = None, progress: Callable[[int], None] | None = None
 ) -> TemplateResult:
-    """The protocols of IJB-B and IJB-C on a folder as :mod:`fr_core.verify.ijb` describes it.
+    """Score a net by the protocols of IJB-B and IJB-C on a folder that :mod:`fr_core.verify.ijb` describes.
+
+    Args:
+        root: the folder.
+        out: folder for the ROC and DET pictures.
+        progress: called with the number of images after each batch.
 
     Raises:
-        UserError: a list is missing or wrong, or nothing could be read.
+        UserError: a list is missing or wrong, or no image can be read.
     """
     faces, (left, right, same), lists = read_faces(root), read_template_pairs(root), read_search(root)
     names, first_N, image_N = np.unique(faces.names_N, return_index=True, return_inverse=True)
@@ -66,7 +76,7 @@ def verify_templates(
     if lists:
         probes, people = lists.probes
         for name, (templates, owners) in lists.galleries.items():
-            gallery_GD, probes_QD = (_rows(numbers, pooled_TD, of) for of in (templates, probes))
+            gallery_GD, probes_QD = (_rows(numbers, pooled_TD, wanted) for wanted in (templates, probes))
             searches[name] = identify(gallery_GD, owners, probes_QD, people)
     return TemplateResult(
         dict(zip(fars, tars(scores, genuine, fars).tolist(), strict=True)),
@@ -86,10 +96,13 @@ def embed_loose(
     points_N52: np.ndarray,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, dict[str, str]]:
-    """Aligns loose crops by their five points and embeds them, their lengths kept, a part at a time.
+    """Align loose crops by their five points and embed them, a part at a time.
+
+    Args:
+        points_N52: five points of each image, in its pixels.
 
     Returns:
-        float32 [N, D] (zeros where unreadable), and image -> reason for those.
+        Embeddings float32 [N, D] with their lengths, zeros for unreadable images, and unreadable image -> reason.
     """
     features_ND = np.zeros((len(names), recogniser.net.embedding), np.float32)
     failed: dict[str, str] = {}
@@ -111,7 +124,7 @@ def embed_loose(
 
 
 def template_figures(result: TemplateResult) -> dict[str, float]:
-    """Flat figures: tar_at_far_1e-4 …, tar_of_means_at_far_1e-4 …, gallery_g1_rank_1, gallery_g1_tpir_at_fpir_1e-2 …"""
+    """Return flat figures such as tar_at_far_1e-4, tar_of_means_at_far_1e-4 and gallery_g1_rank_1."""
     figures: dict[str, float] = {f"tar_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far.items()}
     figures |= {f"tar_of_means_at_far_{far_name(far)}": tar for far, tar in result.tar_at_far_of_means.items()}
     for name, search in result.search.items():
@@ -123,7 +136,7 @@ def template_figures(result: TemplateResult) -> dict[str, float]:
 
 
 def _rows(numbers_T: np.ndarray, features_TD: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Features of templates; zeros for those of which no image could be read."""
+    """Return the features of templates; zeros for a template none of whose images could be read."""
     found = np.zeros((len(wanted), features_TD.shape[1]), np.float32)
     there = np.isin(wanted, numbers_T)
     found[there] = features_TD[np.searchsorted(numbers_T, wanted[there])]

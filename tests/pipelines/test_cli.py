@@ -13,6 +13,7 @@ from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
+from pipelines.cli.output import number
 from tests.helpers.commands import bigface, figures
 from tests.helpers.datasets import flip_a_bit, write_dataset
 
@@ -43,6 +44,23 @@ def test_a_run_leaves_report_pictures_and_an_mlflow_run(trained):
         a.path for a in client.list_artifacts(run_id, "pictures")
     }
     assert {"report.json", "pictures/curves.png", "pictures/sample_batch.png"} <= names
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (400.0, "400"),
+        (1234.56, "1,235"),
+        (0.78125, "0.7812"),
+        (5e-7, "5e-07"),
+        (0, "0"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_figures_have_enough_digits(value, text):
+    assert number(value) == text
 
 
 def test_a_used_folder_is_kept_unless_told_otherwise(trained, dataset):
@@ -104,7 +122,8 @@ def test_training_verifies_when_the_recipe_names_pairs(dataset, tmp_path):
     assert 0.3 < found["accuracy"] <= 1
     assert found["pairs"] == 200
     assert {"roc.png", "scores.png"} <= {p.name for p in (out / "pictures").iterdir()}
-    assert "same person" in bigface("match", *[tmp_path / "faces/images/id000000/000.jpg"] * 2, "--model", out)
+    said = bigface("match", *[tmp_path / "faces/images/id000000/000.jpg"] * 2, "--model", out)
+    assert f"the same person: cosine 1.000, threshold {found['threshold']:.3f} from 200 pairs (faces/pairs.csv)" in said
 
 
 # Ingest

@@ -41,6 +41,8 @@ def test_pruned_weights_open_by_themselves(weights, tmp_path):
         "prune", weights, "--net", "iresnet10", "--out", tmp_path / "a" / "p.safetensors", "--json", tmp_path / "p.json"
     )
     assert "MMAC" in output
+    assert output.count("┏") == 1  # one table
+    assert output.splitlines()[-1].startswith(f"next: bigface verify {tmp_path}/a/p.safetensors --images DIR")
     one = open_net(tmp_path / "a" / "p.safetensors", device=torch.device("cpu"))
     assert one.config.widths == LEFT
     found = figures(tmp_path / "p.json")
@@ -125,5 +127,5 @@ def test_mistakes_are_told_in_one_line(weights, dataset, tmp_path):
 
 def test_an_onnx_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_net", lambda ref, net: Recogniser(nn.Identity(), torch.device("cpu")))
-    with pytest.raises(UserError, match="an ONNX file is not pruned"):
+    with pytest.raises(UserError, match="an ONNX file cannot be pruned"):
         bigface("prune", "net.onnx", "--out", tmp_path / "p.safetensors")

@@ -1,15 +1,19 @@
 """``bigface runs``: families of runs in MLflow, runs in folders, orders and filters."""
 
 import json
+import os
 import shutil
+import time
 from datetime import datetime
 
 import pytest
 
 from fr_core.config.sections import Tracking
 from fr_core.errors import UserError
+from fr_core.nets.verifications import VERIFICATIONS
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
 from pipelines.experiments.runs import run_table, runs
+from pipelines.experiments.states import OF_MLFLOW, STATES
 from tests.helpers.commands import bigface
 
 PARAMS = {"method.kind": "attfc", "net.kind": "iresnet", "net.depth": "50", "schedule.kind": "fastface"}
@@ -66,7 +70,7 @@ def test_newest_first_and_children_under_their_parent(folder, tmp_path):
     )
     assert by_name["trial_b"]["minutes"] == 1.5
     assert by_name["trial_b"]["figures"]["tar_at_far_1e-3"] == 0.5
-    assert [by_name[name]["state"] for name in ("trial_b", "going", "alone")] == ["FAILED", "RUNNING", "FINISHED"]
+    assert [by_name[name]["state"] for name in ("trial_b", "going", "alone")] == ["failed", "running", "finished"]
     assert (by_name["alone"]["net"], by_name["alone"]["minutes"]) == ("iresnet18 w8a4", 2.0)
     header, *rows = run_table(runs(folder, None, None, "", "started", 20))
     assert [row[0] for row in rows] == ["going", "alone", "plain", "search", "  trial_b", "  trial_a"]
@@ -90,6 +94,56 @@ def test_best_first_a_family_by_its_best(folder, tmp_path):
     assert [run["name"] for run in found] == ["search", "trial_b", "trial_a", "plain", "alone", "going"]
     found = listed(tmp_path, folder, "--sort", "loss", "--limit", "1")
     assert [run["name"] for run in found] == ["search", "trial_b", "trial_a"]  # the lowest loss
+
+
+def write_run(out, run_id=None, **report):
+    out.mkdir(parents=True)
+    facts = {"run_id": run_id, "started": 2500.0, "config": {"method": {"kind": "dcq"}}}
+    (out / "run.json").write_text(json.dumps(facts))
+    if report:
+        (out / "report.json").write_text(json.dumps({"figures": report}))
+    return out
+
+
+def cells(folder, column):
+    header, *rows = run_table(runs(folder, None, None, "", "name", 20))
+    return {row[0]: row[header.index(column)] for row in rows}
+
+
+def test_runs_that_were_verified_later_show_their_scores(tmp_path, mlflow_database):
+    """In MLflow as NAME/FIGURE, in the folder in verification.json, where the newest wins."""
+    shutil.copy(mlflow_database, tmp_path)
+    client, experiment = open_mlflow(Tracking(), tmp_path)
+    ids = {name: client.create_run(experiment, run_name=name).info.run_id for name in ("by_mlflow", "by_folder")}
+    client.log_metric(ids["by_mlflow"], "pairs/accuracy", 0.75)
+    client.log_metric(ids["by_mlflow"], "pairs/tar_at_far_1e-3", 5e-7)
+    client.log_metric(ids["by_folder"], "accuracy", 0.5)
+    client.log_metric(ids["by_folder"], "pairs/accuracy", 0.625)
+    for out in (write_run(tmp_path / "by_folder", ids["by_folder"]), write_run(tmp_path / "alone", accuracy=0.25)):
+        entries = [{"threshold": 0.3, "figures": {"accuracy": accuracy}} for accuracy in (0.875, 0.9375)]
+        (out / VERIFICATIONS).write_text(json.dumps({"verifications": entries}))
+    assert cells(tmp_path, "accuracy") == {"alone": "0.9375", "by_folder": "0.9375", "by_mlflow": "0.7500"}
+    assert cells(tmp_path, "TAR@1e-3") == {"alone": "", "by_folder": "", "by_mlflow": "5e-07"}
+    assert [run["name"] for run in listed(tmp_path, tmp_path, "--sort", "accuracy")][-1] == "by_mlflow"
+
+
+def test_one_word_for_each_state(tmp_path, mlflow_database):
+    from mlflow.entities import RunStatus
+
+    assert set(OF_MLFLOW) == set(map(RunStatus.to_string, RunStatus.all_status()))
+    assert set(OF_MLFLOW.values()) < set(STATES)
+    shutil.copy(mlflow_database, tmp_path)
+    client, experiment = open_mlflow(Tracking(), tmp_path)
+    client.set_terminated(client.create_run(experiment, run_name="left").info.run_id, "KILLED")
+    write_run(tmp_path / "done", steps=1)
+    for name, age in (("going", 1), ("gone", 1000)):
+        metrics = write_run(tmp_path / name) / "metrics.csv"
+        metrics.touch()
+        os.utime(metrics, (time.time() - age,) * 2)
+    write_run(tmp_path / "unborn")
+    told = {"done": "finished", "going": "running", "gone": "interrupted", "left": "stopped", "unborn": "interrupted"}
+    assert cells(tmp_path, "state") == told
+    assert {run["name"]: run["state"] for run in listed(tmp_path, tmp_path)} == told
 
 
 def test_a_child_without_its_parent_stands_alone(folder, tmp_path):

@@ -100,7 +100,9 @@ def test_the_command(sets, tmp_path):
         bigface(*given, "--pairs", sets / "cfp" / "pairs.csv")
     for name in ("cfp", "agedb"):  # one set is enough here
         shutil.rmtree(sets / name)
-    bigface(*given, "--suite", sets, "--out", tmp_path / "out", "--json", tmp_path / "v.json")
+    said = bigface(*given, "--suite", sets, "--out", tmp_path / "out", "--json", tmp_path / "v.json")
+    assert said.count("┏") == 1  # one table
+    assert said.count("lfw") == 1
     found = figures(tmp_path / "v.json")
     assert found["lfw_accuracy_low"] <= found["lfw_accuracy"] <= found["lfw_accuracy_high"]
     assert (tmp_path / "out" / "results.md").read_text().splitlines()[2].startswith("| lfw | 12 | ")
