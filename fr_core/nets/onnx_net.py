@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.names import weights_name
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -45,6 +46,7 @@ class Facts(BaseModel):
     embedding: int = Field(ge=1)
     normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
     channels: Literal["RGB"] = "RGB"
+    net: str | None = None  # name of the net, where the file says it
     # Of a quantised net; its integers lie in bytes all the same.
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     activation_bits: int | None = Field(default=None, ge=2, le=8)
@@ -56,7 +58,8 @@ class OnnxNet(Backbone):
 
     def __init__(self, session: "InferenceSession", facts: Facts, checksum: str) -> None:
         super().__init__()
-        self.session, self.checksum, self.threshold = session, checksum, facts.threshold
+        self.session, self.checksum = session, checksum
+        self.name, self.threshold = facts.net, facts.threshold
         self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -85,21 +88,23 @@ def write_onnx(net: Backbone, path: Path, threshold: float | None = None, plain:
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
     if not net.in_integers:
-        _write_float(net, path, _facts(net, threshold), plain)
+        _write_float(net, path, _facts(net, weights_name(net.state_dict()), threshold), plain)
     else:
         from fr_core.nets.qdq import Quantised, qdq_model
 
         assert isinstance(net, Quantised)
         bits = {"weight_bits": str(net.weights), "activation_bits": str(net.activations)}
         model = qdq_model(net, INPUT, OUTPUT)
-        for key, value in (_facts(net, threshold) | bits).items():
+        for key, value in (_facts(net, net.name, threshold) | bits).items():
             model.metadata_props.add(key=key, value=value)
         path.write_bytes(model.SerializeToString())
 
 
-def _facts(net: Backbone, threshold: float | None) -> dict[str, str]:
-    facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
-    return {name: str(value) for name, value in facts.model_dump(exclude_none=True).items()}
+def _facts(net: Backbone, name: str | None, threshold: float | None) -> dict[str, str]:
+    """Return the metadata that every file has."""
+    sizes = {"input_size": net.input_size, "input_std": net.input_std, "embedding": net.embedding}
+    facts = Facts.model_validate(sizes | {"net": name, "threshold": threshold})
+    return {key: str(value) for key, value in facts.model_dump(exclude_none=True).items()}
 
 
 def _write_float(net: Backbone, path: Path, facts: dict[str, str], plain: bool) -> None:

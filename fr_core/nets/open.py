@@ -25,6 +25,7 @@ from fr_core.nets.checkpoint_files import find_checkpoint, weights_file
 from fr_core.nets.iresnet import IResNet, Stage
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
+from fr_core.nets.names import NAMES, article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 
 
@@ -138,6 +139,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     if path.is_file() and path.name.endswith(".onnx"):
         with local_copy(path) as local:
             onnx_net = open_onnx(local)
+        refuse_other_net(path, net, onnx_net.name)
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
@@ -147,6 +149,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         config, weights, threshold = _bare_config(path, net), path, None
     else:
         raise UserError(f"{path}: no such run, checkpoint or weights file")
+    refuse_other_net(path, net, config_name(config))
     module = build_net(config)
     load_weights(module, weights)
     on_device(module, device).eval().requires_grad_(False)
@@ -203,29 +206,54 @@ def _net_config(checkpoint: AnyPath) -> Net:
 
 
 def _bare_config(path: AnyPath, net: str | None) -> Net:
-    name = (net or "").lower()
+    """Return the section of a weights file: its metadata, or what ``net`` and the shapes of its tensors tell."""
     with local_copy(path) as local:
         state = read_weights(local)
         with safe_open(local, "pt") as file:
-            told = (file.metadata() or {}).get("net")
+            section = (file.metadata() or {}).get("net")
+    try:
+        if section:
+            return TypeAdapter(Net).validate_json(section)
+        return _config_by_shapes(_bare_name(path, state, net), state)
+    except (KeyError, IndexError, ValueError, ValidationError):
+        raise UserError(f"{path}: the tensors have not the shapes of {article(net or 'net')}: wrong file?") from None
+
+
+def _bare_name(path: AnyPath, state: dict[str, Tensor], net: str | None) -> str:
+    """Return the name of the net that bare weights belong to, if ``--net`` says the same.
+
+    Raises:
+        UserError: The user gave no name or another one, or no net here has such tensors.
+    """
+    actual = weights_name(state)
+    mend = "open its run or checkpoint instead, which says more of the net"
+    if actual is None:
+        mend = f"give weights of one of {', '.join(NAMES)}"
+    elif actual in NAMES:
+        mend = f"give --net {actual}"
+    content = article(actual or "net that bigface does not know")
+    if net is None:
+        raise UserError(f"{path}: bare weights need --net; the file holds {content}: {mend}")
+    name = parse_name(net)
+    if name != actual:
+        raise UserError(f"{path} holds {content}, not {article(name)}: {mend}")
+    return name
+
+
+def _config_by_shapes(name: str, state: dict[str, Tensor]) -> Net:
+    """Return the section of a named net with the widths, the input size and the embedding of its weights."""
 
     def channels(layer: str) -> int:
         return state[f"{layer}.weight"].shape[0]
 
-    try:
-        if told:
-            return TypeAdapter(Net).validate_json(told)
-        if name == "mobilefacenet":
-            sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
-            return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
-        if name.startswith("iresnet"):
-            widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
-            side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
-            sizes = {"input_size": 16 * side, "embedding": channels("fc")}
-            return IResNetNet.model_validate(sizes | {"depth": int(name[7:]), "widths": widths})
-    except (KeyError, IndexError, ValueError, ValidationError):
-        raise UserError(f"{path}: the weights are not those of {net}") from None
-    raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
+    if name == "mobilefacenet":
+        sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
+        return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
+    widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
+    side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
+    sizes = {"input_size": 16 * side, "embedding": channels("fc")}
+    depth = int(name.removeprefix("iresnet"))
+    return IResNetNet.model_validate(sizes | {"depth": depth, "widths": widths})
 
 
 def _threshold(report: AnyPath) -> float | None:

@@ -29,6 +29,7 @@ from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import bound_slopes, convolution, folded
 from fr_core.nets.iresnet import IResBlock, IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.nets.names import weights_name
 from fr_core.nets.prelu import prelu
 
 try:
@@ -257,6 +258,7 @@ class Quantised(Backbone):
     def __init__(self, net: IResNet | MobileFaceNet, config: QuantisedNet) -> None:
         super().__init__()
         self.input_size, self.embedding, self.input_std = net.input_size, net.embedding, net.input_std
+        self.name = weights_name(net.state_dict())  # of the float net
         self.scheme, self.weights, self.activations = config.scheme, config.weights, config.activations
         plain = folded(net, channelwise=True)
         if config.scheme == "integer":

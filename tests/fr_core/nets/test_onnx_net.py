@@ -89,6 +89,16 @@ def test_the_file_is_a_recogniser_like_the_net(written):
     assert [path.name for path in path.parent.iterdir()] == ["net.onnx"]
 
 
+def test_a_name_must_agree_with_the_file(written, tmp_path):
+    assert open_net(written[1], "iresnet10").net.name == "iresnet10"
+    with pytest.raises(UserError, match=r"net\.onnx holds an iresnet10, not an iresnet50: leave --net out"):
+        open_net(written[1], "iresnet50")
+    older = other_model(tmp_path)  # does not name its net
+    assert open_net(older, "iresnet50").net.name is None
+    with pytest.raises(UserError, match="did you mean iresnet50"):
+        open_net(older, "resnet50")
+
+
 def test_prelu_is_made_of_operators_that_run_fast(written):
     used = {node.op_type for node in onnx.load(written[1]).graph.node}
     assert "Relu" in used

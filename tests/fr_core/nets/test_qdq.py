@@ -68,6 +68,7 @@ def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_pat
     onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
     opened = open_net(tmp_path / "net.onnx")
     assert opened.threshold == 0.3
+    assert opened.net.name == {"iresnet": "iresnet10", "mobilefacenet": "mobilefacenet"}[kind]
     for images in (1, 5):
         x = noise(images, seed=2)
         wanted = net(x)
