@@ -1,6 +1,6 @@
-"""Opens any backbone (a run, a checkpoint, bare weights with a net's name, ONNX) as a callable; heads are never needed.
+"""Opens any backbone: a run, a checkpoint, bare weights with the name of their net, or an ONNX file.
 
-Legend: N images, B batch, C channels, H W pixels, D embedding.
+No head is needed. Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
 
 import json
@@ -30,7 +30,7 @@ from fr_core.nets.onnx_net import OnnxNet, open_onnx
 
 
 def build_net(config: Net) -> Backbone:
-    """An untrained backbone."""
+    """Build the untrained backbone of a section."""
     match config:
         case MoENet():
             net = build_residual(config)
@@ -48,7 +48,7 @@ def build_net(config: Net) -> Backbone:
 
 
 def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
-    """A net that can be quantised and pruned."""
+    """Build an untrained net of a kind that can be quantised and pruned."""
     match config:
         case IResNetNet():
             return build_residual(config)
@@ -59,28 +59,29 @@ def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFa
 
 
 def build_residual(config: Residual) -> IResNet:
+    """Build the untrained IR-ResNet of a section, for a mixture of experts its plain net."""
     sizes = (config.stem_stride, config.input_size, config.embedding, config.dropout)
     return IResNet(config.depth, config.channels, *sizes)
 
 
 def on_device(net: Backbone, device: torch.device) -> Backbone:
-    """Moves a net; channels last is the order in which bf16 convolutions run fastest."""
+    """Move a net to a device, in channels-last order, in which bf16 convolutions run fastest."""
     return net.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
 
 
 def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
-    """uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels last in memory."""
+    """Return uint8 RGB [B, H, W, 3] as float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels-last."""
     return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
 
 
 @dataclass
 class Recogniser:
-    """A backbone ready for use, in eval mode."""
+    """A backbone in eval mode, ready to embed images."""
 
     net: Backbone | OnnxNet
     device: torch.device
     threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
-    config: Net | None = None  # what the net is; an ONNX file does not say
+    config: Net | None = None  # section of the net; None for an ONNX file
 
     @torch.inference_mode()
     def embed(
@@ -91,19 +92,20 @@ class Recogniser:
         progress: Callable[[int], None] | None = None,
         normalise: bool = True,
     ) -> np.ndarray:
-        """Embeddings of aligned face crops.
+        """Return the embeddings of aligned face crops.
 
         Args:
-            images_NHWC: uint8 [N, H, W, 3], RGB, any size (resized to the net's).
-            flip: add the embedding of the mirrored image, as the verification protocols do.
-            progress: called with the number of images after each batch.
-            normalise: to length 1; template protocols want the lengths kept.
+            images_NHWC: uint8 [N, H, W, 3], RGB, of any size; they are resized to the net's input.
+            flip: Add the embedding of the mirrored image, as verification protocols do.
+            batch: Images in one forward pass.
+            progress: Function that is called with the number of images after each batch.
+            normalise: Scale embeddings to length 1. Template protocols need the original lengths.
 
         Returns:
             float32 [N, D].
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: The images have another shape or dtype.
         """
         images_NHWC = np.asarray(images_NHWC)
         if images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3 or images_NHWC.dtype != np.uint8:
@@ -123,16 +125,18 @@ class Recogniser:
 
 
 def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | None = None) -> Recogniser:
-    """Opens a backbone.
+    """Open a backbone.
 
     Args:
-        ref: a run's folder, a checkpoint's folder, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``
-            (it runs on the CPU); local, or at a URL.
-        net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
-            ``iresnetDEPTH`` such as ``iresnet50`` (widths, input size and embedding are read off the weights).
+        ref: Folder of a run or of a checkpoint, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``,
+            which runs on the CPU. Local path or URL.
+        net: Name of the net for bare weights: ``mobilefacenet`` or ``iresnetDEPTH``, such as ``iresnet50``. Widths,
+            input size and embedding are read off the weights. Every other ``ref`` names its net itself; then this
+            name must agree.
+        device: Device of the net; None: :func:`fr_core.device.default_device`.
 
     Raises:
-        UserError: nothing there, damaged, weights that do not fit the net, or no net named.
+        UserError: Nothing is there, files are damaged, weights do not fit the net, or ``net`` is missing or wrong.
     """
     device = device or default_device()
     path = to_path(ref)
@@ -148,7 +152,7 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     elif path.is_file():
         config, weights, threshold = _bare_config(path, net), path, None
     else:
-        raise UserError(f"{path}: no such run, checkpoint or weights file")
+        raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
     refuse_other_net(path, net, config_name(config))
     module = build_net(config)
     load_weights(module, weights)
@@ -157,10 +161,10 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
 
 
 def read_weights(path: AnyPath) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; the published MobileFaceNet's names are mapped to ours.
+    """Read the tensors of a safetensors file; names of the published MobileFaceNet become the names used here.
 
     Raises:
-        UserError: unreadable or not safetensors.
+        UserError: The file is unreadable or not in the safetensors format.
     """
     try:
         with local_copy(path) as file:
@@ -171,10 +175,10 @@ def read_weights(path: AnyPath) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: AnyPath) -> None:
-    """Puts the weights of a file into a net; a mixture of experts takes those of the plain net too.
+    """Load the weights of a file into a net. A mixture of experts also takes the weights of its plain net.
 
     Raises:
-        UserError: they are those of another net.
+        UserError: The weights belong to another net.
     """
     state = read_weights(path)
     if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
@@ -187,10 +191,10 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
 
 
 def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:
-    """The float net of a section, with the weights of a run, a checkpoint or a file.
+    """Build the float net of a section, with the weights of a run, a checkpoint or a file.
 
     Raises:
-        UserError: no such weights, or weights of another net.
+        UserError: The weights do not exist, or belong to another net.
     """
     net = build_float_net(config)
     load_weights(net, weights_file(ref))
@@ -198,11 +202,14 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
 
 
 def _net_config(checkpoint: AnyPath) -> Net:
+    """Read the section ``net`` of a checkpoint."""
     try:
         tree = json.loads((checkpoint / "checkpoint.json").read_text())
         return TypeAdapter(Net).validate_python(tree["config"]["net"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
+        raise UserError(
+            f"{checkpoint}: damaged checkpoint.json ({type(error).__name__}): give an older checkpoint of the run"
+        ) from None
 
 
 def _bare_config(path: AnyPath, net: str | None) -> Net:
@@ -216,7 +223,9 @@ def _bare_config(path: AnyPath, net: str | None) -> Net:
             return TypeAdapter(Net).validate_json(section)
         return _config_by_shapes(_bare_name(path, state, net), state)
     except (KeyError, IndexError, ValueError, ValidationError):
-        raise UserError(f"{path}: the tensors have not the shapes of {article(net or 'net')}: wrong file?") from None
+        raise UserError(
+            f"{path}: its metadata or shapes are not those of {article(net or 'net')}: give another file"
+        ) from None
 
 
 def _bare_name(path: AnyPath, state: dict[str, Tensor], net: str | None) -> str:
