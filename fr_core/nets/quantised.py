@@ -1,6 +1,6 @@
 """Quantised nets: integer arithmetic, simulated in floating point so that it can be trained.
 
-docs/quantisation.md explains the integers, docs/methods/quantface.md the training (Boutros et al., "QuantFace", 2022).
+docs/quantisation.md explains the integers, docs/methods/quantface.md the training (Ef-QuantFace).
 
 The batch norms of a net are folded first. Then the weights of every layer lie on a grid of ``weights`` bits, and the
 inputs of every layer on a grid of ``activations`` bits. Rounding passes gradients straight through, clipping stops
@@ -13,8 +13,8 @@ other way grows, layer by layer, to an error as large as quantisation's own. Wei
 and their range follows them in training. Activations are asymmetric per tensor, and their range is measured once
 (``fr_core/nets/calibration.py``).
 
-Scheme ``quantface`` is the simulation of the QuantFace paper, with asymmetric weights. Float remain the batch norms,
-the shortcuts, and the outputs of convolutions before a PReLU or an addition.
+Scheme ``quantface`` is the simulation of QuantFace (Boutros et al., 2022), with asymmetric weights. Batch norms,
+shortcuts and the outputs of convolutions before a PReLU or an addition stay in float.
 
 Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding.
 """

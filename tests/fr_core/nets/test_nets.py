@@ -19,7 +19,7 @@ from fr_core.nets.open import build_net, open_net
 from fr_core.verify.pairs import cosines, read_pairs, score_pairs
 from tests.helpers.machine import REAL_DATA, needs_real_data
 
-PARAMETERS = {  # METHODS §5, in millions at 112×112 and 512 dimensions
+PARAMETERS = {  # millions at 112×112 and 512 dimensions, as the BigFace report lists them
     18: 24.026,
     34: 34.139,
     50: 43.591,
@@ -79,7 +79,7 @@ def test_initial_weights_follow_the_paper():
 
 
 def mxnet_names(net):
-    """The published file's names for our state dict, written independently of the mapping's own tables."""
+    """Return the published file's name of each tensor, without the tables of the tested mapping."""
     stages = {3: "23", 4: "34", 5: "45"}
     fields = {
         "conv.weight": "conv2d_weight",
@@ -155,7 +155,7 @@ def test_widths_are_read_off_the_weights(config, name, tmp_path):
 
 
 def test_weights_that_tell_their_net_need_no_name(tmp_path):
-    """Those of a checkpoint: a stem of stride 2 cannot be read off the shapes."""
+    """Weights of a checkpoint do, since shapes do not tell a stem of stride 2."""
     config = IResNetNet(depth=10, width=8, stem_stride=2, input_size=64, embedding=16)
     save_file(build_net(config).state_dict(), tmp_path / "net.safetensors", {"net": config.model_dump_json()})
     net = open_net(tmp_path / "net.safetensors").net
@@ -267,7 +267,7 @@ def test_embed_refuses_other_shapes(weights):
 
 @needs_real_data
 def test_the_published_teacher_ranks_faces():
-    """ORL: image 1 of each of 40 people as gallery, the other 360 as probes."""
+    """The gallery has image 1 of each of ORL's 40 people; the other 360 images are probes."""
     with tarfile.open(REAL_DATA / "orl" / "orl_112.tar") as tar:
         faces = {member.name: read_rgb(tar.extractfile(member).read()) for member in tar if member.isfile()}
     people = np.array([int(Path(name).parent.name[1:]) for name in faces])
@@ -281,7 +281,7 @@ def test_the_published_teacher_ranks_faces():
 
 @needs_real_data
 def test_the_published_teacher_recognises_faces():
-    """Two of the ten folds of the real pairs: 96.6 ± 0.4 % on all ten."""
+    """Two of ten folds of real pairs; all ten give 96.6 ± 0.4 %."""
     pairs = read_pairs(REAL_DATA / "faces" / "dev_pairs.csv")
     some = np.isin(pairs.fold, (0, 1))
     wanted = {pairs.paths[i] for i in np.concatenate([pairs.left[some], pairs.right[some]])}

@@ -1,4 +1,4 @@
-"""ONNX files as users meet them: written, opened, damaged, of other makers, hostile."""
+"""ONNX files: written, opened, damaged, written by other programs, hostile."""
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ METADATA = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A net, and the file that holds it."""
+    """Return a net and its ONNX file."""
     torch.manual_seed(0)
     net = build_net(IResNetNet(depth=10, width=8, input_size=32, embedding=16)).eval()
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
@@ -36,7 +36,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(written, tmp_path_factory):
-    """The same with its weights in a file beside it, as large nets have them."""
+    """Return the file of the same net with its weights in a second file, as large nets have them."""
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_net, "WHOLE", 0)
@@ -45,7 +45,7 @@ def split(written, tmp_path_factory):
 
 
 def copied(source, folder):
-    """The model to be changed, and its weights beside it."""
+    """Copy the weights file, if there is one, and load the model for changes."""
     data = source.with_name("net.onnx.data")
     if data.exists():
         (folder / data.name).write_bytes(data.read_bytes())
@@ -58,7 +58,7 @@ def saved(model, folder):
 
 
 def other_model(folder, metadata=METADATA, name=INPUT, size=32, embedding=16):
-    """A model whose every embedding is a mean of colours."""
+    """Write a model whose embeddings are mean colours."""
     nodes = [
         helper.make_node("ReduceMean", [name, "axes"], ["mean"], keepdims=0),
         helper.make_node("MatMul", ["mean", "ones"], [OUTPUT]),
@@ -93,7 +93,7 @@ def test_a_name_must_agree_with_the_file(written, tmp_path):
     assert open_net(written[1], "iresnet10").net.name == "iresnet10"
     with pytest.raises(UserError, match=r"net\.onnx holds an iresnet10, not an iresnet50: leave --net out"):
         open_net(written[1], "iresnet50")
-    older = other_model(tmp_path)  # does not name its net
+    older = other_model(tmp_path)  # its metadata have no name of a net
     assert open_net(older, "iresnet50").net.name is None
     with pytest.raises(UserError, match="did you mean iresnet50"):
         open_net(older, "resnet50")
