@@ -58,7 +58,7 @@ def cosine(a, b):
 @torch.no_grad()
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_eight_bits_are_near_the_float_net_and_fewer_are_farther(config):
-    """Compares means over 64 images: the least cosine depends on the rounding of one image, which differs by processor."""
+    """Compares means over 64 images: the least cosine depends on how a processor rounds one image."""
     net, x = trained(config), images(64, seed=1)
     made = (quantised(net, config, weights=bits, activations=bits) for bits in (8, 4))
     near, far = (nn.functional.cosine_similarity(one(x), net(x)).mean() for one in made)
