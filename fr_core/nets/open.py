@@ -81,7 +81,7 @@ class Recogniser:
     net: Backbone | OnnxNet
     device: torch.device
     threshold: float | None = None  # cosine from which its training run calls two faces the same, if it measured one
-    config: Net | None = None  # section of the net; None for an ONNX file
+    config: Net | None = None  # what the net is; an ONNX file does not say
 
     @torch.inference_mode()
     def embed(

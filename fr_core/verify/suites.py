@@ -1,4 +1,4 @@
-"""Verification of a net on one list of pairs or on many, and the comparison of two photos."""
+"""Verification of a net on pairs, and the comparison of two photos."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +19,12 @@ PAIRS_FILES = ("pairs.csv", "pairs.txt")
 
 @dataclass(frozen=True)
 class Result:
-    """Figures and scores of a net on one list of pairs."""
-
     verification: Verification
     scores: np.ndarray  # float64 [P], cosines
-    pairs: Pairs  # the scored pairs
-    failed: dict[str, str]  # image that could not be read -> reason
-    skipped: int  # pairs that have such an image
-    not_square: list[str]  # images that were cropped to their central square
+    pairs: Pairs  # those that were scored
+    failed: dict[str, str]  # image -> why it could not be read
+    skipped: int  # pairs left out for it
+    not_square: list[str]  # images whose centre was taken for the face
 
 
 def verify(
@@ -38,19 +36,17 @@ def verify(
     name: str = "this net",
     known: dict[Path, np.ndarray] | None = None,
 ) -> Result:
-    """Score a net on a list of pairs.
+    """Scores a net on a list of pairs.
 
     Args:
-        embed: Function from uint8 [N, H, W, 3] to L2-normalised [N, D].
-        images: Folder that the pairs' paths are relative to; a ``.bin`` needs none.
-        pairs_file: List of pairs.
-        size: Side of the net's input, pixels; images are resized to it.
-        out: Folder for the plots: ROC, DET and scores.
-        name: Name of the net in the plots.
-        known: Cache of embeddings by file, for lists with common images; the images of this list are added.
+        embed: uint8 [N, H, W, 3] -> L2-normalised [N, D].
+        images: folder that the pairs' paths are relative to; a ``.bin`` needs none.
+        size: of the net's input, which images are resized to.
+        out: folder for ROC and score pictures.
+        known: embeddings of files that other sets have too; grows by this set's.
 
     Raises:
-        UserError: The list is unreadable, the folder does not exist, or no pair has both images.
+        UserError: unreadable pairs, no such folder, or no pair with both images.
     """
     pairs = read_pairs(pairs_file)
     known = {} if known is None or pairs.images else known
@@ -71,26 +67,23 @@ def verify(
 
 
 def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
-    """Find the sets of pairs in a folder.
+    """The sets of pairs in a folder: name -> images' folder and pairs file.
 
-    A set is a ``.bin``, a CSV of pairs, or a folder with ``pairs.csv`` or ``pairs.txt``. The images of a CSV or of a
-    folder are in ``images/`` beside the list, or beside the list itself.
-
-    Returns:
-        Name of the set -> folder of its images, None for a ``.bin``, and its list of pairs.
+    A set is a ``.bin``; a folder with ``pairs.csv`` or ``pairs.txt`` and the images, in ``images/`` or beside it; or a
+    CSV of pairs whose images lie so.
 
     Raises:
-        UserError: The folder does not exist, or has no sets.
+        UserError: no such folder, or no sets in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give a folder with sets of pairs")
+        raise UserError(f"{folder}: no such folder")
     found: dict[str, tuple[Path | None, Path]] = {}
     bins = [(entry.stem, None, entry) for entry in sorted(folder.glob("*.bin"))]
     tables = [(entry.stem, _images_of(folder), entry) for entry in sorted(folder.glob("*.csv")) if _lists_pairs(entry)]
     lists = [entry for name in PAIRS_FILES for entry in sorted(folder.glob(f"*/{name}"))]
     for name, images, pairs in [*bins, *tables, *((file.parent.name, _images_of(file.parent), file) for file in lists)]:
         if name in found:
-            raise UserError(f"{folder}: two sets are called {name}: rename one")
+            raise UserError(f"{folder}: two sets are called {name}")
         found[name] = (images, pairs)
     if not found:
         raise UserError(
@@ -100,26 +93,22 @@ def find_sets(folder: Path) -> dict[str, tuple[Path | None, Path]]:
 
 
 def _lists_pairs(table: Path) -> bool:
-    """Return whether a CSV has the header of a list of pairs."""
     with table.open(errors="replace") as file:
         return file.readline().startswith("image_a")
 
 
 def _images_of(folder: Path) -> Path:
-    """Return the folder of a set's images."""
     return folder / "images" if (folder / "images").is_dir() else folder
 
 
 def verify_suite(
     embed: Callable[[np.ndarray], np.ndarray], folder: Path, size: int, out: Path | None = None
 ) -> dict[str, Result]:
-    """Score a net on every set of pairs in a folder (:func:`find_sets`).
+    """Scores a net on every set of pairs in a folder, as :func:`find_sets` finds them.
 
     Args:
-        embed: Function from uint8 [N, H, W, 3] to L2-normalised [N, D].
-        folder: Folder of the sets.
-        size: Side of the net's input, pixels.
-        out: Folder for the plots of each set, and of all sets together.
+        size: of the net's input.
+        out: folder for the sets' pictures, and those of all sets together.
     """
     sets = find_sets(folder)
     known: dict[Path, np.ndarray] = {}
@@ -135,20 +124,18 @@ def verify_suite(
 
 
 def suite_table(results: Mapping[str, Result]) -> list[tuple[str, ...]]:
-    """Return a table with one row for each set, header first: figures in percent, with 95 % intervals."""
+    """One row a set, header first: figures in percent, with 95 % intervals."""
     rows: list[tuple[str, ...]] = [("set", "pairs", "accuracy %", "95 %", "TAR@FAR 1e-3 %", "95 %", "left out")]
     for name, result in results.items():
-        figures = result.verification
-        accuracy = f"{100 * figures.accuracy:.2f} ± {100 * figures.accuracy_std:.2f}"
-        cells = [accuracy, _interval(figures.accuracy_interval)]
-        tar = figures.tar_at_far.get(TABLE_FAR)
-        cells += ["", ""] if tar is None else [f"{100 * tar:.2f}", _interval(figures.tar_intervals[TABLE_FAR])]
-        rows.append((name, str(figures.pairs), *cells, str(result.skipped)))
+        own = result.verification
+        cells = [f"{100 * own.accuracy:.2f} ± {100 * own.accuracy_std:.2f}", _interval(own.accuracy_interval)]
+        tar = own.tar_at_far.get(TABLE_FAR)
+        cells += ["", ""] if tar is None else [f"{100 * tar:.2f}", _interval(own.tar_intervals[TABLE_FAR])]
+        rows.append((name, str(own.pairs), *cells, str(result.skipped)))
     return rows
 
 
 def _interval(ends: tuple[float, float]) -> str:
-    """Return an interval in percent."""
     return f"{100 * ends[0]:.2f} – {100 * ends[1]:.2f}"
 
 
