@@ -1,7 +1,9 @@
-"""The ranges of a quantised net's activations, measured in passes without a gradient (METHODS §6).
+"""Calibration: passes without a gradient measure the ranges of a quantised net's activations.
+
+docs/quantisation.md shows the command, docs/methods/quantface.md the theory.
 
 Legend: B batch, C channels, I input and O output channels, H W pixels, V values, S candidates for an
-end of a range (SS1, SSV: for both ends, of V values).
+end of a range. SS1 has an entry for each pair of ends, SSV for each pair and value.
 """
 
 import itertools
@@ -16,30 +18,30 @@ from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, ResidualPat
 from fr_core.ranks import Ranks
 
 EQUALISING = 8  # batches that equalisation looks at
-POSITIONS = 256  # of each image's map that ranges are chosen by
-BINS = 1024  # of their histogram
-EXTREMES = 0.1  # how much an image's least and greatest value count among these, since they are so few in truth
+POSITIONS = 256  # sampled values of each image's map
+BINS = 1024  # of the histogram of sampled values
+EXTREMES = 0.1  # weight of an image's least and greatest value: the sample has more extremes than the map
 SHARES = 20  # candidates for either end of a range
 
 
 @torch.no_grad()
 def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ranks, config: QuantisedNet) -> None:
-    """Sets the ranges of activations by what images give rise to; all ranks come to the same.
+    """Set the ranges of activations by their values on some images; all ranks set the same ranges.
 
-    Weights lie on their grid meanwhile, activations do not.
+    During calibration the weights are quantised and the activations are not.
 
     Args:
-        images: begins anew, at every call, batches of normalised pixels [B, 3, H, W], of equal sizes on all ranks.
+        images: Each call starts again with batches of normalised pixels [B, 3, H, W]. All ranks have equal sizes.
 
     Raises:
-        UserError: a layer that leaves nothing but 0, or what is not finite.
+        UserError: The outputs of a layer are all 0, or not finite.
     """
     net.train()
     if config.equalise:
         _equalise(net, itertools.islice(images(), EQUALISING), ranks)
     quantisers = net.ranges()
     seen: dict[str, list[Tensor]] = {name: [] for name in quantisers}
-    slopes = {prelu.reads[0]: prelu.slope for prelu in net.modules() if isinstance(prelu, QuantPReLU) and prelu.reads}
+    slopes = {prelu.inputs[0]: prelu.slope for prelu in net.modules() if isinstance(prelu, QuantPReLU) and prelu.inputs}
     for name, quantiser in quantisers.items():
         slope_C = slopes.get(quantiser)
         quantiser.observer = lambda x, parts=seen[name], slope_C=slope_C: parts.append(_sample(x, slope_C))
@@ -50,9 +52,12 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
         seen_V, counts_V = ranks.gather(torch.cat(seen.pop(name))).cpu().unbind(1)  # where sums have one order
         low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
         if not seen_V.isfinite().all():
-            raise UserError(f"calibration: what layer {name} leaves is not finite: broken weights?")
+            raise UserError(f"calibration: outputs of layer {name} are not finite: start from unbroken weights")
         if low == high:
-            raise UserError(f"calibration: layer {name} leaves nothing but 0 on {len(seen_V)} values: a dead net?")
+            raise UserError(
+                f"calibration: all {len(seen_V)} sampled outputs of layer {name} are 0: start from a net without dead "
+                "layers"
+            )
         quantiser.set_range(
             *((low, high) if config.ranges == "extremes" else least_error(seen_V, counts_V, quantiser.bits))
         )
@@ -60,10 +65,14 @@ def calibrate(net: Quantised, images: Callable[[], Iterable[Tensor]], ranks: Ran
 
 
 def least_error(seen_V: Tensor, counts_V: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The range of 2^bits codes that leaves the least sum of squared errors, its ends shares of the extremes.
+    """Return the ends of the range whose 2^bits codes have the least sum of squared errors.
+
+    The candidates for an end are shares of the extreme value on that side.
 
     Args:
-        counts_V: how much the error of each value counts.
+        seen_V: Values to be quantised.
+        counts_V: Weight of each value's error.
+        bits: Width of the codes.
     """
     low, high = seen_V.amin().clamp(max=0), seen_V.amax().clamp(min=0)
     bins_V = ((seen_V - low) / (high - low) * BINS).long().clamp(max=BINS - 1)
@@ -80,9 +89,9 @@ def least_error(seen_V: Tensor, counts_V: Tensor, bits: int) -> tuple[Tensor, Te
 
 
 def _sample(x: Tensor, slope_C: Tensor | None) -> Tensor:
-    """Values and how much their errors count [V, 2]: of every image those at fixed positions, and its extremes.
+    """Sample values and the weights of their errors [V, 2]: some positions of every image, and its extremes.
 
-    A PReLU multiplies the error of what is below 0 by its slope.
+    A following PReLU multiplies the errors of negative values by its slope.
     """
     x_BV = x.float().movedim(1, -1).flatten(1)  # a view where channels come last
     positions = torch.randint(x_BV.shape[1], (POSITIONS,), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -96,11 +105,12 @@ def _sample(x: Tensor, slope_C: Tensor | None) -> Tensor:
 
 
 def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> None:
-    """Gives the channels between two layers like ranges, so that one range fits all; in float the net stays the same.
+    """Equalise channel ranges between two layers, so that one range fits all channels. The float net stays the same.
 
-    A positive factor passes a PReLU: one layer's outputs are divided by it, the next one's inputs multiplied (Nagel
-    et al., "Data-free quantization", 2019). Weights have a scale for each output channel, so the first layer does not
-    feel it, nor a depthwise next one; a dense next one meets it half-way (Xiao et al., "SmoothQuant", 2023).
+    A positive factor passes through a PReLU. It divides the outputs of the first layer and multiplies the inputs of
+    the next one (Nagel et al., "Data-free quantization", 2019). Weights have a scale for each output channel, so the
+    factor costs the first layer no precision, nor a depthwise next layer. A dense next layer takes the square root,
+    the middle between both layers (Xiao et al., "SmoothQuant", 2023).
     """
     pairs = list(_neighbours(net))
     largest: list[list[Tensor]] = [[] for _ in pairs]
@@ -121,7 +131,7 @@ def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> No
         if dense:
             reach_I = torch.cat([weight.abs().transpose(0, 1).flatten(1) for weight in dense], 1).amax(1)
             factor_C = (range_C / reach_I.clamp(min=1e-8)).sqrt()
-        # A channel that is nearly dead stays so, and a dead layer is left for others to name.
+        # The bounds leave a nearly dead channel as it is. The check of ranges names a dead layer later.
         factor_C = (factor_C / factor_C.mean().clamp(min=1e-8)).clamp(min=1e-2)
         before.layer.weight.div_(factor_C[:, None, None, None])
         before.layer.bias.div_(factor_C)
@@ -132,7 +142,7 @@ def _equalise(net: Quantised, images_BCHW: Iterable[Tensor], ranks: Ranks) -> No
 
 
 def _neighbours(net: Quantised) -> Iterator[tuple[QuantConv, list[Weighted]]]:
-    """Convolutions whose output layers with weights alone read, and those layers."""
+    """Yield each convolution whose output is read by layers with weights only, and these layers."""
     for chain in (module for module in net.modules() if isinstance(module, nn.Sequential)):
         layers = [layer for layer in chain if not isinstance(layer, QuantPReLU | nn.Flatten)]
         for before, after in itertools.pairwise(layers):

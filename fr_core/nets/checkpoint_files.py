@@ -1,16 +1,16 @@
-"""The files of a checkpoint: what is in them, how they are written, checked and read.
+"""The files of a checkpoint: how they are written, verified and read (docs/checkpoints.md).
 
 ``checkpoints/step_00001000/`` holds
 
-- ``backbone.safetensors``: what is verified and shipped, the moving average if there is one;
-- ``backbone_state_RANK.safetensors``: the backbone's optimiser (in one file unless the ranks share it out), the raw
-  weights where something else is shipped, a momentum encoder, an adapter to a teacher's width, and the thresholds of
-  quantface beside a class matrix;
-- ``head_RANK.safetensors``: a rank's rows of the class matrix and of their optimiser. Tensors of the head that are the
-  same on all ranks stand in the first file alone, as do the centres or thresholds in a class matrix's place;
-- ``identities.parquet``: whose rows they are;
-- ``checkpoint.json``, written last: steps, config, sizes and checksums of the others, and its own. A folder without it
-  is no checkpoint, on a disk as on an object store, where nothing can be renamed.
+- ``backbone.safetensors``: the weights that are verified and shipped. They are the moving average if the run has one.
+- ``backbone_state_RANK.safetensors``: the backbone's optimiser and other tensors of training. Some methods have a
+  momentum encoder, an adapter to a teacher's width, or quantface's thresholds beside a class matrix. The raw weights
+  are here if a moving average is shipped. There is one file, unless the ranks shard the optimiser.
+- ``head_RANK.safetensors``: a rank's rows of the class matrix and of its optimiser. The first file alone holds
+  tensors that all ranks share. They may be the centres or thresholds of a head without a class matrix.
+- ``identities.parquet``: names of the identities, in the order of the class matrix's rows.
+- ``checkpoint.json``, written last: steps, config, the sizes and checksums of the other files, and its own checksum.
+  A folder without this file is no checkpoint. So object stores, which cannot rename, need no other rule than disks.
 
 Legend: S rows of a class matrix, D embedding.
 """
@@ -35,44 +35,45 @@ from fr_core.data.store import AnyPath, atomic_file, find_paths, local_copy, to_
 from fr_core.errors import UserError
 
 FORMAT = 1
-CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # of a run; unfinished ones are named otherwise
+CHECKPOINTS = "checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"  # pattern below a run's folder
 BACKBONE, IDENTITIES = "backbone.safetensors", "identities.parquet"
 
 Summary = dict[str, Any]  # the content of checkpoint.json
 
 
 class Damaged(UserError):
-    """A checkpoint that is not as it was written; the one before may be."""
+    """A checkpoint whose files changed after they were written. The checkpoint before it may be intact."""
 
 
 # Where checkpoints are
 
 
 def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint folder."""
     return f"step_{step:08d}"
 
 
 def checkpoints(run: AnyPath) -> list[AnyPath]:
-    """Whole checkpoints of a run, oldest first: ``checkpoint.json`` is there and its files have their sizes."""
+    """List the whole checkpoints of a run, oldest first: all files have the sizes that ``checkpoint.json`` lists."""
     return [path.parent for path in find_paths(run, CHECKPOINTS) if is_whole(path.parent)]
 
 
 def find_checkpoint(folder: AnyPath) -> AnyPath:
-    """The folder itself if it is a checkpoint, else the newest one of a run whose backbone is whole.
+    """Return the folder if it is a checkpoint, else the newest checkpoint below it whose backbone is whole.
 
     Raises:
-        UserError: neither.
+        UserError: The folder is no checkpoint and no run that has one.
     """
     if (folder / "checkpoint.json").is_file():
         return folder
     for path in reversed(find_paths(folder, CHECKPOINTS)):
         if is_whole(path.parent, [BACKBONE]):
             return path.parent
-    raise UserError(f"{folder}: no checkpoint there")
+    raise UserError(f"{folder}: no checkpoint there: give the folder of a run or of a checkpoint")
 
 
 def is_whole(checkpoint: AnyPath, names: list[str] | None = None) -> bool:
-    """Whether these files of a checkpoint (None: all) have the sizes that its ``checkpoint.json`` lists."""
+    """Return whether files of a checkpoint (None: all) have the sizes that its ``checkpoint.json`` lists."""
     try:
         files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
         sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
@@ -82,17 +83,17 @@ def is_whole(checkpoint: AnyPath, names: list[str] | None = None) -> bool:
 
 
 def weights_file(ref: str | AnyPath) -> AnyPath:
-    """The weights of a run, of a checkpoint, or the file itself.
+    """Return the weights file of a run or of a checkpoint; a file is returned as it is.
 
     Raises:
-        UserError: a folder without a checkpoint, or weights that are not as they were written.
+        UserError: The folder has no checkpoint, or its weights are damaged.
     """
     path = to_path(ref)
     if not path.is_dir():
         return path
     folder = find_checkpoint(path)
     try:
-        with checked(folder, read_summary(folder), BACKBONE):
+        with verified_file(folder, read_summary(folder), BACKBONE):
             return folder / BACKBONE
     except Damaged as error:
         raise UserError(f"{error}: name an older checkpoint of the run, or --resume it") from None
@@ -102,7 +103,7 @@ def weights_file(ref: str | AnyPath) -> AnyPath:
 
 
 def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, int | str]:
-    """Writes a safetensors file; returns its size and checksum, for ``checkpoint.json``."""
+    """Write a safetensors file; return its size and checksum for ``checkpoint.json``."""
     with atomic_file(path) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
         with part.open("rb") as file:
@@ -111,14 +112,14 @@ def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str,
 
 
 def copy_file(source: AnyPath, path: AnyPath) -> dict[str, int | str]:
-    """Copies a file; returns as :func:`write_tensors`."""
+    """Copy a file; return its size and checksum like :func:`write_tensors`."""
     with local_copy(source) as local, atomic_file(path) as part:
         shutil.copyfile(local, part)
         return _size_and_checksum(part)
 
 
 def write_signed(folder: AnyPath, summary: Summary) -> None:
-    """Writes ``checkpoint.json`` with its own checksum; on a local disk it is there for good, whatever happens next."""
+    """Write ``checkpoint.json`` with its own checksum. On a local disk the file survives a power failure."""
     with atomic_file(folder / "checkpoint.json") as part, part.open("w") as file:
         file.write(json.dumps(summary | {"sha256": digest(summary)}, indent=1) + "\n")
         file.flush()
@@ -131,11 +132,12 @@ def write_signed(folder: AnyPath, summary: Summary) -> None:
 
 
 def digest(summary: Summary) -> str:
-    """What ``checkpoint.json`` says of itself."""
+    """Return the checksum of the content of ``checkpoint.json``."""
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
 
 
 def _size_and_checksum(part: Path) -> dict[str, int | str]:
+    """Return a file's entry in ``checkpoint.json``."""
     return {"bytes": part.stat().st_size, "sha256": sha256(part)}
 
 
@@ -143,11 +145,15 @@ def _size_and_checksum(part: Path) -> dict[str, int | str]:
 
 
 def read_summary(checkpoint: AnyPath) -> Summary:
-    """The content of ``checkpoint.json``. Raises: Damaged: it is not what was written."""
+    """Return the content of ``checkpoint.json``.
+
+    Raises:
+        Damaged: The file is missing, unreadable or changed.
+    """
     path = checkpoint / "checkpoint.json"
     try:
         summary = json.loads(path.read_text())
-        signature = summary.pop("sha256", None)  # older ones have none
+        signature = summary.pop("sha256", None)  # older checkpoints have none
         summary["format"], summary["files"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{path}: not readable") from None
@@ -157,11 +163,11 @@ def read_summary(checkpoint: AnyPath) -> Summary:
 
 
 @contextmanager
-def checked(checkpoint: AnyPath, summary: Summary, name: str) -> Iterator[Path]:
-    """A file of a checkpoint on the local disk, compared with its checksum.
+def verified_file(checkpoint: AnyPath, summary: Summary, name: str) -> Iterator[Path]:
+    """Bring a file of a checkpoint to the local disk and verify its checksum.
 
     Raises:
-        Damaged: it differs or is missing; names it.
+        Damaged: The file, which the message names, is missing or has another checksum.
     """
     try:
         with local_copy(checkpoint / name) as file:
@@ -173,43 +179,48 @@ def checked(checkpoint: AnyPath, summary: Summary, name: str) -> Iterator[Path]:
 
 
 def read_tensors(folder: AnyPath, summary: Summary, name: str) -> dict[str, Tensor]:
-    """All tensors of a file."""
-    with checked(folder, summary, name) as file:
+    """Return all tensors of a file of a checkpoint."""
+    with verified_file(folder, summary, name) as file:
         return load_file(file)
 
 
 def read_head(
     folder: AnyPath, summary: Summary, lo: int, hi: int, common: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A head's tensors as a rank with the rows [lo, hi) needs them, whatever ranks wrote them.
+    """Read a head's tensors for a rank with the rows [lo, hi), whatever ranks wrote them.
 
     Args:
-        common: names of tensors that all ranks have alike, which the first file holds; all others lie by rows.
+        folder: Folder of the checkpoint.
+        summary: Content of its ``checkpoint.json``.
+        lo, hi: First row of the rank, and the first row after its last.
+        common: Names of the tensors that are the same on all ranks. The first file holds them; all other tensors
+            are split by rows.
 
     Returns:
-        The rows, and the common tensors.
+        The tensors split by rows, and the common tensors.
     """
     pieces: dict[str, list[Tensor]] = {}
     for part in summary["head"]:
         first, last = part["rows"]
         if not (first < hi and lo < last):
             continue
-        with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
+        with verified_file(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
             for name in set(file.keys()) - set(common):
                 rows = file.get_slice(name)[max(lo - first, 0) : min(hi, last) - first]
                 pieces.setdefault(name, []).append(rows)
     same: dict[str, Tensor] = {}
     if common:
-        with checked(folder, summary, summary["head"][0]["file"]) as local, safe_open(local, "pt") as file:
+        with verified_file(folder, summary, summary["head"][0]["file"]) as local, safe_open(local, "pt") as file:
             same = {name: file.get_tensor(name) for name in common}
     return {name: torch.cat(rows) for name, rows in pieces.items()}, same
 
 
 def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
-    """Rows of a checkpoint's class matrix: float32 [S, D]. The class −1 has zeros.
+    """Read rows of a checkpoint's class matrix: float32 [S, D]. The class −1 gets a row of zeros.
 
     Args:
-        classes_S: int64, classes of that checkpoint.
+        folder: Folder of the checkpoint.
+        classes_S: int64, classes of the checkpoint.
     """
     summary = read_summary(folder)
     found: Tensor | None = None
@@ -218,7 +229,7 @@ def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
         here_S = (classes_S >= first) & (classes_S < last)
         if found is not None and not here_S.any():
             continue
-        with checked(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
+        with verified_file(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
             rows = file.get_tensor("weight")
             found = torch.zeros(len(classes_S), rows.shape[1]) if found is None else found
             found[here_S] = rows[classes_S[here_S] - first]
@@ -227,14 +238,16 @@ def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
 
 
 def read_identities(folder: AnyPath) -> tuple[list[str], int]:
-    """Names of the identities that a checkpoint's class matrix was trained on, and the variants of each.
+    """Read the names of the identities of a checkpoint's class matrix, and the number of variants of each.
 
     Raises:
-        UserError: the checkpoint has no class matrix.
+        UserError: The checkpoint has no class matrix.
     """
     summary = read_summary(folder)
     if IDENTITIES not in summary["files"]:
-        raise UserError(f"{folder}: no names of identities in it: its run had no class matrix, or is an old one")
-    with checked(folder, summary, IDENTITIES) as local:
+        raise UserError(
+            f"{folder} has no {IDENTITIES}: give a checkpoint with a class matrix, from a version that stores names"
+        )
+    with verified_file(folder, summary, IDENTITIES) as local:
         names = pq.read_table(local, columns=["name"])["name"].to_pylist()
     return names, summary["config"]["data"].get("variants", 1)

@@ -1,9 +1,9 @@
-"""Batch norm of a trained backbone, folded into its convolutions and linear layers (METHODS §5).
+"""Folds the batch norms of a trained backbone into its convolutions and linear layers.
 
-In eval mode a norm is gain·x + shift in each channel. It folds exactly into the layer before it, and into the layer
-after it unless that one pads with zeros: the norm would not have shifted those. So a padded convolution gets, in
-place of a bias in each channel, its answer to an image that is the shift everywhere, borders as they are. That is
-exact for every gain, also 0, and faster than padding with −shift / gain, which is not.
+In eval mode a norm computes gain·x + shift in each channel. It folds exactly into the layer before it. It folds into
+the layer after it too, unless that layer pads with zeros: a norm does not shift the padding. A padded convolution
+therefore gets a bias for each channel and pixel: its response to an image that equals the shift everywhere. This is
+exact for every gain, also 0. Padding with −shift / gain would be slower, and inexact for a gain of 0.
 
 Legend: B batch, I input channels, O output channels, H W pixels, D embedding.
 """
@@ -26,7 +26,7 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class BiasMapConv(nn.Module):
-    """conv3×3 of stride 1, padded with zeros, plus a bias for each channel and pixel."""
+    """Convolution 3×3 of stride 1, padded with zeros, plus a bias for each channel and pixel."""
 
     def __init__(self, weight_OI33: Tensor, bias_1OHW: Tensor) -> None:
         super().__init__()
@@ -34,18 +34,20 @@ class BiasMapConv(nn.Module):
         self.bias = nn.Parameter(bias_1OHW, requires_grad=False)
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
+        """Convolve [B, I, H, W] into [B, O, H, W]."""
         return F.conv2d(x_BIHW, self.weight, padding=1).add_(self.bias)
 
 
 @torch.no_grad()
 def folded(net: Net, channelwise: bool = False) -> Net:
-    """The same net for inference, without a norm: its eval mode, for images of its own ``input_size`` only.
+    """Return a copy of a net for inference, without norms. It computes what the net computes in eval mode.
 
-    The net that is given stays as it is. Folding is done in float64; the weights that come out are of the net's type.
-    Nets that nothing here folds keep their norms: a quantised one has none, any other computes the same, more slowly.
+    The copy takes images of the net's ``input_size`` only. Folding runs in float64; the new weights have the net's
+    type. A kind of net that this module does not know keeps its norms.
 
     Args:
-        channelwise: make of a norm before a padded convolution a depthwise conv1×1 instead; for any ``input_size``.
+        net: Net to copy.
+        channelwise: Turn a norm before a padded convolution into a depthwise conv1×1; this fits any ``input_size``.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     match net:
@@ -53,7 +55,7 @@ def folded(net: Net, channelwise: bool = False) -> Net:
             _fold_iresnet(net, channelwise)
         case MobileFaceNet():
             _fold_mobilefacenet(net)
-        case _:  # how its norms fold is written nowhere: they stay
+        case _:  # a quantised net, which has no norms, or a kind without folding rules here
             return net
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout):
@@ -63,23 +65,23 @@ def folded(net: Net, channelwise: bool = False) -> Net:
 
 @torch.no_grad()
 def bound_slopes(net: IResNet | MobileFaceNet) -> None:
-    """Lets no PReLU of a net that is folded ``channelwise`` have a slope above 1; it computes the same.
+    """Bring all PReLU slopes of a net folded ``channelwise`` to 1 or below; the net computes the same.
 
-    PReLU of slope a is −PReLU of slope 1 / a of −a·x: the layer before takes the factor, those after it the sign.
+    PReLU_a(x) = −PReLU_{1/a}(−a·x). The layer before the PReLU takes the factor −a, the layers after it the sign.
     """
     for before, prelu, after in _around_prelu(net):
         steep_C = prelu.weight > 1
         factor_C = torch.where(steep_C, -prelu.weight, 1.0)
         prelu.weight.copy_(torch.where(steep_C, 1 / prelu.weight, prelu.weight))
         before.weight.mul_(factor_C[:, None, None, None])
-        assert before.bias is not None  # the norm's shift is in it
+        assert before.bias is not None  # holds the shift of the folded norm
         before.bias.mul_(factor_C)
         for layer in after:
             layer.weight.mul_(factor_C.sign().view((-1, 1, 1, 1) if layer.groups > 1 else (1, -1, 1, 1)))
 
 
 def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[nn.Conv2d, nn.PReLU, list[nn.Conv2d]]]:
-    """Every PReLU, with the convolution before it and those that read it."""
+    """Yield every PReLU, with the convolution before it and the convolutions that read its output."""
     match net:
         case IResNet():
             blocks = [module for module in net.modules() if isinstance(module, IResBlock)]
@@ -98,18 +100,21 @@ def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[nn.Conv2d, nn.
 
 
 def convolution(module: nn.Module) -> nn.Conv2d:
-    """A layer of a folded net whose class says less than what stands there now."""
+    """Return a layer of a folded net, typed as the convolution that it has become."""
     assert isinstance(module, nn.Conv2d)
     return module
 
 
 def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
+    """Fold the norms of an IR-ResNet in place; ``side`` tracks the height of the feature maps."""
     _fold_after(net.conv1, net.bn1)
     side = -(-net.input_size // net.conv1.stride[0])
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         if isinstance(stage, Mixture):
             _fold_before(stage.gate, *_affine(stage.norm))
-        for part in [module for module in stage.modules() if isinstance(module, Stage)]:  # itself, or the experts
+        for part in [
+            module for module in stage.modules() if isinstance(module, Stage)
+        ]:  # the stage, or a mixture's experts
             for i, block in enumerate(part.blocks()):
                 if channelwise:
                     block.set_submodule("bn1", _depthwise(block.bn1))
@@ -128,7 +133,7 @@ def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
 
 
 def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """A norm as a convolution."""
+    """Return a norm as a depthwise conv1×1."""
     channels = norm.num_features
     conv = nn.Conv2d(channels, channels, 1, groups=channels).to(norm.weight)
     gain_C, shift_C = _affine(norm)
@@ -137,29 +142,31 @@ def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _fold_into_conv1(block: IResBlock, side: int) -> None:
-    """Folds both norms around a block's padded convolution; ``side``: pixels of its input."""
+    """Fold both norms around a block's first convolution, whose input has ``side`` × ``side`` pixels."""
     gain_I, shift_I = _affine(block.bn1)
     gain_O, shift_O = _affine(block.bn2)
     weight_OI33 = block.conv1.weight.double()
-    bias_OHW = gain_O[:, None, None] * _answer(weight_OI33, shift_I, side) + shift_O[:, None, None]
+    bias_OHW = gain_O[:, None, None] * _response(weight_OI33, shift_I, side) + shift_O[:, None, None]
     weight_OI33 = gain_O[:, None, None, None] * weight_OI33 * gain_I[:, None, None]
     like = block.conv1.weight
     block.set_submodule("conv1", BiasMapConv(weight_OI33.to(like), bias_OHW[None].to(like)))
 
 
-def _answer(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:
-    """A padded convolution of the image that is ``shift_I`` everywhere: [O, side, side].
+def _response(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:
+    """Return a padded convolution's response to an image that equals ``shift_I`` everywhere: [O, side, side].
 
-    Only corners, edges and the inside differ, so three pixels a side tell all.
+    Only corners, edges and the inside differ, so a small image of 3 × 3 pixels has all values.
     """
-    few = min(side, 3)
-    answer_OHW = F.conv2d(shift_I[:, None, None].expand(-1, few, few)[None], weight_OI33, padding=1)[0]
-    which = torch.arange(side, device=shift_I.device).clamp(max=1)
-    which[-1] = few - 1
-    return answer_OHW[:, which][:, :, which]
+    small = min(side, 3)
+    image_IHW = shift_I[:, None, None].expand(-1, small, small)
+    response_OHW = F.conv2d(image_IHW[None], weight_OI33, padding=1)[0]
+    rows = torch.arange(side, device=shift_I.device).clamp(max=1)
+    rows[-1] = small - 1
+    return response_OHW[:, rows][:, :, rows]
 
 
 def _fold_mobilefacenet(net: MobileFaceNet) -> None:
+    """Fold the norms of a MobileFaceNet in place."""
     for module in net.modules():
         if isinstance(module, Part):
             _fold_after(module.conv, module.bn)
@@ -167,7 +174,7 @@ def _fold_mobilefacenet(net: MobileFaceNet) -> None:
 
 
 def _fold_after(layer: nn.Module, norm: nn.Module) -> None:
-    """Folds the norm after a layer into it."""
+    """Fold a norm into the layer before it."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     assert isinstance(norm, Norm)
     gain_O, shift_O = _affine(norm)
@@ -176,19 +183,20 @@ def _fold_after(layer: nn.Module, norm: nn.Module) -> None:
 
 
 def _fold_before(linear: nn.Linear, gain_I: Tensor, shift_I: Tensor) -> None:
-    """Folds gain and shift of a linear layer's inputs into it."""
+    """Fold gain and shift of a linear layer's inputs into the layer."""
     weight_OI = linear.weight.double()
     _put(linear, weight_OI * gain_I, linear.bias.double() + weight_OI @ shift_I)
 
 
 def _put(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias_O: Tensor) -> None:
+    """Replace weight and bias of a layer, in the type and on the device of its old weight."""
     like = layer.weight
     layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
     layer.bias = nn.Parameter(bias_O.to(like), requires_grad=False)
 
 
 def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Gain and shift of a norm in eval mode, float64."""
+    """Return gain and shift of a norm in eval mode, float64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 
 class GhostBatchNorm(nn.Module):
-    """Normalises each ``size`` neighbouring images of [B, C] or [B, C, H, W] by themselves.
+    """Batch norm of [B, C] or [B, C, H, W] with separate statistics for each ``size`` neighbouring images.
 
-    The same as the batch norm that it is made of, given the groups one after the other: parameters, their names and
-    the running statistics are that one's. At inference nothing differs.
+    It computes what the original batch norm computes for the groups, one after the other. It takes over the
+    original's parameters, their names and the running statistics. At inference both are the same.
     """
 
     running_mean: Tensor
@@ -28,10 +28,11 @@ class GhostBatchNorm(nn.Module):
             self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise a batch; its size must be a multiple of the group size in training."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         groups, channels = len(x) // self.size, x.shape[1]
-        # Groups become channels. The maps lie with their channels last, and so do these: [size, H, W, groups, C].
+        # Groups become channels. Memory stays channels-last: [size, H, W, groups, C].
         x = x.movedim(1, -1).unflatten(0, (groups, self.size)).movedim(0, -2).flatten(-2).movedim(-1, 1)
         mean, variance = torch.zeros(2, groups * channels, device=x.device)
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
@@ -44,7 +45,7 @@ class GhostBatchNorm(nn.Module):
 
 
 def use_ghost_batches(net: nn.Module, size: int) -> None:
-    """Makes every batch norm of a net one of groups of ``size`` images, in place."""
+    """Replace every batch norm of a net by ghost batch norm over ``size`` images, in place."""
     for parent in list(net.modules()):
         for name, norm in parent.named_children():
             if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):

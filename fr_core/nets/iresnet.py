@@ -1,7 +1,9 @@
-"""IR-ResNet: the plain deep residual backbone of face recognition (METHODS §5).
+"""IR-ResNet: the plain deep residual backbone of face recognition (Deng et al., "ArcFace", 2019).
 
-Module names are those of the widely published IR-ResNet weights, which load as they are (strictly, at width 64,
-112×112 and 512 dimensions). Legend: B batch, C channels, H W pixels, D embedding.
+Modules have the names of the widely published IR-ResNet weights. These load strictly at width 64, 112×112 pixels and
+512 dimensions. docs/methods/bigface.md lists the sizes that BigFace trains.
+
+Legend: B batch, C channels, H W pixels, D embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,11 +31,14 @@ BLOCKS = {  # depth -> residual blocks of the four stages
     1200: (3, 80, 512, 3),
 }
 BN_EPS = 1e-5
-STAGE_STRIDES = 16  # pixels after the stem per pixel of the last feature map
+STAGE_STRIDES = 16  # factor by which the four stages together shrink the stem's map
 
 
 class IResBlock(nn.Module):
-    """bn – conv3×3 – bn – PReLU – conv3×3(stride) – bn, plus the input (through conv1×1 – bn where shapes differ)."""
+    """Residual block: bn – conv3×3 – bn – PReLU – conv3×3(stride) – bn, plus the input.
+
+    Where shapes differ, the input passes through conv1×1 – bn.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -50,6 +55,7 @@ class IResBlock(nn.Module):
             )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, ⌈H / stride⌉, ⌈W / stride⌉]."""
         skip = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
         out = self.prelu(self.bn2(self.conv1(self.bn1(x_BCHW))))
         return self.bn3(self.conv2(out)) + skip
@@ -58,20 +64,24 @@ class IResBlock(nn.Module):
 class Stage(nn.Sequential):
     """Residual blocks of one width.
 
-    With ``recompute_blocks`` autograd keeps the inputs of segments of that many blocks, and the backward pass makes
-    the rest anew, segment by segment (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+    ``recompute_blocks`` cuts the stage into segments of that many blocks. Autograd then keeps only the inputs of the
+    segments. The backward pass recomputes each segment (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+    2016).
     """
 
     recompute_blocks: int | None = None
 
     def blocks(self) -> list[IResBlock]:
+        """Return the residual blocks in order."""
         return [block for block in self if isinstance(block, IResBlock)]
 
     def segments(self) -> list[nn.Sequential]:
+        """Return the segments that the backward pass recomputes one by one."""
         blocks, each = list(self), self.recompute_blocks or len(self)
         return [nn.Sequential(*blocks[start : start + each]) for start in range(0, len(blocks), each)]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Run the blocks, with checkpointed segments if ``recompute_blocks`` is set."""
         if self.recompute_blocks is None:
             return super().forward(x_BCHW)
         for segment in self.segments():
@@ -79,20 +89,20 @@ class Stage(nn.Sequential):
                 segment,
                 x_BCHW,
                 use_reentrant=False,
-                preserve_rng_state=False,  # no dropout in here
-                context_fn=partial(contexts, segment),
+                preserve_rng_state=False,  # the blocks draw nothing at random
+                context_fn=partial(_contexts, segment),
             )
         return x_BCHW
 
 
-def contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of a segment's forward pass and of its repetition."""
+def _contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a segment's forward pass and of its recomputation."""
     return nullcontext(), statistics_kept(segment)
 
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Leaves batch norm's statistics as they were: they have seen this batch already."""
+    """Restore a module's running statistics on exit: the recomputed batch has updated them already."""
     before = [buffer.clone() for buffer in module.buffers()]
     try:
         yield
@@ -102,32 +112,35 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def recompute(net: nn.Module, blocks: int) -> None:
-    """Lets a net's residual blocks be recomputed in segments of ``blocks``."""
+    """Make the backward pass recompute a net's residual blocks in segments of ``blocks``."""
     for module in net.modules():
         if isinstance(module, Stage):
             module.recompute_blocks = blocks
 
 
 def make_stage(inputs: int, outputs: int, blocks: int) -> Stage:
-    """Blocks of one width; the first halves the map."""
+    """Return a stage of blocks of one width; the first block halves the map."""
     return Stage(IResBlock(inputs, outputs, 2), *(IResBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
 
 def draw_convolutions(net: nn.Module) -> None:
-    """N(0, 0.1), as published."""
+    """Draw the weights of all convolutions from N(0, 0.1²), as the published training code of IR-ResNet does."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.1)
 
 
 class IResNet(Backbone):
-    """Images to embeddings.
+    """IR-ResNet from normalised pixels to embeddings.
 
     Args:
-        depth: a key of :data:`BLOCKS`.
-        width: channels of the first stage, each stage doubles them; or of all four. The stem has the first's.
+        depth: Key of :data:`BLOCKS`.
+        width: Channels of the first stage, which every next stage doubles, or channels of all four stages. The stem
+            has the channels of the first stage.
         stem_stride: 1 as published; 2 halves every map.
-        input_size: side of the square input, pixels; a multiple of 16.
+        input_size: Side of the square input, pixels; a multiple of 16.
+        embedding: D.
+        dropout: Share of the last map's values that training sets to 0, before the last linear layer.
     """
 
     input_std = 127.5  # x = (pixel − 127.5) / input_std
@@ -158,17 +171,18 @@ class IResNet(Backbone):
         self.fc = nn.Linear(fourth * side**2, embedding)
         self.features = nn.BatchNorm1d(embedding, eps=BN_EPS)
         nn.init.constant_(self.features.weight, 1.0)
-        self.features.weight.requires_grad = False  # gamma stays 1: the embedding's scale is the head's matter
+        self.features.weight.requires_grad = False  # gain stays 1: the head sets the embedding's scale
         draw_convolutions(self)
 
     @property
     def last_norm(self) -> nn.Module:
+        """Return the batch norm that the embeddings come out of."""
         return self.features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised).
+        """Map normalised pixels [B, 3, H, W] to embeddings float32 [B, D], not L2-normalised.
 
-        The last linear layer and its norm run in float32 under autocast: cosines are made of them.
+        The last linear layer and its norm run in float32 under autocast too: cosines need the precision.
         """
         x = self.prelu(self.bn1(self.conv1(x_BCHW)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

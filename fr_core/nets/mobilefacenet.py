@@ -1,7 +1,9 @@
 """MobileFaceNet (Chen et al., "MobileFaceNets", 2018), in the form of the published `y1` weights.
 
-conv3×3/2 64 – depthwise 64 – three groups of bottlenecks – conv1×1 512 – depthwise over the whole map, linear –
-fc – bn1d; PReLU after every convolution but the linear ones. Legend: B batch, C channels, H W pixels, D embedding.
+conv3×3/2 64 – depthwise 64 – three stages of bottlenecks – conv1×1 512 – depthwise over the whole map, linear –
+fc – bn1d. A PReLU follows every convolution that is not marked as linear.
+
+Legend: B batch, C channels, H W pixels, D embedding.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,8 @@ from fr_core.nets.backbone import Backbone
 from fr_core.nets.prelu import PReLU
 
 BN_EPS = 1e-3
-STRIDES = 16  # input pixels per pixel of the last feature map
-LAYERS = (  # whose output channels the net's widths are
+STRIDES = 16  # factor by which the net shrinks the input to the last feature map
+LAYERS = (  # layers whose output channels are the entries of ``widths``, in order
     "stem.conv",
     *(f"stage{stage}.0.{part}.conv" for stage in (3, 4) for part in ("expand", "project")),
     *("stage5.0.expand.conv", "stage5.1.expand.conv", "stage5.0.project.conv"),
@@ -24,7 +26,7 @@ LAYERS = (  # whose output channels the net's widths are
 
 
 class Part(nn.Sequential):
-    """conv – bn – PReLU (no PReLU where ``act`` is false)."""
+    """Layers conv – bn – PReLU, or conv – bn if ``act`` is false."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Part(nn.Sequential):
 
 
 class Bottleneck(nn.Module):
-    """Expand 1×1 – depthwise 3×3 – project 1×1 (linear), plus the input where the stride is 1."""
+    """Block expand 1×1 – depthwise 3×3 – project 1×1 (linear), plus the input if shapes are equal."""
 
     def __init__(self, inputs: int, expanded: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -54,22 +56,32 @@ class Bottleneck(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, ⌈H / stride⌉, ⌈W / stride⌉]."""
         out = self.project(self.depthwise(self.expand(x_BCHW)))
         return out + x_BCHW if self.residual else out
 
 
-def stage(inputs: int, first: int, inside: int, outputs: int, blocks: int) -> nn.Sequential:
-    """Bottlenecks; the first halves the map and has an expanded width of its own."""
+def make_stage(inputs: int, first: int, inside: int, outputs: int, blocks: int) -> nn.Sequential:
+    """Return a stage of bottlenecks. The first halves the map.
+
+    Args:
+        inputs: Channels before the stage.
+        first: Expanded channels of the first bottleneck.
+        inside: Expanded channels of the other bottlenecks.
+        outputs: Channels after each bottleneck.
+        blocks: Number of bottlenecks.
+    """
     others = (Bottleneck(outputs, inside, outputs, 1) for _ in range(blocks - 1))
     return nn.Sequential(Bottleneck(inputs, first, outputs, 2), *others)
 
 
 class MobileFaceNet(Backbone):
-    """Images to embeddings, about a million parameters.
+    """MobileFaceNet from normalised pixels to embeddings, about a million parameters.
 
     Args:
-        input_size: side of the square input, pixels; a multiple of 16.
-        widths: channels, as :class:`fr_core.config.nets.MobileFaceNetNet` orders them.
+        input_size: Side of the square input, pixels; a multiple of 16.
+        embedding: D.
+        widths: Channels of :data:`LAYERS`, as :class:`fr_core.config.nets.MobileFaceNetNet` orders them.
     """
 
     input_std = 128.0  # x = (pixel − 127.5) / input_std
@@ -81,9 +93,9 @@ class MobileFaceNet(Backbone):
         stem, inside3, out3, inside4, out4, first5, inside5, out5, last = widths
         self.stem = Part(3, stem, 3, 2)
         self.stem_depthwise = Part(stem, stem, 3, groups=stem)
-        self.stage3 = stage(stem, inside3, inside3, out3, 5)
-        self.stage4 = stage(out3, inside4, inside4, out4, 7)
-        self.stage5 = stage(out4, first5, inside5, out5, 3)
+        self.stage3 = make_stage(stem, inside3, inside3, out3, 5)
+        self.stage4 = make_stage(out3, inside4, inside4, out4, 7)
+        self.stage5 = make_stage(out4, first5, inside5, out5, 3)
         self.expand = Part(out5, last, 1)
         self.pool = Part(last, last, side, groups=last, act=False, pad=False)
         self.fc = nn.Linear(last, embedding)
@@ -95,14 +107,16 @@ class MobileFaceNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def bottlenecks(self) -> list[Bottleneck]:
+        """Return the bottlenecks of all stages in order."""
         return [module for module in self.modules() if isinstance(module, Bottleneck)]
 
     @property
     def last_norm(self) -> nn.Module:
+        """Return the batch norm that the embeddings come out of."""
         return self.features
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        """Map normalised pixels [B, 3, H, W] to embeddings float32 [B, D], not L2-normalised."""
         x = self.stem_depthwise(self.stem(x_BCHW))
         x = self.stage5(self.stage4(self.stage3(x)))
         x = self.pool(self.expand(x)).flatten(1)
@@ -111,15 +125,17 @@ class MobileFaceNet(Backbone):
 
 
 def from_mxnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published `y1` weights (MXNet names) under this module's names.
+    """Return the published `y1` weights, which have MXNet names, under this module's names.
 
-    Each layer's name maps as a whole: ``conv_1`` and ``conv_2_dw`` to the stem; ``dconv_23``, ``dconv_34``,
-    ``dconv_45`` to the first bottleneck of stages 3, 4, 5 and ``res_S_blockI`` to bottleneck I + 1 of stage S, where
-    ``conv_sep``, ``conv_dw``, ``conv_proj`` are expand, depthwise, project; ``conv_6sep`` and ``conv_6dw7_7`` to
-    expand and pool; ``fc1_weight`` with ``pre_fc1_bias`` to fc and the rest of ``fc1`` to the last norm.
+    - ``conv_1`` and ``conv_2_dw`` become ``stem`` and ``stem_depthwise``.
+    - ``dconv_23``, ``dconv_34`` and ``dconv_45`` become the first bottleneck of stages 3, 4 and 5.
+    - ``res_S_blockI`` becomes bottleneck I + 1 of stage S.
+    - ``conv_sep``, ``conv_dw`` and ``conv_proj`` of a bottleneck become ``expand``, ``depthwise`` and ``project``.
+    - ``conv_6sep`` and ``conv_6dw7_7`` become ``expand`` and ``pool``.
+    - ``fc1_weight`` and ``pre_fc1_bias`` become ``fc``, the other tensors of ``fc1`` the last norm.
 
     Raises:
-        KeyError: a name that belongs to none of these.
+        KeyError: A tensor has another name.
     """
     layers = {"conv_1": "stem", "conv_2_dw": "stem_depthwise", "conv_6sep": "expand", "conv_6dw7_7": "pool"}
     blocks = {"dconv_23": "stage3.0", "dconv_34": "stage4.0", "dconv_45": "stage5.0"}

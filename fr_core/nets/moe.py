@@ -1,11 +1,11 @@
-"""A mixture of experts: E last stages on the trunk of an IR-ResNet, and a gate that chooses among them (METHODS §5).
+"""A mixture of experts: E last stages on the trunk of an IR-ResNet, and a gate that chooses among them.
 
-The report names such a net without defining it. Ours has Switch Transformer's layer (Fedus et al., 2022) in place of
-``layer4``: a softmax gate, the most probable expert, its output times its probability, and a term that balances them.
-With one ``active`` expert an image costs at inference what it costs in the plain net; with all of them active the
-mixture is dense.
+The BigFace report names such a net without defining it (docs/methods/bigface.md). Here the layer of Switch
+Transformer (Fedus et al., 2022) replaces ``layer4``. A softmax gate picks the most probable expert, whose output is
+multiplied by its probability, and a loss term balances the experts. With one ``active`` expert an image costs at
+inference what it costs in the plain net. With all experts active the mixture is dense.
 
-Legend: B batch, E experts, A active ones, C channels, H W pixels.
+Legend: B batch, E experts, C channels, H W pixels.
 """
 
 from functools import reduce
@@ -15,32 +15,36 @@ from torch import Tensor, nn
 
 from fr_core.nets.iresnet import Stage, draw_convolutions, make_stage
 
-GATE_STD = 0.01  # nearly equal chances at first
+GATE_STD = 0.01  # of the gate's initial weights: all experts start nearly equally probable
 
 
 class Mixture(nn.Module):
-    """Stages that share an input, of which each image uses ``active``.
+    """Stages with one input, the experts; each image uses ``active`` of them.
 
-    In training every expert sees every image: its batch norm has whole batches to look at, shapes are fixed, and on
-    every rank each expert has a gradient, of zero where no image chose it. At inference it sees its own images only.
+    In training every expert sees every image. So its batch norm sees whole batches and shapes are fixed. Each expert
+    also has a gradient on every rank, which is zero if no image chose the expert. At inference an expert sees only
+    the images that chose it.
 
     Args:
-        first: the plain net's last stage, as the first expert; the others are drawn.
-        inputs: C before, ``outputs`` after the stage.
+        first: Last stage of the plain net, which becomes the first expert; the other experts are drawn.
+        inputs, outputs: Channels before and after the stage.
+        experts: E.
+        active: Experts that each image uses.
     """
 
     def __init__(self, first: Stage, inputs: int, outputs: int, experts: int, active: int) -> None:
         super().__init__()
         self.active = active
-        self.norm = nn.BatchNorm1d(inputs)  # the trunk's sums have no scale of their own
+        self.norm = nn.BatchNorm1d(inputs)  # the trunk's residual sums have no fixed scale
         self.gate = nn.Linear(inputs, experts)
         nn.init.normal_(self.gate.weight, 0, GATE_STD)
         nn.init.zeros_(self.gate.bias)
         self.experts = nn.ModuleList([first, *(make_stage(inputs, outputs, len(first)) for _ in range(experts - 1))])
         draw_convolutions(self.experts[1:])
-        self.balance = torch.ones(())  # of the last batch in training, with its gradient
+        self.balance = torch.ones(())  # load-balance term of the last training batch, with its gradient
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the sum of the chosen experts' outputs, each times its probability."""
         with torch.autocast(x_BCHW.device.type, enabled=False):
             probability_BE = self.gate(self.norm(x_BCHW.float().mean((2, 3)))).softmax(1)
         chosen_BE = torch.zeros_like(probability_BE).scatter(1, probability_BE.topk(self.active, 1).indices, 1)
@@ -48,17 +52,19 @@ class Mixture(nn.Module):
         if self.training:
             self.balance = load_balance(probability_BE, chosen_BE)
         if self.training or torch.compiler.is_exporting():  # a file's shapes cannot depend on the images
-            return reduce(torch.add, (by_image(weight_BE[:, e], f(x_BCHW)) for e, f in enumerate(self.experts)))
-        rows = [chosen_B.nonzero()[:, 0] for chosen_B in chosen_BE.T]
-        parts = [by_image(weight_BE[own, e], self.experts[e](x_BCHW[own])) for e, own in enumerate(rows)]
-        out = torch.cat(parts)
-        return out.new_zeros(len(x_BCHW), *out.shape[1:]).index_add(0, torch.cat(rows), out)
+            weighted = (_weighted(weight_BE[:, e], expert(x_BCHW)) for e, expert in enumerate(self.experts))
+            return reduce(torch.add, weighted)
+        images = [chosen_B.nonzero()[:, 0] for chosen_B in chosen_BE.T]  # of each expert
+        outputs = [_weighted(weight_BE[own, e], self.experts[e](x_BCHW[own])) for e, own in enumerate(images)]
+        out = torch.cat(outputs)
+        return out.new_zeros(len(x_BCHW), *out.shape[1:]).index_add(0, torch.cat(images), out)
 
     def from_plain(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A plain net's weights as those of the net with this mixture; a mixture's own stay as they are.
+        """Turn a plain net's weights into weights of the net with this mixture; return a mixture's weights unchanged.
 
-        Every expert starts as the plain net's last stage, the gate as it is here (Komatsuzaki et al., "Sparse
-        Upcycling", 2023). The norm behind it learns that the sum of the active experts' chances is no longer 1.
+        Every expert starts as the plain net's last stage, and the gate keeps its initial weights (Komatsuzaki et al.,
+        "Sparse Upcycling", 2023). The statistics of the norm behind the mixture are scaled, since the probabilities
+        of the active experts no longer sum to 1.
         """
         if any(name.startswith("layer4.experts.") for name in state):
             return state
@@ -72,20 +78,26 @@ class Mixture(nn.Module):
 
 
 def take_balance(net: nn.Module) -> Tensor:
-    """The load-balance term of a net's last batch in training: a scalar with gradient, which the net then forgets."""
+    """Return the load-balance term of a net's last training batch, and drop its graph from the net.
+
+    Returns:
+        A scalar with gradient.
+    """
     mixture = next(module for module in net.modules() if isinstance(module, Mixture))
     balance, mixture.balance = mixture.balance, mixture.balance.detach()
     return balance
 
 
 def load_balance(probability_BE: Tensor, chosen_BE: Tensor) -> Tensor:
-    """E·Σ_e f_e·P_e, with f_e the share of choices that fell on e and P_e its mean probability; 1 when balanced.
+    """Return E·Σ_e f_e·P_e, where f_e is the share of choices of expert e and P_e its mean probability.
 
-    Switch Transformer, equations 4 to 6; the gradient comes through P alone.
+    The term is 1 for balanced experts. It is equations 4 to 6 of Switch Transformer; the gradient flows through P
+    alone.
     """
     share_E = chosen_BE.mean(0) / chosen_BE.sum(1).mean()
     return chosen_BE.shape[1] * (share_E * probability_BE.mean(0)).sum()
 
 
-def by_image(weight_B: Tensor, x_BCHW: Tensor) -> Tensor:
+def _weighted(weight_B: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Multiply each image by its weight."""
     return weight_B[:, None, None, None] * x_BCHW

@@ -1,8 +1,8 @@
-"""A backbone as an ONNX file: any runtime runs it, and ONNX Runtime opens it here again.
+"""A backbone as an ONNX file, for any runtime; here ONNX Runtime opens it.
 
-The file holds the folded net in float32, or a quantised net's integers (:mod:`fr_core.nets.qdq`). Its input is
-``x_BCHW`` [B, 3, size, size], normalised pixels, its output ``embeddings_BD`` [B, D], not L2-normalised, for any B;
-what else one must know is in its metadata (:class:`Facts`). Weights beyond 1.5 GiB lie beside it in
+The file holds the folded net in float32, or a quantised net's integers (:mod:`fr_core.nets.qdq`). The input
+``x_BCHW`` [B, 3, size, size] has normalised pixels. The output ``embeddings_BD`` [B, D] is not L2-normalised. B is
+any number. The metadata (:class:`Facts`) says how to use the file. More than 1.5 GiB of weights go to a second file,
 ``FILE.onnx.data``, since protobuf ends at 2 GiB.
 
 Legend: B batch, C channels, H W pixels, D embedding.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.names import weights_name
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install 'bigface[export]'"
-WHOLE = 3 * 2**29  # bytes of weights that lie in the file itself
+WHOLE = 3 * 2**29  # most bytes of weights that the file itself holds
 
 
 class Facts(BaseModel):
-    """The file's metadata, where all values are strings."""
+    """Metadata of an ONNX file, which stores all values as strings."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -45,67 +46,73 @@ class Facts(BaseModel):
     embedding: int = Field(ge=1)
     normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
     channels: Literal["RGB"] = "RGB"
-    # Of a quantised net; its integers lie in bytes all the same.
+    net: str | None = None  # name of the net; older files have none
+    # Files of quantised nets have the bits of their codes, which are stored in bytes whatever their number of bits.
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     activation_bits: int | None = Field(default=None, ge=2, le=8)
-    threshold: float | None = Field(None, ge=-1, le=1)  # cosine of flip-summed embeddings from which two are the same
+    threshold: float | None = Field(None, ge=-1, le=1)  # least cosine of flip-summed embeddings that is a match
 
 
 class OnnxNet(Backbone):
-    """A net in ONNX Runtime, on the CPU; its weights are not PyTorch's and get no gradient."""
+    """A net in ONNX Runtime on the CPU. It has no PyTorch parameters and passes no gradient."""
 
     def __init__(self, session: "InferenceSession", facts: Facts, checksum: str) -> None:
         super().__init__()
-        self.session, self.checksum, self.threshold = session, checksum, facts.threshold
+        self.session, self.checksum = session, checksum
+        self.name, self.threshold = facts.net, facts.threshold
         self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        """Map normalised pixels [B, 3, H, W] to embeddings float32 [B, D], not L2-normalised."""
         (embeddings_BD,) = self.session.run([OUTPUT], {INPUT: x_BCHW.float().contiguous().numpy(force=True)})
         return torch.from_numpy(embeddings_BD).to(x_BCHW.device)
 
 
 def installed() -> bool:
-    """Whether the packages of ``bigface[export]`` are there."""
+    """Return whether the packages of ``bigface[export]`` are installed."""
     return all(find_spec(name) for name in PACKAGES)
 
 
 def write_onnx(net: Backbone, path: Path, threshold: float | None = None, plain: bool = False) -> None:
-    """Writes a net as ``path``, with ``path.data`` beside it where the weights are large.
+    """Write a net as ``path``, with ``path.data`` beside it if the weights are large.
 
     Args:
-        net: on the CPU, as :func:`fr_core.nets.fold_bn.folded` makes it.
-        threshold: of its training run, if it measured one.
-        plain: leave a float net's PReLU as PyTorch exports it, to measure against.
+        net: Net on the CPU, as :func:`fr_core.nets.fold_bn.folded` returns it.
+        path: ONNX file to write.
+        threshold: Cosine that the training run measured as the best threshold, if it did.
+        plain: Keep PyTorch's own export of a float net's PReLU. ``bench`` compares it with the faster form.
 
     Raises:
-        UserError: the packages for it are not installed, or a quantised net that integer kernels do not run.
-        OSError: the path cannot be written.
+        UserError: Packages are not installed, or integer kernels do not run this quantised net.
+        OSError: The path cannot be written.
     """
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
     if not net.in_integers:
-        _write_float(net, path, _facts(net, threshold), plain)
+        _write_float(net, path, _facts(net, weights_name(net.state_dict()), threshold), plain)
     else:
         from fr_core.nets.qdq import Quantised, qdq_model
 
         assert isinstance(net, Quantised)
         bits = {"weight_bits": str(net.weights), "activation_bits": str(net.activations)}
         model = qdq_model(net, INPUT, OUTPUT)
-        for key, value in (_facts(net, threshold) | bits).items():
+        for key, value in (_facts(net, net.name, threshold) | bits).items():
             model.metadata_props.add(key=key, value=value)
         path.write_bytes(model.SerializeToString())
 
 
-def _facts(net: Backbone, threshold: float | None) -> dict[str, str]:
-    facts = Facts(input_size=net.input_size, input_std=net.input_std, embedding=net.embedding, threshold=threshold)
-    return {name: str(value) for name, value in facts.model_dump(exclude_none=True).items()}
+def _facts(net: Backbone, name: str | None, threshold: float | None) -> dict[str, str]:
+    """Return the metadata that every file has."""
+    sizes = {"input_size": net.input_size, "input_std": net.input_std, "embedding": net.embedding}
+    facts = Facts.model_validate(sizes | {"net": name, "threshold": threshold})
+    return {key: str(value) for key, value in facts.model_dump(exclude_none=True).items()}
 
 
 def _write_float(net: Backbone, path: Path, facts: dict[str, str], plain: bool) -> None:
+    """Export a float net with PyTorch's exporter."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # a single one would be taken for a constant
+    x_BCHW = torch.zeros(2, 3, net.input_size, net.input_size)  # the exporter takes a batch of 1 for a constant
     with _quietly():
         program = torch.onnx.export(
             net,
@@ -118,14 +125,17 @@ def _write_float(net: Backbone, path: Path, facts: dict[str, str], plain: bool) 
             verbose=False,
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # traces of this machine's source files
+    ClearMetadataAndDocStringPass()(program.model)  # it holds paths of this machine's source files
     program.model.metadata_props.update(facts)
     weights = sum(parameter.nbytes for parameter in net.parameters())
     program.save(path, external_data=weights > WHOLE)
 
 
 def _prelu(x_BCHW: Any, slope_C: Any) -> Any:
-    """slope·x + (1 − slope)·max(x, 0): ONNX Runtime has a slow PRelu, and fuses these with the convolutions around."""
+    """Return slope·x + (1 − slope)·max(x, 0), a PReLU.
+
+    ONNX Runtime's own PRelu is slow. It fuses these operators with the convolutions around them.
+    """
     from onnxscript import opset18
 
     op: Any = opset18
@@ -135,10 +145,11 @@ def _prelu(x_BCHW: Any, slope_C: Any) -> Any:
 
 
 def open_onnx(path: Path) -> OnnxNet:
-    """Opens a file that :func:`write_onnx` wrote. It reads nothing but that file and ``path.data``.
+    """Open a file that :func:`write_onnx` wrote. Only this file and ``path.data`` are ever read.
 
     Raises:
-        UserError: unreadable, damaged, another kind of model, other files wanted, or ONNX Runtime not installed.
+        UserError: The file is unreadable, damaged, of another kind or refers to other files, or packages are not
+            installed.
     """
     if not installed():
         raise UserError(f"{path}: ONNX files need: {INSTALL}")
@@ -154,41 +165,41 @@ def open_onnx(path: Path) -> OnnxNet:
         facts = Facts.model_validate({entry.key: entry.value for entry in model.metadata_props})
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise UserError(f"{path}: no net of bigface export: metadata {wrong['loc'][0]}: {wrong['msg']}") from None
+        raise UserError(f"{path}: not written by bigface export: metadata {wrong['loc'][0]}: {wrong['msg']}") from None
     files = [path, *_external_files(model, path)]
     del model
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.log_severity_level = 4  # what is wrong is raised, too
+    options.log_severity_level = 4  # errors are raised as exceptions too
     if saturates(facts.weight_bits):
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no class in common
+    except Exception as error:  # ONNX Runtime's errors share no other base class
         raise UserError(f"{path}: not a model that ONNX Runtime opens: {_line(error)}") from None
     size = facts.input_size
     wanted = [(INPUT, "tensor(float)", [None, 3, size, size]), (OUTPUT, "tensor(float)", [None, facts.embedding])]
     ends = [*session.get_inputs(), *session.get_outputs()]
     found = [(end.name, end.type, [side if isinstance(side, int) else None for side in end.shape]) for end in ends]
     if found != wanted:
-        raise UserError(f"{path}: no net of bigface export: it maps {found}, not {wanted}")
+        raise UserError(f"{path}: not written by bigface export: it maps {found}, not {wanted}")
     return OnnxNet(session, facts, _checksum(files))
 
 
 def saturates(weight_bits: int | None) -> bool:
-    """Whether this machine's fastest kernels would clip sums of two products of codes, and slower ones must run.
+    """Return whether this machine's fastest kernels would clip sums of products, so that slower ones must run.
 
-    x86 without VNNI holds such sums in 16 bits: two products of 255 · 63 fit, two of 255 · 127 do not. Elsewhere ONNX
-    Runtime ignores what this decides.
+    x86 without VNNI adds two products of codes in 16 bits. Two products of 255 · 63 fit, two of 255 · 127 do not. On
+    other processors ONNX Runtime ignores the option that depends on this.
     """
     return weight_bits == 8 and not torch.cpu._is_vnni_supported()
 
 
 def _external_files(model: "ModelProto", path: Path) -> list[Path]:
-    """The file beside the model that holds weights of it, if any do.
+    """Return the file beside the model that holds weights, if there is one.
 
     Raises:
-        UserError: it is not there, or the model wants others.
+        UserError: The file is missing, or the model refers to other files.
     """
     import onnx
 
@@ -201,14 +212,14 @@ def _external_files(model: "ModelProto", path: Path) -> list[Path]:
         if entry.key == "location"
     }
     if wanted - {data.name}:
-        raise UserError(f"{path}: refused, since it reads other files than {data.name}: {sorted(wanted - {data.name})}")
+        raise UserError(f"{path}: refused: it reads other files than {data.name}: {sorted(wanted - {data.name})}")
     if wanted and (data.is_symlink() or not data.is_file()):
-        raise UserError(f"{path}: its weights are in {data.name}, which must lie beside it on a local disk")
+        raise UserError(f"{path}: its weights are in {data.name}: put that file beside it on a local disk")
     return [data] if wanted else []
 
 
 def _tensors(message: "Message") -> Iterator["TensorProto"]:
-    """Every TensorProto in a protobuf message, however deep."""
+    """Yield every TensorProto in a protobuf message at any depth."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -219,6 +230,7 @@ def _tensors(message: "Message") -> Iterator["TensorProto"]:
 
 
 def _checksum(files: list[Path]) -> str:
+    """Return a checksum of the contents of files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -228,7 +240,7 @@ def _checksum(files: list[Path]) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's word on torchvision, which is not needed, and on its own deprecations."""
+    """Silence the exporter's warnings: it misses torchvision, which is not needed, and deprecates its own parts."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -240,4 +252,5 @@ def _quietly() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
+    """Return the first line of an error."""
     return str(error).strip().partition("\n")[0]

@@ -1,6 +1,6 @@
-"""Opens any backbone (a run, a checkpoint, bare weights with a net's name, ONNX) as a callable; heads are never needed.
+"""Opens any backbone: a run, a checkpoint, bare weights with the name of their net, or an ONNX file.
 
-Legend: N images, B batch, C channels, H W pixels, D embedding.
+No head is needed. Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
 
 import json
@@ -25,12 +25,13 @@ from fr_core.nets.checkpoint_files import find_checkpoint, weights_file
 from fr_core.nets.iresnet import IResNet, Stage
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
+from fr_core.nets.names import NAMES, article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 from fr_core.nets.verifications import verification_of
 
 
 def build_net(config: Net) -> Backbone:
-    """An untrained backbone."""
+    """Build the untrained backbone of a section."""
     match config:
         case MoENet():
             net = build_residual(config)
@@ -48,7 +49,7 @@ def build_net(config: Net) -> Backbone:
 
 
 def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
-    """A net that can be quantised and pruned."""
+    """Build an untrained net of a kind that can be quantised and pruned."""
     match config:
         case IResNetNet():
             return build_residual(config)
@@ -59,23 +60,24 @@ def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFa
 
 
 def build_residual(config: Residual) -> IResNet:
+    """Build the untrained IR-ResNet of a section, for a mixture of experts its plain net."""
     sizes = (config.stem_stride, config.input_size, config.embedding, config.dropout)
     return IResNet(config.depth, config.channels, *sizes)
 
 
 def on_device(net: Backbone, device: torch.device) -> Backbone:
-    """Moves a net; channels last is the order in which bf16 convolutions run fastest."""
+    """Move a net to a device, in channels-last order, in which bf16 convolutions run fastest."""
     return net.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
 
 
 def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
-    """uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels last in memory."""
+    """Return uint8 RGB [B, H, W, 3] as float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels-last."""
     return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
 
 
 @dataclass
 class Recogniser:
-    """A backbone ready for use, in eval mode."""
+    """A backbone in eval mode, ready to embed images."""
 
     net: Backbone | OnnxNet
     device: torch.device
@@ -92,19 +94,20 @@ class Recogniser:
         progress: Callable[[int], None] | None = None,
         normalise: bool = True,
     ) -> np.ndarray:
-        """Embeddings of aligned face crops.
+        """Return the embeddings of aligned face crops.
 
         Args:
-            images_NHWC: uint8 [N, H, W, 3], RGB, any size (resized to the net's).
-            flip: add the embedding of the mirrored image, as the verification protocols do.
-            progress: called with the number of images after each batch.
-            normalise: to length 1; template protocols want the lengths kept.
+            images_NHWC: uint8 [N, H, W, 3], RGB, of any size; they are resized to the net's input.
+            flip: Add the embedding of the mirrored image, as verification protocols do.
+            batch: Images in one forward pass.
+            progress: Function that is called with the number of images after each batch.
+            normalise: Scale embeddings to length 1. Template protocols need the original lengths.
 
         Returns:
             float32 [N, D].
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: The images have another shape or dtype.
         """
         images_NHWC = np.asarray(images_NHWC)
         if images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3 or images_NHWC.dtype != np.uint8:
@@ -124,22 +127,25 @@ class Recogniser:
 
 
 def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | None = None) -> Recogniser:
-    """Opens a backbone.
+    """Open a backbone.
 
     Args:
-        ref: a run's folder, a checkpoint's folder, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``
-            (it runs on the CPU); local, or at a URL.
-        net: for bare weights that do not say it themselves (those of a checkpoint do): ``mobilefacenet``, or
-            ``iresnetDEPTH`` such as ``iresnet50`` (widths, input size and embedding are read off the weights).
+        ref: Folder of a run or of a checkpoint, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``,
+            which runs on the CPU. Local path or URL.
+        net: Name of the net for bare weights: ``mobilefacenet`` or ``iresnetDEPTH``, such as ``iresnet50``. Widths,
+            input size and embedding are read off the weights. Every other ``ref`` names its net itself; then this
+            name must agree.
+        device: Device of the net; None: :func:`fr_core.device.default_device`.
 
     Raises:
-        UserError: nothing there, damaged, weights that do not fit the net, or no net named.
+        UserError: Nothing is there, files are damaged, weights do not fit the net, or ``net`` is missing or wrong.
     """
     device = device or default_device()
     path = to_path(ref)
     if path.is_file() and path.name.endswith(".onnx"):
         with local_copy(path) as local:
             onnx_net = open_onnx(local)
+        refuse_other_net(path, net, onnx_net.name)
         return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
     if path.is_dir():
         folder = find_checkpoint(path)
@@ -148,7 +154,8 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
     elif path.is_file():
         config, weights, checkpoint, threshold = _bare_config(path, net), path, None, None
     else:
-        raise UserError(f"{path}: no such run, checkpoint or weights file")
+        raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
+    refuse_other_net(path, net, config_name(config))
     module = build_net(config)
     load_weights(module, weights)
     on_device(module, device).eval().requires_grad_(False)
@@ -156,10 +163,10 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
 
 
 def read_weights(path: AnyPath) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; the published MobileFaceNet's names are mapped to ours.
+    """Read the tensors of a safetensors file; names of the published MobileFaceNet become the names used here.
 
     Raises:
-        UserError: unreadable or not safetensors.
+        UserError: The file is unreadable or not in the safetensors format.
     """
     try:
         with local_copy(path) as file:
@@ -170,10 +177,10 @@ def read_weights(path: AnyPath) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, path: AnyPath) -> None:
-    """Puts the weights of a file into a net; a mixture of experts takes those of the plain net too.
+    """Load the weights of a file into a net. A mixture of experts also takes the weights of its plain net.
 
     Raises:
-        UserError: they are those of another net.
+        UserError: The weights belong to another net.
     """
     state = read_weights(path)
     if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
@@ -186,10 +193,10 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
 
 
 def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:
-    """The float net of a section, with the weights of a run, a checkpoint or a file.
+    """Build the float net of a section, with the weights of a run, a checkpoint or a file.
 
     Raises:
-        UserError: no such weights, or weights of another net.
+        UserError: The weights do not exist, or belong to another net.
     """
     net = build_float_net(config)
     load_weights(net, weights_file(ref))
@@ -197,37 +204,67 @@ def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | Mob
 
 
 def _net_config(checkpoint: AnyPath) -> Net:
+    """Read the section ``net`` of a checkpoint."""
     try:
         tree = json.loads((checkpoint / "checkpoint.json").read_text())
         return TypeAdapter(Net).validate_python(tree["config"]["net"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{checkpoint}: damaged checkpoint.json: {type(error).__name__}") from None
+        raise UserError(
+            f"{checkpoint}: damaged checkpoint.json ({type(error).__name__}): give an older checkpoint of the run"
+        ) from None
 
 
 def _bare_config(path: AnyPath, net: str | None) -> Net:
-    name = (net or "").lower()
+    """Return the section of a weights file: its metadata, or what ``net`` and the shapes of its tensors tell."""
     with local_copy(path) as local:
         state = read_weights(local)
         with safe_open(local, "pt") as file:
-            told = (file.metadata() or {}).get("net")
+            section = (file.metadata() or {}).get("net")
+    try:
+        if section:
+            return TypeAdapter(Net).validate_json(section)
+        return _config_by_shapes(_bare_name(path, state, net), state)
+    except (KeyError, IndexError, ValueError, ValidationError):
+        raise UserError(
+            f"{path}: its metadata or shapes are not those of {article(net or 'net')}: give another file"
+        ) from None
+
+
+def _bare_name(path: AnyPath, state: dict[str, Tensor], net: str | None) -> str:
+    """Return the name of the net that bare weights belong to, if ``--net`` says the same.
+
+    Raises:
+        UserError: The user gave no name or another one, or no net here has such tensors.
+    """
+    actual = weights_name(state)
+    mend = "open its run or checkpoint instead, which says more of the net"
+    if actual is None:
+        mend = f"give weights of one of {', '.join(NAMES)}"
+    elif actual in NAMES:
+        mend = f"give --net {actual}"
+    content = article(actual or "net that bigface does not know")
+    if net is None:
+        raise UserError(f"{path}: bare weights need --net; the file holds {content}: {mend}")
+    name = parse_name(net)
+    if name != actual:
+        raise UserError(f"{path} holds {content}, not {article(name)}: {mend}")
+    return name
+
+
+def _config_by_shapes(name: str, state: dict[str, Tensor]) -> Net:
+    """Return the section of a named net with the widths, the input size and the embedding of its weights."""
 
     def channels(layer: str) -> int:
         return state[f"{layer}.weight"].shape[0]
 
-    try:
-        if told:
-            return TypeAdapter(Net).validate_json(told)
-        if name == "mobilefacenet":
-            sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
-            return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
-        if name.startswith("iresnet"):
-            widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
-            side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
-            sizes = {"input_size": 16 * side, "embedding": channels("fc")}
-            return IResNetNet.model_validate(sizes | {"depth": int(name[7:]), "widths": widths})
-    except (KeyError, IndexError, ValueError, ValidationError):
-        raise UserError(f"{path}: the weights are not those of {net}") from None
-    raise UserError(f"{path}: bare weights need --net mobilefacenet or --net iresnetDEPTH, such as iresnet50")
+    if name == "mobilefacenet":
+        sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
+        return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
+    widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
+    side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
+    sizes = {"input_size": 16 * side, "embedding": channels("fc")}
+    depth = int(name.removeprefix("iresnet"))
+    return IResNetNet.model_validate(sizes | {"depth": depth, "widths": widths})
 
 
 def _threshold(checkpoint: AnyPath) -> float | None:

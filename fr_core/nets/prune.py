@@ -1,9 +1,9 @@
-"""Structural pruning: the same net with fewer channels (METHODS §6).
+"""Structural pruning: the same net with fewer channels.
 
-Channels that depend on each other (a convolution's outputs, their batch norm and PReLU, what they are added to, the
-inputs of the layers that read them) go together, as DepGraph finds them (Fang et al., "DepGraph: Towards Any Structural
-Pruning", 2023). What is left is a plain net of other ``widths``, whose batch norm still has the old statistics: it
-wants fine-tuning.
+DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023) finds the channels that depend on each other.
+Such a group has a convolution's output, its batch norm and PReLU, and the inputs of the layers that read it. It also
+has the other summands of a residual block. A group is pruned as a whole. The result is a plain net of other
+``widths``. Its batch norms have the old statistics, so it needs fine-tuning.
 """
 
 import copy
@@ -18,28 +18,29 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.open import build_float_net
 
-FEWEST = 8  # channels
-STAGES = {"iresnet": (1, 1, 1, 1), "mobilefacenet": (3, 2, 4)}  # how many of the net's widths belong to each
+FEWEST = 8  # channels that pruning leaves in a layer, at least
+STAGES = {"iresnet": (1, 1, 1, 1), "mobilefacenet": (3, 2, 4)}  # kind -> number of ``widths`` in each stage
 
 
 def narrower(config: Net, ratios: Sequence[float], round_to: int = 1) -> IResNetNet | MobileFaceNetNet:
-    """The section of a net without a share of its channels.
+    """Return the section of a net without a share of its channels.
 
-    A width becomes ⌊width·(1 − ratio)⌋, or the next multiple of ``round_to`` below. A fifth of IR-ResNet's 64, 128,
-    256, 512 leaves 51, 102, 204, 409, and 17.39, 23.83 and 29.83 million parameters at depth 18, 34 and 50: all that
-    the net has (convolutions, the last linear layer, slopes, gains and biases of norms), running statistics not
-    counted.
+    A width becomes ⌊width·(1 − ratio)⌋, rounded down to a multiple of ``round_to``. A ratio of 0.2 turns IR-ResNet's
+    64, 128, 256, 512 into 51, 102, 204, 409. Then 17.39, 23.83 and 29.83 million parameters are left at depth 18, 34
+    and 50. The count includes convolutions, the last linear layer, slopes, gains and biases, not running statistics.
 
     Args:
-        ratios: share of the channels to drop, one for all stages or one for each. The stem counts to the first stage,
-            what follows the stages to the last.
+        config: Section of the whole net.
+        ratios: Share of the channels to drop, one for all stages or one for each. The stem belongs to the first
+            stage, the layers after the stages to the last.
+        round_to: Divisor of all new widths.
 
     Raises:
-        UserError: another kind of net, a ratio that is not from 0 to below 1, ratios that are all 0, another number
-            of them, or fewer than 8 channels left.
+        UserError: Nets of this kind cannot be pruned, ratios are outside [0, 1), all 0 or of a wrong number, or fewer
+            than 8 channels would be left.
     """
     if not isinstance(config, IResNetNet | MobileFaceNetNet):
-        raise UserError(f"nets of kind {config.kind} are not pruned, only iresnet and mobilefacenet")
+        raise UserError(f"nets of kind {config.kind} cannot be pruned: give an iresnet or a mobilefacenet")
     stages = STAGES[config.kind]
     if len(ratios) not in (1, len(stages)):
         raise UserError(f"ratio: {len(ratios)} given; {config.kind} takes one, or one for each of {len(stages)} stages")
@@ -60,18 +61,19 @@ def narrower(config: Net, ratios: Sequence[float], round_to: int = 1) -> IResNet
 def pruned(
     net: IResNet | MobileFaceNet, config: IResNetNet | MobileFaceNetNet, importance: str = "l1"
 ) -> IResNet | MobileFaceNet:
-    """A net of the section that :func:`narrower` made, with the most important channels of ``net``.
+    """Return the net of a section by :func:`narrower`, with the most important channels of ``net``.
 
-    A group of channels that go together is worth the mean, over its layers, of what the channel has in each.
+    The importance of a group of channels is the mean of its importance in each layer.
 
     Args:
-        net: stays as it is.
-        importance: ``l1`` or ``l2``, the sum of absolute or squared weights and gains; ``bn``, gains of norms alone
-            (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017). Without a fifth
-            of its channels and before any training, an IR-10 of 84.4 % scored 74.8, 74.7 and 72.8.
+        net: Whole net; it stays as it is.
+        config: Section of the pruned net.
+        importance: ``l1`` or ``l2``, the sum of absolute or squared weights and gains. Or ``bn``, gains of norms alone
+            (Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017). With a ratio of
+            0.2 and before any training, an IR-10 of 84.4 % accuracy scored 74.8, 74.7 and 72.8 %.
 
     Raises:
-        UserError: another importance, or torch-pruning is not installed.
+        UserError: The importance is unknown, or torch-pruning is not installed.
     """
     try:
         import torch_pruning as tp
@@ -84,15 +86,15 @@ def pruned(
         "bn": tp.importance.BNScaleImportance(),
     }
     if importance not in scores:
-        raise UserError(f"importance {importance}: give one of {', '.join(scores)}")
+        raise UserError(f"importance {importance} is unknown: give one of {', '.join(scores)}")
     target = build_float_net(config)
     net = copy.deepcopy(net).cpu().eval().requires_grad_(True)
     images = torch.zeros(1, 3, net.input_size, net.input_size)
-    with torch.enable_grad():  # the graph is autograd's
+    with torch.enable_grad():  # the dependency graph is traced from autograd's graph
         graph = tp.DependencyGraph().build_dependency(net, images)
     names = {module: name for name, module in net.named_modules()}
     groups = list(graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]))
-    worth = [scores[importance](group) for group in groups]  # in the whole net
+    worth = [scores[importance](group) for group in groups]  # before any group is pruned
     for group, worth_C in zip(groups, worth, strict=True):
         conv = target.get_submodule(names[group[0].dep.target.module])
         assert isinstance(conv, nn.Conv2d)

@@ -1,10 +1,11 @@
-"""A quantised net as an ONNX model that runtimes execute with integer kernels (METHODS §6).
+"""A quantised net as an ONNX model that runtimes execute with integer kernels (docs/quantisation.md).
 
-Standard operators alone, opset 19: every layer stands between DequantizeLinear and QuantizeLinear (QDQ), which ONNX
-Runtime turns into QLinearConv, QGemm and QLinearAdd. No runtime has an integer PReLU, and a float one between integer
-convolutions takes longer than they do. So it becomes max(x, slope·x), which it is for slopes up to 1: the product is a
-depthwise 1×1 convolution, and the greater code is that of the greater value. Codes lie in uint8 always; those of fewer
-bits end at a minimum.
+The model has standard operators only, of opset 19. Every layer stands between DequantizeLinear and QuantizeLinear
+(QDQ). ONNX Runtime fuses these into QLinearConv, QGemm and QLinearAdd.
+
+No runtime has an integer PReLU, and a float PReLU between integer convolutions takes longer than the convolutions. For
+slopes up to 1 a PReLU is max(x, slope·x). The product becomes a depthwise 1×1 convolution, and the maximum is taken
+of codes, which have the order of their values. Codes always have type uint8; with fewer bits a Min caps them.
 
 Legend: B batch, C channels, I O input and output channels, H W pixels, D embedding.
 """
@@ -27,7 +28,7 @@ OPSET, IR_VERSION = 19, 9
 
 @dataclass(frozen=True)
 class Codes:
-    """uint8 values in the graph: value = (code − zero_point) · scale."""
+    """A uint8 tensor of codes in the graph: value = (code − zero_point) · scale."""
 
     name: str
     scale: np.float32
@@ -36,49 +37,56 @@ class Codes:
 
 @dataclass
 class Graph:
-    """Nodes, and constants of which equal ones are one; names are short, since they are much of a small net's file."""
+    """Nodes and constants of a model. Equal constants are stored once. Names are short to keep files small."""
 
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[tuple[object, ...], TensorProto] = field(default_factory=dict)
-    floats: dict[str, str] = field(default_factory=dict)  # codes -> their values
+    floats: dict[str, str] = field(default_factory=dict)  # name of codes -> name of their dequantised values
 
     def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; return the name of its output."""
         output = f"n{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
-    def constant(self, given: ArrayLike) -> str:
-        """The name of a constant. int8 ones stay apart: x64quantprecision changes each where it stands, but once."""
-        value = np.asarray(given)
-        alone = len(self.constants) if value.dtype == np.int8 else None
-        key = (value.dtype, value.shape, value.tobytes(), alone)
+    def constant(self, array: ArrayLike) -> str:
+        """Add a constant, or find an equal one; return its name.
+
+        int8 constants are never shared: ONNX Runtime's x64quantprecision rewrites each in place, and expects one use.
+        """
+        value = np.asarray(array)
+        unshared = len(self.constants) if value.dtype == np.int8 else None
+        key = (value.dtype, value.shape, value.tobytes(), unshared)
         name = f"c{len(self.constants)}"
         return self.constants.setdefault(key, numpy_helper.from_array(value, name)).name
 
     def quantised(self, x: str, quantiser: ActQuant, capped: bool = True) -> Codes:
+        """Quantise float values; ``capped`` limits codes of fewer than 8 bits to their greatest one."""
         scale, zero_point = np.float32(quantiser.scale), np.uint8(quantiser.zero_point)
         name = self.node("QuantizeLinear", x, self.constant(scale), self.constant(zero_point))
         return Codes(self.capped(name, quantiser.bits) if capped else name, scale, zero_point)
 
     def capped(self, codes: str, bits: int) -> str:
+        """Limit codes to 2^bits − 1."""
         return codes if bits == 8 else self.node("Min", codes, self.constant(np.uint8(2**bits - 1)))
 
     def dequantised(self, x: Codes) -> str:
+        """Return the name of the float values of codes."""
         if x.name not in self.floats:
             inputs = (x.name, self.constant(x.scale), self.constant(x.zero_point))
             self.floats[x.name] = self.node("DequantizeLinear", *inputs)
         return self.floats[x.name]
 
     def integers(self, codes: Tensor, scale: Tensor) -> str:
-        """Constant codes, dequantised by a scale for all or for each row."""
-        zero_points = torch.zeros(scale.shape, dtype=codes.dtype)  # x64quantprecision needs them to be there
+        """Add constant codes, dequantised by one scale or by a scale for each row."""
+        zero_points = torch.zeros(scale.shape, dtype=codes.dtype)  # x64quantprecision needs them, though all are 0
         inputs = [self.constant(part.numpy()) for part in (codes, scale, zero_points)]
         return self.node("DequantizeLinear", *inputs, **({"axis": 0} if scale.ndim else {}))
 
     def weighted(
         self, operator: str, x: Codes, layer: QuantConv | QuantLinear, **attributes: int | Sequence[int]
     ) -> str:
-        """A convolution or a linear layer: its float values."""
+        """Add a convolution or a linear layer; return the name of its float output."""
         codes, scale_O, bias_codes = layer.integers()
         weight = self.integers(codes, scale_O)
         bias_O = self.integers(bias_codes, torch.tensor(x.scale) * scale_O)
@@ -86,15 +94,20 @@ class Graph:
 
 
 def qdq_model(net: Quantised, input_name: str, output_name: str) -> ModelProto:
-    """The model of a quantised net on the CPU: float pixels [B, 3, H, W] to float embeddings [B, D], for any B.
+    """Build the model of a quantised net: float pixels [B, 3, H, W] to float embeddings [B, D], for any B.
+
+    Args:
+        net: Net on the CPU.
+        input_name: Name of the pixels in the model.
+        output_name: Name of the embeddings in the model.
 
     Raises:
-        UserError: its scheme is not that of integer kernels.
+        UserError: Integer kernels do not run the net's scheme.
     """
     if net.scheme != "integer":
         raise UserError(
-            f"a net of scheme {net.scheme} cannot be an int8 file: its weights have a zero point for each channel, "
-            'which integer kernels refuse; train it with net.scheme = "integer"'
+            f"a net of scheme {net.scheme} cannot be an int8 file: integer kernels refuse weights with a zero point "
+            'for each channel; train the net with net.scheme = "integer"'
         )
     graph = Graph()
     pixels, *layers, linear = net.layers
@@ -114,23 +127,24 @@ def qdq_model(net: Quantised, input_name: str, output_name: str) -> ModelProto:
 
 
 def _chain(graph: Graph, layers: Iterable[nn.Module], x: Codes) -> Codes:
+    """Add layers one after the other; return the codes of the last output."""
     for layer in layers:
         x = _layer(graph, layer, x)
     return x
 
 
 def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
+    """Add a layer; return the codes of its output."""
     match layer:
         case QuantConv():
-            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer)), layer.leaves())
+            return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer)), layer.output())
         case QuantPReLU():
             return _prelu(graph, layer, x)
         case ResidualPath():
             branch = _chain(graph, layer.branch, x)
             skip = _layer(graph, layer.skip, x) if layer.skip else x
-            return graph.quantised(
-                graph.node("Add", graph.dequantised(branch), graph.dequantised(skip)), layer.add.leaves()
-            )
+            total = graph.node("Add", graph.dequantised(branch), graph.dequantised(skip))
+            return graph.quantised(total, layer.add.output())
         case nn.Flatten():
             return Codes(graph.node("Flatten", x.name), x.scale, x.zero_point)
         case _:
@@ -138,20 +152,22 @@ def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
 
 
 def _prelu(graph: Graph, layer: QuantPReLU, x: Codes) -> Codes:
-    (slope_C, scale), out = layer.int_slope(), layer.leaves()
-    scaled = _scaled(graph, x, slope_C, scale, out)
+    """Add a PReLU as the maximum of x and slope·x, both in codes of the PReLU's output."""
+    (slope_C, scale), out = layer.int_slope(), layer.output()
+    product = _scaled(graph, x, slope_C, scale, out)
     same = x if layer.own is None else _scaled(graph, x, torch.ones_like(slope_C), torch.ones(()), out)
-    greater = graph.node("Max", same.name, scaled.name)
-    return Codes(graph.capped(greater, out.bits), scaled.scale, scaled.zero_point)
+    greater = graph.node("Max", same.name, product.name)
+    return Codes(graph.capped(greater, out.bits), product.scale, product.zero_point)
 
 
 def _scaled(graph: Graph, x: Codes, factor_C: Tensor, scale: Tensor, quantiser: ActQuant) -> Codes:
-    """Every channel times a factor of its own, not capped."""
+    """Multiply each channel by a factor; the codes are not capped."""
     weight_C111 = graph.integers(factor_C.view(-1, 1, 1, 1), scale)
     product = graph.node("Conv", graph.dequantised(x), weight_C111, kernel_shape=[1, 1], group=len(factor_C))
     return graph.quantised(product, quantiser, capped=False)
 
 
 def _geometry(layer: QuantConv) -> dict[str, int | Sequence[int]]:
+    """Return the attributes of a Conv node."""
     conv = layer.layer
     return {"kernel_shape": conv.kernel_size, "strides": conv.stride, "pads": conv.padding * 2, "group": conv.groups}

@@ -1,16 +1,20 @@
-"""Quantised nets: integer arithmetic, simulated in floating point so that it can be trained (METHODS §6).
+"""Quantised nets: integer arithmetic, simulated in floating point so that it can be trained.
 
-A net's batch norm is folded first. Then every layer's weights lie on a grid of ``weights`` bits, and what layers read
-on one of ``activations`` bits; rounding passes gradients straight through, clipping stops them. What a convolution
-leaves before a PReLU or an addition has 8 bits whatever the rest has: integer kernels hold it so. The pixels have 8
-bits too, the embedding is float.
+docs/quantisation.md explains the integers, docs/methods/quantface.md the training (Ef-QuantFace).
 
-Scheme ``integer`` is what integer kernels run, and in eval mode the net computes what they do: sums of products of
-codes, a float32 factor, rounding. It must: where one code falls on the other side of a half, the layers after it make
-of that, in the end, an error as large as quantisation's own. Weights are symmetric per output channel (their range is
-that of the moment), activations asymmetric per tensor (their range is measured once, ``fr_core/nets/calibration.py``).
-Scheme ``quantface`` is the paper's simulation: asymmetric weights; batch norm, shortcuts and what is left before a
-PReLU or an addition in float.
+The batch norms of a net are folded first. Then the weights of every layer lie on a grid of ``weights`` bits, and the
+inputs of every layer on a grid of ``activations`` bits. Rounding passes gradients straight through, clipping stops
+them. The output of a convolution before a PReLU or an addition always has 8 bits, since integer kernels store it so.
+The pixels have 8 bits too, and the embedding is float.
+
+Scheme ``integer`` is what integer kernels run. In eval mode the net computes exactly what they do: sums of products
+of codes, times a float32 factor, rounded. Only equal arithmetic gives equal embeddings. One code that is rounded the
+other way grows, layer by layer, to an error as large as quantisation's own. Weights are symmetric per output channel,
+and their range follows them in training. Activations are asymmetric per tensor, and their range is measured once
+(``fr_core/nets/calibration.py``).
+
+Scheme ``quantface`` is the simulation of QuantFace (Boutros et al., 2022), with asymmetric weights. Batch norms,
+shortcuts and the outputs of convolutions before a PReLU or an addition stay in float.
 
 Legend: B batch, C channels, I input and O output channels, H W pixels, D embedding.
 """
@@ -29,6 +33,7 @@ from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import bound_slopes, convolution, folded
 from fr_core.nets.iresnet import IResBlock, IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
+from fr_core.nets.names import weights_name
 from fr_core.nets.prelu import prelu
 
 try:
@@ -37,12 +42,15 @@ try:
 except ImportError:
     raise UserError("quantised nets need: pip install 'bigface[compress]'") from None
 
-LARGEST_BIAS = 2**30  # as a code
-SMALLEST = 1e-8  # scale of nothing but 0
+LARGEST_BIAS = 2**30  # largest code of a bias
+SMALLEST = 1e-8  # least scale; values that are all 0 have it
 
 
 class _OnGrid(torch.autograd.Function):
-    """Clips to low … high, multiples of ``scale``, and rounds to such; the gradient ends where it clips."""
+    """Clip to [low, high] and round to multiples of ``scale``; clipped values pass no gradient.
+
+    Both ``low`` and ``high`` are multiples of ``scale``.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, low: float, high: float) -> Tensor:
@@ -56,7 +64,7 @@ class _OnGrid(torch.autograd.Function):
 
 
 class ActQuant(nn.Module):
-    """Puts activations on a grid of 2^bits values, zero among them.
+    """Quantiser of activations: rounds them to a grid of 2^bits values, one of which is zero.
 
     code = clamp(round(x / scale) + zero_point, 0, 2^bits − 1), halves to even.
     """
@@ -69,54 +77,56 @@ class ActQuant(nn.Module):
         self.bits = bits
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
-        self.observer: Callable[[Tensor], None] | None = None  # sees values, which then pass unchanged
+        self.observer: Callable[[Tensor], None] | None = None  # if set, it sees the values, which pass unchanged
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the nearest values of the grid."""
         if self.observer:
             self.observer(x)
             return x
         most = 2**self.bits - 1
-        if x.device.type == "cpu":  # where PyTorch's operator takes seven times as long
+        if x.device.type == "cpu":  # PyTorch's operator takes seven times as long there
             scale, zero = self.scale.item(), self.zero_point.item()
             return _OnGrid.apply(x.float(), scale, -zero * scale, (most - zero) * scale)
         return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, 0, most)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Of values on the grid: integers in float32, 0 for the value 0."""
+        """Return code − zero_point of values on the grid, as integers in float32."""
         return (x / self.scale).round()
 
-    def of_sums(self, sums: Tensor, unit: Tensor) -> Tensor:
-        """Puts integer ``sums`` of that ``unit`` on the grid, in the arithmetic of integer kernels."""
-        return self.of_codes((sums * (unit / self.scale)).round() + self.zero_point)
+    def from_sums(self, sums: Tensor, unit: Tensor) -> Tensor:
+        """Return the grid's values for integer ``sums`` in units of ``unit``, in the arithmetic of integer kernels."""
+        return self.from_codes((sums * (unit / self.scale)).round() + self.zero_point)
 
-    def of_codes(self, codes: Tensor) -> Tensor:
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, which are clipped to the grid first."""
         return (codes.clamp(0, 2**self.bits - 1) - self.zero_point) * self.scale
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Lets the codes span ``low`` … ``high``, widened to hold 0."""
+        """Set scale and zero point so that the codes span [low, high], widened to hold 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         self.scale.copy_(((high - low) / (2**self.bits - 1)).clamp(min=SMALLEST))
         self.zero_point.copy_((-low / self.scale).round())
 
 
 class IntegerLayer(nn.Module):
-    """A layer that knows the quantisers of what it reads, once it stands in a net of scheme ``integer``."""
+    """A layer of a quantised net. In scheme ``integer`` it knows the quantisers of its inputs."""
 
-    reads: tuple[ActQuant, ...] = ()
-    out: nn.Module  # the quantiser of what it leaves, or in scheme ``quantface`` an identity; the last layer has none
+    inputs: tuple[ActQuant, ...] = ()
+    out: nn.Module  # quantiser of the output, or an identity in scheme ``quantface``; the last layer has none
 
     def exact(self) -> bool:
-        """Whether to compute with integers: not in training, which needs gradients."""
-        return not self.training and bool(self.reads)
+        """Return whether to compute with integers. Training computes with floats, since it needs gradients."""
+        return not self.training and bool(self.inputs)
 
-    def leaves(self) -> ActQuant:
-        """The quantiser of what it leaves, in scheme ``integer``."""
+    def output(self) -> ActQuant:
+        """Return the quantiser of the output in scheme ``integer``."""
         assert isinstance(self.out, ActQuant)
         return self.out
 
 
 class Weighted(IntegerLayer):
-    """A layer with quantised weights: Brevitas's ``layer`` for the float one, with its weights and bias."""
+    """A layer with quantised weights: a Brevitas ``layer`` with the weights and bias of the float layer."""
 
     def __init__(self, layer: qnn.QuantConv2d | qnn.QuantLinear, plain: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
@@ -124,20 +134,26 @@ class Weighted(IntegerLayer):
         self.layer.load_state_dict(plain.state_dict())
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights int8 [O, …], their scale float32 [O], and the bias int32 [O] in units of it times the input's scale.
+        """Return the codes of weights and bias.
 
-        A scale is raised where the bias would not fit: that row is all but 0.
+        The unit of the bias is the weights' scale times the input's scale. Where a bias would not fit, the row's
+        scale is raised; the weights of such a row are nearly 0.
+
+        Returns:
+            Weights int8 [O, …], their scale float32 [O], and the bias int32 [O].
         """
-        (read,), layer, weight = self.reads, self.layer, self.layer.quant_weight()
-        own_O, bias_O = weight.scale.detach().flatten(), layer.bias.detach()
-        scale_O = torch.maximum(own_O, bias_O.abs() / (read.scale * LARGEST_BIAS))
-        ratio_O = (own_O / scale_O).view(-1, *[1] * (layer.weight.ndim - 1))
+        (source,), layer, weight = self.inputs, self.layer, self.layer.quant_weight()
+        weight_scale_O, bias_O = weight.scale.detach().flatten(), layer.bias.detach()
+        least_scale_O = bias_O.abs() / (source.scale * LARGEST_BIAS)
+        scale_O = torch.maximum(weight_scale_O, least_scale_O)
+        ratio_O = (weight_scale_O / scale_O).view(-1, *[1] * (layer.weight.ndim - 1))
         codes = (weight.int().detach() * ratio_O).round().to(torch.int8)
-        return codes, scale_O, (bias_O.double() / (read.scale * scale_O).double()).round().int()
+        bias_codes_O = (bias_O.double() / (source.scale * scale_O).double()).round().int()
+        return codes, scale_O, bias_codes_O
 
 
 class QuantConv(Weighted):
-    """A convolution with quantised weights, and the quantiser of what it leaves."""
+    """A convolution with quantised weights, and the quantiser of its output."""
 
     def __init__(self, conv: nn.Conv2d, config: QuantisedNet, out: nn.Module) -> None:
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
@@ -145,32 +161,38 @@ class QuantConv(Weighted):
         self.out = out
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
+        """Convolve [B, I, H, W] and quantise the output [B, O, H, W]."""
         if not self.exact():
             return self.out(self.layer(x_BIHW))
-        (read,), conv, (weight, scale_O, bias_O) = self.reads, self.layer, self.integers()
-        sums_BOHW = F.conv2d(read.codes(x_BIHW), weight.float(), None, conv.stride, conv.padding, 1, conv.groups)
-        return self.leaves().of_sums(sums_BOHW + bias_O[:, None, None], (read.scale * scale_O)[:, None, None])
+        (source,), conv, (weight, scale_O, bias_O) = self.inputs, self.layer, self.integers()
+        sums_BOHW = F.conv2d(source.codes(x_BIHW), weight.float(), None, conv.stride, conv.padding, 1, conv.groups)
+        return self.output().from_sums(sums_BOHW + bias_O[:, None, None], (source.scale * scale_O)[:, None, None])
 
 
 class QuantLinear(Weighted):
-    """The last layer: quantised weights, float embeddings."""
+    """The last layer, with quantised weights and float embeddings."""
 
     def __init__(self, linear: nn.Linear, config: QuantisedNet) -> None:
         super().__init__(qnn.QuantLinear(linear.in_features, linear.out_features, **_weight_quant(config)), linear)
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        """Return the embeddings float32 [B, D]."""
         if not self.exact():
             with torch.autocast(x_BI.device.type, enabled=False):
                 return self.layer(x_BI.float())
-        (read,), (weight, scale_O, bias_O) = self.reads, self.integers()
-        return (F.linear(read.codes(x_BI), weight.float()) + bias_O) * (read.scale * scale_O)
+        (source,), (weight, scale_O, bias_O) = self.inputs, self.integers()
+        return (F.linear(source.codes(x_BI), weight.float()) + bias_O) * (source.scale * scale_O)
 
 
 class QuantPReLU(IntegerLayer):
-    """PReLU with quantised slopes, symmetric, of one scale, at most 1; and the quantiser of what it leaves.
+    """PReLU with quantised slopes, and the quantiser of its output.
+
+    The codes of slopes are symmetric with one scale for all channels. In scheme ``integer`` slopes are at most 1.
 
     Args:
-        out: None for that of what it reads.
+        prelu: Float layer.
+        config: Section of the net.
+        out: Quantiser of the output; None: the quantiser of the input.
     """
 
     zero_point: Tensor
@@ -184,72 +206,83 @@ class QuantPReLU(IntegerLayer):
         self.own = out
 
     @property
-    def out(self) -> nn.Module:  # type: ignore[override]  # may be that of the layer before
-        return self.own or self.reads[0]
+    def out(self) -> nn.Module:  # type: ignore[override]  # a property here, since the quantiser may be shared
+        """Return the quantiser of the output."""
+        return self.own or self.inputs[0]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Apply the PReLU and quantise the output, shapes [B, C, H, W]."""
         if not self.exact():
             return self.out(prelu(x_BCHW, self._slopes()))
-        (read,), (slope_C, scale) = self.reads, self.int_slope()
-        codes_BCHW, out = read.codes(x_BCHW), self.leaves()
-        scaled_BCHW = out.of_sums(codes_BCHW * slope_C[:, None, None], read.scale * scale)
-        return torch.maximum(out.of_sums(codes_BCHW, read.scale), scaled_BCHW)
+        (source,), (slope_C, scale) = self.inputs, self.int_slope()
+        codes_BCHW, out = source.codes(x_BCHW), self.output()
+        scaled_BCHW = out.from_sums(codes_BCHW * slope_C[:, None, None], source.scale * scale)
+        return torch.maximum(out.from_sums(codes_BCHW, source.scale), scaled_BCHW)
 
     def int_slope(self) -> tuple[Tensor, Tensor]:
-        """int8 [C] and its scale, float32 scalar."""
+        """Return the codes of slopes int8 [C] and their scale, a float32 scalar."""
         slope_C, scale = self._bounded()
         return (slope_C.detach() / scale).round().to(torch.int8), scale
 
     def _slopes(self) -> Tensor:
+        """Return the slopes on their grid, with gradient."""
         slope_C, scale = self._bounded()
         return torch.fake_quantize_per_tensor_affine(slope_C, scale, self.zero_point, -self.most, self.most)
 
     def _bounded(self) -> tuple[Tensor, Tensor]:
-        """Slopes that no rounding brings above 1 in scheme ``integer``, and their scale."""
+        """Return the slopes and their scale; in scheme ``integer`` bounded so that none is rounded above 1."""
         slope_C = self.slope.clamp(max=1) if self.bounded else self.slope
         scale = slope_C.detach().abs().amax().clamp(min=SMALLEST) / self.most
-        return (slope_C.clamp(max=(1 / scale + 1e-3).floor() * scale) if self.bounded else slope_C), scale
+        if self.bounded:
+            largest = (1 / scale + 1e-3).floor() * scale  # greatest value of the grid up to 1
+            slope_C = slope_C.clamp(max=largest)
+        return slope_C, scale
 
 
 class QuantAdd(IntegerLayer):
-    """The sum of a residual block's two ways, and its quantiser."""
+    """The sum of a residual block's branch and shortcut, and the quantiser of the sum."""
 
     def __init__(self, out: nn.Module) -> None:
         super().__init__()
         self.out = out
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        """Add and quantise; in integers with the fused multiply-adds that QLinearAdd computes."""
         if not self.exact():
             return self.out(a_BCHW + b_BCHW)
-        (a, b), out = self.reads, self.leaves()
+        (a, b), out = self.inputs, self.output()
         ratio_a, ratio_b = a.scale / out.scale, b.scale / out.scale
         offset = out.zero_point - _fused(ratio_a, a.zero_point, ratio_b * b.zero_point)
         sum_BCHW = _fused(b.codes(b_BCHW) + b.zero_point, ratio_b, offset)
-        return out.of_codes(_fused(a.codes(a_BCHW) + a.zero_point, ratio_a, sum_BCHW).round())
+        return out.from_codes(_fused(a.codes(a_BCHW) + a.zero_point, ratio_a, sum_BCHW).round())
 
 
 def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a·b + c, rounded to float32 once."""
+    """Return a·b + c, rounded to float32 once."""
     return (a.double() * b.double() + c.double()).float()
 
 
 class ResidualPath(nn.Module):
-    """A residual block: what ``branch`` makes of the input, plus the input itself or what ``skip`` makes of it."""
+    """A residual block: the output of ``branch`` plus the input, or plus the output of ``skip``."""
 
     def __init__(self, branch: nn.Sequential, skip: nn.Module | None, add: QuantAdd) -> None:
         super().__init__()
         self.branch, self.skip, self.add = branch, skip, add
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Map [B, I, H, W] to [B, O, H, W]."""
         return self.add(self.branch(x_BCHW), x_BCHW if self.skip is None else self.skip(x_BCHW))
 
 
 class Quantised(Backbone):
     """A net in integers, from normalised pixels to float embeddings.
 
+    The ranges of activations must be set afterwards, by :func:`fr_core.nets.calibration.calibrate` or from a
+    checkpoint.
+
     Args:
-        net: the float net that it copies. The ranges of activations are to be set, by
-            :func:`fr_core.nets.calibration.calibrate` or from a checkpoint.
+        net: Float net to copy.
+        config: Section of the quantised net.
     """
 
     in_integers = True
@@ -257,6 +290,7 @@ class Quantised(Backbone):
     def __init__(self, net: IResNet | MobileFaceNet, config: QuantisedNet) -> None:
         super().__init__()
         self.input_size, self.embedding, self.input_std = net.input_size, net.embedding, net.input_std
+        self.name = weights_name(net.state_dict())  # of the float net
         self.scheme, self.weights, self.activations = config.scheme, config.weights, config.activations
         plain = folded(net, channelwise=True)
         if config.scheme == "integer":
@@ -276,76 +310,89 @@ class Quantised(Backbone):
             _connect(chain, pixels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to embeddings float32 [B, D] (not L2-normalised)."""
+        """Map normalised pixels [B, 3, H, W] to embeddings float32 [B, D], not L2-normalised."""
         with nullcontext() if self.training else torch.autocast(x_BCHW.device.type, enabled=False):
             return self.layers(x_BCHW)
 
     def ranges(self) -> dict[str, ActQuant]:
-        """The quantisers of activations whose ranges are measured, by name."""
+        """Return the quantisers of activations whose ranges are measured, by name."""
         return {name: module for name, module in self.layers[1:].named_modules() if isinstance(module, ActQuant)}
 
 
-def _connect(layers: Iterable[nn.Module], read: ActQuant) -> ActQuant:
-    """Tells the layers of a chain the quantisers of what they read; the quantiser of what the last one leaves."""
+def _connect(layers: Iterable[nn.Module], source: ActQuant) -> ActQuant:
+    """Give the layers of a chain the quantisers of their inputs; return the quantiser of the last output."""
     for layer in layers:
         match layer:
             case ResidualPath():
-                layer.add.reads = (_connect(layer.branch, read), _connect([layer.skip], read) if layer.skip else read)
-                read = layer.add.leaves()
+                branch = _connect(layer.branch, source)
+                skip = _connect([layer.skip], source) if layer.skip else source
+                layer.add.inputs = (branch, skip)
+                source = layer.add.output()
             case QuantConv() | QuantPReLU():
-                layer.reads = (read,)
-                read = layer.leaves()
+                layer.inputs = (source,)
+                source = layer.output()
             case QuantLinear():
-                layer.reads = (read,)
-    return read
+                layer.inputs = (source,)
+    return source
 
 
 def _iresnet_layers(net: IResNet, config: QuantisedNet) -> Iterator[nn.Module]:
+    """Yield the layers between pixels and the last linear layer."""
     yield from _conv_prelu(net.conv1, net.prelu, config)
     for block in [module for module in net.modules() if isinstance(module, IResBlock)]:
         norm, skip = convolution(block.bn1), block.downsample and convolution(block.downsample[0])
         integer = config.scheme == "integer"
         branch = [
-            QuantConv(norm, config, _read(config)) if integer else norm,
+            QuantConv(norm, config, _input_quantiser(config)) if integer else norm,
             *_conv_prelu(block.conv1, block.prelu, config),
-            QuantConv(block.conv2, config, _left(config)),
+            QuantConv(block.conv2, config, _inner_quantiser(config)),
         ]
-        way = QuantConv(skip, config, _left(config)) if skip and integer else skip
-        yield ResidualPath(nn.Sequential(*branch), way, QuantAdd(_read(config)))
+        way = QuantConv(skip, config, _inner_quantiser(config)) if skip and integer else skip
+        yield ResidualPath(nn.Sequential(*branch), way, QuantAdd(_input_quantiser(config)))
 
 
 def _mobilefacenet_layers(net: MobileFaceNet, config: QuantisedNet) -> Iterator[nn.Module]:
+    """Yield the layers between pixels and the last linear layer."""
     yield from _conv_prelu(net.stem.conv, net.stem.prelu, config)
     yield from _conv_prelu(net.stem_depthwise.conv, net.stem_depthwise.prelu, config)
     for block in net.bottlenecks():
         inside = (block.expand, block.depthwise)
         branch = [layer for part in inside for layer in _conv_prelu(part.conv, part.prelu, config)]
-        out = _left(config) if block.residual else _read(config)
+        out = _inner_quantiser(config) if block.residual else _input_quantiser(config)
         branch.append(QuantConv(block.project.conv, config, out))
-        yield from [ResidualPath(nn.Sequential(*branch), None, QuantAdd(_read(config)))] if block.residual else branch
+        if block.residual:
+            yield ResidualPath(nn.Sequential(*branch), None, QuantAdd(_input_quantiser(config)))
+        else:
+            yield from branch
     yield from _conv_prelu(net.expand.conv, net.expand.prelu, config)
-    yield QuantConv(net.pool.conv, config, _read(config))
+    yield QuantConv(net.pool.conv, config, _input_quantiser(config))
 
 
 def _conv_prelu(conv: nn.Conv2d, prelu: nn.PReLU | None, config: QuantisedNet) -> list[nn.Module]:
-    """With one quantiser for both where it may have 8 bits: slopes are at most 1, so what goes in spans more."""
+    """Return a quantised convolution and its PReLU.
+
+    With 8 bits both share one quantiser: slopes are at most 1, so the range of the input holds the output.
+    """
     assert prelu is not None
-    alike = config.scheme == "integer" and config.activations == 8
-    return [QuantConv(conv, config, _left(config)), QuantPReLU(prelu, config, None if alike else _read(config))]
+    shared = config.scheme == "integer" and config.activations == 8
+    return [
+        QuantConv(conv, config, _inner_quantiser(config)),
+        QuantPReLU(prelu, config, None if shared else _input_quantiser(config)),
+    ]
 
 
-def _read(config: QuantisedNet) -> nn.Module:
-    """The quantiser of what a layer with weights reads."""
+def _input_quantiser(config: QuantisedNet) -> nn.Module:
+    """Return a quantiser for the input of a layer with weights."""
     return ActQuant(config.activations)
 
 
-def _left(config: QuantisedNet) -> nn.Module:
-    """The quantiser of what is left before a PReLU or an addition."""
+def _inner_quantiser(config: QuantisedNet) -> nn.Module:
+    """Return a quantiser for the output of a convolution before a PReLU or an addition."""
     return ActQuant(8) if config.scheme == "integer" else nn.Identity()
 
 
 def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
-    """The quantiser of normalised pixels: zero is code 127, and 255 pixel values of 256 keep a code of their own."""
+    """Return the quantiser of normalised pixels: zero is code 127, and 255 of 256 pixel values have distinct codes."""
     if config.scheme != "integer":
         return nn.Identity()
     quantiser, end = ActQuant(8), torch.tensor(127.5 / input_std)
@@ -354,5 +401,6 @@ def _pixels(input_std: float, config: QuantisedNet) -> nn.Module:
 
 
 def _weight_quant(config: QuantisedNet) -> dict[str, object]:
+    """Return the arguments of a Brevitas layer for its weights."""
     scheme = Int8WeightPerChannelFloat if config.scheme == "integer" else ShiftedUint8WeightPerChannelFloat
     return {"weight_quant": scheme, "weight_bit_width": config.weights}

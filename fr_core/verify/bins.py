@@ -1,7 +1,7 @@
-"""The ``.bin`` verification sets of the field (lfw.bin, agedb_30.bin …): a pickle of encoded images and flags.
+"""Reads ``.bin`` verification sets (lfw.bin, agedb_30.bin …): pickles of encoded images and flags.
 
-A pickle is a program. This reader runs none: it walks over the opcodes with the standard library's ``pickletools`` and
-knows only those that build lists, tuples, bytes, numbers and flags; any other one is refused.
+A pickle is a program, and this reader runs none. It walks over the opcodes with the standard library's
+``pickletools``. It knows only opcodes that build lists, tuples, bytes, numbers and flags, and refuses all others.
 """
 
 import pickletools
@@ -10,7 +10,7 @@ from typing import Any
 
 from fr_core.errors import UserError
 
-ENCODE = object()  # _codecs.encode, by which Python 2's protocol writes bytes
+ENCODE = object()  # stands for _codecs.encode, which protocols 0 to 2 call to build bytes
 VALUES = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None}
 NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"}
@@ -20,10 +20,10 @@ STORE, LOAD = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LO
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
-    """The images of a ``.bin`` set, two for each pair in turn, and whether each pair shows one person.
+    """Read the encoded images of a ``.bin`` set, two for each pair in turn, and whether each pair shows one person.
 
     Raises:
-        UserError: unreadable, damaged, something else than lists of images and flags, or a program.
+        UserError: The file is unreadable, damaged, no pickle of images and flags, or a program.
     """
     try:
         data = Path(path).read_bytes()
@@ -41,21 +41,21 @@ def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
     if not isinstance(flags, list) or not all(flag in (0, 1) for flag in flags):
         raise UserError(f"{path}: not a verification set: expected a list of flags")
     if len(images) != 2 * len(flags) or not flags:
-        raise UserError(f"{path}: {len(images)} images for {len(flags)} pairs; two for each were expected")
+        raise UserError(f"{path}: {len(images)} images for {len(flags)} pairs: expected two images for each pair")
     return images, [bool(flag) for flag in flags]
 
 
 def read_plain_pickle(data: bytes) -> object:
-    """What a pickle of plain values holds; strings of bytes stay bytes.
+    """Read a pickle of plain values; byte strings stay bytes.
 
     Raises:
-        ValueError: it is damaged, or would build or call anything else.
-        IndexError, KeyError, TypeError, AttributeError: it is damaged.
+        ValueError: The pickle is damaged, or builds or calls anything else.
+        IndexError, KeyError, TypeError, AttributeError: The pickle is damaged.
     """
     stack: list[object] = []
-    marks: list[int] = []  # where the stack's open parts begin
+    marks: list[int] = []  # positions on the stack where open lists and tuples begin
     memo: dict[int, object] = {}
-    argument: Any  # of a kind that goes with the opcode
+    argument: Any  # its type depends on the opcode
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in ("PROTO", "FRAME"):
@@ -108,6 +108,7 @@ def read_plain_pickle(data: bytes) -> object:
 
 
 def _list(value: object) -> list[object]:
+    """Return a value that must be a list."""
     if not isinstance(value, list):
         raise ValueError("damaged")
     return value

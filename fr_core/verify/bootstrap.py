@@ -1,8 +1,9 @@
 """Confidence intervals of verification figures by the bootstrap over identities.
 
-The pairs of one person share that person's photos, so they are not independent: whole identities are drawn again. A
-pair counts as often as its identities were drawn, for two people the product of both. Bolle, Ratha, Pankanti, "Error
-analysis of pattern recognition systems: the subsets bootstrap", CVIU 2004.
+The pairs of one person share photos, so they are not independent. Each resample therefore draws whole identities with
+replacement. A pair of one person counts as often as the person was drawn. A pair of two people counts as often as the
+product of both numbers. See Bolle, Ratha, Pankanti, "Error analysis of pattern recognition systems: the subsets
+bootstrap", CVIU 2004.
 
 Legend: P pairs, R resamples, I identities.
 """
@@ -15,23 +16,27 @@ from fr_core import rng
 
 RESAMPLES = 1000
 LEVEL = 0.95
-PART = 8_000_000  # weights in memory at once
+PART = 8_000_000  # weights [R, P] in memory at once
 
 
 def accuracy_interval(right_P: np.ndarray, people_P2: np.ndarray) -> tuple[float, float]:
-    """The interval of the share of right decisions.
+    """Return the confidence interval of the accuracy.
 
     Args:
-        right_P: bool, whether the protocol decided a pair rightly.
+        right_P: bool, whether the decision on a pair is right.
         people_P2: int, the identities of each pair, numbered from 0.
     """
-    return _ends([(w @ right_P) / np.where(w.any(1), w.sum(1), np.nan) for w in pair_weights(people_P2)])
+    accuracies = []
+    for weights_RP in pair_weights(people_P2):
+        totals_R = np.where(weights_RP.any(1), weights_RP.sum(1), np.nan)
+        accuracies.append((weights_RP @ right_P) / totals_R)
+    return _ends(accuracies)
 
 
 def tar_intervals(
     scores_P: np.ndarray, same_P: np.ndarray, people_P2: np.ndarray, fars: Sequence[float]
 ) -> dict[float, tuple[float, float]]:
-    """The interval of TAR at each FAR: the threshold is found anew in every resample."""
+    """Return the confidence interval of TAR at each FAR; every resample has its own threshold."""
     order = np.argsort(-scores_P, kind="stable")
     last_of_tie = np.append(np.diff(scores_P[order]) < 0, True)
     genuine = same_P[order]
@@ -39,7 +44,7 @@ def tar_intervals(
     for weights_RP in pair_weights(people_P2[order]):
         tar_RP = np.cumsum(weights_RP * genuine, 1)[:, last_of_tie]
         far_RP = np.cumsum(weights_RP * ~genuine, 1)[:, last_of_tie]
-        with np.errstate(invalid="ignore"):  # a resample without pairs of one kind is none
+        with np.errstate(invalid="ignore"):  # a resample without pairs of one kind gives NaN and is left out
             tar_RP, far_RP = tar_RP / tar_RP[:, -1:], far_RP / far_RP[:, -1:]
         for far, values in found.items():
             allowed = (far_RP <= far).sum(1)  # rates rise along the row
@@ -49,7 +54,7 @@ def tar_intervals(
 
 
 def pair_weights(people_P2: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each pair counts in each resample: float32 [R, P], a part of the resamples at a time."""
+    """Yield how often each pair counts in each resample: float32 [R, P], some resamples at a time."""
     left, right = people_P2.T
     count = int(people_P2.max()) + 1
     random, part = rng.generator(seed, "bootstrap"), max(1, PART // len(people_P2))
@@ -60,5 +65,6 @@ def pair_weights(people_P2: np.ndarray, resamples: int = RESAMPLES, seed: int = 
 
 
 def _ends(parts: list[np.ndarray]) -> tuple[float, float]:
+    """Return the ends of the interval that holds the share ``LEVEL`` of the resampled values."""
     low, high = np.nanpercentile(np.concatenate(parts), (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
     return float(low), float(high)

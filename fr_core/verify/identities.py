@@ -1,4 +1,4 @@
-"""Identities in embedding space: their centres, images that do not belong to them, images that are there twice.
+"""Identities in embedding space: their centres, outliers among their images, and duplicate images.
 
 Legend: I images sorted by identity, N identities, D embedding. All embeddings have length 1.
 """
@@ -10,46 +10,50 @@ import torch
 
 from fr_core.device import default_device
 
-TRIMS = 2
-BLOCK = 4096  # embeddings that are compared with all centres at once, of up to 16,000
-PRODUCTS = 2**26  # cosines in memory at once
+TRIMS = 2  # rounds of trimming
+BLOCK = 4096  # most embeddings that are compared with all centres at once
+PRODUCTS = 2**26  # most cosines in memory at once
 
 
 def centres(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """The mean direction of each identity, and how well each of its images fits in.
+    """Return the mean direction of each identity, and how well each image fits its identity.
 
-    Images that fit badly are trimmed and the mean is taken again, so that wrong ones do not pull it; an identity of
-    which nothing would be left keeps all.
+    Images that fit badly are trimmed and the mean is computed again, so that wrong images do not pull the mean. An
+    identity keeps all its images if trimming would leave none.
 
     Args:
-        labels_I: rising.
-        least: cosine to the centre of an identity's other images below which an image is trimmed.
+        embeddings_ID: Embeddings of length 1.
+        labels_I: Identity of each image, rising.
+        least: An image is trimmed if its cosine to the centre of its identity's other images is below this.
 
     Returns:
-        float32 [N, D] of the identities in ``labels_I``, length 1, and float32 [I]: each image's cosine to the centre
-        of the others of its identity that were kept; NaN where there are none.
+        The centres float32 [N, D] of length 1 for the identities in ``labels_I``, and cosines float32 [I]. The cosine
+        of an image is to the centre of the other kept images of its identity; NaN where there are none.
     """
     begins = np.flatnonzero(np.diff(labels_I, prepend=labels_I[:1] - 1))
     group_I = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(labels_I)))
     kept_I = np.ones(len(labels_I), bool)
     for _ in range(TRIMS + 1):
         sums_ND = np.add.reduceat(embeddings_ID * kept_I[:, None], begins)
-        own_I = _to_others(embeddings_ID, sums_ND, group_I, kept_I)
-        kept_I = ~(own_I < least)
-        kept_I |= ~np.logical_or.reduceat(kept_I, begins)[group_I]
-    return sums_ND / np.maximum(np.linalg.norm(sums_ND, axis=1, keepdims=True), 1e-12), own_I
+        cosine_I = _cosines_to_others(embeddings_ID, sums_ND, group_I, kept_I)
+        kept_I = ~(cosine_I < least)
+        emptied_I = ~np.logical_or.reduceat(kept_I, begins)[group_I]
+        kept_I |= emptied_I
+    return sums_ND / np.maximum(np.linalg.norm(sums_ND, axis=1, keepdims=True), 1e-12), cosine_I
 
 
 def nearest_centres(
     embeddings_ID: np.ndarray, centres_ND: np.ndarray, own_I: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The centre of another identity that is nearest to each embedding, a block of embeddings at a time.
+    """Find for each embedding the nearest centre of another identity, a block of embeddings at a time.
 
     Args:
-        own_I: the row of each one's own identity, −1 where there is none.
+        embeddings_ID: Embeddings of length 1.
+        centres_ND: Centres of length 1. A row of zeros is no centre.
+        own_I: Row of each embedding's own identity in ``centres_ND``, or −1 for none.
 
     Yields:
-        its row, int64, and the cosine to it, float32; −1 and −1 where there is no other. Centres of zeros are none.
+        The row of the nearest centre, int64, and its cosine, float32. Both are −1 if there is no other centre.
     """
     device = default_device()
     columns_DN = torch.from_numpy(centres_ND).to(device).T
@@ -68,9 +72,9 @@ def nearest_centres(
 
 
 def copies(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float, usable_I: np.ndarray) -> np.ndarray:
-    """For each image the first earlier one of its identity that looks the same (cosine at least ``least``), or −1.
+    """Return for each image the first earlier image of its identity with a cosine of at least ``least``, or −1.
 
-    Only images that are no copies themselves, and are ``usable_I``, are originals: of a film, some frames stay.
+    Only an image that is ``usable_I`` and is no copy itself can be an original. So some frames of a film stay.
     """
     earlier_I = np.full(len(labels_I), -1)
     begins = np.flatnonzero(np.diff(labels_I, prepend=labels_I[:1] - 1))
@@ -78,22 +82,27 @@ def copies(embeddings_ID: np.ndarray, labels_I: np.ndarray, least: float, usable
         originals = np.empty((last - first, embeddings_ID.shape[1]), np.float32)
         numbers: list[int] = []
         for i in np.flatnonzero(usable_I[first:last]) + first:
-            alike = originals[: len(numbers)] @ embeddings_ID[i] >= least
-            if alike.any():
-                earlier_I[i] = numbers[int(alike.argmax())]
+            same = originals[: len(numbers)] @ embeddings_ID[i] >= least
+            if same.any():
+                earlier_I[i] = numbers[int(same.argmax())]
             else:
                 originals[len(numbers)] = embeddings_ID[i]
                 numbers.append(int(i))
     return earlier_I
 
 
-def _to_others(embeddings_ID: np.ndarray, sums_ND: np.ndarray, group_I: np.ndarray, kept_I: np.ndarray) -> np.ndarray:
-    """Cosine of each image to the sum of the kept others: e·(s − e) / |s − e|, without that difference in memory."""
+def _cosines_to_others(
+    embeddings_ID: np.ndarray, sums_ND: np.ndarray, group_I: np.ndarray, kept_I: np.ndarray
+) -> np.ndarray:
+    """Return e·(s − e) / |s − e| for each embedding e, where s is the sum of its identity's kept embeddings.
+
+    An embedding that is not kept is not in s, and nothing is subtracted. The differences s − e are never in memory.
+    """
     along_I = np.empty(len(group_I), np.float32)
     for start in range(0, len(group_I), BLOCK):
         part = slice(start, start + BLOCK)
         along_I[part] = np.einsum("id,id->i", embeddings_ID[part], sums_ND[group_I[part]])
     square_I = (sums_ND**2).sum(1)[group_I] - kept_I * (2 * along_I - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        own_I = (along_I - kept_I) / np.sqrt(square_I)
-    return np.where(square_I > 1e-6, own_I, np.nan).astype(np.float32)
+        cosine_I = (along_I - kept_I) / np.sqrt(square_I)
+    return np.where(square_I > 1e-6, cosine_I, np.nan).astype(np.float32)

@@ -1,7 +1,10 @@
-"""Masked-face recognition (MFR, WebFace260M track): every image against every other, by FNMR at a fixed FMR.
+"""Masked-face recognition (MFR): FNMR at a fixed FMR over all pairs of images.
 
-``standard/NAME/*.jpg`` and ``masked/NAME/*.jpg``, aligned crops. Standard: all pairs of standard images. Masked: all
-pairs of a masked and a standard image. The score is 0.25 · masked + 0.75 · standard (METHODS §5).
+The protocol is that of the WebFace260M track (Zhu et al., "Masked Face Recognition Challenge: The WebFace260M Track
+Report", 2021; docs/methods/bigface.md). Data are aligned crops,
+``standard/NAME/*.jpg`` and ``masked/NAME/*.jpg``. «Standard» compares all pairs of standard images, «masked» all pairs
+of a masked and a standard image. The score is 0.25 · masked + 0.75 · standard. :mod:`fr_core.verify.report` defines
+FNMR and FMR.
 
 Legend: N probes, M gallery, D embedding.
 """
@@ -13,19 +16,19 @@ import numpy as np
 from fr_core.errors import UserError
 
 FMRS = (1e-3, 1e-4, 1e-5, 1e-6)
-FMR = 1e-5  # the score's
+FMR = 1e-5  # of the score
 WEIGHTS = {"masked": 0.25, "standard": 0.75}
-BLOCK = 1024  # probes compared with the whole gallery at once
-COSINES = 2**24  # in memory at once
+BLOCK = 1024  # most probes that are compared with the whole gallery at once
+COSINES = 2**24  # most cosines in memory at once
 
 
 @dataclass(frozen=True)
 class NonMatches:
-    """Errors over all pairs of two sets of images."""
+    """Error rates over all pairs of two sets of images."""
 
-    fnmr: dict[float, float]  # FMR -> share of genuine pairs below its threshold, as far as the pairs resolve it
-    genuine: int
-    impostors: int
+    fnmr: dict[float, float]  # FMR -> FNMR, for each FMR of at least one impostor pair
+    genuine: int  # pairs of one person
+    impostors: int  # pairs of two people
 
 
 def nonmatches(
@@ -34,23 +37,23 @@ def nonmatches(
     gallery_MD: np.ndarray | None = None,
     people_M: np.ndarray | None = None,
 ) -> NonMatches:
-    """FNMR at FMR over all pairs of a probe and a gallery image, or without a gallery over all pairs of the probes.
+    """Return FNMR at FMR over all pairs of a probe and a gallery image; without a gallery over all pairs of probes.
 
-    The threshold at an FMR is the lowest cosine that at most this share of the impostor pairs reach; what ties with
-    the first impostor beyond them does not match. All genuine cosines are kept in memory, and the
-    highest thousandth of the impostors'.
+    An FMR allows k impostor pairs to match. A pair matches if its cosine is greater than that of impostor pair k + 1,
+    counted from the greatest cosine. A tie does not match. Memory holds all genuine cosines, and the greatest
+    thousandth of the impostor cosines.
 
     Args:
-        probes_ND, gallery_MD: normalised.
-        people_N, people_M: int, who they are.
+        probes_ND, gallery_MD: Embeddings of length 1.
+        people_N, people_M: int, the identity of each image.
 
     Raises:
-        UserError: no genuine pair, no impostor pair, or embeddings that are not finite.
+        UserError: There is no genuine pair or no impostor pair, or embeddings are not finite.
     """
     alone = gallery_MD is None
     gallery_MD, people_M = (probes_ND, people_N) if gallery_MD is None or people_M is None else (gallery_MD, people_M)
     if not (np.isfinite(probes_ND).all() and np.isfinite(gallery_MD).all()):
-        raise UserError("the net's embeddings are not finite")
+        raise UserError("the net's embeddings are not finite: its training diverged, or its weights are broken")
     everybody = np.unique(np.concatenate([people_N, people_M]))
     counts_N, counts_M = (np.searchsorted(everybody, people) for people in (people_N, people_M))
     own = np.bincount(counts_N, minlength=len(everybody)) * np.bincount(counts_M, minlength=len(everybody))
@@ -59,11 +62,11 @@ def nonmatches(
     if alone:
         genuine, impostors = (genuine - len(people_N)) // 2, impostors // 2
     if not genuine or not impostors:
-        raise UserError("MFR needs both pairs of one person and pairs of two")
+        raise UserError("MFR needs both pairs of one person and pairs of two people: add images")
     fmrs = [fmr for fmr in FMRS if fmr * impostors >= 1]
     most = int((fmrs[0] if fmrs else 0) * impostors + 1e-9) + 1
-    matches: list[np.ndarray] = []
-    top = np.empty(0, np.float32)
+    genuine_parts: list[np.ndarray] = []
+    top = np.empty(0, np.float32)  # greatest cosines of impostor pairs
     block = max(1, min(BLOCK, COSINES // len(gallery_MD)))
     for start in range(0, len(probes_ND), block):
         part, first = slice(start, start + block), start if alone else 0
@@ -71,18 +74,18 @@ def nonmatches(
         if alone:  # each pair once
             upper = np.triu_indices(len(cosines), 1, cosines.shape[1])
             cosines, same = cosines[upper], same[upper]
-        matches.append(cosines[same])
+        genuine_parts.append(cosines[same])
         top = np.concatenate([top, cosines[~same]])
         if len(top) > most:
             top = np.partition(top, len(top) - most)[-most:]
-    top, found = np.sort(top)[::-1], np.sort(np.concatenate(matches))
-    beyond = {fmr: top[int(fmr * impostors + 1e-9)] for fmr in fmrs}
-    fnmr = {fmr: float(np.searchsorted(found, bound, "right") / genuine) for fmr, bound in beyond.items()}
-    return NonMatches(fnmr, genuine, impostors)
+    top, genuine_cosines = np.sort(top)[::-1], np.sort(np.concatenate(genuine_parts))
+    bounds = {fmr: top[int(fmr * impostors + 1e-9)] for fmr in fmrs}
+    misses = {fmr: np.searchsorted(genuine_cosines, bound, "right") for fmr, bound in bounds.items()}
+    return NonMatches({fmr: float(count / genuine) for fmr, count in misses.items()}, genuine, impostors)
 
 
 def score(results: dict[str, NonMatches]) -> float | None:
-    """0.25 · masked + 0.75 · standard at FMR 1e-5, or None where the pairs do not resolve that."""
+    """Return 0.25 · masked + 0.75 · standard FNMR at FMR 1e-5, or None for too few pairs to measure that FMR."""
     if any(FMR not in result.fnmr for result in results.values()):
         return None
     return sum(weight * results[name].fnmr[FMR] for name, weight in WEIGHTS.items())

@@ -1,6 +1,6 @@
-"""1:1 verification on lists of pairs: 10-fold accuracy, TAR@FAR (METHODS §7).
+"""1:1 verification on lists of pairs: 10-fold accuracy and TAR@FAR (docs/verification.md).
 
-Legend: P pairs, N images, D embedding.
+:mod:`fr_core.verify.report` defines the figures. Legend: P pairs, N images, D embedding.
 """
 
 import csv
@@ -25,20 +25,19 @@ FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images, by position in ``paths``."""
+    """Pairs of images."""
 
-    paths: list[str]  # of the distinct images, relative to the images' folder
-    left: np.ndarray  # int64 [P]
-    right: np.ndarray  # int64 [P]
-    same: np.ndarray  # bool [P]
+    paths: list[str]  # [N] of the distinct images, relative to the images' folder
+    left: np.ndarray  # int64 [P], positions in ``paths``
+    right: np.ndarray  # int64 [P], positions in ``paths``
+    same: np.ndarray  # bool [P], True: the pair shows one person
     fold: np.ndarray  # int64 [P]
-    images: list[bytes] | None = None  # encoded, where the list brings them with it
+    images: list[bytes] | None = None  # [N] encoded images, if the list of pairs contains them
 
     def keep(self, usable: np.ndarray) -> "Pairs":
-        """The pairs whose two images are usable (bool [N])."""
+        """Return the pairs whose two images are both usable (bool [N])."""
         kept = usable[self.left] & usable[self.right]
-        own = {name: getattr(self, name)[kept] for name in ("left", "right", "same", "fold")}
-        return replace(self, **own)
+        return replace(self, **{name: getattr(self, name)[kept] for name in ("left", "right", "same", "fold")})
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,21 @@ class Verification:
     accuracy: float  # mean over folds, in [0, 1]
     accuracy_std: float  # population standard deviation over folds
     threshold: float  # cosine; mean of the folds' thresholds
-    tar_at_far: dict[float, float]  # FAR -> TAR, for the FARs that the impostor pairs can resolve
+    tar_at_far: dict[float, float]  # FAR -> TAR, for each FAR of at least one impostor pair
     pairs: int
-    accuracy_interval: tuple[float, float]  # 95 %, from a bootstrap over people, else pairs; as the next
-    tar_intervals: dict[float, tuple[float, float]]
+    accuracy_interval: tuple[float, float]  # 95 %, by a bootstrap over people, or over pairs if people are unknown
+    tar_intervals: dict[float, tuple[float, float]]  # FAR -> 95 % interval of TAR, by the same bootstrap
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """Reads our CSV (``image_a,image_b,same[,fold]``), LFW's ``pairs.txt``, or a ``.bin`` with its images.
+    """Read a list of pairs: a CSV (``image_a,image_b,same[,fold]``), LFW's ``pairs.txt``, or a ``.bin`` with images.
 
-    In LFW's format (``FOLDS N`` then, fold after fold, N lines ``name i j`` and N lines ``name i name j``) image i of
-    a person is ``name/name_000i.jpg``. Without folds, same and different pairs are dealt to ten in turn; those of a
-    ``.bin`` are ten neighbouring parts of it.
+    LFW's format begins with ``FOLDS N``. Each fold has N lines ``name i j`` and N lines ``name i name j``, and image i
+    of a person is ``name/name_000i.jpg``. A list without folds gets ten: same pairs and different pairs are dealt out
+    in turn. The folds of a ``.bin`` are ten neighbouring parts.
 
     Raises:
-        UserError: unreadable, neither format, or a bad line (named).
+        UserError: The list is unreadable, has another format, or has a bad line, which the message names.
     """
     path = Path(path)
     if path.suffix == ".bin":
@@ -81,9 +80,9 @@ def read_pairs(path: str | Path) -> Pairs:
     elif header.replace("\t", " ").replace(" ", "").isdigit():
         rows = _lfw_rows(path, lines)
     else:
-        raise UserError(f"{path}: neither a CSV with columns image_a,image_b,same nor LFW's pairs.txt")
+        raise UserError(f"{path}: neither a CSV with columns image_a,image_b,same nor in the format of LFW's pairs.txt")
     if not rows:
-        raise UserError(f"{path}: no pairs")
+        raise UserError(f"{path}: no pairs: add lines below the first")
     index: dict[str, int] = {}
     left = np.array([index.setdefault(row[0], len(index)) for row in rows])
     right = np.array([index.setdefault(row[1], len(index)) for row in rows])
@@ -96,33 +95,34 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 class Crops(NamedTuple):
-    """Face crops, read for a net."""
+    """Face crops in the size of a net's input."""
 
-    images: np.ndarray  # uint8 [N, size, size, 3], RGB; zeros where unreadable
-    failed: dict[str, str]  # path -> reason, of those that are missing or unreadable
-    not_square: list[str]  # paths of those whose centre was taken for the face
+    images: np.ndarray  # uint8 [N, size, size, 3], RGB; zeros for unreadable images
+    failed: dict[str, str]  # path of a missing or unreadable image -> reason
+    not_square: list[str]  # paths of images that were cropped to their central square
 
 
 def read_images(root: str | Path | None, pairs: Pairs, size: int, part: Sequence[int] | None = None) -> Crops:
-    """Reads the images of a pairs list.
+    """Read the images of a list of pairs.
 
     Args:
-        root: the folder that the paths are relative to; None where the list brings its images.
-        size: of the net's input.
-        part: positions in ``pairs.paths``; None: all.
+        root: Folder that the paths are relative to; None if the list contains the images.
+        pairs: The list.
+        size: Side of the net's input, pixels.
+        part: Positions in ``pairs.paths`` of the images to read; None: all.
 
     Raises:
-        UserError: the images' folder is not given, or not there.
+        UserError: The images' folder is not given or does not exist.
     """
     if pairs.images is None and (root is None or not Path(root).is_dir()):
-        raise UserError(f"{root}: no such folder" if root else "the pairs need their images' folder")
+        raise UserError(f"{root}: no such folder" if root else "the pairs need their images' folder: give --images")
     part = range(len(pairs.paths)) if part is None else part
     contents = [pairs.images[i] for i in part] if pairs.images else None
     return read_crops(Path(root or ""), [pairs.paths[i] for i in part], size, contents)
 
 
 def read_crops(root: Path, paths: Sequence[str], size: int, contents: Sequence[bytes] | None = None) -> Crops:
-    """Reads face crops from below ``root`` or out of ``contents``; resized once, straight to the net's input."""
+    """Read face crops from files below ``root`` or from encoded ``contents``, and resize them once to ``size``."""
     crops = Crops(np.zeros((len(paths), size, size, 3), np.uint8), {}, [])
     for i, path in enumerate(paths):
         try:
@@ -138,26 +138,27 @@ def read_crops(root: Path, paths: Sequence[str], size: int, contents: Sequence[b
 
 
 def cosines(embeddings_ND: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """Similarity of each pair from L2-normalised embeddings: float64 [P]."""
+    """Return the cosine of each pair from L2-normalised embeddings: float64 [P]."""
     return np.einsum("pd,pd->p", embeddings_ND[pairs.left], embeddings_ND[pairs.right], dtype=np.float64)
 
 
 def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
-    """The protocol of LFW: each fold is judged at the threshold that is best on the others.
+    """Score pairs by the protocol of LFW: each fold is judged at the best threshold of the other folds.
 
     Args:
-        scores: float [P], larger for more alike.
+        scores: float [P]; a larger score means more similar.
+        pairs: The pairs [P].
 
     Raises:
-        UserError: pairs of one kind only, fewer than two folds, or scores that are not finite.
+        UserError: All pairs are of one kind, there are fewer than two folds, or scores are not finite.
     """
     if pairs.same.all() or not pairs.same.any():
-        raise UserError("verification needs both same and different pairs")
+        raise UserError("verification needs both same and different pairs: add pairs of the other kind")
     if not np.isfinite(scores).all():
-        raise UserError("the net's embeddings are not finite")
+        raise UserError("the net's embeddings are not finite: its training diverged, or its weights are broken")
     folds = np.unique(pairs.fold)
     if len(folds) < 2:
-        raise UserError("verification needs two folds or more")
+        raise UserError("verification needs two folds or more: change the column fold, or drop it for ten folds")
     thresholds = [best_threshold(scores[pairs.fold != f], pairs.same[pairs.fold != f]) for f in folds]
     right = (scores >= np.array(thresholds)[np.searchsorted(folds, pairs.fold)]) == pairs.same
     accuracies = [float(right[pairs.fold == f].mean()) for f in folds]
@@ -174,14 +175,14 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
 
 
 def resolved_fars(same: np.ndarray) -> list[float]:
-    """The false accept rates that these pairs resolve: of one impostor or more."""
+    """Return the false accept rates that pairs can measure: rates of at least one impostor pair."""
     return [far for far in FARS if far * (~same).sum() >= 1]
 
 
 def people(pairs: Pairs) -> np.ndarray:
-    """The identities of each pair, numbered from 0: int64 [P, 2].
+    """Return the identities of each pair, numbered from 0: int64 [P, 2].
 
-    A person is the folder of a photo where that agrees with all pairs; else every pair stands for itself.
+    The folder of an image is its identity, if that agrees with all pairs. Otherwise every pair gets an identity.
     """
     folders = np.unique([str(PurePath(path).parent) for path in pairs.paths], return_inverse=True)[1]
     both = np.column_stack([folders[pairs.left], folders[pairs.right]])
@@ -191,10 +192,10 @@ def people(pairs: Pairs) -> np.ndarray:
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The threshold t of most right decisions ``score >= t``; midway between neighbouring scores, all cuts tried."""
+    """Return the threshold t with the most right decisions ``score >= t``, midway between neighbouring scores."""
     order = np.argsort(scores, kind="stable")
     values, genuine = scores[order], same[order]
-    # Cut c puts the c lowest scores below the threshold; a cut inside a tie is impossible.
+    # Cut c places the threshold above the c lowest scores. Equal scores cannot be separated.
     right = np.concatenate([[0], np.cumsum(~genuine)]) + genuine.sum() - np.concatenate([[0], np.cumsum(genuine)])
     possible = np.concatenate([[True], values[1:] > values[:-1], [True]])
     cut = int(np.argmax(np.where(possible, right, -1)))
@@ -204,42 +205,44 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def tars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The largest true accept rates at which no more than these shares of the impostors are accepted: float64 [FARs].
+    """Return TAR at each FAR: float64 [FARs], NaN if there are no pairs of both kinds.
 
-    By sorting, so that it serves tens of millions of scores. NaN without pairs of both kinds.
+    It is the greatest true accept rate at a threshold that accepts at most this share of the impostor pairs. Sorting
+    makes this fast enough for tens of millions of scores.
     """
     impostors, genuine = np.sort(scores[~same]), np.sort(scores[same])
     if not len(impostors) or not len(genuine):
         return np.full(len(fars), np.nan)
     allowed = np.floor(np.asarray(fars) * len(impostors) + 1e-9).astype(np.int64)  # 1e-9: 0.29 · 100 is 28.99…
-    bounds = np.append(-np.inf, impostors)[np.maximum(len(impostors) - allowed, 0)]  # the highest that is refused
+    bounds = np.append(-np.inf, impostors)[np.maximum(len(impostors) - allowed, 0)]  # highest refused impostor
     return 1 - np.searchsorted(genuine, bounds, side="right") / len(genuine)
 
 
 def verify_embeddings(
     embeddings_ND: np.ndarray, failed: dict[str, str], pairs: Pairs
 ) -> tuple[Verification, np.ndarray, Pairs]:
-    """Scores the pairs of which both images could be read.
+    """Score the pairs whose two images could both be read.
 
     Args:
-        embeddings_ND: L2-normalised, in the order of ``pairs.paths``.
-        failed: from :func:`read_images`.
+        embeddings_ND: L2-normalised embeddings in the order of ``pairs.paths``.
+        failed: Images that could not be read, from :func:`read_images`.
+        pairs: All pairs.
 
     Returns:
-        The scores of the protocol, the cosines [P], and the pairs they belong to.
+        The figures, the cosines [P], and the scored pairs.
 
     Raises:
-        UserError: no usable pairs are left, or as :func:`score_pairs`.
+        UserError: No pair can be scored, or :func:`score_pairs` refuses the pairs.
     """
     usable = pairs.keep(np.array([path not in failed for path in pairs.paths]))
     if not len(usable.same):
-        raise UserError(f"none of the {len(pairs.same)} pairs has both images; is the images' folder right?")
+        raise UserError(f"none of the {len(pairs.same)} pairs has both images: check the images' folder")
     scores = cosines(embeddings_ND, usable)
     return score_pairs(scores, usable), scores, usable
 
 
 def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
-    """``pairs.csv`` beside the ``images`` of a folder, whose identities have folders of their own."""
+    """Write a random ``pairs.csv`` beside ``images``, which has a folder for each identity."""
     listing = list_folder(folder / "images")
     paths = listing.paths
     with (folder / "pairs.csv").open("w", newline="") as file:
@@ -250,16 +253,19 @@ def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
 
 
 def make_pairs(labels: np.ndarray, per_fold: int, seed: int, folds: int = FOLDS) -> tuple[np.ndarray, ...]:
-    """Random pairs for verification: in every fold ``per_fold`` same and as many different, folds share no identity.
+    """Draw random pairs for verification. Folds share no identity.
 
     Args:
         labels: int [N], the identity of each image.
+        per_fold: Same pairs in each fold, and different pairs in each fold.
+        seed: Seed of the draw.
+        folds: Number of folds.
 
     Returns:
         left, right (int64 [P]), same (bool [P]), fold (int64 [P]).
 
     Raises:
-        UserError: a fold would have fewer than two identities, or none with two images.
+        UserError: A fold would have fewer than two identities, or no identity with two images.
     """
     random = rng.generator(seed, "pairs")
     identities = random.permutation(np.unique(labels))
@@ -279,6 +285,7 @@ def make_pairs(labels: np.ndarray, per_fold: int, seed: int, folds: int = FOLDS)
 
 
 def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
+    """Read the rows of a CSV; fold −1: it has no folds."""
     rows = []
     for number, row in enumerate(csv.DictReader(lines), 2):
         try:
@@ -292,6 +299,7 @@ def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
 
 
 def _lfw_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
+    """Read the lines of LFW's format; fold −1: it has no folds."""
     header = [int(part) for part in lines[0].split()]
     per_fold = header[1] if len(header) == 2 else None
     rows: list[tuple[str, str, bool, int]] = []
@@ -310,10 +318,11 @@ def _lfw_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
             raise UserError(f"{path}: line {number}: expected 'name i j' or 'name i name j'") from None
     if per_fold and len(rows) != header[0] * 2 * per_fold:
         raise UserError(
-            f"{path}: {len(rows)} pairs, its first line says {header[0]} folds of {2 * per_fold}: is it whole?"
+            f"{path}: {len(rows)} pairs, its first line says {header[0]} folds of {2 * per_fold}: get the whole file"
         )
     return rows
 
 
 def _lfw_path(name: str, number: int) -> str:
+    """Return the path of a person's image in LFW."""
     return f"{name}/{name}_{number:04d}.jpg"

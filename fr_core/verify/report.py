@@ -1,4 +1,17 @@
-"""Figures of a command as JSON, and the pictures that go with them."""
+"""Reports of commands as JSON, and their plots.
+
+The figures of verification and identification, as docs/glossary.md defines them for readers:
+
+- A genuine pair shows one person, an impostor pair shows two. A pair matches if its score reaches a threshold.
+- FMR, the false match rate, is the share of impostor pairs that match. FAR, the false accept rate, is the same.
+- FNMR, the false non-match rate, is the share of genuine pairs that do not match.
+- TAR, the true accept rate, is the share of genuine pairs that match: TAR = 1 − FNMR.
+- TAR@FAR and FNMR@FMR are TAR and FNMR at the lowest threshold whose FAR or FMR is at most the given one.
+- A mated probe shows a person of the gallery, an unmated probe shows nobody of the gallery.
+- FPIR, the false positive identification rate, is the share of unmated probes that match anybody in the gallery.
+- TPIR, the true positive identification rate, is the share of mated probes that find their person first and match.
+- TPIR@FPIR is TPIR at the lowest threshold whose FPIR is at most the given one.
+"""
 
 import json
 import os
@@ -19,7 +32,7 @@ SMALLER_IS_BETTER = re.compile(r"(^|[/_])(mfr|fnmr_at_fmr_1e-\d+|loss|seconds|mi
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -34,34 +47,38 @@ def machine() -> dict[str, object]:
 
 
 def smaller_is_better(figure: str) -> bool:
-    """Whether a run is the better for less of a figure: an error, a loss, time, memory."""
+    """Return whether smaller values of a figure are better: of an error, a loss, time or memory."""
     return bool(SMALLER_IS_BETTER.search(figure))
 
 
 def make_report(command: str, figures: Mapping[str, float], **more: object) -> dict[str, object]:
-    """The JSON object that every command writes: command, version, machine, figures, and what else it has to say."""
-    own: dict[str, object] = {
+    """Return the JSON object that every command writes: command, version, machine, figures and any other facts."""
+    report: dict[str, object] = {
         "command": command,
         "version": version("bigface"),
         "machine": machine(),
         "figures": dict(figures),
     }
-    return own | more
+    return report | more
 
 
 def write_report(path: AnyPath, content: Mapping[str, object]) -> None:
-    """Writes a report, whole or not at all; NaN is refused.
+    """Write a report, whole or not at all.
 
     Raises:
-        OSError: the path cannot be written.
-        ValueError: a figure is not finite.
+        OSError: The path cannot be written.
+        ValueError: A figure is not finite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def verification_figures(result: Verification, prefix: str = "") -> dict[str, float]:
-    """Flat figures of a verification: accuracy, accuracy_std, threshold, pairs, tar_at_far_1e-2 …; _low and _high."""
+    """Return a verification as flat figures.
+
+    They are accuracy, accuracy_std, threshold, pairs and tar_at_far_1e-2 and the like. ``_low`` and ``_high`` are the
+    ends of 95 % intervals.
+    """
     figures = {
         "accuracy": result.accuracy,
         "accuracy_std": result.accuracy_std,
@@ -77,21 +94,21 @@ def verification_figures(result: Verification, prefix: str = "") -> dict[str, fl
 
 
 def far_name(far: float) -> str:
-    """1e-2 for 0.01."""
+    """Return the name of a rate in figures: 1e-2 for 0.01."""
     return f"1e-{round(-np.log10(far))}"
 
 
 def markdown(table: list[tuple[str, ...]]) -> str:
-    """A table, header first, as README shows it."""
+    """Return a table, header first, in Markdown."""
     lines = [table[0], tuple("---" for _ in table[0]), *table[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """ROC of one or more nets, the false accept rate on a log axis.
+    """Plot the ROC of one or more nets: TAR over FAR, which has a log axis.
 
     Args:
-        curves: name -> scores [P], same [P].
+        curves: Name of a net -> scores [P] and same [P] of its pairs.
     """
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -108,10 +125,10 @@ def roc_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 
 
 def det_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """DET: false non-match rate over false match rate, both on log axes.
+    """Plot the DET of one or more nets: FNMR over FMR, both on log axes.
 
     Args:
-        curves: as for :func:`roc_figure`.
+        curves: Name of a net -> scores [P] and same [P] of its pairs.
     """
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -129,7 +146,7 @@ def det_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 
 
 def score_figure(scores: np.ndarray, same: np.ndarray, threshold: float) -> Figure:
-    """Histogram of the cosines of same and different pairs."""
+    """Plot histograms of the cosines of same and of different pairs, and a threshold."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     bins = np.linspace(min(-0.2, float(scores.min())), 1, 80).tolist()
@@ -142,7 +159,7 @@ def score_figure(scores: np.ndarray, same: np.ndarray, threshold: float) -> Figu
 
 
 def contact_sheet(images_NHWC: np.ndarray, columns: int, title: str) -> Figure:
-    """uint8 images [N, H, W, 3] in rows of ``columns``."""
+    """Plot square uint8 images [N, H, W, 3] in rows of ``columns``."""
     rows = -(-len(images_NHWC) // columns)
     size = images_NHWC.shape[1]
     sheet = np.full((rows * size, columns * size, 3), 255, np.uint8)
@@ -158,12 +175,13 @@ def contact_sheet(images_NHWC: np.ndarray, columns: int, title: str) -> Figure:
 
 
 def _curve(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FAR, evenly on a log axis from the smallest that the impostors resolve, and TAR there."""
+    """Return FARs evenly on a log axis, from one impostor pair to all, and TAR at each."""
     far = np.geomspace(1 / max(1, int((~same).sum())), 1, CURVE_POINTS)
     return far, tars(scores, same, far)
 
 
 def _cpu_name() -> str:
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,5 +1,6 @@
-"""Verification and identification of templates: several photos of a person as one (IJB-B, IJB-C; METHODS §7).
+"""Verification and identification of templates, as IJB-B and IJB-C do it (docs/verification.md).
 
+A template is a set of photos of one person, which is compared as a whole.
 Legend: N images, T templates, P pairs, G gallery templates, Q probes, D embedding.
 """
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from fr_core.errors import UserError
 
-BLOCK = 512  # templates, or probes, that are compared with all others at once
+BLOCK = 512  # templates or probes that are compared with all others at once
 RANKS = (1, 5, 10)
 FPIRS = (1e-1, 1e-2)
 
@@ -21,15 +22,18 @@ def pooled(
     media_N: np.ndarray | None = None,
     weights_N: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One feature per template: the mean within each medium (frames of a film are alike), their sum, normalised.
+    """Return one feature for each template: the normalised sum of the means within its media.
+
+    A medium is a photo or a film. Frames of a film are similar, so all of them together count as one photo.
 
     Args:
-        features_ND: of the images, their norms kept: poor photos have small ones and so count less.
-        templates_N, media_N: the template and the medium of each image; without media, the plain mean of all images.
-        weights_N: such as the detector's scores.
+        features_ND: Features of the images, not normalised: poor photos have small norms and so count less.
+        templates_N: Template of each image.
+        media_N: Medium of each image; None: every image is a medium of its own.
+        weights_N: Weight of each image, such as the detector's score.
 
     Returns:
-        The templates' numbers, rising, and float32 [T, D].
+        The templates' numbers, rising, and their features float32 [T, D].
     """
     weighted_ND = features_ND if weights_N is None else features_ND * weights_N[:, None].astype(np.float32)
     media_N = np.arange(len(templates_N)) if media_N is None else media_N
@@ -44,14 +48,14 @@ def pooled(
 
 
 def pair_cosines(features_TD: np.ndarray, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
-    """Cosines of pairs of templates: float32 [P].
+    """Return the cosines of pairs of templates: float32 [P].
 
-    A block of templates is multiplied with all others and the pairs are picked from that: the protocols have so many
-    pairs (IJB-C 15.7 million of 23,124 templates) that gathering both features of each takes 2.5 times as long.
+    Blocks of templates are multiplied by all templates, and the pairs are picked from the products. IJB-C has 15.7
+    million pairs of 23,124 templates. Gathering both features of each pair takes 2.5 times as long.
 
     Args:
-        features_TD: normalised.
-        left_P, right_P: rows of it.
+        features_TD: Features of length 1.
+        left_P, right_P: Rows of ``features_TD``.
     """
     scores = np.empty(len(left_P), np.float32)
     order = np.argsort(left_P, kind="stable")
@@ -67,36 +71,36 @@ def pair_cosines(features_TD: np.ndarray, left_P: np.ndarray, right_P: np.ndarra
 
 @dataclass(frozen=True)
 class Identification:
-    """Scores of a search for every probe in a gallery."""
+    """Figures of a search for every probe in a gallery (:mod:`fr_core.verify.report` defines TPIR and FPIR)."""
 
-    at_rank: dict[int, float]  # rank -> share of the mated probes whose person is among the first so many
-    tpir_at_fpir: dict[float, float]  # as far as the unmated probes can resolve it
+    at_rank: dict[int, float]  # rank k -> share of the mated probes whose person is among the first k
+    tpir_at_fpir: dict[float, float]  # FPIR -> TPIR, for each FPIR of at least one unmated probe
     mated: int  # probes whose person is in the gallery
-    unmated: int
+    unmated: int  # probes whose person is not in the gallery
 
 
 def identify(
     gallery_GD: np.ndarray, people_G: np.ndarray, probes_QD: np.ndarray, people_Q: np.ndarray
 ) -> Identification:
-    """Searches every probe in the gallery, closed and open set.
+    """Search every probe in the gallery, closed-set (ranks) and open-set (TPIR at FPIR).
 
-    A person in the gallery counts by its best template; ties count against the probe. Open set: at a threshold that at
-    most FPIR of the unmated probes reach with anybody, TPIR of the mated ones find their person first and reach it.
+    The score of a person in the gallery is that of the person's best template. Ties count against the probe.
 
     Args:
-        gallery_GD, probes_QD: normalised features; one of zeros, of a template that could not be read, matches nobody.
-        people_G, people_Q: int, who they are.
+        gallery_GD, probes_QD: Features of length 1. A feature of zeros, of a template that could not be read, matches
+            nobody.
+        people_G, people_Q: int, the person of each template.
 
     Raises:
-        UserError: an empty gallery, no probe whose person is in it, or features that are not finite.
+        UserError: The gallery is empty or has no probe's person, or features are not finite.
     """
     if not (np.isfinite(gallery_GD).all() and np.isfinite(probes_QD).all()):
-        raise UserError("the templates' features are not finite")
+        raise UserError("the templates' features are not finite: the net's weights are broken, or training diverged")
     known, column_G = np.unique(people_G, return_inverse=True)
     mated_Q = np.isin(people_Q, known)
     if not mated_Q.any():
-        raise UserError("no probe's person is in the gallery")
-    own_Q = np.searchsorted(known, people_Q)  # meaningless for the unmated
+        raise UserError("no probe's person is in the gallery: give a gallery and probes with common people")
+    own_Q = np.searchsorted(known, people_Q)  # meaningless for unmated probes
     order = np.argsort(column_G, kind="stable")
     begins = np.searchsorted(column_G[order], np.arange(len(known)))
     unread_G, unread_Q = (gallery_GD == 0).all(1), (probes_QD == 0).all(1)
@@ -111,7 +115,7 @@ def identify(
         mated = rows[mated_Q[rows]]
         theirs = scores[mated - start]
         own = np.take_along_axis(theirs, own_Q[mated, None], 1)
-        rank_Q[mated] = (theirs >= own).sum(1)  # itself among them
+        rank_Q[mated] = (theirs >= own).sum(1)  # the rank of the best score is 1
         own_score_Q[mated] = own[:, 0]
     ranks, scores = rank_Q[mated_Q], own_score_Q[mated_Q]
     others = np.sort(best_Q[~mated_Q])

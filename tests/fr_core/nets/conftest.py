@@ -3,4 +3,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def small_nets(one_thread):
-    """All nets here are small."""
+    """Run on one thread: all nets here are small."""

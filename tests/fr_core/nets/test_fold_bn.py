@@ -14,7 +14,7 @@ from tests.helpers.nets import NORMS, random_net
 SMALL = [
     *(IResNetNet(depth=depth, width=8, input_size=32, embedding=8) for depth in BLOCKS),
     IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
-    IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # maps of 1 × 1 pixel at the end
+    IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # last map of 1 × 1 pixel
     IResNetNet(depth=10, width=8, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
     MoENet(depth=18, width=8, input_size=32, embedding=8, experts=3, active=2),
     MobileFaceNetNet(input_size=64, embedding=8),
@@ -23,7 +23,7 @@ SMALL = [
 
 @torch.no_grad()
 def difference(net, other, images=3):
-    """Largest difference of embeddings over the largest of their values, and the least cosine."""
+    """Return the largest difference of embeddings, relative to their largest value, and the least cosine."""
     x = torch.randn(images, 3, net.input_size, net.input_size)
     ours, theirs = net(x), other(x)
     assert ours.isfinite().all()
@@ -45,7 +45,7 @@ def test_the_folded_net_is_the_net_without_norms(config):
 
 @pytest.mark.parametrize("config", SMALL[:2], ids=lambda c: f"iresnet{c.depth}")
 def test_folding_is_exact(config):
-    """In float64, where only the algebra is left; the last linear layer is always float32 and stays out."""
+    """Float64 leaves errors of the algebra alone. The last linear layer is left out: it is always float32."""
     net = random_net(config, torch.float64)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     plain, inference = (

@@ -16,7 +16,7 @@ SHAPE = {"depth": 10, "width": 8, "input_size": 32, "embedding": 8}
 def mixture_net(**given):
     torch.manual_seed(0)
     net = build_net(MoENet(**SHAPE, **given))
-    torch.nn.init.normal_(net.layer4.gate.weight, 0, 2)  # so that experts differ in what they get
+    torch.nn.init.normal_(net.layer4.gate.weight, 0, 2)  # different experts get different images
     return net
 
 
@@ -41,7 +41,7 @@ def test_training_and_inference_compute_the_same_where_batch_norm_is_fixed():
     net = mixture_net(experts=3)
     mixture, x = net.layer4, torch.randn(9, 32, 4, 4)
     routed = mixture.eval()(x)
-    mixture.training = True  # the mixture alone: its norms stay at inference
+    mixture.training = True  # only the mixture: its norms stay in eval mode
     assert torch.allclose(mixture(x), routed, atol=1e-5)
     assert mixture.eval()(x[:1]).shape == (1, 64, 2, 2)
 
@@ -70,7 +70,7 @@ def test_load_balance_is_switch_transformers():
 
 @pytest.mark.parametrize("active", [1, 2])
 def test_a_plain_net_with_few_active_experts_keeps_its_embeddings_directions(tmp_path, active):
-    """The chances of the active ones do not sum to 1; the norm behind them knows."""
+    """The probabilities of the active experts do not sum to 1; the next norm is scaled for it."""
     plain = build_net(IResNetNet(**SHAPE))
     x = torch.randn(32, 3, 32, 32)
     for _ in range(60):
@@ -103,12 +103,14 @@ def test_every_expert_has_a_gradient_in_training():
 def test_a_plain_net_becomes_a_mixture_and_one_expert_is_the_plain_net(tmp_path):
     plain = build_net(IResNetNet(**SHAPE))
     x = torch.randn(6, 3, 32, 32)
-    plain.train()(x)  # running statistics of its own
+    plain.train()(x)  # sets running statistics
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     one, three = mixture_net(experts=1), mixture_net(experts=3, active=3)
     for net in (one, three):
         load_weights(net, tmp_path / "plain.safetensors")
-        assert torch.allclose(net.eval()(x), plain.eval()(x), atol=1e-5)  # equal experts: chances sum to 1
+        assert torch.allclose(
+            net.eval()(x), plain.eval()(x), atol=1e-5
+        )  # all experts are equal and probabilities sum to 1
     assert torch.allclose(one.train()(x), plain.train()(x), atol=1e-5)
     config = MoENet(**SHAPE, experts=3, active=3)
     save_file(three.state_dict(), tmp_path / "moe.safetensors", {"net": config.model_dump_json()})

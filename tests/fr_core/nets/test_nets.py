@@ -8,16 +8,18 @@ import torch
 from safetensors.torch import save_file
 
 import fr_core
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.data.crops import read_rgb
 from fr_core.errors import UserError
+from fr_core.nets.checkpoint_files import BACKBONE, FORMAT, step_name, write_signed, write_tensors
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
+from fr_core.nets.names import parse_name
 from fr_core.nets.open import build_net, open_net
 from fr_core.verify.pairs import cosines, read_pairs, score_pairs
 from tests.helpers.machine import REAL_DATA, needs_real_data
 
-PARAMETERS = {  # METHODS §5, in millions at 112×112 and 512 dimensions
+PARAMETERS = {  # millions at 112×112 and 512 dimensions, as the BigFace report lists them
     18: 24.026,
     34: 34.139,
     50: 43.591,
@@ -77,7 +79,7 @@ def test_initial_weights_follow_the_paper():
 
 
 def mxnet_names(net):
-    """The published file's names for our state dict, written independently of the mapping's own tables."""
+    """Return the published file's name of each tensor, without the tables of the tested mapping."""
     stages = {3: "23", 4: "34", 5: "45"}
     fields = {
         "conv.weight": "conv2d_weight",
@@ -153,7 +155,7 @@ def test_widths_are_read_off_the_weights(config, name, tmp_path):
 
 
 def test_weights_that_tell_their_net_need_no_name(tmp_path):
-    """Those of a checkpoint: a stem of stride 2 cannot be read off the shapes."""
+    """Weights of a checkpoint do, since shapes do not tell a stem of stride 2."""
     config = IResNetNet(depth=10, width=8, stem_stride=2, input_size=64, embedding=16)
     save_file(build_net(config).state_dict(), tmp_path / "net.safetensors", {"net": config.model_dump_json()})
     net = open_net(tmp_path / "net.safetensors").net
@@ -164,16 +166,81 @@ def test_weights_that_tell_their_net_need_no_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "need --net"),
-        ("resnet50", "need --net"),
-        ("iresnet18", "do not fit"),
-        ("mobilefacenet", "are not those"),
-        ("iresnetX", "are not those"),
+        (None, "need --net; the file holds an iresnet10: give --net iresnet10"),
+        ("iresnet18", "holds an iresnet10, not an iresnet18: give --net iresnet10"),
+        ("mobilefacenet", "holds an iresnet10, not a mobilefacenet: give --net iresnet10"),
+        ("resnet50", "no net has this name; did you mean iresnet50"),
+        ("iresnetX", "give mobilefacenet or iresnetDEPTH with a depth of 10, 18, 34"),
     ],
 )
 def test_wrong_net_names_are_explained(weights, name, message):
     with pytest.raises(UserError, match=message):
         open_net(weights[1], name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("r50", "iresnet50"),
+        ("ir50", "iresnet50"),
+        ("IR_50", "iresnet50"),
+        ("LResNet100E-IR", "iresnet100"),
+        ("glint360k_r18", "iresnet18"),
+        ("resnet101", "iresnet100"),
+        ("mobilefacenet_y1", "mobilefacenet"),
+        ("MobileFaceNet-112", "mobilefacenet"),
+    ],
+)
+def test_the_fields_names_of_nets_get_the_one_that_is_meant(name, meant):
+    assert parse_name(meant.upper()) == meant
+    with pytest.raises(UserError, match=rf"^--net {name}: no net has this name; did you mean {meant}\?$"):
+        parse_name(name)
+
+
+def test_bare_weights_of_other_nets_are_called_by_their_name(tmp_path):
+    """As far as the names of their tensors tell."""
+    path = tmp_path / "net.safetensors"
+    small = {"input_size": 32, "embedding": 8}
+    plain = IResNet(10, width=8, **small)
+    mobile = MobileFaceNet(**small).state_dict()
+    mixture = build_net(MoENet(depth=10, width=8, **small)).state_dict()
+    longer = plain.state_dict() | {f"layer2.1.{name}": t for name, t in plain.layer2[0].state_dict().items()}
+    strange = {"encoder.weight": torch.zeros(1)}
+    for state, holds, mend in [
+        (mobile, "a mobilefacenet", "give --net mobilefacenet"),
+        (mixture, "a mixture of experts on iresnet10", "open its run or checkpoint instead"),
+        (longer, r"an IR-ResNet of 1 \+ 2 \+ 1 \+ 1 blocks", "open its run or checkpoint instead"),
+        (strange, "a net that bigface does not know", "give weights of one of mobilefacenet, iresnet10"),
+    ]:
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)
+        with pytest.raises(UserError, match=rf"net\.safetensors holds {holds}, not an iresnet50: {mend}"):
+            open_net(path, "iresnet50")
+        with pytest.raises(UserError, match=rf"bare weights need --net; the file holds {holds}: {mend}"):
+            open_net(path)
+
+
+def test_a_name_must_agree_with_weights_that_tell_their_net(tmp_path):
+    config = IResNetNet(depth=10, width=8, input_size=32, embedding=8)
+    path = tmp_path / "net.safetensors"
+    save_file(build_net(config).state_dict(), path, {"net": config.model_dump_json()})
+    assert open_net(path, "iresnet10").config == open_net(path).config == config
+    with pytest.raises(UserError, match=r"net\.safetensors holds an iresnet10, not a mobilefacenet: leave --net out"):
+        open_net(path, "mobilefacenet")
+    with pytest.raises(UserError, match="did you mean iresnet10"):
+        open_net(path, "r10")
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint"])
+def test_a_name_must_agree_with_a_run_and_a_checkpoint(tmp_path, kind):
+    config = IResNetNet(depth=10, width=8, input_size=32, embedding=8)
+    checkpoint = tmp_path / "checkpoints" / step_name(1)
+    checkpoint.mkdir(parents=True)
+    files = {BACKBONE: write_tensors(checkpoint / BACKBONE, build_net(config).state_dict(), {})}
+    write_signed(checkpoint, {"format": FORMAT, "files": files, "config": {"net": config.model_dump()}})
+    ref = tmp_path if kind == "run" else checkpoint
+    assert open_net(ref, "iresnet10").config == config
+    with pytest.raises(UserError, match=rf"{ref.name} holds an iresnet10, not an iresnet50: leave --net out"):
+        open_net(ref, "iresnet50")
 
 
 def test_what_is_no_net_is_refused(tmp_path):
@@ -200,7 +267,7 @@ def test_embed_refuses_other_shapes(weights):
 
 @needs_real_data
 def test_the_published_teacher_ranks_faces():
-    """ORL: image 1 of each of 40 people as gallery, the other 360 as probes."""
+    """The gallery has image 1 of each of ORL's 40 people; the other 360 images are probes."""
     with tarfile.open(REAL_DATA / "orl" / "orl_112.tar") as tar:
         faces = {member.name: read_rgb(tar.extractfile(member).read()) for member in tar if member.isfile()}
     people = np.array([int(Path(name).parent.name[1:]) for name in faces])
@@ -214,7 +281,7 @@ def test_the_published_teacher_ranks_faces():
 
 @needs_real_data
 def test_the_published_teacher_recognises_faces():
-    """Two of the ten folds of the real pairs: 96.6 ± 0.4 % on all ten."""
+    """Two of ten folds of real pairs; all ten give 96.6 ± 0.4 %."""
     pairs = read_pairs(REAL_DATA / "faces" / "dev_pairs.csv")
     some = np.isin(pairs.fold, (0, 1))
     wanted = {pairs.paths[i] for i in np.concatenate([pairs.left[some], pairs.right[some]])}

@@ -1,4 +1,4 @@
-"""ONNX files as users meet them: written, opened, damaged, of other makers, hostile."""
+"""ONNX files: written, opened, damaged, written by other programs, hostile."""
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ METADATA = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A net, and the file that holds it."""
+    """Return a net and its ONNX file."""
     torch.manual_seed(0)
     net = build_net(IResNetNet(depth=10, width=8, input_size=32, embedding=16)).eval()
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
@@ -36,7 +36,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(written, tmp_path_factory):
-    """The same with its weights in a file beside it, as large nets have them."""
+    """Return the file of the same net with its weights in a second file, as large nets have them."""
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_net, "WHOLE", 0)
@@ -45,7 +45,7 @@ def split(written, tmp_path_factory):
 
 
 def copied(source, folder):
-    """The model to be changed, and its weights beside it."""
+    """Copy the weights file, if there is one, and load the model for changes."""
     data = source.with_name("net.onnx.data")
     if data.exists():
         (folder / data.name).write_bytes(data.read_bytes())
@@ -58,7 +58,7 @@ def saved(model, folder):
 
 
 def other_model(folder, metadata=METADATA, name=INPUT, size=32, embedding=16):
-    """A model whose every embedding is a mean of colours."""
+    """Write a model whose embeddings are mean colours."""
     nodes = [
         helper.make_node("ReduceMean", [name, "axes"], ["mean"], keepdims=0),
         helper.make_node("MatMul", ["mean", "ones"], [OUTPUT]),
@@ -89,6 +89,16 @@ def test_the_file_is_a_recogniser_like_the_net(written):
     assert [path.name for path in path.parent.iterdir()] == ["net.onnx"]
 
 
+def test_a_name_must_agree_with_the_file(written, tmp_path):
+    assert open_net(written[1], "iresnet10").net.name == "iresnet10"
+    with pytest.raises(UserError, match=r"net\.onnx holds an iresnet10, not an iresnet50: leave --net out"):
+        open_net(written[1], "iresnet50")
+    older = other_model(tmp_path)  # its metadata have no name of a net
+    assert open_net(older, "iresnet50").net.name is None
+    with pytest.raises(UserError, match="did you mean iresnet50"):
+        open_net(older, "resnet50")
+
+
 def test_prelu_is_made_of_operators_that_run_fast(written):
     used = {node.op_type for node in onnx.load(written[1]).graph.node}
     assert "Relu" in used
@@ -110,10 +120,10 @@ def test_weights_that_are_not_beside_the_file(split, tmp_path):
     path = saved(copied(split, tmp_path), tmp_path)
     data = path.with_name("net.onnx.data")
     data.replace(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="must lie beside it"):
+    with pytest.raises(UserError, match="put that file beside it"):
         open_net(path)
     data.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="must lie beside it"):
+    with pytest.raises(UserError, match="put that file beside it"):
         open_net(path)
     data.unlink()
     data.write_bytes((tmp_path / "elsewhere").read_bytes()[:100])
@@ -126,7 +136,7 @@ def test_other_files_are_never_read(split, tmp_path, location):
     model = copied(split, tmp_path)
     tensor = next(t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
-    with pytest.raises(UserError, match="refused, since it reads other files"):
+    with pytest.raises(UserError, match="refused: it reads other files"):
         open_net(saved(model, tmp_path))
 
 
@@ -137,7 +147,7 @@ def test_other_files_are_never_read_by_tensors_that_hide(written, tmp_path):
     hidden.external_data.add(key="location", value="../secret")
     graph = helper.make_graph([helper.make_node("Constant", [], ["c"], value=hidden)], "branch", [], [])
     model.graph.node.append(helper.make_node("If", ["yes"], ["out"], then_branch=graph, else_branch=graph))
-    with pytest.raises(UserError, match="refused, since it reads other files"):
+    with pytest.raises(UserError, match="refused: it reads other files"):
         open_net(saved(model, tmp_path))
 
 
@@ -146,18 +156,18 @@ def test_damaged_files_are_explained(written, tmp_path):
     path = tmp_path / "net.onnx"
     for damaged in (b"", data[:10], data[:1000], data[: len(data) // 2], data[:-1], b"\x80\x04K\x01.", b"a" * 999):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"net\.onnx: (not readable as ONNX|no net of bigface export)"):
+        with pytest.raises(UserError, match=r"net\.onnx: (not readable as ONNX|not written by bigface export)"):
             open_net(path)
 
 
 def test_models_of_others_are_explained(tmp_path):
     assert open_net(other_model(tmp_path)).embed(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 16)
     for changed in ({"name": "data"}, {"size": 64}, {"size": "any"}, {"embedding": 17}):
-        with pytest.raises(UserError, match="no net of bigface export: it maps"):
+        with pytest.raises(UserError, match="not written by bigface export: it maps"):
             open_net(other_model(tmp_path, **changed))
     wrong = [{}, {"input_size": "-1"}, {"input_std": "nan"}, {"channels": "BGR"}, {"threshold": "7"}]
     for metadata in (dict[str, str](), *(METADATA | change for change in wrong[1:])):
-        with pytest.raises(UserError, match="no net of bigface export: metadata"):
+        with pytest.raises(UserError, match="not written by bigface export: metadata"):
             open_net(other_model(tmp_path, metadata))
     model = onnx.load(other_model(tmp_path))
     model.graph.node[0].op_type = "Surprise"

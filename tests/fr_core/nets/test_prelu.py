@@ -24,7 +24,7 @@ def test_gradients_are_pytorchs(dtype):
     assert ours[0].dtype == dtype
     assert ours[1].dtype == torch.float32
     for ours_, expected_ in zip(ours, expected, strict=True):
-        bound = 1e-5 if dtype == torch.float32 else 0.02  # of sums of thousands of products of three digits
+        bound = 1e-5 if dtype == torch.float32 else 0.02  # sums of thousands of products with three digits
         assert (ours_.float() - expected_).norm() <= bound * expected_.norm()
 
 

@@ -14,7 +14,7 @@ from fr_core.nets.prune import narrower, pruned
 
 pytest.importorskip("torch_pruning")
 
-MILLIONS = {18: 17.39, 34: 23.83, 50: 29.83}  # of "sp02", METHODS §6
+MILLIONS = {18: 17.39, 34: 23.83, 50: 29.83}  # the nets "sp02" of Ef-QuantFace
 RESNET = IResNetNet(depth=18, width=16, input_size=48, embedding=8, dropout=0.2)
 NETS = [
     RESNET,
@@ -25,7 +25,7 @@ NETS = [
 
 @pytest.mark.parametrize("depth", MILLIONS)
 def test_a_fifth_less_leaves_the_published_parameters(depth):
-    """All of them: convolutions, the last linear layer, norms and PReLUs."""
+    """The count has convolutions, the last linear layer, norms and PReLUs."""
     config = narrower(IResNetNet(depth=depth), [0.2])
     assert config.widths == (51, 102, 204, 409)
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def test_wrong_ratios_and_nets_are_explained(config, ratios, message):
 
 
 def norms_of_channels(net):
-    """Names of the norms that see the same channels, written down without the package."""
+    """Return groups of norms with the same channels, without torch-pruning."""
     if isinstance(net, MobileFaceNet):
         stages = {stage: len(net.get_submodule(stage)) for stage in ("stage3", "stage4", "stage5")}
         inside = [[f"{s}.{i}.expand", f"{s}.{i}.depthwise"] for s, blocks in stages.items() for i in range(blocks)]
@@ -84,7 +84,7 @@ def norms_of_channels(net):
 
 @torch.no_grad()
 def settled(config):
-    """A random net whose norms have the statistics of some noise, and gains between 1 and 2."""
+    """Return a random net whose norms have statistics of noise and gains between 1 and 2."""
     torch.manual_seed(0)
     net = build_net(config)
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)):
@@ -100,7 +100,7 @@ def settled(config):
 @torch.no_grad()
 @pytest.mark.parametrize("config", NETS, ids=lambda config: f"{config.kind}{config.input_size}")
 def test_without_its_dead_channels_a_net_is_what_it_was(config):
-    """A random fifth of every layer is silenced by its norms; the last linear layer still has weights for it."""
+    """Norms silence a random fifth of the channels; the last linear layer still has weights for them."""
     net = settled(config)
     smaller = narrower(config, [0.2])
     for group in norms_of_channels(net):
@@ -119,12 +119,12 @@ def test_without_its_dead_channels_a_net_is_what_it_was(config):
     whole, out = net(x), left(x)
     assert whole.abs().max() > 0.1
     assert (whole - out).abs().max() < 1e-5 * whole.abs().max()
-    assert (folded(left)(x) - out).abs().max() < 1e-4 * out.abs().max()  # other widths fold as well
+    assert (folded(left)(x) - out).abs().max() < 1e-4 * out.abs().max()  # pruned nets can be folded
 
 
 @pytest.mark.parametrize(("importance", "power"), [("l1", 1), ("l2", 2)])
 def test_the_channels_of_largest_weights_stay(importance, power):
-    """Between the convolutions of a block: what makes a channel, its gain, and what reads it."""
+    """A channel inside a block is worth its filter, its gain and the weights that read it."""
     net = settled(RESNET)
     left = pruned(net, narrower(RESNET, [0.2]), importance)
     for name in ("layer1.1", "layer3.0", "layer4.1"):

@@ -1,4 +1,4 @@
-"""int8 files: what ONNX Runtime computes with integer kernels is what the quantised net computes in PyTorch."""
+"""int8 files: ONNX Runtime's integer kernels compute what the quantised net computes in PyTorch."""
 
 import copy
 import functools
@@ -38,7 +38,7 @@ def quantised(kind, weights=8, activations=8):
 @functools.cache
 @torch.no_grad()
 def calibrated(kind, weights, activations):
-    """A random net, calibrated on noise, with slopes below 0 and above 1."""
+    """Return a random net with slopes below 0 and above 1, calibrated on noise."""
     torch.manual_seed(0)
     net = build_net(NETS[kind])
     for module in net.modules():
@@ -55,7 +55,7 @@ def calibrated(kind, weights, activations):
 
 
 def computed(model, names):
-    """What ONNX Runtime computes as tensors of codes inside a model."""
+    """Return tensors of codes inside a model, as ONNX Runtime computes them."""
     model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(names, {INPUT: 3 * noise(4, 2).numpy()})
@@ -68,6 +68,7 @@ def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_pat
     onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
     opened = open_net(tmp_path / "net.onnx")
     assert opened.threshold == 0.3
+    assert opened.net.name == {"iresnet": "iresnet10", "mobilefacenet": "mobilefacenet"}[kind]
     for images in (1, 5):
         x = noise(images, seed=2)
         wanted = net(x)
@@ -89,7 +90,7 @@ def test_every_layer_runs_in_integers(kind, tmp_path):
     assert set(found) == {"QuantizeLinear", "Transpose", "QLinearConv", "Max", "QLinearAdd", "Flatten", "QGemm"}
     assert found.count("QLinearConv") == sum(node.op_type == "Conv" for node in model.graph.node)
     assert found.count("QuantizeLinear") == 1  # the pixels
-    assert found.count("Transpose") == 2  # after them, and before the last layer
+    assert found.count("Transpose") == 2  # after the pixels, and before the last layer
 
 
 @pytest.mark.parametrize("activations", [6, 4])
@@ -114,7 +115,7 @@ def test_integers_differ_from_the_float_simulation_by_rounding_alone():
     for layer, inputs, exact in seen:
         steps = ((layer(*inputs) - exact) / layer.out.scale).abs()
         assert float(steps.max()) < 1.01
-        assert float((steps > 0.5).float().mean()) < 0.03  # halves
+        assert float((steps > 0.5).float().mean()) < 0.03  # codes at halves
 
 
 def test_a_channel_whose_weights_are_next_to_nothing_keeps_its_bias(tmp_path):

@@ -27,7 +27,7 @@ def images(count=16, seed=0):
 
 
 def trained(config):
-    """A net as training leaves one: norms that fit what they see."""
+    """Return a random net whose norms have statistics of its inputs, as after training."""
     torch.manual_seed(0)
     net = build_net(config)
     for module in net.modules():
@@ -44,7 +44,7 @@ def trained(config):
 
 
 def quantised(net, config, **options):
-    """``net`` in integers, calibrated."""
+    """Return ``net`` in integers, calibrated."""
     options = QuantisedNet(net=config, **options)
     made = Quantised(net, options)
     calibrate(made, lambda: iter(images(32).split(16)), Ranks(), options)
@@ -58,7 +58,7 @@ def cosine(a, b):
 @torch.no_grad()
 @pytest.mark.parametrize("config", NETS.values(), ids=NETS)
 def test_eight_bits_are_near_the_float_net_and_fewer_are_farther(config):
-    """On the mean of 64 images: the least cosine hangs on how one of them is rounded, which differs by processor."""
+    """Compares means over 64 images: the least cosine depends on how a processor rounds one image."""
     net, x = trained(config), images(64, seed=1)
     made = (quantised(net, config, weights=bits, activations=bits) for bits in (8, 4))
     near, far = (nn.functional.cosine_similarity(one(x), net(x)).mean() for one in made)
@@ -115,7 +115,7 @@ def test_a_range_holds_zero():
 
 @pytest.mark.parametrize(("bits", "slope"), [(2, 1), (4, 1), (8, 1), (4, 0.1)])
 def test_least_error_finds_what_trying_all_ranges_finds(bits, slope):
-    """Also of what a PReLU of that slope leaves."""
+    """Also for the output of a PReLU of that slope."""
     values = torch.randn(20_000, generator=torch.Generator().manual_seed(bits)) ** 3  # long tails
     counts = torch.where(values < 0, slope**2, 1.0)
 
@@ -128,7 +128,7 @@ def test_least_error_finds_what_trying_all_ranges_finds(bits, slope):
     low, high = values.amin(), values.amax()
     shares = torch.arange(1, SHARES + 1) / SHARES
     best = min(error(low * a, high * b) for a in shares for b in shares)
-    assert error(*least_error(values, counts, bits)) <= 1.02 * best  # it looks at a histogram
+    assert error(*least_error(values, counts, bits)) <= 1.02 * best  # it looks at a histogram only
     if bits < 8:
         assert best < 0.9 * error(low, high)
 
@@ -175,7 +175,7 @@ def test_a_dead_layer_is_named(norms, layer):
     for norm in norms:
         nn.init.zeros_(net.layer2[0].get_submodule(norm).weight)
         nn.init.zeros_(net.layer2[0].get_submodule(norm).bias)
-    with pytest.raises(UserError, match=rf"layer {layer} leaves nothing but 0 on \d+ values: a dead net"):
+    with pytest.raises(UserError, match=rf"all \d+ sampled outputs of layer {layer} are 0: .* without dead layers"):
         quantised(net, config)
 
 
@@ -183,14 +183,14 @@ def test_broken_weights_are_named():
     config = NETS["iresnet"]
     net = trained(config)
     net.layer3[0].conv2.weight.data[0, 0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"what layer \S+ leaves is not finite"):
+    with pytest.raises(UserError, match=r"outputs of layer \S+ are not finite"):
         quantised(net, config)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_no_slope_rounds_above_one(bits):
-    """The maximum of x and slope·x, which integer kernels take, would not be a PReLU."""
+    """Integer kernels compute max(x, slope·x), which is a PReLU only for slopes up to 1."""
     prelu = nn.PReLU(4)
     prelu.weight.copy_(torch.tensor([-1.26, 0.995, 1.0, 0.3]))
     module = QuantPReLU(prelu, QuantisedNet(net=NETS["iresnet"], weights=bits), ActQuant(8))

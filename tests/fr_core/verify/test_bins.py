@@ -28,7 +28,7 @@ def test_sets_of_every_binary_protocol(tmp_path, protocol, kind):
 
 
 def test_what_python_2_wrote(tmp_path):
-    """Protocol 2 with its own bytes: BINSTRING and SHORT_BINSTRING."""
+    """Python 2 wrote bytes as BINSTRING and SHORT_BINSTRING in protocol 2."""
     strings = [b"short", b"long \xff" * 100]
     written = b"".join(
         (b"U" + struct.pack("<B", len(s)) if len(s) < 256 else b"T" + struct.pack("<I", len(s))) + s for s in strings
@@ -86,14 +86,14 @@ def test_other_content_is_refused(tmp_path, content, message):
         b"",
         b".",
         b"]",
-        b"\x80\x04\x8e" + struct.pack("<Q", 2**62),  # bytes of a length that no memory has
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**62),  # more bytes than any memory has
         b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"].",
-        b"]r" + struct.pack("<I", 2**32 - 1) + b".",  # a memo of four thousand million places
+        b"]r" + struct.pack("<I", 2**32 - 1) + b".",  # a memo of four thousand million entries
         b"(((((e.",
-        b"]]a]a]q\x00h\x00a.",  # a list in itself
+        b"]]a]a]q\x00h\x00a.",  # a list that contains itself
         b"\x86.",
         b"h\x05.",
-        b"c_codecs\nencode\n" + b"X\x01\x00\x00\x00a" + b")" + b"\x85" * 100_000 + b"\x86R.",  # a deep encoding
+        b"c_codecs\nencode\n" + b"X\x01\x00\x00\x00a" + b")" + b"\x85" * 100_000 + b"\x86R.",  # deeply nested tuples
         b"]q\x00" + b"(" * 100_000 + b"e",
     ],
 )

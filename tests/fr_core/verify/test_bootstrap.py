@@ -12,8 +12,8 @@ def alone(count):
 def test_weights_count_whole_people():
     people_P2 = np.array([[0, 0], [0, 1], [1, 2], [2, 2]])
     weights = np.concatenate(list(pair_weights(people_P2, 4000)))
-    drawn = weights[:, [0, 3]]  # of persons 0 and 2
-    rest = 3 - drawn.sum(1)  # three are drawn
+    drawn = weights[:, [0, 3]]  # how often people 0 and 2 were drawn
+    rest = 3 - drawn.sum(1)  # three people are drawn, person 1 the other times
     assert np.array_equal(weights[:, 1], drawn[:, 0] * rest)
     assert np.array_equal(weights[:, 2], drawn[:, 1] * rest)
     assert drawn.mean(0) == pytest.approx([1, 1], abs=0.05)
@@ -61,7 +61,7 @@ def test_people_are_folders_where_these_agree_with_the_pairs():
 
 
 def test_one_decision_kind_only_in_some_resamples():
-    """With two people of which one has all impostors, resamples without them are left out, not counted as zero."""
+    """Resamples without impostor pairs are left out, not counted as zero."""
     scores, same = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, True, False, False])
     people_P2 = np.array([[0, 0], [1, 1], [0, 1], [2, 3]])
     (interval,) = tar_intervals(scores, same, people_P2, [0.5]).values()

@@ -58,7 +58,7 @@ def test_nearest_centres_leave_the_own_out(monkeypatch, block):
     embeddings, labels = people([5, 5, 5])
     means, _ = centres(embeddings, labels, -1)
     own = labels.copy()
-    own[:2] = -1  # nobody's
+    own[:2] = -1  # no identity
     who, cosine = (np.concatenate(parts) for parts in zip(*nearest_centres(embeddings, means, own), strict=True))
     table = embeddings @ means.T
     table[np.arange(2, 15), labels[2:]] = -9
@@ -71,10 +71,10 @@ def test_nearest_centres_leave_the_own_out(monkeypatch, block):
 def test_copies_name_the_first_like_them_within_their_identity():
     embeddings, labels = people([4, 3], noise=0.3)
     embeddings[2] = embeddings[3] = embeddings[0]
-    embeddings[5] = embeddings[1]  # another identity's
+    embeddings[5] = embeddings[1]  # an image of another identity
     usable = np.ones(7, bool)
     assert copies(embeddings, labels, 0.999, usable).tolist() == [-1, -1, 0, 0, -1, -1, -1]
-    usable[0] = False  # a flip is nobody's original
+    usable[0] = False  # an unusable image is no original
     assert copies(embeddings, labels, 0.999, usable).tolist() == [-1, -1, -1, 2, -1, -1, -1]
 
 

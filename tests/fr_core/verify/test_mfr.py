@@ -32,7 +32,7 @@ def test_fnmr_is_that_of_all_pairs(monkeypatch, block):
     ]
     for found, scores, same in cases:
         assert (found.genuine, found.impostors) == (same.sum(), (~same).sum())
-        assert set(found.fnmr) == {1e-3, 1e-4}  # some ten thousand pairs resolve no more
+        assert set(found.fnmr) == {1e-3, 1e-4}  # some ten thousand pairs cannot measure a smaller FMR
         for fmr, fnmr in found.fnmr.items():
             assert fnmr == pytest.approx(expected(scores, same, fmr))
             assert 0 < fnmr < 1

@@ -58,7 +58,7 @@ def test_rates_equal_scikit_learns():
 
 
 def test_each_fold_is_judged_at_the_threshold_of_the_others():
-    """Fold 0 lies .5 higher: the others' threshold, 0.25, calls all of its pairs the same."""
+    """Scores of fold 0 are .5 higher, so the threshold 0.25 of the other folds accepts all its pairs."""
     same = [True, True, False, False] * 3
     scores = np.array([1.0, 1.0, 0.5, 0.5] + [0.5, 0.5, 0.0, 0.0] * 2)
     result = score_pairs(scores, pairs_of(same, [0] * 4 + [1] * 4 + [2] * 4))
@@ -169,7 +169,7 @@ def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tm
 
 
 def test_images_are_resized_once_straight_to_the_net(tmp_path):
-    """Those that have its size keep their pixels; of others that are not square, the centre is taken, and told."""
+    """Images of the net's size keep their pixels. Images that are not square are cropped to the centre and listed."""
     random = np.random.default_rng(0)
     small, wide = (random.integers(0, 255, (64, width, 3), np.uint8) for width in (64, 100))
     for name, image in (("small.png", small), ("wide.png", wide)):
@@ -201,8 +201,8 @@ def test_floors_are_what_they_say():
     images = random.integers(0, 255, (2, 16, 16, 3), np.uint8)
     shuffled = images.reshape(2, 256, 3)[:, random.permutation(256)].reshape(images.shape)
     histogram = colour_histogram(np.concatenate([images, shuffled]))
-    assert np.allclose(histogram[:2], histogram[2:])  # blind to place
+    assert np.allclose(histogram[:2], histogram[2:])  # positions do not matter
     brighter = np.clip(images.astype(int) // 2 + 30, 0, 255).astype(np.uint8)
     pixels = raw_pixels(np.concatenate([images, brighter]))
-    assert (pixels[:2] * pixels[2:]).sum(1).min() > 0.99  # blind to brightness and contrast
+    assert (pixels[:2] * pixels[2:]).sum(1).min() > 0.99  # brightness and contrast do not matter
     assert abs(float(pixels[0] @ pixels[1])) < 0.3

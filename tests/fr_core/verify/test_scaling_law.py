@@ -57,7 +57,7 @@ def test_intervals_without_an_offset_are_those_of_linear_regression():
 
 @pytest.mark.parametrize(("offset", "times"), [(0.0, 1), (0.01, 3)])
 def test_intervals_hold_what_they_promise(offset, times):
-    """In 150 repetitions 95 % is 134 to 149 of them (binomial, 99.9 %)."""
+    """Of 150 repetitions, 95 % are 134 to 149 (binomial, 99.9 %)."""
     sizes = np.repeat(SIZES, times)
     next_error = offset + 3e4 * 6e8**-0.8
     holds = {"exponent": 0, "curve": 0, "run": 0, "choice": 0}

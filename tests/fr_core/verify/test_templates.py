@@ -55,8 +55,8 @@ def test_a_search_worked_by_hand():
     probes = unit(np.array([[1, 0.1], [1, 0.9], [-1, 0.2], [0, -1]], float)).astype(np.float32)
     result = identify(gallery, names, probes, np.array([7, 8, 9, 5]))
     assert (result.mated, result.unmated) == (3, 1)
-    assert result.at_rank == {1: pytest.approx(2 / 3)}  # the second probe lies nearer to 7 than to its own 8
-    assert result.tpir_at_fpir == {}  # one unmated probe resolves no rate of a tenth
+    assert result.at_rank == {1: pytest.approx(2 / 3)}  # the second probe, of person 8, is nearer to person 7
+    assert result.tpir_at_fpir == {}  # one unmated probe cannot measure a rate of 0.1
 
 
 @pytest.mark.parametrize("block", [7, 512])
