@@ -41,7 +41,7 @@ BACKBONE, IDENTITIES = "backbone.safetensors", "identities.parquet"
 Summary = dict[str, Any]  # the content of checkpoint.json
 
 
-class Damaged(UserError):
+class DamagedCheckpoint(UserError):
     """A checkpoint whose files changed after they were written. The checkpoint before it may be intact."""
 
 
@@ -95,7 +95,7 @@ def weights_file(ref: str | AnyPath) -> AnyPath:
     try:
         with verified_file(folder, read_summary(folder), BACKBONE):
             return folder / BACKBONE
-    except Damaged as error:
+    except DamagedCheckpoint as error:
         raise UserError(f"{error}: name an older checkpoint of the run, or --resume it") from None
 
 
@@ -148,7 +148,7 @@ def read_summary(checkpoint: AnyPath) -> Summary:
     """Return the content of ``checkpoint.json``.
 
     Raises:
-        Damaged: The file is missing, unreadable or changed.
+        DamagedCheckpoint: The file is missing, unreadable or changed.
     """
     path = checkpoint / "checkpoint.json"
     try:
@@ -156,9 +156,9 @@ def read_summary(checkpoint: AnyPath) -> Summary:
         signature = summary.pop("sha256", None)  # older checkpoints have none
         summary["format"], summary["files"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{path}: not readable") from None
+        raise DamagedCheckpoint(f"{path}: not readable") from None
     if signature not in (None, digest(summary)):
-        raise Damaged(f"{path}: wrong checksum")
+        raise DamagedCheckpoint(f"{path}: wrong checksum")
     return summary
 
 
@@ -167,15 +167,15 @@ def verified_file(checkpoint: AnyPath, summary: Summary, name: str) -> Iterator[
     """Bring a file of a checkpoint to the local disk and verify its checksum.
 
     Raises:
-        Damaged: The file, which the message names, is missing or has another checksum.
+        DamagedCheckpoint: The file, which the message names, is missing or has another checksum.
     """
     try:
         with local_copy(checkpoint / name) as file:
             if sha256(file) != summary["files"].get(name, {}).get("sha256"):
-                raise Damaged(f"{checkpoint / name}: wrong checksum")
+                raise DamagedCheckpoint(f"{checkpoint / name}: wrong checksum")
             yield file
     except FileNotFoundError:
-        raise Damaged(f"{checkpoint / name}: missing") from None
+        raise DamagedCheckpoint(f"{checkpoint / name}: missing") from None
 
 
 def read_tensors(folder: AnyPath, summary: Summary, name: str) -> dict[str, Tensor]:

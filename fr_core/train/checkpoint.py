@@ -30,7 +30,7 @@ from fr_core.nets.checkpoint_files import (
     CHECKPOINTS,
     FORMAT,
     IDENTITIES,
-    Damaged,
+    DamagedCheckpoint,
     Summary,
     checkpoints,
     copy_file,
@@ -151,13 +151,13 @@ def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> boo
     Raises:
         UserError: no checkpoint is whole, or it belongs to a run with other settings.
     """
-    damaged: list[tuple[AnyPath, Damaged]] = []
+    damaged: list[tuple[AnyPath, DamagedCheckpoint]] = []
     # Rank 0 alone lists the folder, so that all ranks agree even if it changes meanwhile.
     for marker in reversed(ranks.broadcast_object(find_paths(out, CHECKPOINTS) if ranks.rank == 0 else None)):
         try:
             with raise_together(ranks):
                 load_checkpoint(config, state, marker.parent, ranks)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             damaged.append((marker, error))
             continue
         with raise_together(ranks):
@@ -182,7 +182,7 @@ def adopt_checkpoint(donor: Path, out: Path, run_id: str | None) -> None:
         run_id: id of this run's MLflow run, which the copy carries.
 
     Raises:
-        Damaged: the donor's ``checkpoint.json`` is damaged.
+        DamagedCheckpoint: the donor's ``checkpoint.json`` is damaged.
     """
     summary = read_summary(donor) | {"run_id": run_id}
     folder = out / "checkpoints" / step_name(summary["step"])
@@ -195,7 +195,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     """Load a run's checkpoint into ``state``. Any number of ranks may have written it.
 
     Raises:
-        Damaged: a file is damaged; the error names it.
+        DamagedCheckpoint: a file is damaged; the error names it.
         UserError: the checkpoint belongs to a run with other data, net, method, batch or seed.
     """
     summary = read_summary(folder)
