@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from fr_core.errors import RunStopped, UserError
 
-from pipelines.cli import training, tune, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
+from pipelines.cli import training, tune, knobs, data, nets, compare, bench  # isort: skip  # noqa: F401  # in the order of the help
 from pipelines.cli.app import app
 
 
