@@ -168,7 +168,7 @@ def _walk(model: type[Section], values: Section | None, prefix: str, choices: tu
         if field.discriminator:
             kinds = {str(kind_of(member)): _plain(member.__doc__, lines=1) for member in held}
             chosen = str(kind_of(type(default))) if isinstance(default, Section) else "required"
-            described = " ".join([_plain(field.description), *(f"{kind}: {text}" for kind, text in kinds.items())])
+            described = " ".join([_plain(field.description), *(f"• {kind}: {text}" for kind, text in kinds.items())])
             yield Knob(f"{path}.kind", choices, f"one of {', '.join(kinds)}", "", chosen, described)
         for member in held:
             inner = (*choices, (path, str(kind_of(member)))) if field.discriminator else choices
