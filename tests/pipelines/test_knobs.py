@@ -130,5 +130,5 @@ def test_the_command_prints_tables_and_json(tmp_path):
     first = json.loads(file.read_text())["knobs"][0]
     assert set(first) == {"name", "choices", "type", "bounds", "default", "description"}
     assert first["choices"] == {"method": "attfc"}
-    with pytest.raises(UserError, match="no section or knob 'metod.attfc': did you mean method.attfc"):
+    with pytest.raises(UserError, match=r"no section or knob 'metod\.attfc': did you mean method\.attfc"):
         bigface("knobs", "metod.attfc")
