@@ -1,20 +1,20 @@
-"""The one exception that means "the user can mend this"."""
+"""Exceptions that the command line reports in one line."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line that says what, where and the mend.
+    """A mistake of the user. The message is one line: what is wrong, where, and the mend.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class StorageError(UserError):
-    """Storage at a URL that refuses or does not answer; another try may succeed, where other mistakes stay."""
+    """Storage at a URL refuses or does not answer. Unlike after other mistakes, another try may succeed."""
 
 
 class RunStopped(Exception):
-    """A run that was asked to leave before its end and did, after it saved a checkpoint."""
+    """A run stopped early on request, after it saved a checkpoint."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"left at step {step}; --resume goes on")
+        super().__init__(f"stopped at step {step}: --resume continues the run")
         self.step = step

@@ -1,4 +1,4 @@
-"""Search spaces of Ray Tune, one module a method; they refer to fields through the config's classes."""
+"""Search spaces of Ray Tune, one module per method. Spaces refer to fields through the config's classes."""
 
 import difflib
 
@@ -17,10 +17,13 @@ SPACES = {
 
 
 def joined(names: str, only: str | None = None) -> list[Knob]:
-    """Knobs of spaces that are named as ``attfc+fastface``; of a field in several spaces, the first one's.
+    """Return the knobs of spaces joined with a plus, such as ``attfc+fastface``.
+
+    If several spaces have a knob of one name, the first space's counts.
 
     Args:
-        only: names of the knobs to keep, with commas between; None: all.
+        names: names of spaces, joined with a plus.
+        only: names of the knobs to keep, separated by commas; None keeps all.
 
     Raises:
         UserError: no such space or knob.
@@ -28,7 +31,7 @@ def joined(names: str, only: str | None = None) -> list[Knob]:
     knobs: dict[str, Knob] = {}
     for name in names.split("+"):
         if name not in SPACES:
-            raise UserError(f"no space {name!r}: use {', '.join(SPACES)}, or several as attfc+fastface")
+            raise UserError(f"no space {name!r}: use {', '.join(SPACES)}, or join several: attfc+fastface")
         for knob in SPACES[name]:
             knobs.setdefault(knob.name, knob)
     if only is None:
@@ -36,6 +39,6 @@ def joined(names: str, only: str | None = None) -> list[Knob]:
     for name in only.split(","):
         if name not in knobs:
             near = difflib.get_close_matches(name, knobs, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(knobs)}"
+            hint = f"did you mean {near[0]}?" if near else f"the space has {', '.join(knobs)}"
             raise UserError(f"--only: no knob {name!r} in {names}: {hint}")
     return [knobs[name] for name in only.split(",")]

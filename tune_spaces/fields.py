@@ -1,32 +1,37 @@
-"""Domains, and knobs that refer to fields through the config's classes: one that does not exist fails at import."""
+"""Domains, and knobs that refer to fields through the config's classes: a wrong field fails at import."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
 from fr_core.config import Config
 from fr_core.config.recipes import parse_config
+from fr_core.config.reference import held_sections, kind_of
 from fr_core.config.sections import Section
 from fr_core.errors import UserError
 
 
 @dataclass(frozen=True)
 class Uniform:
+    """Numbers of equal probability between two ends."""
+
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class LogUniform:
+    """Numbers whose logarithms have equal probability between two ends."""
+
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Both ends included."""
+    """Whole numbers between two ends, both included."""
 
     low: int
     high: int
@@ -34,12 +39,14 @@ class Integers:
 
 @dataclass(frozen=True)
 class Choice:
+    """One of several values."""
+
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class StepShare:
-    """Of the run's steps, whose number the data tells: :func:`at_steps`."""
+    """Shares of the run's steps; :func:`at_steps` turns them into steps once the data is known."""
 
     low: float
     high: float
@@ -50,26 +57,35 @@ Domain = Uniform | LogUniform | Integers | Choice | StepShare
 
 @dataclass(frozen=True)
 class Knob:
+    """A field of the config that a search varies."""
+
     name: str
-    section: type[Section]  # that the recipe must have ...
-    place: str  # ... here: "" for the config itself
-    path: str  # of the field, from the config
+    """Name in tables and in ``--only``."""
+    section: type[Section]
+    """Section that the recipe must have at ``place``."""
+    place: str
+    """Dotted name of the section; "" is the config itself."""
+    path: str
+    """Dotted name of the field."""
     domain: Domain
+    """Values to search."""
 
 
 def knob(section: type[Section], field: str, domain: Domain, name: str | None = None) -> Knob:
-    """A field of ``section``, dotted where it lies deeper, such as ``margin.m2`` of AttFC.
+    """Return the knob of a field.
 
     Args:
-        section: a class that stands at one place of the config, or what such classes have in common.
-        name: in tables and ``--only``; None: the field's.
+        section: a section's class, or a base class; it must occur at exactly one place of the config.
+        field: name of the field, dotted if it lies deeper, such as ``margin.m2`` of AttFC.
+        domain: values to search.
+        name: name in tables and ``--only``; None: the field's name.
 
     Raises:
-        LookupError: no such field, or a section at no place or several.
+        LookupError: no such field, or the section occurs at no place or at several.
     """
     places = set(_places(section, Config, ""))
     if len(places) != 1:
-        raise LookupError(f"{section.__name__} stands at {sorted(places) or 'no place'} of the config, not at one")
+        raise LookupError(f"{section.__name__} occurs at {sorted(places) or 'no place'} of the config, not at one")
     held: list[type[BaseModel]] = [section]
     *parents, last = field.split(".")
     for parent in parents:
@@ -81,12 +97,12 @@ def knob(section: type[Section], field: str, domain: Domain, name: str | None = 
 
 
 def ends(domain: Domain) -> Sequence[Any]:
-    """The values that bound a domain, or all of a choice."""
+    """Return both ends of a domain, or all values of a choice."""
     return domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
 
 
 def grid(domain: Domain) -> Sequence[Any]:
-    """A choice's values, or both ends and their middle."""
+    """Return a choice's values, or both ends and their middle."""
     match domain:
         case Choice(values):
             return values
@@ -99,24 +115,26 @@ def grid(domain: Domain) -> Sequence[Any]:
 
 
 def at_steps(knobs: Sequence[Knob], steps: int) -> list[Knob]:
-    """The knobs with shares of a run's steps as numbers of them."""
+    """Return the knobs with shares of the steps turned into numbers of steps."""
 
-    def known(domain: Domain) -> Domain:
+    def in_steps(domain: Domain) -> Domain:
         if isinstance(domain, StepShare):
             return Integers(max(1, round(domain.low * steps)), round(domain.high * steps))
         return domain
 
-    return [replace(knob, domain=known(knob.domain)) for knob in knobs]
+    return [replace(knob, domain=in_steps(knob.domain)) for knob in knobs]
 
 
 def with_values(config: Config, knobs: Sequence[Knob], values: Mapping[str, Any]) -> Config:
-    """The config with the knobs turned, whole and validated.
+    """Return the config with knobs set to values, validated as a whole.
 
     Args:
-        values: by the knobs' names.
+        config: config to start from.
+        knobs: knobs to set.
+        values: values by the knobs' names.
 
     Raises:
-        UserError: a value that the config refuses.
+        UserError: the config refuses a value.
     """
     tree = config.model_dump()
     for knob in knobs:
@@ -129,31 +147,33 @@ def with_values(config: Config, knobs: Sequence[Knob], values: Mapping[str, Any]
 
 
 def check_knobs(config: Config, knobs: Sequence[Knob]) -> Iterator[Config]:
-    """The config at each end of each knob, the others as they are.
+    """Yield the config with one knob at one of its ends, for all knobs and ends.
 
     Raises:
-        UserError: a knob whose section the config does not have, or an end that the config refuses.
+        UserError: the config lacks a knob's section, or refuses an end.
     """
     for knob in knobs:
         found: Any = config
         for part in knob.place.split("."):
             found = getattr(found, part, None)
         if not isinstance(found, knob.section):
-            raise UserError(f"{knob.name} is a knob of {_mend(knob, found)}, or leave it out by --only")
+            raise UserError(f"{knob.name} is a knob of {_section_mend(knob, found)}, or leave it out with --only")
         for value in ends(knob.domain):
             yield with_values(config, [knob], {knob.name: value})
 
 
-def _mend(knob: Knob, found: Any) -> str:
-    kind = knob.section.model_fields.get("kind")
+def _section_mend(knob: Knob, found: Any) -> str:
+    """Return the section of a knob and how to give it to the recipe."""
+    kind = kind_of(knob.section)
     if kind is None:
         named = getattr(knob.section, "named", f"{knob.place}.FIELD")
         return f"{knob.place}, which this recipe lacks: give {named}=REF"
     here = f"this recipe has {found.kind}" if found is not None else "this recipe lacks it"
-    return f"{knob.place}.kind = {kind.default}, and {here}: give {knob.place}.kind={kind.default}"
+    return f"{knob.place}.kind = {kind}, and {here}: give {knob.place}.kind={kind}"
 
 
 def _places(section: type[Section], model: type[BaseModel], place: str) -> Iterator[str]:
+    """Yield the dotted names at which a section can occur below a model."""
     if issubclass(model, section):
         yield place
     for name in model.model_fields:
@@ -161,16 +181,6 @@ def _places(section: type[Section], model: type[BaseModel], place: str) -> Itera
             yield from _places(section, part, f"{place}.{name}".removeprefix("."))
 
 
-def _parts(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    """The sections that a field can hold."""
-
-    def parts(kind: Any) -> Iterator[type[BaseModel]]:
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield kind
-        elif get_origin(kind) is Annotated:
-            yield from parts(get_args(kind)[0])
-        else:
-            for member in get_args(kind):
-                yield from parts(member)
-
-    return list(parts(model.model_fields[name].annotation))
+def _parts(model: type[BaseModel], name: str) -> list[type[Section]]:
+    """Return the sections that a field can hold."""
+    return held_sections(model.model_fields[name].annotation)

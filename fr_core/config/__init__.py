@@ -2,10 +2,10 @@
 
 A recipe is a TOML file of these sections; ``key.path=value`` on the command line overrides single fields.
 Choices are tagged unions on ``kind``, so that a knob which does not apply cannot be written.
-Recipes state the *global* batch; the number of workers is a fact of the launch and never stands here.
+Recipes state the *global* batch; the number of workers is set at launch and never stands here.
 
-The rules below refuse sections that do not fit together. What must fit the data and the workers is checked by
-``fr_core/train/check.py``. Numbers that follow from the config are functions, at the end of this file.
+The rules below refuse sections that do not fit together. ``fr_core/train/check.py`` checks a config against the data
+and the workers. Functions at the end of this file compute the numbers that follow from a config.
 """
 
 import math
@@ -23,29 +23,42 @@ MAX_LANES = 64
 
 
 class Config(Section):
+    """The whole config of a run."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of all random numbers: weights, order of samples, augmentation."""
     data: Data = Data()
+    """Dataset, order of samples, augmentation."""
     net: Net = IResNetNet()
+    """Backbone."""
     method: Method = BigFace()
+    """Training method."""
     optim: Optim = SGD()
+    """Optimiser."""
     schedule: Schedule = Cosine()
+    """Learning-rate schedule."""
     init: Init = Init()
+    """Weights that the run starts from."""
     train: Train = Train()
+    """Length, batch, precision, memory, checkpoints."""
     verify: Verify = Verify()
+    """Pairs on which the net is verified."""
     tracking: Tracking = Tracking()
+    """MLflow."""
 
     @model_validator(mode="after")
-    def _sections_fit_together(self) -> "Config":
+    def _check_rules(self) -> "Config":
         for rule in RULES:
             for mistake in rule(self):
                 raise ValueError(mistake)
         return self
 
 
-# Rules: each yields what is wrong and how to mend it
+# Rules: each yields mistakes, each with its mend
 
 
 def batch_rules(config: Config) -> Iterator[str]:
+    """Yield what does not divide the global batch."""
     batch, accumulate, data = config.train.global_batch, config.train.accumulate, config.data
     if batch % accumulate:
         yield f"train.accumulate = {accumulate} does not divide train.global_batch = {batch}"
@@ -65,10 +78,11 @@ def batch_rules(config: Config) -> Iterator[str]:
         other = "".join(f", or method.{name} = {value}" for name, value in config.method.to_accumulate.items())
         yield f"{facts.whole_batch}: train.accumulate = 1{other}"
     if batch % facts.batch_multiple:
-        yield f"train.global_batch = {batch} is no multiple of {facts.batch_multiple}, which {kind} needs"
+        yield f"train.global_batch = {batch} must be a multiple of {facts.batch_multiple} for {kind}"
 
 
 def balance_rules(config: Config) -> Iterator[str]:
+    """Yield what keeps groups of one person's images out of the batches."""
     balanced, batch, wanted, data = balance(config), config.train.global_batch, group_count(config), config.data
     if config.method.facts.class_images and (balanced or data.views > 1):
         name = "data.balanced" if balanced else "data.views = 2"
@@ -76,22 +90,23 @@ def balance_rules(config: Config) -> Iterator[str]:
     if balanced is None:
         return
     if data.views > 1:
-        yield "data.balanced and data.views = 2 are two ways to positive pairs: data.balanced.share = 0"
+        yield "data.balanced and data.views = 2 both make positive pairs: data.balanced.share = 0, or data.views = 1"
     if data.variants > 1:
-        yield "data.balanced groups images of one person, of whom data.variants makes several: leave it out"
+        yield "data.variants makes several people of one, whose images data.balanced groups: leave one of both out"
     if abs(wanted * balanced.images - batch * balanced.share) > 1e-6 * batch or wanted == 0:
         yield (
-            f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is no whole number of groups of "
+            f"data.balanced: {balanced.share:g} of train.global_batch = {batch} is not a whole number of groups of "
             f"{balanced.images} images: set share to a multiple of {balanced.images / batch:.6g}"
         )
     if data.lanes and wanted % data.lanes:
         yield (
             f"data.lanes = {data.lanes} does not divide the {wanted} groups that data.balanced puts in a "
-            f"batch: leave it out, or use {math.gcd(wanted, data.lanes)}"
+            f"batch: leave data.lanes out, or use {math.gcd(wanted, data.lanes)}"
         )
 
 
 def net_rules(config: Config) -> Iterator[str]:
+    """Yield what the net does not support."""
     net, train = config.net, config.train
     if small := config.data.progressive:
         least = net.input_size - (net.input_size - 1) % net.stride
@@ -104,10 +119,11 @@ def net_rules(config: Config) -> Iterator[str]:
     if train.recompute and not net.residual:
         yield f"train.recompute is for residual nets: leave it out with net.kind = {net.kind}"
     if train.ghost_batch and not net.normed:
-        yield "train.ghost_batch is for batch norm, and a quantised net has none: leave it out"
+        yield "train.ghost_batch is for batch norm, which a quantised net has not: leave train.ghost_batch out"
 
 
 def precision_rules(config: Config) -> Iterator[str]:
+    """Yield where float16 cannot be used."""
     if config.train.compress_gradients == "float16" and config.train.precision != "float16":
         yield (
             'train.compress_gradients = "float16" needs the loss scale of train.precision = "float16", or small '
@@ -118,32 +134,35 @@ def precision_rules(config: Config) -> Iterator[str]:
 
 
 def verify_rules(config: Config) -> Iterator[str]:
+    """Yield which part of a verification is missing."""
     verify = config.verify
     if verify.pairs and not verify.images and not verify.pairs.endswith(".bin"):
         yield "verify.pairs needs verify.images, the folder that its paths are relative to"
     if config.train.verify_every and not verify.pairs:
-        yield "train.verify_every needs verify.pairs: name them, or leave it out"
+        yield "train.verify_every needs verify.pairs: give verify.pairs, or leave train.verify_every out"
     if verify.images and not verify.pairs:
         yield "verify.images needs verify.pairs, which names the images to compare"
 
 
 def method_rules(config: Config) -> Iterator[str]:
+    """Yield what the method does not support."""
     method, facts = config.method, config.method.facts
     if facts.encoder == "shipped" and config.train.ema:
         yield f"{method.kind} ships its key encoder: leave train.ema out"
     if facts.only_views and config.data.views == 1:
-        yield f"{facts.only_views}: data.views = 2"
+        yield f"{facts.only_views}: set data.views = 2"
     distill = distillation(config)
     if distill and distill.embeddings and config.data.variants > 1:
         yield (
-            "method.distill.embeddings are those of the plain faces, of which data.variants makes others: "
-            "give method.distill.teacher"
+            "method.distill.embeddings show plain faces, and data.variants changes the faces: "
+            "give method.distill.teacher instead"
         )
     if method.class_matrix is None and config.optim.head != ClassMatrix():
-        yield f"optim.head moves a class matrix, and {method.kind} has none: leave it out"
+        yield f"optim.head optimises a class matrix, and {method.kind} has none: leave optim.head out"
 
 
 def start_rules(config: Config) -> Iterator[str]:
+    """Yield what the start of the run does not support: its weights, or a run of 0 epochs."""
     method = config.method
     if config.init.head != "random" and not config.init.backbone:
         yield f'init.head = "{config.init.head}" needs init.backbone'
@@ -152,13 +171,13 @@ def start_rules(config: Config) -> Iterator[str]:
     if config.train.epochs > 0:
         return
     if not method.facts.calibrates:
-        yield f"train.epochs = 0 leaves the net as it starts; {method.kind} takes 1 or more"
+        yield f"train.epochs = 0 trains nothing: {method.kind} takes 1 or more"
     for name, asked in (
         ("data.masks", config.data.masks.ratio > 0),
         (f'schedule.kind = "{config.schedule.kind}"', config.schedule.watches_loss),
     ):
         if asked:
-            yield f"train.epochs = 0 calibrates on plain images and trains nothing: leave {name} out"
+            yield f"train.epochs = 0 only calibrates, on plain images: leave {name} out"
 
 
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
@@ -170,16 +189,17 @@ RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
 
 
 def balance(config: Config) -> Balanced | None:
-    """``data.balanced``, where it asks for anything."""
+    """Return ``data.balanced``, or None if its share is 0."""
     balanced = config.data.balanced
     return balanced if balanced and balanced.share else None
 
 
 def lane_count(config: Config) -> int:
-    """Lanes that the data is dealt to (fr_core/data/plan.py): ``data.lanes``, or the batch's largest divisor to 64.
+    """Return the lanes that the data is dealt to (``fr_core/data/plan.py``).
 
-    With class images to 16: at the ends of a lane's window, chunks are decoded of which a part is not needed yet.
-    Each of them has equally many of a batch's groups of images of one person.
+    The default is the batch's largest divisor up to 64. With class images the limit is 16: at the ends of a lane's
+    window, whole chunks are decoded although only a part of them is needed. The lanes also divide the groups of a
+    batch, so that each lane has equally many groups.
     """
     most = MAX_LANES // 4 if config.method.facts.class_images else MAX_LANES
     shared = math.gcd(step_rows(config), group_count(config))
@@ -187,42 +207,42 @@ def lane_count(config: Config) -> int:
 
 
 def step_rows(config: Config) -> int:
-    """Rows of the dataset that a step takes, over all ranks."""
+    """Return the rows of the dataset that a step takes, over all ranks."""
     return config.train.global_batch // config.data.views
 
 
 def step_images(config: Config) -> tuple[int, int]:
-    """Images of one micro-batch over all ranks that are trained on, and that a momentum encoder sees."""
+    """Return the images of a micro-batch, over all ranks: those trained on, and those a momentum encoder sees."""
     accumulate, facts = config.train.accumulate, config.method.facts
     images = config.train.global_batch // accumulate
     return int(images * facts.trained) + unlabelled_batch(config) // accumulate, int(images * facts.encoded)
 
 
 def group_count(config: Config) -> int:
-    """Groups of images of one person in a global batch; 0 where ``data.balanced`` is not asked for."""
+    """Return the groups of one person's images in a global batch; 0 without ``data.balanced``."""
     balanced = config.data.balanced
     return round(config.train.global_batch * balanced.share / balanced.images) if balanced else 0
 
 
 def image_side(config: Config, epoch: int) -> int:
-    """Side of the images that the net trains on in an epoch, pixels."""
+    """Return the side, in pixels, of the images that an epoch trains on."""
     small = config.data.progressive
     return small.size if small and epoch < small.share * config.train.epochs else config.net.input_size
 
 
 def class_count(config: Config, identities: int) -> int:
-    """Classes of a run: the dataset's identities, or all their variants."""
+    """Return the classes of a run: the dataset's identities times ``data.variants``."""
     return identities * config.data.variants
 
 
 def distillation(config: Config) -> Distill | None:
-    """What a run with a class matrix distils from beside it, if it does."""
+    """Return the settings of a distillation beside a class matrix, or None."""
     taught = config.method.taught
     return taught if isinstance(taught, Distill) else None
 
 
 def unlabelled_batch(config: Config) -> int:
-    """Unlabelled images that come with each global batch."""
+    """Return the unlabelled images that come with each global batch."""
     distill = distillation(config)
     if distill is None or distill.unlabelled is None:
         return 0
@@ -230,6 +250,6 @@ def unlabelled_batch(config: Config) -> int:
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimiser steps of the whole run."""
+    """Return the optimiser steps of the whole run."""
     steps = config.train.epochs * steps_per_epoch
     return min(steps, config.train.max_steps or steps)

@@ -1,6 +1,6 @@
-"""Sections of the method, ``method.kind``, and the facts that the rest of the house asks of a method.
+"""Sections of the method, ``method.kind``, and the facts that a method states for other modules.
 
-Plans, checks and counts ask the section (:class:`Facts`); ``fr_core/train/methods/`` alone asks which method runs.
+Plans, checks and counts ask the section (:class:`Facts`). Only ``fr_core/train/methods/`` asks which method runs.
 """
 
 from dataclasses import dataclass
@@ -18,149 +18,199 @@ Layout = Literal["flat", "grouped"]
 class Facts:
     """What a method needs and does. Counts are per image of the batch."""
 
-    class_images: int = 0  # K: other images of the same person that accompany each image
-    trained: float = 1.0  # images that the backbone trains on
-    encoded: float = 0.0  # images that a momentum encoder sees without a gradient
-    batch_multiple: int = 1  # the images that a worker takes in a step are a multiple of this
-    whole_batch: str | None = None  # why a step cannot be cut into micro-batches; None: it can
-    unscalable: str | None = None  # why a loss scale cannot be taken out before weights move; None: it can
-    encoder: Literal["none", "kept", "shipped"] = "none"  # a momentum encoder; "shipped": it is the result of the run
-    only_views: str | None = None  # why two views of an image are its only positive pairs; None: labels make others
-    calibrates: bool = False  # a run of no epoch has a use: the net as it starts
+    class_images: int = 0
+    """K: other images of the same person that come with each image."""
+    trained: float = 1.0
+    """Images that the backbone trains on."""
+    encoded: float = 0.0
+    """Images that a momentum encoder sees without a gradient."""
+    batch_multiple: int = 1
+    """A worker's images of a step are a multiple of this number."""
+    whole_batch: str | None = None
+    """Why a step cannot be split into micro-batches. None: a step can be split."""
+    unscalable: str | None = None
+    """Why a loss scale cannot be removed before the weights move. None: the loss can be scaled."""
+    encoder: Literal["none", "kept", "shipped"] = "none"
+    """Whether the method has a momentum encoder; "shipped": the encoder is the run's result."""
+    only_views: str | None = None
+    """Why two views of an image are its only positive pairs. None: labels make more pairs."""
+    calibrates: bool = False
+    """Whether a run of 0 epochs is useful: it calibrates the net that it starts from."""
 
     @property
     def layout(self) -> Layout:
-        """Of the shards: class images need those of a person together."""
+        """Return the layout of the shards; class images need all images of a person together."""
         return "grouped" if self.class_images else "flat"
 
 
 class BaseMethod(Section):
-    """What every method's section answers. A method overrides what differs from a plain one."""
+    """Base of the methods' sections. A method overrides the properties in which it differs from plain training."""
 
     kind: str
-    share_knob: ClassVar[str | None] = None  # the field that says which share of the classes takes part in a step
+    """Name of the method."""
+    share_knob: ClassVar[str | None] = None
+    """Field that sets which share of the classes takes part in a step."""
 
     @property
     def facts(self) -> Facts:
+        """Return what the method needs and does."""
         return Facts()
 
     @property
     def saves_memory(self) -> dict[str, object]:
-        """Fields with which the same training needs less memory."""
+        """Return field values with which the same training needs less memory."""
         return {}
 
     @property
     def to_accumulate(self) -> dict[str, object]:
-        """Fields with which a step can be cut into micro-batches, where as it is it cannot."""
+        """Return the field values that let a step be split into micro-batches; empty if none are needed."""
         return {}
 
     @property
     def class_matrix(self) -> "BigFace | None":
-        """The settings of the class matrix that the run trains, if it trains one."""
+        """Return the settings of the class matrix that the run trains, or None."""
         return None
 
     @property
-    def taught(self) -> "Taught | None":
-        """Who teaches the run, if anybody does."""
+    def taught(self) -> "TeacherSettings | None":
+        """Return the settings of the run's teacher, or None."""
         return None
 
     @property
     def agreement(self) -> "AgreementLoss | None":
-        """The loss that compares the student's pairs with the teacher's, if the method has one."""
+        """Return the loss that compares the student's pairs with the teacher's, or None."""
         return None
 
     def centres(self, classes: int, global_batch: int) -> int:
-        """How many class centres without a gradient stand for the classes; 0 where none do.
+        """Return how many class centres without a gradient stand for the classes; 0 for methods without centres.
 
         Raises:
-            UserError: fewer than a batch needs.
+            UserError: the centres are fewer than a batch needs.
         """
         return 0
 
 
 class Margin(Section):
-    """s·(cos(m1·θ + m2) − m3) for the positive class (METHODS §1). ArcFace: m2 = .5, m3 = 0. CosFace: m2 = 0, m3 = .4.
+    """Margin of the positive class: s·(cos(m1·θ + m2) − m3) (ArcFace, Deng et al., 2019, eq. 4).
 
-    What is not given keeps its default, so name both: m2 alone makes the combination.
+    ArcFace is m2 = 0.5, m3 = 0; CosFace (Wang et al., 2018) is m2 = 0, m3 = 0.4. A field that is not given keeps its
+    default. So give both m2 and m3: m2 alone makes a combined margin.
     """
 
     kind: Literal["fixed"] = "fixed"
+    """The margin is the same for every face."""
     scale: Positive = 64.0
+    """s: factor of the logits."""
     m1: Annotated[float, Field(ge=1, le=4)] = 1.0
+    """Factor of the angle (SphereFace, Liu et al., 2017); 1: none."""
     m2: Annotated[float, Field(ge=0, le=1.5)] = 0.0
+    """Margin added to the angle, in radians. ArcFace uses 0.5."""
     m3: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Margin subtracted from the cosine. CosFace uses 0.4."""
     gradient: Literal["exact", "straight_through"] = "exact"
-    past_pi: Literal["fallback", "wrap"] = "fallback"  # where m1·θ + m2 > π
+    """Gradient of the margin. straight_through: as if the margin were a constant, like the public ArcFace code."""
+    past_pi: Literal["fallback", "wrap"] = "fallback"
+    """Where m1·θ + m2 > π, fallback lets the value fall on (ArcFace, 2019), and wrap lets the cosine rise again."""
 
 
 AnyMargin = Margin  # of a class matrix; a tagged union on ``kind`` once there are more
 
 
 class Unlabelled(Section):
-    """Images without labels, which add the distillation term alone."""
+    """Images without labels, which add only the distillation term (BigFace-Distill, MFR-ICCV2021)."""
 
-    path: str  # folder of flat shards; their labels are not looked at
-    batch: Annotated[int, Field(ge=1)] | None = None  # global images a step; None: as many as train.global_batch
-    embeddings: str | None = None  # of these shards, where the teacher's are given as embeddings too
+    path: str
+    """Folder of flat shards; their labels are ignored."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Unlabelled images of a step, over all workers. None: as many as train.global_batch."""
+    embeddings: str | None = None
+    """The teacher's embeddings of these shards; needed when method.distill.embeddings is given. None: the teacher net
+    embeds the images."""
 
 
-class Taught(Section):
-    """Who teaches."""
+class TeacherSettings(Section):
+    """Settings of the teacher net."""
 
-    named: ClassVar[str]  # where a recipe names the teacher
-    embeddings_named: ClassVar[str | None] = None  # where it names the teacher's embeddings instead, if it can
-    teacher: str | None = None  # run, checkpoint, safetensors or ONNX file; sees the images that the student sees
-    teacher_net: str | None = None  # what bare weights are, such as mobilefacenet or iresnet50
+    named: ClassVar[str]
+    """Field in which a recipe names the teacher."""
+    embeddings_named: ClassVar[str | None] = None
+    """Field in which a recipe names the teacher's embeddings instead."""
+    teacher: str | None = None
+    """Teacher: a run, checkpoint, safetensors or ONNX file. It sees the same images as the student. None: no net is
+    named."""
+    teacher_net: str | None = None
+    """Architecture of a teacher in bare safetensors, such as mobilefacenet or iresnet50. None: other files name it."""
 
     @property
     def width_mend(self) -> str | None:
-        """The mend where student and teacher must have embeddings of one width and have not; None: they need not."""
+        """Return the mend for embeddings of unequal widths, or None if the widths may differ."""
         return None
 
 
-class Distill(Taught):
-    """Distillation from a teacher's embeddings (METHODS §5). The teacher is named on the command line."""
+class Distill(TeacherSettings):
+    """Distillation from a teacher's embeddings (BigFace-Distill, MFR-ICCV2021; docs/methods/bigface.md).
+
+    The command line names the teacher.
+    """
 
     named: ClassVar[str] = "method.distill.teacher"
     embeddings_named: ClassVar[str | None] = "method.distill.embeddings"
-    embeddings: str | None = None  # instead: folder of `bigface embed` on the training shards, of the plain images
-    weight: Positive = 9.0  # λ
-    form: Literal["euclidean", "angular"] = "euclidean"  # ‖t − s‖² of unit vectors, or ShrinkTeaNet's (1 − cos)²
-    adapter: bool = False  # a linear layer from the student's width to the teacher's; not shipped
+    embeddings: str | None = None
+    """Teacher's embeddings instead of a teacher: folder of `bigface embed` on the training shards, of plain images.
+    None: the teacher net embeds the images."""
+    weight: Positive = 9.0
+    """λ: weight of the distillation term beside the margin loss. BigFace-Distill (2021) uses 9."""
+    form: Literal["euclidean", "angular"] = "euclidean"
+    """Distance of unit embeddings. euclidean: ‖t − s‖² (BigFace-Distill, 2021). angular: (1 − cos)² (ShrinkTeaNet,
+    Duong et al., 2019)."""
+    adapter: bool = False
+    """Learn a linear layer from the student's width to the teacher's. The shipped net does not have it."""
     unlabelled: Unlabelled | None = None
+    """More images, without labels. None: labelled images only."""
 
     @property
     def width_mend(self) -> str | None:
+        """Return the mend for embeddings of unequal widths, or None if an adapter joins them."""
         return None if self.adapter else "method.distill.adapter=true"
 
     @model_validator(mode="after")
-    def _one_source(self) -> "Distill":
+    def _check_sources(self) -> "Distill":
         if self.teacher and self.embeddings:
             raise ValueError("give a teacher or its embeddings, not both")
         if self.unlabelled and bool(self.unlabelled.embeddings) != bool(self.embeddings):
             raise ValueError(
-                "the teacher's embeddings of labelled and unlabelled images go together: give "
-                "method.distill.embeddings and method.distill.unlabelled.embeddings, or a teacher"
+                "the teacher's embeddings of labelled and unlabelled images go together: give both "
+                "method.distill.embeddings and method.distill.unlabelled.embeddings, or give a teacher"
             )
         return self
 
 
 class BigFace(BaseMethod):
-    """Backbone and a class matrix sharded over the ranks (METHODS §2, §5)."""
+    """A backbone and a class matrix sharded over the ranks (BigFace, MFR-ICCV2021; docs/methods/bigface.md)."""
 
     kind: Literal["bigface"] = "bigface"
     share_knob: ClassVar[str | None] = "sample_rate"
     margin: AnyMargin = Margin()
-    sample_rate: Ratio = 1.0  # below 1: Partial FC
-    drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0  # cosine; 1 keeps all (inter-class filter)
-    clip_head: Positive | None = None  # largest norm of the class matrix's gradient
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the class matrix's products; their sums are float32
-    update: Literal["plain", "fused"] = "plain"  # fused: the class matrix moves tile by tile and has no gradient
-    tile: Annotated[int, Field(ge=1)] | None = None  # classes computed at once; None: what fits cache or card
+    """Margin of the positive class; CosFace by default, as in BigFace (2021)."""
+    sample_rate: Ratio = 1.0
+    """Share of the classes in each step's softmax; below 1 it is Partial FC (An et al., 2022). 1: all classes."""
+    drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0
+    """Inter-class filter for noisy labels (Partial FC, An et al., 2022): drop negatives of a greater cosine. 1: keep
+    all."""
+    clip_head: Positive | None = None
+    """Largest norm of the class matrix's gradient. None: no clipping."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of products with the class matrix; their sums are float32."""
+    update: Literal["plain", "fused"] = "plain"
+    """fused: update the class matrix tile by tile, without storing its gradient; needs less memory."""
+    tile: Annotated[int, Field(ge=1)] | None = None
+    """Classes computed at once. None: as many as fit the cache or the card."""
     distill: Distill | None = None
+    """Distillation from a teacher. None: no teacher."""
 
     @property
     def facts(self) -> Facts:
+        """Return what the method needs; a fused update rules out micro-batches and a loss scale."""
         if self.update == "plain":
             return Facts()
         moves = 'method.update = "fused" moves the class matrix once per batch'
@@ -168,62 +218,79 @@ class BigFace(BaseMethod):
 
     @property
     def saves_memory(self) -> dict[str, object]:
+        """Return the fused update, unless it is set already."""
         return {"update": "fused"} if self.update == "plain" else {}
 
     @property
     def to_accumulate(self) -> dict[str, object]:
+        """Return the plain update, unless it is set already."""
         return {"update": "plain"} if self.update == "fused" else {}
 
     @property
     def class_matrix(self) -> "BigFace":
+        """Return this section: it describes the class matrix."""
         return self
 
     @property
     def taught(self) -> Distill | None:
+        """Return the settings of the distillation, or None."""
         return self.distill
 
     @model_validator(mode="after")
-    def _fused_has_no_gradient(self) -> "BigFace":
+    def _check_clip_head(self) -> "BigFace":
         if self.update == "fused" and self.clip_head is not None:
             raise ValueError('method.update = "fused" has no gradient to clip: leave method.clip_head out')
         return self
 
 
-class MarginOfItsOwn(Section):
-    """A section whose margin is not that of ``Margin``: parts of it that are not given are the section's."""
+class SectionMargin(Section):
+    """A section with its own default margin: fields that a recipe's margin leaves out keep the section's default."""
 
     @model_validator(mode="before")
     @classmethod
-    def _parts_not_given(cls, tree: object) -> object:
+    def _complete_margin(cls, tree: object) -> object:
+        """Fill the fields that the margin leaves out."""
         if isinstance(tree, dict) and isinstance(tree.get("margin"), dict):
             tree = tree | {"margin": cls.model_fields["margin"].default.model_dump() | tree["margin"]}
         return tree
 
 
-class FixedCentres(MarginOfItsOwn, BaseMethod):
-    """What the methods have in common whose class centres carry no gradient."""
+class FixedCentres(SectionMargin, BaseMethod):
+    """Base of the methods whose class centres carry no gradient."""
 
-    layers: ClassVar[int] = 1  # of centres
+    layers: ClassVar[int] = 1
+    """Layers of centres: how many centres a class can have."""
     margin: Margin
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the centres; auto: as the backbone trains
-    tile: Annotated[int, Field(ge=1)] | None = None  # centres computed at once; None: what fits cache or card
+    """Margin of the positive class."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of products with the centres; auto: as the backbone trains."""
+    tile: Annotated[int, Field(ge=1)] | None = None
+    """Centres computed at once. None: as many as fit the cache or the card."""
 
 
 class AttFC(FixedCentres):
-    """A momentum class encoder, attention over class images, a queue of class centres (METHODS §3)."""
+    """A momentum class encoder, attention over class images, a queue (AttFC, 2025; docs/methods/attfc.md)."""
 
     kind: Literal["attfc"] = "attfc"
     share_knob: ClassVar[str | None] = "size_ratio"
     margin: Margin = Margin(m2=0.5, m3=0)
-    class_images: Annotated[int, Field(ge=1, le=16)] = 2  # K: other images of the same person, beside each image
-    strategy: Literal["attention", "constant", "single"] = "attention"  # how class images make a centre
-    temperature: Positive = 1.0  # of the attention
-    size_ratio: Ratio = 0.3  # slots of the queue by identities
+    """Margin of the positive class; ArcFace by default, as in AttFC (2025)."""
+    class_images: Annotated[int, Field(ge=1, le=16)] = 2
+    """K: other images of the same person that come with each image (AttFC, 2025, table 3)."""
+    strategy: Literal["attention", "constant", "single"] = "attention"
+    """How class images make a centre: attention weights, equal weights, or one image (AttFC, 2025, table 4)."""
+    temperature: Positive = 1.0
+    """Divisor of the cosines in the attention's softmax. AttFC (2025) has none, which is 1."""
+    size_ratio: Ratio = 0.3
+    """r: slots of the queue, as a share of the identities. AttFC (2025) uses 0.1 to 0.3."""
     encoder_momentum: Momentum = 0.999
-    order: Literal["paper", "reference"] = "paper"  # a batch's centres enter the queue before or after its loss
+    """γ: share of its old weights that the class encoder keeps per step (AttFC, 2025)."""
+    order: Literal["paper", "reference"] = "paper"
+    """When a batch's centres enter the queue: before its loss (AttFC, 2025) or after it (AttFC's public code)."""
 
     @property
     def facts(self) -> Facts:
+        """Return the class images and the momentum encoder that the method needs."""
         count = 1 if self.strategy == "single" else self.class_images
         first = 'method.order = "paper" puts the whole batch\'s centres in the queue first'
         whole = first if self.order == "paper" else None
@@ -231,101 +298,131 @@ class AttFC(FixedCentres):
 
     @property
     def to_accumulate(self) -> dict[str, object]:
+        """Return the reference's order, unless it is set already."""
         return {"order": "reference"} if self.order == "paper" else {}
 
     def centres(self, classes: int, global_batch: int) -> int:
+        """Return the slots of the queue; see :func:`queue_slots`."""
         return queue_slots(self.size_ratio * classes, global_batch, "method.size_ratio")
 
 
 class DCQ(FixedCentres):
-    """Dynamic Class Queue: AttFC's forerunner with one class image and no attention (METHODS §3)."""
+    """Dynamic Class Queue: one class image, no attention (Li et al., 2021; docs/methods/baselines.md)."""
 
     kind: Literal["dcq"] = "dcq"
     margin: Margin = Margin(scale=50, m3=0.3)
+    """Margin of the positive class; CosFace with scale 50 by default (DCQ, 2021)."""
     queue_size: Annotated[int, Field(ge=2)] = 8192
+    """Slots of the queue of class centres (DCQ, 2021)."""
     encoder_momentum: Momentum = 0.999
+    """γ: share of its old weights that the key encoder keeps per step (DCQ, 2021)."""
 
     @property
     def facts(self) -> Facts:
+        """Return the class image and the key encoder, which is the run's result."""
         return Facts(class_images=1, encoded=1, encoder="shipped")
 
     def centres(self, classes: int, global_batch: int) -> int:
+        """Return the slots of the queue; see :func:`queue_slots`."""
         return queue_slots(self.queue_size, global_batch, "method.queue_size")
 
 
 class F2C(FixedCentres):
-    """Faster Face Classification: a pool of classes, least recently used out first (METHODS §3)."""
+    """Faster Face Classification: a pool of recent classes (Wang et al., 2022; docs/methods/baselines.md)."""
 
     kind: Literal["f2c"] = "f2c"
     layers: ClassVar[int] = 2
     margin: Margin = Margin(scale=32, m3=0.4)
-    pool_size: Annotated[int, Field(ge=2)] = 8192  # classes
+    """Margin of the positive class; CosFace with scale 32 by default (F2C, 2022)."""
+    pool_size: Annotated[int, Field(ge=2)] = 8192
+    """Classes in the pool; a new class evicts the least recently used one (F2C, 2022)."""
     encoder_momentum: Momentum = 0.99
+    """γ: share of its old weights that the gallery net keeps per step (F2C, 2022)."""
 
     @property
     def facts(self) -> Facts:
-        sides = 1.5  # of four images two are pairs, which both sides have, and each side has one more
+        """Return the images of the probe and the gallery side, which see 1.5 images for each image of the batch."""
+        # Of 4 images, 2 have a partner, so that both sides see the pair. Each side sees 1 of the other 2: (3 + 3) / 4.
+        sides = 1.5
         whole = "f2c writes its centres once per batch"
         return Facts(class_images=1, trained=sides, encoded=sides, batch_multiple=4, encoder="kept", whole_batch=whole)
 
     def centres(self, classes: int, global_batch: int) -> int:
+        """Return the classes of the pool."""
         written = 3 * global_batch // 4
         if self.pool_size < written:
             raise UserError(
                 f"method.pool_size = {self.pool_size} cannot hold the {written} faces that a batch of {global_batch} "
-                "writes: raise it"
+                "writes: raise method.pool_size"
             )
         return self.pool_size
 
 
 class VirtualFC(FixedCentres):
-    """Virtual fully-connected layer: identities share anchors, which a batch takes over (METHODS §3)."""
+    """Virtual fully-connected layer: identities share anchors (Li et al., 2021; docs/methods/baselines.md)."""
 
     kind: Literal["virtual_fc"] = "virtual_fc"
     margin: Margin = Margin(scale=32, m2=0.5, m3=0)
+    """Margin of the positive class; ArcFace with scale 32 by default (Virtual FC, 2021)."""
     anchors: Annotated[int, Field(ge=2)] = 8192
-    class_images: Annotated[int, Field(ge=1, le=16)] = 1  # K: other images of the same person, trained on too
+    """M: anchors that stand for all identities; an identity of the batch takes an anchor over (Virtual FC, 2021)."""
+    class_images: Annotated[int, Field(ge=1, le=16)] = 1
+    """K: other images of the same person that come with each image; the backbone trains on them too."""
 
     @property
     def facts(self) -> Facts:
+        """Return the class images that the method needs."""
         whole = "virtual_fc writes its centres once per batch"
         return Facts(class_images=self.class_images, trained=self.class_images + 1, whole_batch=whole)
 
     def centres(self, classes: int, global_batch: int) -> int:
+        """Return the number of anchors."""
         if self.anchors < global_batch:
-            raise UserError(f"method.anchors = {self.anchors} is less than a batch of {global_batch}: raise it")
+            raise UserError(
+                f"method.anchors = {self.anchors} is less than a batch of {global_batch}: raise method.anchors"
+            )
         return self.anchors
 
 
 class PairLoss(Section):
-    """What the losses have in common that compare pairs with thresholds (``fr_core/losses/ekd.py``)."""
+    """Base of the losses that compare pairs with thresholds (``fr_core/losses/ekd.py``)."""
 
-    hardest: Annotated[int, Field(ge=1)] = 2000  # negative pairs of a batch, by the student's cosine, that count
-    pool: Annotated[int, Field(ge=1)] = 2**16  # newest negative pairs that the thresholds are read off
-    threshold_momentum: Momentum = 0.99  # of the thresholds' moving average; 0: they are the pool's
+    hardest: Annotated[int, Field(ge=1)] = 2000
+    """Negative pairs of a batch that count: those with the student's highest cosines (EKD, Huang et al., 2022)."""
+    pool: Annotated[int, Field(ge=1)] = 2**16
+    """Newest negative pairs from which the thresholds are read."""
+    threshold_momentum: Momentum = 0.99
+    """Share of its old value that the thresholds' moving average keeps per step (EKD, 2022). 0: the pool's thresholds,
+    without an average."""
 
 
 class EKD(PairLoss):
-    """Evaluation-oriented knowledge distillation: pairs stand among the thresholds as they do for the teacher."""
+    """Evaluation-oriented distillation: pairs pass the same thresholds as for the teacher (Huang et al., 2022)."""
 
     kind: Literal["ekd"] = "ekd"
-    lambda_pos: NonNegative = 0.02  # weight of pairs of one identity
-    lambda_neg: NonNegative = 0.01  # weight of the hardest pairs of two
-    temperature: Positive = 0.01  # width of a threshold's edge, in cosine
+    lambda_pos: NonNegative = 0.02
+    """λ1: weight of the pairs of one identity (EKD, 2022)."""
+    lambda_neg: NonNegative = 0.01
+    """λ2: weight of the hardest pairs of two identities (EKD, 2022)."""
+    temperature: Positive = 0.01
+    """Width of a threshold's soft edge, in cosine (EKD, 2022)."""
 
 
 class RelativeSimilarity(PairLoss):
-    """EKD's general form: pairs lie as far from the thresholds as they do for the teacher."""
+    """EKD's general form: pairs lie as far from the thresholds as for the teacher (Ef-QuantFace, 2024, eq. 1)."""
 
     kind: Literal["relative_similarity"] = "relative_similarity"
-    lambda_pos: NonNegative = 1.0  # weights as EKD's, of squared cosines instead of squared numbers of thresholds
+    lambda_pos: NonNegative = 1.0
+    """λ1: weight of the pairs of one identity; the loss is a squared difference of cosines."""
     lambda_neg: NonNegative = 1.0
+    """λ2: weight of the hardest pairs of two identities; the loss is a squared difference of cosines."""
 
 
 class EmbeddingMSE(Section):
-    """QuantFace's own loss: the squared distance of normalised embeddings, which have one width; mean over images.
+    """Squared distance of normalised embeddings, averaged over images (QuantFace, Boutros et al., 2022).
 
-    A sum over dimensions: the mean over them too would make its gradient vanish beside EKD's at the same rate.
+    The squares are summed over dimensions. With their mean, the gradient would vanish beside EKD's at the same
+    learning rate. Student and teacher need embeddings of one width.
     """
 
     kind: Literal["mse"] = "mse"
@@ -334,27 +431,34 @@ class EmbeddingMSE(Section):
 AgreementLoss = Annotated[EKD | RelativeSimilarity | EmbeddingMSE, Field(discriminator="kind")]
 
 
-class CrossEntropy(MarginOfItsOwn):
-    """A class matrix beside the teacher, with its margin softmax: EKD's ablation."""
+class CrossEntropy(SectionMargin):
+    """A class matrix and its margin softmax beside the teacher: an ablation of Ef-QuantFace (2024)."""
 
-    weight: Positive = 1.0  # beside the agreement with the teacher
+    weight: Positive = 1.0
+    """Weight of the margin softmax beside the agreement with the teacher."""
     margin: Margin = Margin(m2=0.4, m3=0)
+    """Margin of the positive class; ArcFace with m2 = 0.4 by default (Ef-QuantFace, 2024)."""
 
 
-class QuantFace(Taught, BaseMethod):
-    """A net follows a teacher, by the pairs of a batch and without a classifier (METHODS §6).
+class QuantFace(TeacherSettings, BaseMethod):
+    """A student agrees with a teacher on the pairs of a batch (Ef-QuantFace, 2024; docs/methods/quantface.md).
 
-    Made for a quantised or pruned copy of the teacher, which ``init.backbone`` starts; any net may follow any other.
+    There is no classifier. The student is a quantised or pruned copy of the teacher, which starts from
+    ``init.backbone``; any other net may follow any teacher too.
     """
 
     kind: Literal["quantface"] = "quantface"
     named: ClassVar[str] = "method.teacher"
-    loss: AgreementLoss = EKD()  # a section, or its kind alone: loss = "mse"
-    labels: bool = True  # False: every image is an identity of its own, which its views alone share
-    cross_entropy: CrossEntropy | None = None  # best with init.head = "prototypes"
+    loss: AgreementLoss = EKD()
+    """Loss that compares student and teacher. A kind alone will do: method.loss=mse."""
+    labels: bool = True
+    """Use identities as labels. false: only two views of one image make a positive pair (needs data.views = 2)."""
+    cross_entropy: CrossEntropy | None = None
+    """A margin softmax beside the teacher; works best with init.head = "prototypes". None: no classifier."""
 
     @property
     def facts(self) -> Facts:
+        """Return what the method needs; it compares the pairs of the whole batch."""
         whole = "quantface compares the pairs of the whole batch"
         views = "method.labels = false has no positive pairs but two views of an image"
         only = views if isinstance(self.loss, PairLoss) and not self.labels else None
@@ -362,31 +466,38 @@ class QuantFace(Taught, BaseMethod):
 
     @property
     def class_matrix(self) -> BigFace | None:
+        """Return the settings of the class matrix that cross-entropy trains, or None."""
         return BigFace(margin=self.cross_entropy.margin) if self.cross_entropy else None
 
     @property
-    def taught(self) -> Taught:
+    def taught(self) -> TeacherSettings:
+        """Return this section: it names the teacher."""
         return self
 
     @property
     def agreement(self) -> AgreementLoss:
+        """Return the loss that compares student and teacher."""
         return self.loss
 
     @property
     def width_mend(self) -> str | None:
+        """Return the mend for embeddings of unequal widths, or None: pair losses compare cosines."""
         return "method.loss.kind=ekd, which compares cosines" if isinstance(self.loss, EmbeddingMSE) else None
 
     @model_validator(mode="before")
     @classmethod
-    def _a_word_is_the_kind(cls, tree: object) -> object:
+    def _read_loss_kind(cls, tree: object) -> object:
+        """Read a word as the loss's kind."""
         if isinstance(tree, dict) and isinstance(tree.get("loss"), str):
             tree = tree | {"loss": {"kind": tree["loss"]}}
         return tree
 
     @model_validator(mode="after")
-    def _classes_are_labels(self) -> "QuantFace":
+    def _check_labels(self) -> "QuantFace":
         if self.cross_entropy and not self.labels:
-            raise ValueError("method.cross_entropy needs labels: method.labels = true, or leave it out")
+            raise ValueError(
+                "method.cross_entropy needs labels: set method.labels = true, or leave method.cross_entropy out"
+            )
         return self
 
 
@@ -394,18 +505,20 @@ Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC | QuantFace, Field(di
 
 
 def queue_slots(wanted: float, global_batch: int, knob: str) -> int:
-    """S = ⌊wanted/G⌋·G slots of a queue that whole batches enter and leave; AttFC wants r·N of them.
+    """Return S = ⌊wanted/G⌋·G, the slots of a queue that whole batches enter and leave (AttFC, 2025).
 
     Args:
-        knob: the field that says how many.
+        wanted: slots asked for; AttFC asks for r·N of N identities.
+        global_batch: G.
+        knob: field that sets the slots, for the error.
 
     Raises:
-        UserError: fewer than one batch.
+        UserError: the queue cannot hold one batch.
     """
     slots = int(wanted / global_batch + 1e-9) * global_batch
     if slots == 0:
         raise UserError(
-            f"a queue of {wanted:g} class centres cannot hold a batch of {global_batch}: raise {knob}, or lower "
+            f"a queue of {wanted:g} class centres cannot hold a batch of {global_batch}: raise {knob} or lower "
             "train.global_batch"
         )
     return slots

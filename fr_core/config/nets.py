@@ -6,125 +6,159 @@ from pydantic import Field, model_validator
 
 from fr_core.config.sections import Channels, NonNegative, Section
 
-MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)  # widths of the published net
+# Widths of the published MobileFaceNet (Chen et al., 2018).
+MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)
 
 
 class BaseNet(Section):
-    """What every net's section answers, beside its ``input_size`` (pixels) and ``embedding`` (dimensions)."""
+    """Base of the nets' sections; each also has ``input_size`` (pixels) and ``embedding`` (dimensions)."""
 
     kind: str
+    """Name of the architecture."""
 
     @property
     def stride(self) -> int:
-        """Pixels of the input to a pixel of the last feature map; every halving rounds up."""
+        """Return the input pixels per pixel of the last feature map; every halving rounds up."""
         return 16
 
     @property
     def residual(self) -> bool:
-        """Whether it is made of residual blocks that the backward pass can recompute."""
+        """Return whether the net has residual blocks that the backward pass can recompute."""
         return False
 
     @property
     def normed(self) -> bool:
-        """Whether it has batch norms while it trains."""
+        """Return whether the net has batch norms while it trains."""
         return True
 
 
 class Residual(BaseNet):
+    """Base of the IR-ResNets: fields that the plain net and the mixture share."""
+
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
-    width: Channels = 64  # of the first stage; the next ones double
-    widths: tuple[Channels, Channels, Channels, Channels] | None = None  # of all stages instead: pruned nets
-    stem_stride: Literal[1, 2] = 1  # 2: a quarter of the work per image, for small machines
-    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112  # pixels
+    """Depth of the IR-ResNet (ArcFace, Deng et al., 2019; from 120 on BigFace, MFR-ICCV2021)."""
+    width: Channels = 64
+    """Channels of the first stage; each later stage has twice the channels of the one before."""
+    widths: tuple[Channels, Channels, Channels, Channels] | None = None
+    """Channels of all four stages, for pruned nets. None: width and its doubles."""
+    stem_stride: Literal[1, 2] = 1
+    """Stride of the first convolution; 2 makes an image cost a quarter, for small machines."""
+    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112
+    """Side of the input, in pixels."""
     embedding: Annotated[int, Field(ge=2)] = 512
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # before the last linear layer
+    """Dimensions of the embedding."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the last linear layer."""
 
     @model_validator(mode="before")
     @classmethod
-    def _width_of_widths(cls, tree: object) -> object:
+    def _take_width_from_widths(cls, tree: object) -> object:
         if isinstance(tree, dict) and isinstance(tree.get("widths"), list | tuple) and tree["widths"]:
             tree = {"width": tree["widths"][0]} | tree
         return tree
 
     @model_validator(mode="after")
-    def _widths_agree(self) -> "Residual":
+    def _check_widths(self) -> "Residual":
         if self.widths and self.width != self.widths[0]:
             raise ValueError(f"net.width = {self.width} is not the first of net.widths = {list(self.widths)}")
         return self
 
     @property
     def stride(self) -> int:
+        """Return the input pixels per pixel of the last feature map."""
         return 16 * self.stem_stride
 
     @property
     def residual(self) -> bool:
+        """Return True."""
         return True
 
     @property
     def channels(self) -> tuple[int, int, int, int]:
-        """Of the four stages; the stem has the first's."""
+        """Return the channels of the four stages; the stem has those of the first."""
         return self.widths or (self.width, 2 * self.width, 4 * self.width, 8 * self.width)
 
 
 class IResNetNet(Residual):
+    """An IR-ResNet (ArcFace, Deng et al., 2019)."""
+
     kind: Literal["iresnet"] = "iresnet"
 
 
 class MoENet(Residual):
-    """An IR-ResNet whose last stage is a mixture of experts (METHODS §5; ``fr_core/nets/moe.py``)."""
+    """An IR-ResNet whose last stage is a mixture of experts (BigFace, MFR-ICCV2021; docs/methods/bigface.md)."""
 
     kind: Literal["moe"] = "moe"
     experts: Annotated[int, Field(ge=1, le=64)] = 4
-    active: Annotated[int, Field(ge=1)] = 1  # experts that an image uses; 1: the plain net's cost at inference
-    balance: NonNegative = 0.01  # weight of the load-balance term
+    """Experts: copies of the last stage, from which a gate chooses."""
+    active: Annotated[int, Field(ge=1)] = 1
+    """Experts that an image uses. With 1, inference costs as much as in the plain net."""
+    balance: NonNegative = 0.01
+    """Weight of the load-balance term (Switch Transformer, Fedus et al., 2022)."""
 
     @model_validator(mode="after")
-    def _active_are_there(self) -> "MoENet":
+    def _check_active(self) -> "MoENet":
         if self.active > self.experts:
             raise ValueError(f"net.active = {self.active} is more than net.experts = {self.experts}")
         return self
 
 
 class MobileFaceNetNet(BaseNet):
+    """A small net for phones (MobileFaceNet, Chen et al., 2018)."""
+
     kind: Literal["mobilefacenet"] = "mobilefacenet"
     input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
+    """Side of the input, in pixels."""
     embedding: Annotated[int, Field(ge=2)] = 128
-    # Channels in the order of the layers, None: MOBILEFACENET. E are inside a bottleneck, O leave it: stem · E and O of
-    # stage 3 · E and O of stage 4 · E of stage 5's first, of its others, and O · the last convolution.
+    """Dimensions of the embedding (MobileFaceNet, 2018: 128)."""
+    # The order: stem · E and O of stage 3 · E and O of stage 4 · first E, other E and O of stage 5 · last convolution.
+    # E are the channels inside a bottleneck, O those that leave it.
     widths: Annotated[tuple[Channels, ...], Field(min_length=9, max_length=9)] | None = None
+    """Channels in the order of the layers, for pruned nets. None: the published widths."""
 
     @property
     def channels(self) -> tuple[int, ...]:
+        """Return the channels in the order of the layers."""
         return self.widths or MOBILEFACENET
 
 
 class QuantisedNet(BaseNet):
-    """A net in integers (METHODS §6; ``fr_core/nets/quantised.py``), made of the trained one in ``init.backbone``."""
+    """A net in integers, quantised from the trained net in ``init.backbone`` (docs/quantisation.md)."""
 
     kind: Literal["quantised"] = "quantised"
     net: Annotated[IResNetNet | MobileFaceNetNet, Field(discriminator="kind")]
-    weights: Annotated[int, Field(ge=2, le=8)] = 8  # bits
-    activations: Annotated[int, Field(ge=2, le=8)] = 8  # bits
-    scheme: Literal["integer", "quantface"] = "integer"  # what integer kernels run, or QuantFace's simulation
-    # How activations get their ranges: by the least squared error, or by the extremes seen ...
+    """The float net that is quantised."""
+    weights: Annotated[int, Field(ge=2, le=8)] = 8
+    """Bits of the weights (Ef-QuantFace, 2024: 8 and 6)."""
+    activations: Annotated[int, Field(ge=2, le=8)] = 8
+    """Bits of the activations (Ef-QuantFace, 2024: 8 and 6)."""
+    scheme: Literal["integer", "quantface"] = "integer"
+    """integer: a scheme that integer kernels run. quantface: the simulation of QuantFace (Boutros et al., 2022)."""
     ranges: Literal["least_error", "extremes"] = "least_error"
-    calibration_batches: Annotated[int, Field(ge=1)] = 32  # ... in this many batches, without augmentation
-    equalise: bool = True  # like ranges for the channels between two layers, before ranges are measured
+    """Ranges of the activations: those of least squared error, or the extremes seen (QuantFace, 2022)."""
+    calibration_batches: Annotated[int, Field(ge=1)] = 32
+    """Batches, without augmentation, on which the ranges are measured."""
+    equalise: bool = True
+    """Equalise channel ranges between two layers before the ranges are measured (Nagel et al., 2019)."""
 
     @property
     def stride(self) -> int:
+        """Return the stride of the float net."""
         return self.net.stride
 
     @property
     def normed(self) -> bool:
-        return False  # they are folded into the layers around
+        """Return False: batch norms are folded into the layers around them."""
+        return False
 
     @property
     def input_size(self) -> int:
+        """Return the input side of the float net, in pixels."""
         return self.net.input_size
 
     @property
     def embedding(self) -> int:
+        """Return the dimensions of the float net's embedding."""
         return self.net.embedding
 
 

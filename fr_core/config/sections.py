@@ -8,143 +8,208 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]  # share of the old that a moving average keeps
-Channels = Annotated[int, Field(ge=8)]  # below, PyTorch 2.13 writes past memory (conv1×1 of stride 2, channels last)
+Momentum = Annotated[float, Field(ge=0, lt=1)]  # share of the old value that a moving average keeps
+Channels = Annotated[int, Field(ge=8)]  # below 8, PyTorch 2.13 writes past memory (conv 1×1, stride 2, channels last)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    """A table of a recipe: frozen, strict, and every field with a docstring that ``bigface knobs`` prints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _a_flag_is_no_number(cls, tree: object) -> object:
+    def _refuse_flags_as_numbers(cls, tree: object) -> object:
+        """Refuse true and false for other fields: pydantic would read them as 1 and 0."""
         for name, value in tree.items() if isinstance(tree, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field and bool not in (field.annotation, *get_args(field.annotation)):
-                raise ValueError(f"{name} = {str(value).lower()}: true and false are no value for it")
+                raise ValueError(f"{name} = {str(value).lower()}: this field takes neither true nor false")
         return tree
 
     @model_validator(mode="before")
     @classmethod
-    def _kinds_unless_told(cls, tree: object) -> object:
-        """A choice that does not name its kind is of the default's."""
+    def _add_default_kinds(cls, tree: object) -> object:
+        """Give a choice that names no kind the default's kind."""
         if not isinstance(tree, dict):
             return tree
-        told: dict[str, object] = {}
+        added: dict[str, object] = {}
         for name, value in tree.items():
             field = cls.model_fields.get(name)
             if isinstance(value, dict) and field and field.discriminator and isinstance(field.default, Section):
-                told[name] = {"kind": vars(field.default)["kind"]} | value
-        return tree | told
+                added[name] = {"kind": vars(field.default)["kind"]} | value
+        return tree | added
 
 
 class Augment(Section):
-    """Random changes of a training image, drawn from (seed, epoch, sample id). All off but the flip by default."""
+    """Random changes of a training image, drawn from (seed, epoch, sample id). All but the flip are off by default."""
 
     flip: Probability = 0.5
-    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # of the image's side, each axis, uniform in ±shift
-    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0  # zoom, log-uniform in 1/(1+scale) … 1+scale
-    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0  # degrees, uniform in ±rotate
-    light: Annotated[float, Field(ge=0, lt=1)] = 0.0  # brightness and contrast, each uniform in 1 ± light
-    colour: Annotated[float, Field(ge=0, lt=1)] = 0.0  # gain of each channel, uniform in 1 ± colour
-    grey: Probability = 0.0  # chance to lose the colour
-    blur: Probability = 0.0  # chance to be shrunk by up to 3 and enlarged again
-    erase: Probability = 0.0  # chance that one rectangle is overwritten with one grey
-    erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25  # largest share of the image that a rectangle covers
+    """Chance of a horizontal flip."""
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest shift along each axis, as a share of the image's side; uniform in ±shift."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Zoom, log-uniform between 1/(1 + scale) and 1 + scale."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in degrees; uniform in ±rotate."""
+    light: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Brightness and contrast, each uniform in 1 ± light."""
+    colour: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Gain of each colour channel, uniform in 1 ± colour."""
+    grey: Probability = 0.0
+    """Chance that the image loses its colour."""
+    blur: Probability = 0.0
+    """Chance that the image is shrunk by a factor of up to 3 and enlarged again."""
+    erase: Probability = 0.0
+    """Chance that one rectangle is overwritten with one grey."""
+    erase_area: Annotated[float, Field(gt=0, le=0.9)] = 0.25
+    """Largest share of the image that an erased rectangle covers."""
 
 
 class Masks(Section):
-    """Synthetic face masks on training images (METHODS §5). Kinds are weights; they need not sum to 1."""
+    """Synthetic face masks on training images (BigFace, MFR-ICCV2021; docs/methods/bigface.md).
 
-    ratio: Probability = 0.0  # of the images, class images included
-    rendered: Probability = 0.5  # of the masks by the 3D tool, the others by the 2D one
+    The weights of the kinds need not sum to 1.
+    """
+
+    ratio: Probability = 0.0
+    """Share of the images that get a mask, class images included. BigFace (2021) uses 0.35."""
+    rendered: Probability = 0.5
+    """Share of the masks that the 3D tool renders; the 2D tool draws the others."""
     surgical: NonNegative = 0.45
+    """Weight of surgical masks."""
     kn95: NonNegative = 0.2
+    """Weight of KN95 masks."""
     cloth: NonNegative = 0.2
+    """Weight of cloth masks."""
     dark: NonNegative = 0.15
+    """Weight of dark masks."""
 
     @model_validator(mode="after")
-    def _some_kind(self) -> "Masks":
+    def _refuse_no_kind(self) -> "Masks":
         if self.surgical + self.kn95 + self.cloth + self.dark == 0:
-            raise ValueError("the weights of all kinds are 0; for no masks, ratio = 0")
+            raise ValueError("the weights of all kinds are 0: for no masks set ratio = 0")
         return self
 
 
 class Progressive(Section):
-    """Progressive resizing: a run's first epochs train on smaller images, which cost less (EfficientNetV2, 2021, §4).
+    """Progressive resizing: the first epochs train on smaller images, which cost less (EfficientNetV2, 2021, §4).
 
-    The net must end in a feature map of the same side for both sizes, since its last linear layer is fixed to it.
+    Both sizes must end in a feature map of the same side, because the net's last linear layer is fixed to that side.
     """
 
-    size: Annotated[int, Field(ge=16)]  # pixels
-    share: Annotated[float, Field(gt=0, lt=1)]  # of train.epochs, whatever train.max_steps says
+    size: Annotated[int, Field(ge=16)]
+    """Side of the smaller images, in pixels."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Share of train.epochs that trains on the smaller images, whatever train.max_steps says."""
 
 
 class Balanced(Section):
-    """Batches of which one part is groups of one person's images, and the other random.
+    """Batches of which one part is groups of images of one person, and the other part is random.
 
-    Every image still comes once in an epoch. Groups are made within ``shuffle_window``; a window whose whole groups
-    are used up goes on at random.
+    Every image still comes once in an epoch. Groups are formed within ``shuffle_window``. When a window has no whole
+    group left, its remaining images come at random.
     """
 
-    images: Annotated[int, Field(ge=2, le=64)] = 4  # of one person together
-    share: Probability = 0.5  # of the batch; 0: none
+    images: Annotated[int, Field(ge=2, le=64)] = 4
+    """Images of one person in a group."""
+    share: Probability = 0.5
+    """Share of the batch that is groups; 0: no groups. EKD (Huang et al., 2022) uses 0.5."""
 
 
 class Data(Section):
-    path: str = ""  # folder of shards, as `bigface ingest` leaves it
-    lanes: Annotated[int, Field(ge=1)] | None = None  # None: the batch's largest divisor to 64; with class images, 16
-    shuffle_window: Annotated[int, Field(ge=1)] = 16384  # images shuffled together, over all lanes
-    check_sha256: bool = True  # of every shard, once before the run; sizes are always checked
+    """Where the images come from, their order, and what happens to them before the net sees them."""
+
+    path: str = ""
+    """Folder of shards, as `bigface ingest` writes it; a URL works too."""
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    """Parts the dataset is dealt to; the order of samples depends on it. None: the batch's largest divisor up to 64,
+    or up to 16 with class images."""
+    shuffle_window: Annotated[int, Field(ge=1)] = 16384
+    """Images that are shuffled together, over all lanes."""
+    check_sha256: bool = True
+    """Check every shard's SHA-256 once before the run. Sizes are always checked."""
     augment: Augment = Augment()
+    """Random changes of training images."""
     masks: Masks = Masks()
+    """Synthetic face masks on training images."""
     progressive: Progressive | None = None
+    """Smaller images in the first epochs. None: one size."""
     balanced: Balanced | None = None
-    # Augmented copies of each image in a batch, side by side; a batch of 64 then takes 32 images, and an epoch twice as
-    # many steps.
+    """Groups of images of one person in each batch. None: all images at random."""
     views: Literal[1, 2] = 1
-    variants: Annotated[int, Field(ge=1, le=64)] = 1  # identities made of each real one (fr_core/data/virtual.py)
-    variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022  # how far its features move, share of the side
+    """Augmented copies of each image in a batch. With 2, a batch of 64 takes 32 images and an epoch has twice as many
+    steps."""
+    variants: Annotated[int, Field(ge=1, le=64)] = 1
+    """Classes made of each identity by changing its face's proportions, the real face included; 1: no new ones."""
+    variant_strength: Annotated[float, Field(gt=0, le=0.1)] = 0.022
+    """How far a variant's facial features move: a standard deviation, as a share of the image's side."""
 
 
 class Init(Section):
-    """Warm start: fine-tune a trained backbone, on new identities if need be."""
+    """Warm start: fine-tune a trained backbone, also on new identities."""
 
-    backbone: str | None = None  # run, checkpoint or safetensors file with weights of this same net
-    # prototypes: mean embedding of each identity's images; names: rows of identities that the backbone's run knew, by
-    # their names, and prototypes for the new ones
+    backbone: str | None = None
+    """Run, checkpoint or safetensors file with weights of this same net. None: random weights."""
     head: Literal["random", "prototypes", "names"] = "random"
+    """Start of the class matrix. prototypes: mean embedding of each identity's images. names: the backbone's run gives
+    the rows of identities that it knows by name, and prototypes fill the others."""
 
 
 class Train(Section):
-    epochs: Annotated[int, Field(ge=0)] = 20  # 0, for quantface: the net as it starts, calibrated but not trained
-    # Stop early: the schedule ends there, but what it states in epochs stays.
+    """Length, batch, precision, memory and checkpoints of the training."""
+
+    epochs: Annotated[int, Field(ge=0)] = 20
+    """Epochs of the run. 0 is for quantface: it calibrates the net and trains nothing."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many steps. The schedule ends there, but what it states in epochs stays. None: all epochs."""
     global_batch: Annotated[int, Field(ge=2)] = 128
-    accumulate: Annotated[int, Field(ge=1)] = 1  # micro-batches per rank and step
-    # Of the backbone; weights stay float32. auto: bfloat16 where the processor has it, else float32.
+    """Images of an optimiser step, over all workers and micro-batches."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches that each worker accumulates per step; more need less memory."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # Activation checkpointing: the backward pass makes the maps inside segments of residual blocks anew.
+    """Precision of the backbone's forward and backward pass; weights stay float32. auto: bfloat16 where the processor
+    has it, else float32."""
     recompute: bool = False
-    recompute_blocks: Annotated[int, Field(ge=1)] | None = None  # of a segment; None: √(their number / 6)
-    # Ghost batch norm: batch statistics per group of this many images of a rank's micro-batch; None: of all of it.
+    """Activation checkpointing (Chen et al., 2016): the backward pass recomputes activations inside segments of
+    residual blocks."""
+    recompute_blocks: Annotated[int, Field(ge=1)] | None = None
+    """Residual blocks of a segment that is recomputed. None: √(blocks / 6)."""
     ghost_batch: Annotated[int, Field(ge=2)] | None = None
-    # Precision in which the backbone's gradients travel between ranks and are summed; None: float32.
+    """Ghost batch norm (Hoffer et al., 2017): images that share batch statistics. None: a worker's whole
+    micro-batch."""
     compress_gradients: Literal["bfloat16", "float16"] | None = None
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # averages the weights; the average is what is verified and used
-    max_bad_steps: Annotated[int, Field(ge=1)] = 10  # non-finite steps in a row before the run stops
-    log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    """Precision in which workers exchange and sum the backbone's gradients. None: float32."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights, per step; the average is what is verified and used. 0: no average."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 10
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+    log_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two log lines."""
     save_every: Annotated[int, Field(ge=1)] = 1000
-    keep: Annotated[int, Field(ge=1)] = 3  # newest checkpoints that stay on disk
-    verify_every: Annotated[int, Field(ge=1)] | None = None  # None: at the end only
+    """Steps between two checkpoints."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Newest checkpoints that stay on disk."""
+    verify_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two verifications. None: only at the end."""
 
 
 class Verify(Section):
-    images: str | None = None  # folder that the pairs' paths are relative to; a .bin brings its own
-    pairs: str | None = None  # our CSV, LFW's pairs.txt or a .bin; None: training ends without verification
+    """Pairs of faces on which the run verifies its net."""
+
+    images: str | None = None
+    """Folder that the pairs' paths are relative to. None: for a .bin, which holds its images."""
+    pairs: str | None = None
+    """bigface's CSV, LFW's pairs.txt, or a .bin. None: training ends without verification."""
 
 
 class Tracking(Section):
-    uri: str | None = None  # None: sqlite:///mlflow.db beside the runs, of a run at a URL none; "off": none
+    """Where MLflow records the run."""
+
+    uri: str | None = None
+    """MLflow's address; "off": no tracking. None: sqlite:///mlflow.db beside the run, or no tracking if the run lies at
+    a URL."""
     experiment: str = "bigface"
-    parent: str | None = None  # the MLflow run that this one is shown under
+    """MLflow experiment that the run belongs to."""
+    parent: str | None = None
+    """MLflow run id under which this run is shown. None: at the top."""

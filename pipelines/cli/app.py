@@ -1,6 +1,6 @@
 """Face recognition: a folder of photos in, a verified net out.
 
-Exit codes: 0 done, 2 your mistake (one line says what and the mend), 130 Ctrl-C, 143 SIGTERM, 1 anything else.
+Exit codes: 0 done, 2 your mistake (one line says what is wrong and the mend), 130 Ctrl-C, 143 SIGTERM, 1 other errors.
 """
 
 import typer

@@ -11,20 +11,32 @@ from fr_core.errors import UserError
 
 
 def local(ref: str | Path) -> Path:
-    """Of what is written here and not at a URL."""
+    """Return a path on a local disk.
+
+    Raises:
+        UserError: the reference is a URL.
+    """
     if "://" in str(ref):
-        raise UserError(f"{ref}: this can only lie on a local disk")
+        raise UserError(f"{ref}: this option takes a local path, not a URL")
     return Path(ref)
 
 
 def output(ref: str | Path) -> Path:
-    """Of what is left here on a local disk."""
+    """Return a local path for output.
+
+    Raises:
+        UserError: the reference is a URL, or lies in a Ray job's folder, which vanishes with the job.
+    """
     refuse_job_folder(local(ref))
     return Path(ref)
 
 
 def any_output(ref: str) -> str:
-    """Of what is left here or at a URL."""
+    """Return a local path or a URL for output.
+
+    Raises:
+        UserError: the path lies in a Ray job's folder, which vanishes with the job.
+    """
     refuse_job_folder(to_path(ref))
     return ref
 
@@ -33,21 +45,31 @@ Json = Annotated[Path | None, typer.Option("--json", parser=output, help="Write 
 NET = "A run, a checkpoint, FILE.onnx, or weights.safetensors with --net."
 NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
 Model = Annotated[str, typer.Option(help=NET)]
-InProcess = Annotated[bool, typer.Option("--in-process", help="Without Ray.")]
-OneWorker = Annotated[bool, typer.Option("--in-process", help="Without Ray, one worker.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray.")]
+OneWorker = Annotated[bool, typer.Option("--in-process", help="Run one worker without Ray.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Recipe = Annotated[str, typer.Argument(help=f"A TOML file, or one of: {', '.join(recipes())}.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value …", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Fields of the recipe: key.path=value …; see bigface knobs.", show_default=False),
+]
 RunFolder = Annotated[
-    str | None, typer.Option("--out", parser=any_output, help="Folder of the run, or a URL; default runs/RECIPE-DATE.")
+    str | None, typer.Option("--out", parser=any_output, help="Folder or URL of the run; default runs/RECIPE-DATE.")
 ]
 
 
 def worker_range(text: str | int) -> int | tuple[int, int]:
-    """Of ``4``, or of ``2-4``: the least and the most."""
+    """Read a number of workers such as ``4``, or a range such as ``2-4``.
+
+    Returns:
+        The number, or the least and the most.
+
+    Raises:
+        UserError: neither a number of at least 1 nor a range.
+    """
     least, dash, most = str(text).partition("-")
     if not least.isdecimal() or (dash and not most.isdecimal()) or int(least) < 1 or (dash and int(most) < int(least)):
-        raise UserError(f"--workers {text}: a number such as 4, or the least and the most, such as 2-4")
+        raise UserError(f"--workers {text}: give a number such as 4, or a range such as 2-4")
     return (int(least), int(most)) if dash else int(least)
 
 
@@ -55,7 +77,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Ray Train workers.")]
 WorkerRange = Annotated[
     Any,
     typer.Option(
-        parser=worker_range, metavar="N|MIN-MAX", help="Ray Train workers; 2-4: as many as there is room for."
+        parser=worker_range, metavar="N|MIN-MAX", help="Ray Train workers; 2-4: as many as the cluster has room for."
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]

@@ -1,4 +1,4 @@
-"""``bigface tune``."""
+"""The command ``bigface tune``."""
 
 from typing import Annotated
 
@@ -14,30 +14,38 @@ from pipelines.cli.output import console, show, show_table
 @app.command(rich_help_panel="Training")
 def tune(
     space: Annotated[
-        str, typer.Argument(help="attfc, fastface, haar, bigface, distill, quantface; or attfc+fastface.")
+        str, typer.Argument(help="Space: attfc, fastface, haar, bigface, distill, quantface; several: attfc+fastface.")
     ],
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[str, typer.Option(parser=any_output, help="Folder of the search, or a URL.")] = "runs/tune",
-    only: Annotated[str | None, typer.Option(help="Knobs of the space, with commas between; default: all.")] = None,
-    trials: Annotated[int, typer.Option(min=1)] = 50,
-    search: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
-    stop: Annotated[str, typer.Option(help="Of trials that look bad: asha, median, none; or pbt.")] = "asha",
-    objective: Annotated[str, typer.Option(help="accuracy, tar_at_far_1e-3, seconds, loss …")] = "accuracy",
-    against: Annotated[
-        str | None, typer.Option(help="A second one: peak_memory_mib, seconds, nominal_mib …; needs --stop none.")
+    out: Annotated[str, typer.Option(parser=any_output, help="Folder or URL of the search.")] = "runs/tune",
+    only: Annotated[
+        str | None, typer.Option(help="Knobs to search, separated by commas; default: all knobs of the space.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the search; the recipe has its own.")] = 0,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of the search.")] = 50,
+    search: Annotated[str, typer.Option(help="Search algorithm: tpe, random or grid.")] = "tpe",
+    stop: Annotated[str, typer.Option(help="Early stopping of bad trials: asha, median, none; or pbt.")] = "asha",
+    objective: Annotated[
+        str, typer.Option(help="Figure to optimise: accuracy, tar_at_far_1e-3, seconds, loss …")
+    ] = "accuracy",
+    against: Annotated[
+        str | None, typer.Option(help="Second objective: peak_memory_mib, seconds, nominal_mib …; needs --stop none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search; the recipe has its own seed.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers of each trial.")] = 1,
     in_process: Annotated[
-        bool, typer.Option("--in-process", help="A trial is one process, without Ray Train.")
+        bool, typer.Option("--in-process", help="Run each trial in one process, without Ray Train.")
     ] = False,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Trials at once; default: as many as fit.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="End after this; --resume goes on.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Trials that run at once; default: as many as fit.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="End the search after so many minutes; --resume continues it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
     json: Json = None,
 ) -> None:
-    """Search a recipe's knobs by Ray Tune; the best becomes a recipe that bigface train runs."""
+    """Search a recipe's knobs with Ray Tune; the best trial becomes a recipe for bigface train."""
     from pipelines.experiments.search import Search, best, table
     from pipelines.experiments.tune import tune as run
     from tune_spaces import joined
@@ -51,9 +59,9 @@ def tune(
     if winners := best(wanted, found):
         figures |= {name: winners[0].figures[name] for name in wanted.objectives}
         folder = to_path(out)
-        console.print(f"recipe of the best: {folder / 'winner.toml'}   all: {folder / 'trials.csv'}", markup=False)
+        console.print(f"best recipe: {folder / 'winner.toml'}   all: {folder / 'trials.csv'}", markup=False)
     if len(found) < trials or figures["interrupted"]:
-        console.print("not all trials are done: the same command with --resume goes on")
+        console.print("some trials are missing: run the same command with --resume to continue")
     show("tune", figures, json, trials=[vars(trial) for trial in found])
     if ended:
         raise typer.Exit(128 + ended)

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from fr_core.config import Config, lane_count, total_steps
-from fr_core.config.recipes import SHIPPED, field_paths, load_config, parse_config, recipes
+from fr_core.config.mends import KINDS, MENDS
+from fr_core.config.recipes import SHIPPED, load_config, parse_config, recipes
+from fr_core.config.reference import knob_names
 from fr_core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +32,14 @@ def test_overrides_take_toml_values_and_bare_words():
     ("override", "message"),
     [
         ("optim.momentun=0.9", "did you mean optim.momentum?"),
-        ("trian.epochs=3", "trian: unknown key, did you mean train?"),
+        ("trian.epochs=3", "unknown key trian: did you mean train?"),
         ("optim.lr=-1", "optim.lr: Input should be greater than 0"),
         ("optim.lr=nan", "optim.lr"),
         ("net.width=wide", "net.width: Input should be a valid integer"),
         ("net.depth=51", "net.depth"),
-        ("optim={kind='muon',sgd={lrr=1}}", "optim.sgd.lrr: unknown key"),
-        ("train.verify_every=true", "train: verify_every = true: true and false are no value"),
+        ("optim={kind='muon',sgd={lrr=1}}", "unknown key optim.sgd.lrr: did you mean optim.sgd.lr?"),
+        ("train.foo=1", "unknown key train.foo: see bigface knobs train"),
+        ("train.verify_every=true", "train: verify_every = true: this field takes neither true nor false"),
         ("schedule.warmup_epochs=-1", "schedule.warmup_epochs: Input should be greater"),
         ("optim.lr.x=1", "optim.lr is a value, not a section"),
         ("optim.lr", "not of the form key.path=value"),
@@ -64,21 +67,88 @@ def test_what_the_fused_mode_cannot_do_is_refused(override, message):
 
 
 def test_a_knob_of_another_kind_cannot_be_written():
-    with pytest.raises(UserError, match=r"schedule\.power: unknown key"):
+    with pytest.raises(UserError, match=r"unknown key schedule\.power: kind cosine has no such key \(.*polynomial\)"):
         parse_config({"schedule": {"kind": "cosine", "power": 2.0}}, "test")
-    with pytest.raises(
-        UserError, match=r"net\.depth: unknown key of kind 'mobilefacenet'; for another kind give the whole"
-    ):
+    with pytest.raises(UserError, match=r"unknown key net\.depth: kind mobilefacenet has no .* give the whole section"):
         parse_config({"net": {"kind": "mobilefacenet", "depth": 18}}, "test")
 
 
 def test_unknown_recipe_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="did you mean 'bigface_small'"):
         load_config("bigface_smal")
+    with pytest.raises(
+        UserError, match=r"backbone are attfc_r50, .*bigface_r50; or write net\.kind=iresnet net\.depth=50"
+    ):
+        load_config("resnet50")
+    with pytest.raises(UserError, match="ArcFace is a margin of bigface"):
+        load_config("arcface")
     broken = tmp_path / "broken.toml"
     broken.write_text("[net\n")
     with pytest.raises(UserError, match="not TOML"):
         load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=0.1", "unknown key learning_rate: the learning rate is optim.lr: write optim.lr=0.1"),
+        ("train.lr=0.1", "write optim.lr=0.1"),
+        ("learnin_rate=0.1", "write optim.lr=0.1"),
+        ("num_classes=93431", "the classes are counted from the shards: leave it out"),
+        ("batch_size=64", "write train.global_batch=64"),
+        ("weight_decay=0.5", "did you mean optim.weight_decay? write optim.weight_decay=0.5"),
+        ("epochs=3", "write train.epochs=3"),
+        ("backbone=r100", "write net.kind=iresnet net.depth=100"),
+        ("net.kind=ir50", "unknown kind 'ir50' of net: write net.kind=iresnet net.depth=50"),
+        ("net=resnet50", "net is a section, not 'resnet50': write net.kind=iresnet net.depth=50"),
+        ("net.kind=resnet152", "net.depth=N, where N is one of 10, 18"),
+        ("net.kind=iresnt", "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, quantised"),
+        ("method.kind=arcface", "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"),
+        ("method.kind=sphere", "unknown kind 'sphere' of method. The kinds are: bigface, attfc"),
+        ("net.kind=quantised", "needs the float net that it quantises: to quantise a trained run use bigface quantize"),
+        ("schedule.kind=multistep", "schedule.milestones is missing: give schedule.milestones="),
+        ("data.augment=3", "data.augment is a section, not '3': write one of its fields, such as data.augment.flip="),
+    ],
+)
+def test_words_of_other_code_are_told_bigfaces_field(override, message):
+    with pytest.raises(UserError) as caught:
+        load_config("debug_bigface", [override])
+    assert str(caught.value).startswith("command line: ")
+    assert message in str(caught.value)
+
+
+def test_no_word_of_other_code_is_a_field_at_its_place():
+    assert not set(MENDS) & set(Config.model_fields)
+    assert not set(KINDS) & {"bigface", "attfc", "dcq", "f2c", "virtual_fc", "quantface", "multistep", "polynomial"}
+    for word in MENDS:
+        with pytest.raises(UserError, match=f"unknown key {word}: "):
+            load_config("debug_bigface", [f"{word}=1"])
+
+
+def test_what_a_mend_says_can_be_written():
+    for words in (["method.kind=bigface", "method.margin.m2=0.5", "method.margin.m3=0"], ["optim.lr=0.1"]):
+        load_config("debug_bigface", words)
+    load_config("bigface_r50", ["net={kind='quantised', net={kind='iresnet', depth=50}}", "init.backbone=RUN"])
+
+
+def test_the_guilty_one_is_named(tmp_path):
+    """A mistake in the recipe's file is the file's, one in an override is the command line's."""
+    recipe = tmp_path / "mine.toml"
+
+    def blamed(text, *overrides):
+        recipe.write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_config(recipe, overrides)
+        return str(caught.value).partition(": ")[0]
+
+    assert blamed("[optim]\nlr = -1\n") == str(recipe)
+    assert blamed("[optim]\nlr = -1\n", "train.epochs=3") == str(recipe)
+    assert blamed("[optim]\nlr = -1\n", "optim.lr=-2") == "command line"
+    assert blamed("[optim]\nlr = 1\n", "optim.lr=-2") == "command line"
+    assert blamed("[train]\nglobal_batch = 32\n", "train.accumulate=3") == "command line"
+    assert blamed("[train]\nglobal_batch = 32\naccumulate = 3\n", "optim.lr=1") == str(recipe)
+    assert blamed("[net]\ndepth = 18\n", "net.kind=mobilefacenet") == "command line"
+    assert blamed("learning_rate = 0.1\n", "optim.lr=1") == str(recipe)
 
 
 def test_lanes_are_the_largest_divisor_up_to_64():
@@ -107,9 +177,11 @@ def readers(module):
 
 
 def test_no_dead_knobs():
-    """Each field is read as an attribute somewhere outside its declaration, its validators, and the config's rules."""
+    """Each field is read as an attribute outside its declaration, its validators, the rules and the table of words."""
     read = set()
     for path in [*ROOT.glob("fr_core/**/*.py"), *ROOT.glob("pipelines/**/*.py")]:
+        if path.name == "mends.py":
+            continue
         module = ast.parse(path.read_text())
         for node in readers(module) if path.parent.name == "config" else ast.walk(module):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -117,7 +189,7 @@ def test_no_dead_knobs():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)  # model_dump(include={"lr", …})
     sections = {"kind"}
-    dead = [path for path in field_paths(Config) if path.split(".")[-1] not in read | sections]
+    dead = [path for path in knob_names() if path.split(".")[-1] not in read | sections]
     assert dead == []
 
 

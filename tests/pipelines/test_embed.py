@@ -248,7 +248,7 @@ def test_the_commands(tmp_path, net, small):
         ["split", shards],
         ["clean", shards, "--model", net[0]],
     ):
-        with pytest.raises(UserError, match="can only lie on a local disk"):
+        with pytest.raises(UserError, match="this option takes a local path"):
             bigface(*command, "--out", "s3://bucket/out")
 
 

@@ -123,7 +123,7 @@ REFUSED = {
         'leave schedule.kind = "fastface" out',
     ),
     "a rate for a matrix that is none": ("attfc", ["optim.head.lr=0.1"], "attfc has none"),
-    "a batch that f2c cannot share out": ("f2c", ["train.global_batch=30", "data.lanes=10"], "no multiple of 4"),
+    "a batch that f2c cannot share out": ("f2c", ["train.global_batch=30", "data.lanes=10"], "must be a multiple of 4"),
     "verification of nothing": ("bigface", ["train.verify_every=5"], "verify_every needs verify.pairs"),
     "images without pairs": ("bigface", ["verify.images=lfw"], "verify.images needs verify.pairs"),
     "queues and micro-batches": ("attfc", ["train.accumulate=2"], "train.accumulate = 1"),

@@ -86,7 +86,7 @@ def test_what_cannot_be_exported_is_explained(run, exported, tmp_path):
         "call it FILE.onnx": (run, "--out", tmp_path / "net.safetensors"),
         "is a folder": (run, "--out", tmp_path / "folder.onnx"),
         "cannot write": (run, "--out", tmp_path / "file" / "net.onnx"),
-        "local disk": (run, "--out", "s3://bucket/net.onnx"),
+        "takes a local path": (run, "--out", "s3://bucket/net.onnx"),
         "is an ONNX file already": (exported, "--out", tmp_path / "again.onnx"),
         "no such run": (tmp_path / "absent", "--out", tmp_path / "net.onnx"),
     }

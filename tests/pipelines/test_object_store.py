@@ -162,7 +162,7 @@ def test_mistakes_at_the_command_line(bucket, dataset, tmp_path):
         bigface("train", "debug_bigface", f"data.path={dataset}", "--in-process", "--out", "s3://no-such-bucket/run")
     with pytest.raises(UserError, match=r"s3://no-such-bucket/shards: no such folder"):
         bigface("inspect", "s3://no-such-bucket/shards")
-    with pytest.raises(UserError, match=r"s3://bucket/x: this can only lie on a local disk"):
+    with pytest.raises(UserError, match=r"s3://bucket/x: this option takes a local path, not a URL"):
         bigface("unpack", dataset, "--out", "s3://bucket/x")
 
 

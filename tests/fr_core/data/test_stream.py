@@ -182,10 +182,13 @@ def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["data.balanced={images=3}"], "is no whole number of groups of 3 images: set share to a multiple of 0.046875"),
-        (["data.balanced={}", "data.lanes=16"], "does not divide the 8 groups .* leave it out, or use 8"),
-        (["data.balanced={}", "data.views=2"], "two ways to positive pairs: data.balanced.share = 0"),
-        (["data.balanced={}", "data.variants=2"], "of whom data.variants makes several"),
+        (
+            ["data.balanced={images=3}"],
+            "is not a whole number of groups of 3 images: set share to a multiple of 0.046875",
+        ),
+        (["data.balanced={}", "data.lanes=16"], "does not divide the 8 groups .* leave data.lanes out, or use 8"),
+        (["data.balanced={}", "data.views=2"], "both make positive pairs: data.balanced.share = 0"),
+        (["data.balanced={}", "data.variants=2"], "data.variants makes several people of one"),
         (["data.views=2", "train.global_batch=63"], "train.global_batch = 63 must be even"),
         (["data.views=2", "data.lanes=64"], "data.lanes = 64 does not divide .* which takes 32 images"),
         (

@@ -254,7 +254,7 @@ def test_mistakes(dataset, more, grouped, tmp_path):
         unlabelled(config_of(dataset, *unlabelled_of(more, "batch=128")))
     with pytest.raises(UserError, match="bigface reads flat ones"):
         unlabelled(config_of(dataset, *unlabelled_of(grouped)))
-    with pytest.raises(UserError, match=r"method\.distill\.unlabelled\.path: Field required"):
+    with pytest.raises(UserError, match=r"method\.distill\.unlabelled\.path is missing"):
         config_of(dataset, "method.distill.unlabelled.batch=8")
     assert unlabelled_batch(config_of(dataset, *unlabelled_of(more))) == 32
     assert unlabelled(config) is None

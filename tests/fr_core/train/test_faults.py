@@ -82,7 +82,7 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_bit_for_bit(dataset, undis
     code, said = signalled(signal.SIGTERM, out, *command)
     step = len(losses(out))
     assert code == 143
-    assert said.strip().splitlines()[-1] == f"bigface: left at step {step}; --resume goes on"
+    assert said.strip().splitlines()[-1] == f"bigface: stopped at step {step}: --resume continues the run"
     assert step < 20
     assert checkpoints(out)[-1].name == f"step_{step:08d}"
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
