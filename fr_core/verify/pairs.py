@@ -241,15 +241,23 @@ def verify_embeddings(
     return score_pairs(scores, usable), scores, usable
 
 
-def write_pairs(folder: Path, per_fold: int, seed: int = 0) -> None:
-    """Write a random ``pairs.csv`` beside ``images``, which has a folder for each identity."""
+def write_pairs(folder: Path, per_fold: int, seed: int = 0, folds: int = FOLDS) -> tuple[int, int]:
+    """Write a random ``pairs.csv`` beside ``images``, which has a folder for each identity.
+
+    Returns:
+        The number of pairs, and how many of them differ.
+
+    Raises:
+        UserError: as :func:`make_pairs`.
+    """
     listing = list_folder(folder / "images")
     paths = listing.paths
+    rows = list(zip(*make_pairs(listing.labels, per_fold, seed, folds), strict=True))
     with (folder / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("image_a", "image_b", "same", "fold"))
-        for a, b, same, fold in zip(*make_pairs(listing.labels, per_fold, seed), strict=True):
-            writer.writerow((paths[a], paths[b], int(same), fold))
+        writer.writerows((paths[a], paths[b], int(same), fold) for a, b, same, fold in rows)
+    return len(rows), len({(min(a, b), max(a, b)) for a, b, _, _ in rows})
 
 
 def make_pairs(labels: np.ndarray, per_fold: int, seed: int, folds: int = FOLDS) -> tuple[np.ndarray, ...]:

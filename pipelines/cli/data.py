@@ -1,35 +1,23 @@
 """Commands on faces and datasets."""
 
 import math
-import shlex
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from fr_core.data.schema import Layout, Manifest, open_dataset
 from fr_core.data.store import RemotePath, explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, any_output, local, output
-from pipelines.cli.output import bar, console, growing, show
+from pipelines.cli.output import bar, command_line, growing, show, show_line
 from pipelines.datasets.unpack import Form
 
 PEOPLE_TO_SPLIT = 8  # bigface split refuses fewer people
 EXAMPLE_RECIPES: dict[Layout, str] = {"flat": "demo", "grouped": "attfc_r50"}
 SHARDS = "Shards from bigface ingest: a folder or a URL."
-
-
-def command_line(*words: object) -> str:
-    """Return a bigface command to copy into a shell; paths with spaces are quoted."""
-    return shlex.join(["bigface", *map(str, words)])
-
-
-def show_line(text: str, colour: str | None = None) -> None:
-    """Print a line of plain text. Only the terminal wraps the line, so a command in it can be copied."""
-    console.print(f"[{colour}]{escape(text)}[/]" if colour else escape(text), highlight=False, soft_wrap=True)
 
 
 def count_of(number: int, noun: str, plural: str | None = None) -> str:

@@ -12,7 +12,7 @@ from fr_core.config.reference import HEADER, all_knobs, as_json, markdown, selec
 from fr_core.data.store import explain_disk_errors
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, output
-from pipelines.cli.output import console, show
+from pipelines.cli.output import console, write_json
 
 
 @app.command(rich_help_panel="Training")
@@ -38,4 +38,4 @@ def knobs(
             for row in table.rows:
                 printed.add_row(*map(escape, row))
             console.print(printed)
-    show("knobs", {"knobs": len(chosen)}, json, knobs=as_json(chosen))
+    write_json("knobs", {"knobs": len(chosen)}, json, knobs=as_json(chosen))

@@ -4,17 +4,15 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from fr_core import rng
 from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.schema import Dataset, open_dataset
-from fr_core.data.sources import list_folder
 from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
-from fr_core.verify.pairs import FOLDS, make_pairs
+from fr_core.verify.pairs import FOLDS, write_pairs
 from pipelines.datasets.merge import Part, write_parts
 from pipelines.datasets.unpack import folder_names
 
@@ -26,14 +24,6 @@ ENOUGH_HELD_OUT = 100  # people; with fewer, the interval of the accuracy is wid
 # 95 % interval of an accuracy near 90 %: ± INTERVAL / √people, a bootstrap over people. Measured with 5 to 200 drawn
 # people and a linear discriminant on pixels: 0.28 to 0.36.
 INTERVAL = 0.3
-
-
-class PairCounts(NamedTuple):
-    """Sizes of a list of pairs."""
-
-    folds: int
-    pairs: int
-    distinct: int  # pairs are drawn with replacement, so some repeat
 
 
 def split(
@@ -72,15 +62,16 @@ def split(
     labels[kept] = np.arange(len(kept))
     train = write_parts([Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress)
     images = _write_images(dataset, held_out, out / "verify")
-    pairs = _write_pairs(out / "verify", pairs_per_fold, min(FOLDS, wanted // PEOPLE_PER_FOLD), seed)
+    folds = min(FOLDS, wanted // PEOPLE_PER_FOLD)
+    pairs, distinct_pairs = write_pairs(out / "verify", pairs_per_fold, seed, folds)  # drawn with replacement
     return {
         "images": train.images,
         "identities": train.identities,
         "held_out_images": images,
         "held_out_identities": wanted,
-        "folds": pairs.folds,
-        "pairs": pairs.pairs,
-        "distinct_pairs": pairs.distinct,
+        "folds": folds,
+        "pairs": pairs,
+        "distinct_pairs": distinct_pairs,
     }
 
 
@@ -136,15 +127,3 @@ def _write_images(dataset: Dataset, held_out_N: np.ndarray, out: Path) -> int:
         with (out / "landmarks.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("path", *LANDMARK_COLUMNS), *sorted(landmarks)])
     return images
-
-
-def _write_pairs(folder: Path, per_fold: int, folds: int, seed: int) -> PairCounts:
-    """Write ``pairs.csv`` of the images below ``folder/images``."""
-    listing = list_folder(folder / "images")
-    paths = listing.paths
-    rows = list(zip(*make_pairs(listing.labels, per_fold, seed, folds), strict=True))
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_a", "image_b", "same", "fold"))
-        writer.writerows((paths[a], paths[b], int(same), fold) for a, b, same, fold in rows)
-    return PairCounts(folds, len(rows), len({(min(a, b), max(a, b)) for a, b, _, _ in rows}))
