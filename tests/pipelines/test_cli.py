@@ -47,7 +47,7 @@ def test_a_run_leaves_report_pictures_and_an_mlflow_run(trained):
 
 def test_a_used_folder_is_kept_unless_told_otherwise(trained, dataset):
     again = ["train", "debug_bigface", f"data.path={dataset}", "--in-process", "--out", trained]
-    with pytest.raises(UserError, match="--resume goes on with it"):
+    with pytest.raises(UserError, match="--resume continues it"):
         bigface(*again)
     before = json.loads((trained / "run.json").read_text())
     bigface(*again, "--resume")

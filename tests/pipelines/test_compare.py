@@ -95,16 +95,16 @@ def test_named_settings():
     assert named_settings(given) == expected
     for wrong, message in (
         ([], "nothing to compare"),
-        (["optim.lr=0.1"], "write NAME"),
-        ([": optim.lr=0.1"], "write NAME"),
-        (["a: seed=1", "a: seed=2"], "a is there twice"),
+        (["optim.lr=0.1"], "write 'NAME"),
+        ([": optim.lr=0.1"], "write 'NAME"),
+        (["a: seed=1", "a: seed=2"], "a is given twice"),
     ):
         with pytest.raises(UserError, match=message):
             named_settings(wrong)
 
 
 def test_mistakes(given, tmp_path):
-    with pytest.raises(UserError, match="nothing to compare by"):
+    with pytest.raises(UserError, match="no pairs to compare runs by"):
         compared(given[:4], tmp_path)
     (tmp_path / "r.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="not a results file"):

@@ -57,9 +57,9 @@ def test_mistakes_before_the_run(dataset, grouped, teacher, more, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             distill(dataset, tmp_path / "run", *args)
-    with pytest.raises(UserError, match="only bigface, the method with a class matrix, distils, not attfc"):
+    with pytest.raises(UserError, match="its method is attfc, and only bigface distils"):
         bigface("distill", "debug_attfc", f"data.path={grouped}", "--teacher", teacher)
-    with pytest.raises(UserError, match="nobody to learn from: give --teacher REF"):
+    with pytest.raises(UserError, match="no teacher: give --teacher REF"):
         bigface("distill", "debug_bigface", f"data.path={dataset}")
     bigface("embed", teacher, "--data", more, "--out", tmp_path / "e", "--in-process")
     with pytest.raises(UserError, match="embeddings of another dataset"):

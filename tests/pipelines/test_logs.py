@@ -47,7 +47,7 @@ def test_objects_for_programs(monkeypatch, capsys, name, value):
 
 def test_no_third_style(monkeypatch):
     monkeypatch.setenv("BIGFACE_LOG", "xml")
-    with pytest.raises(UserError, match="BIGFACE_LOG=xml: json or text"):
+    with pytest.raises(UserError, match="BIGFACE_LOG=xml: use json or text"):
         start_logging()
 
 
