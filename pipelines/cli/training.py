@@ -271,4 +271,6 @@ def runs(
     show_table(run_table(trees), "runs")
     facts = run_facts(trees)
     states = Counter(fact["state"].lower() for fact in facts)
-    show("runs", {"runs": len(facts), **states}, json, runs=facts)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    show_line(f"{len(facts)} runs: {counts}")
+    write_json("runs", {"runs": len(facts), **states}, json, runs=facts)

@@ -100,8 +100,8 @@ def batch_text(config: Config, gpus: int) -> str:
     text = f"global batch {batch:,}, {batch // gpus:,} images on each card"
     if accumulate > 1:
         text += f" in {accumulate} micro-batches of {batch // gpus // accumulate:,}"
-    if facts.class_images:
-        text += f", with {facts.class_images} class images each"
+    if count := facts.class_images:
+        text += f", with {count} class image{'s' * (count > 1)} each"
     if unlabelled := unlabelled_batch(config):
         text += f", and {unlabelled // gpus:,} unlabelled images"
     return text
@@ -132,7 +132,8 @@ def duration(config: Config, images: int | None, images_per_second: float | None
         line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports."
         return line, {"steps": steps}
     hours = steps * (config.train.global_batch + unlabelled_batch(config)) / images_per_second / 3600
-    line = f"{steps:,} steps, about {hours:,.1f} hours at {images_per_second:,g} images/s, without verifications."
+    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    line = f"{steps:,} steps, about {time} at {images_per_second:,g} images/s, without verifications."
     return line, {"steps": steps, "hours": hours}
 
 

@@ -46,7 +46,7 @@ def replay(
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         known = ", ".join(sorted(FORMS[form].model_fields.keys() - {"kind", "warmup_epochs"}))
-        raise UserError(f"--set {name}=…: {first['msg']}; {form} has {known}") from None
+        raise UserError(f"--set {name}={first['input']}: {first['msg']}; {form} has {known}") from None
     base = lr or logged_rate or 0.1
     try:
         fastface = watcher(schedule, len(losses), batch)

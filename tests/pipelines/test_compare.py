@@ -46,8 +46,14 @@ def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch)
     first = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert [(row["setting"], row["epochs"]) for row in first] == [("full", "2"), ("cosine", "1"), ("fastface", "1")]
     assert json.loads((tmp_path / "r.json").read_text())["figures"] == {"runs": 3, "wanted": 3}
-    compared(given, tmp_path, "--seeds", 1)
+    output = compared(given, tmp_path, "--seeds", 1)
     assert list(csv.DictReader((tmp_path / "r.csv").open())) == first
+    assert "3 of 3 runs are finished" in output
+    assert output.count("accuracy %") == 1
+    assert "| --- |" not in output
+    output = compared(given, tmp_path, "--seeds", 1, "--markdown")
+    assert output.count("accuracy %") == 1
+    assert "| --- |" in output
     with pytest.raises(UserError, match="full, seed 0 was run as"):
         compared([*given, "optim.lr=0.01"], tmp_path, "--seeds", 1)
 
