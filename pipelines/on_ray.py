@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 START_ATTEMPTS = 3
-MAX_FAILURES = 5  # restarts of the workers without a new checkpoint; one more failure ends the run
+MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
 STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to stop
 MISTAKES = ".mistake_*.txt"  # files in the run's folder: user errors that workers met
 LOOK_EVERY = 2.0  # seconds between looks for a stop request
@@ -69,7 +69,7 @@ def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Itera
 
     Args:
         work: a function, or the class of an actor.
-        options: of Ray Data's ``map``, such as ``num_cpus``.
+        options: options of Ray Data's ``map``, such as ``num_cpus``.
 
     Raises:
         UserError: ``work`` raised it; the message is one line.

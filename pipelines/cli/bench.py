@@ -130,7 +130,7 @@ def bench_latency(
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns; figures are their medians.")] = 7,
     json: Json = None,
 ) -> None:
-    """Time one face on one core in PyTorch, with batch norm folded, and in ONNX Runtime; list those that fit a budget."""
+    """Time one face on one core: in PyTorch, with folded batch norm, in ONNX Runtime; list nets that fit a budget."""
     from pipelines.bench.latency import bench_latency as run
     from pipelines.bench.latency import table
 

@@ -68,17 +68,17 @@ def train(
     from pipelines.train import written_report
 
     config = load_config(recipe, overrides or [])
-    out = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    report_before = written_report(out) if resume else None
-    show("train", run(config, out, workers, in_process, resume, overwrite), json)
-    if report_before and report_before == written_report(out):
-        show_line(finished_text(config, out))
-    show_line(f"run: {quoted(out)}")
+    folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    report_before = written_report(folder) if resume else None
+    show("train", run(config, folder, workers, in_process, resume, overwrite), json)
+    if report_before and report_before == written_report(folder):
+        show_line(finished_text(config, folder))
+    show_line(f"run: {quoted(folder)}")
     if config.verify.pairs:
-        show_line(f"next: {match_command(out)}")
+        show_line(f"next: {match_command(folder)}")
     else:
-        show_line(f"next: {command_line('verify', out, '--images', 'DIR', '--pairs', 'FILE')}")
-        show_line(f"then: {match_command(out)}")
+        show_line(f"next: {command_line('verify', folder, '--images', 'DIR', '--pairs', 'FILE')}")
+        show_line(f"then: {match_command(folder)}")
 
 
 def quoted(path: object) -> str:

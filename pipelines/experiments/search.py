@@ -64,7 +64,7 @@ class Trial:
     """One trial of a search."""
 
     name: str
-    state: str  # finished, stopped (by the scheduler), failed, or interrupted (by the end of the search)
+    state: str  # finished, failed, stopped (by the scheduler), or interrupted (by the end of the search)
     values: dict[str, float]  # by knob
     figures: dict[str, float]
     reason: str = ""  # why it failed
