@@ -193,7 +193,7 @@ def test_output_folders_are_guarded(photos, tmp_path):
     ("overrides", "message"),
     [
         (["train.global_batch=4096"], "lower train.global_batch"),
-        (["--workers", "2", "--in-process"], "leave --workers out"),
+        (["--workers", "2", "--in-process"], "leave out --workers"),
         (["--workers", "3"], "3 workers do not divide the run's 32 lanes; use 2 or 4"),
         (["--workers", "2", "train.global_batch=34", "train.accumulate=2"], "not a multiple of 2 workers"),
         (["data.path="], "data.path is not set"),
