@@ -1,9 +1,9 @@
-"""A run's figures as Ray metrics: ``ray_bigface_…`` in the Prometheus export of every node."""
+"""A run's figures as Ray metrics, which every node exports to Prometheus as ``ray_bigface_…``."""
 
 from collections.abc import Mapping
 
 DESCRIPTIONS = {
-    "step": "Optimiser steps done.",
+    "step": "Optimiser steps taken.",
     "loss": "The method's loss.",
     "lr": "Learning rate of the backbone.",
     "images_per_second": "Images trained on, over all ranks.",
@@ -13,7 +13,7 @@ DESCRIPTIONS = {
 
 
 class Gauges:
-    """Those of one rank, tagged with it and with its run."""
+    """The gauges of one rank, tagged with the rank and the run."""
 
     def __init__(self, run: str, rank: int) -> None:
         from ray.util.metrics import Gauge
@@ -26,6 +26,7 @@ class Gauges:
             gauge.set_default_tags({"run": run, "rank": str(rank)})
 
     def set(self, metrics: Mapping[str, float]) -> None:
+        """Set the gauges that ``metrics`` has figures for."""
         for name, gauge in self.gauges.items():
             if name in metrics:
                 gauge.set(metrics[name])

@@ -1,7 +1,7 @@
-"""A run's events by the standard library's logging: a line for people, a JSON object where programs read it.
+"""A run's events through the standard library's logging: lines for people, JSON objects for programs.
 
-Workers of Ray and Ray jobs write JSON, terminals lines; ``BIGFACE_LOG=json`` or ``=text`` decides for the command.
-A worker's events lie in its node's logs (``ray logs``), the command's own on its standard error.
+Ray workers and Ray jobs write JSON; a terminal shows lines. ``BIGFACE_LOG=json`` or ``=text`` overrides this.
+The command logs to its standard error. A worker logs to its node's files (``ray logs``).
 """
 
 import json
@@ -16,22 +16,22 @@ from fr_core.data.store import AnyPath
 from fr_core.errors import UserError
 
 log = logging.getLogger("bigface")
-IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a job's command
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets this variable for the command of a job
 
 
 def start_logging(style: str | None = None, **where: object) -> None:
-    """Writes the events of this process to its standard error from now on.
+    """Write the events of this process to its standard error from now on.
 
     Args:
-        style: json or text; None: what ``BIGFACE_LOG`` says, else JSON in a Ray job and text elsewhere.
+        style: json or text. None takes ``BIGFACE_LOG``, else JSON in a Ray job and text elsewhere.
         where: facts that every JSON event carries beside its node, such as run and rank.
 
     Raises:
-        UserError: another ``BIGFACE_LOG``.
+        UserError: ``BIGFACE_LOG`` is neither json nor text.
     """
     style = style or os.environ.get("BIGFACE_LOG") or ("json" if IN_JOB in os.environ else "text")
     if style not in ("json", "text"):
-        raise UserError(f"BIGFACE_LOG={style}: json or text")
+        raise UserError(f"BIGFACE_LOG={style}: use json or text")
     handler = _StandardError()
     handler.setFormatter(JSONLine({"node": platform.node(), **where}) if style == "json" else Line())
     log.handlers = [handler]
@@ -40,7 +40,7 @@ def start_logging(style: str | None = None, **where: object) -> None:
 
 
 def log_event(metrics: dict[str, float], saved: AnyPath | None) -> None:
-    """Logs what the train loop reports, as it reports it (``Report`` in ``fr_core/train/loop.py``)."""
+    """Log a report of the train loop; this is a ``Report`` of ``fr_core/train/loop.py``."""
     facts = {name: metrics[name] for name in ("step", "loss", "accuracy") if name in metrics}
     if saved is not None:
         log.info("checkpoint saved", extra={"facts": facts | {"checkpoint": str(saved)}})
@@ -51,35 +51,41 @@ def log_event(metrics: dict[str, float], saved: AnyPath | None) -> None:
 
 
 class Line(logging.Formatter):
-    """``14:02:03 checkpoint saved  step 20  loss 4.891``."""
+    """Formats an event as ``14:02:03 checkpoint saved  step 20  loss 4.891``."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the event as one line."""
         facts = "".join(f"  {name} {_short(value)}" for name, value in _facts(record).items())
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         return f"{datetime.fromtimestamp(record.created):%H:%M:%S} {level}{record.getMessage()}{facts}"
 
 
 class JSONLine(logging.Formatter):
-    """One object: time (UTC), level, event, where it was, and the event's own facts. What is not finite is text."""
+    """Formats an event as one JSON object: UTC time, level, event, place and facts.
+
+    Numbers that are not finite become strings, since JSON has none.
+    """
 
     def __init__(self, where: dict[str, object]) -> None:
         super().__init__()
         self.where = where
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the event as one line of JSON."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        own = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
+        event = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
         facts = {name: value if _is_json(value) else str(value) for name, value in _facts(record).items()}
-        return json.dumps(own | self.where | facts)
+        return json.dumps(event | self.where | facts)
 
 
 class _StandardError(logging.Handler):
-    """The one of the moment: Rich puts its own there while a bar is shown."""
+    """Writes to ``sys.stderr`` as it is at the moment, since Rich replaces it while a bar is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print the event."""
         try:
             print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:  # a line that cannot be written must not end a training
+        except Exception:  # a log line that cannot be written must not end a training
             self.handleError(record)
 
 
@@ -92,4 +98,7 @@ def _is_json(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return a fact as text: floats with four digits, from 1000 on without decimals or exponent."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The same loop on Ray: one local node by default, or the cluster that ``RAY_ADDRESS`` names."""
+"""Runs the train loop on Ray: on one local node by default, or on the cluster that ``RAY_ADDRESS`` names."""
 
 import logging
 import math
@@ -24,21 +24,25 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 START_ATTEMPTS = 3
-MAX_FAILURES = 5  # deaths of workers after which there must be a new checkpoint
-STOP_REQUEST = ".leave"  # a file in the run's folder: the driver was asked to leave
-MISTAKES = ".mistake_*.txt"  # files there: the user's, which a worker found
-LOOK_EVERY = 2.0  # seconds
+MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
+STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to stop
+MISTAKES = ".mistake_*.txt"  # files in the run's folder: user errors that workers met
+LOOK_EVERY = 2.0  # seconds between looks for a stop request
 RESIZE_EVERY = 60.0  # seconds between looks for more machines
-GROWS_AS = "ray_bootstrap_config.yaml"  # where `ray up` tells the head, in its home, what its autoscaler may start
+GROWS_AS = "ray_bootstrap_config.yaml"  # `ray up` leaves the autoscaler's config under this name in the head's home
 
-Resources = dict[str, float]
+Resources = dict[str, float]  # of a machine, as Ray names them: CPU, GPU, …
 Row = dict[str, Any]  # of Ray Data
 
 
 def start_ray(dashboard: bool = False) -> None:
-    """Joins the cluster of ``RAY_ADDRESS``, or starts a node of its own that ends with this process."""
+    """Join the cluster of ``RAY_ADDRESS``, or start a local node that ends with this process.
+
+    Raises:
+        UserError: no cluster answers at ``RAY_ADDRESS``.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets any other process starve the training
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets other processes starve the training
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -54,17 +58,21 @@ def start_ray(dashboard: bool = False) -> None:
             )
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}") from None
-        except Exception as error:  # Ray has no class for it: a busy machine needs more than the 30 s that it waits
+        except Exception as error:  # Ray has no class for a timeout; a busy machine may need more than 30 s
             ray.shutdown()
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
                 raise
 
 
-def mapped(rows: list[Row], work: Callable[..., Any], **options: Any) -> Iterator[Row]:
-    """What ``work``, a function or an actor's class, makes of each row, by Ray Data and in any order.
+def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Iterator[Row]:
+    """Map rows by Ray Data and yield the results in any order.
+
+    Args:
+        work: a function, or the class of an actor.
+        options: options of Ray Data's ``map``, such as ``num_cpus``.
 
     Raises:
-        UserError: as ``work`` does, in one line.
+        UserError: ``work`` raised it; the message is one line.
     """
     start_ray()
     import ray
@@ -78,51 +86,61 @@ def mapped(rows: list[Row], work: Callable[..., Any], **options: Any) -> Iterato
         yield from ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(work, **options).iter_rows()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
+            raise UserError(str(error.cause).splitlines()[0]) from None  # Ray appends a traceback
         raise
 
 
+mapped = map_rows  # until pipelines/datasets calls map_rows
+
+
 def worker_cpus(machines: Sequence[Resources], workers: int) -> float:
-    """CPUs that each worker reserves, so that at least half are left to Ray Data: also of those that are left when the
-    largest of several machines dies.
+    """Return the CPUs that each worker reserves, so that Ray Data keeps at least half of them.
+
+    This still holds after the largest of several machines has died.
     """
     sizes = sorted(machine.get("CPU", 0) for machine in machines if machine.get("CPU", 0))
     return min(1.0, sum(sizes[: max(1, len(sizes) - 1)]) / (2 * workers))
 
 
-def threads_of_each(processes: int, here: int = 1) -> int:
-    """Threads of each of the processes that train on the cluster, so that those of a node share its CPUs.
+def worker_threads(processes: int, here: int = 1) -> int:
+    """Return the threads of each training process, so that the processes of a node share its CPUs.
 
-    A node's CPUs are as Ray counts them: in a container its share of the machine's.
+    Ray counts a node's CPUs; in a container these are the container's share of the machine.
 
     Args:
-        processes: on the whole cluster.
-        here: those that are known to be on this node.
+        processes: training processes on the whole cluster.
+        here: training processes that are known to be on this node.
     """
     import ray
 
-    own, nodes = ray.get_runtime_context().get_node_id(), [node for node in ray.nodes() if node["Alive"]]
-    counted = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == own)
-    training = sum(node["Resources"].get("CPU", 0) > 0 for node in nodes)
+    this_node = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    counted = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == this_node)
     cpus = min(int(counted), len(os.sched_getaffinity(0)))
-    return max(1, cpus // max(here, math.ceil(processes / max(1, training))))
+    training_nodes = sum(node["Resources"].get("CPU", 0) > 0 for node in nodes)
+    processes_per_node = math.ceil(processes / max(1, training_nodes))
+    return max(1, cpus // max(here, processes_per_node))
 
 
-def one_a_node(machines: Sequence[Resources]) -> float:
-    """CPUs that a worker reserves so that each node, if all are alike, has room for one and for a task of Ray Data.
+def cpus_for_one_worker_per_node(machines: Sequence[Resources]) -> float:
+    """Return the CPUs that a worker reserves so that a node holds one worker and a task of Ray Data.
+
+    A worker takes a little more than half of the smallest node; nodes are meant to be alike.
 
     Raises:
-        UserError: no node, or one with less than 2 CPUs.
+        UserError: there is no node, or one has less than 2 CPUs.
     """
     least = min(filter(None, (machine.get("CPU", 0) for machine in machines)), default=0)
     if least < 2:
-        raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, and one has {least:g}: give one number")
+        raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, one has {least:g}: give --workers N")
     return least / 2 + 0.5
 
 
 def cluster_machines() -> list[Resources]:
-    """What each node of the cluster has: of those that are up, or, told on the head of one that grows when asked, of
-    as many as may come, the largest first.
+    """Return the resources of each node of the cluster.
+
+    On the head of an autoscaled cluster these are the head and all nodes that may come, the largest first.
+    Elsewhere these are the nodes that are up.
     """
     import ray
     import yaml
@@ -139,7 +157,7 @@ def cluster_machines() -> list[Resources]:
 
 
 def capacity(machines: Sequence[Resources]) -> tuple[float, float]:
-    """CPUs and GPUs of them all."""
+    """Return the CPUs and the GPUs of all machines together."""
     cpus, gpus = (sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU"))
     return cpus, gpus
 
@@ -152,20 +170,23 @@ def train_on_ray(
     callbacks: "list[UserCallback] | None" = None,
     runs: int = 1,
 ) -> dict[str, float]:
-    """Trains on Ray Train workers, spread over the nodes; after a death those that are left, and those that replace
-    the dead, go on from the newest checkpoint.
+    """Train on Ray Train workers that are spread over the nodes.
 
-    Checkpoints go straight to ``out``, which all nodes must see, in the form that ``--in-process`` writes too.
+    When a worker dies, the others and its replacement continue from the newest checkpoint. All nodes must see ``out``:
+    workers write checkpoints straight into it, in the same form as ``--in-process``.
 
     Args:
-        workers: their number; or the least and the most, of which as many run as there are cards, or nodes where there
-            are none, at the time.
-        cpus: of each worker; None: as if the cluster were this run's alone.
-        callbacks: Ray Train's, which hear of every checkpoint.
-        runs: that share the cluster, this one among them.
+        workers: number of workers, or the least and the most. Of a range, as many run as there are cards at the time;
+            without cards, as many as there are nodes.
+        cpus: CPUs that each worker reserves; None takes what fits a cluster with this run alone.
+        callbacks: callbacks of Ray Train, which hear of every checkpoint.
+        runs: runs that share the cluster, this one included.
+
+    Returns:
+        The figures of the run's report.
 
     Raises:
-        UserError: what the loop refuses, named in one line.
+        UserError: the cluster is too small, or the train loop raised it; the message is one line.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     start_ray()
@@ -178,13 +199,13 @@ def train_on_ray(
     machines = cluster_machines()
     all_cpus, gpus = capacity(machines)
     if 0 < gpus < least:
-        raise UserError(f"{least} workers for {gpus:.0f} GPUs; use --workers {gpus:.0f}")
+        raise UserError(f"{least} workers for {gpus:.0f} GPUs: use --workers {gpus:.0f}")
     use_gpu = gpus > 0
     if not use_gpu and all_cpus == 0:
-        raise UserError("no node of this cluster has a CPU or a GPU to give: start workers")
+        raise UserError("no node of this cluster offers a CPU or a GPU: start worker nodes")
     if cpus is None:
         whole = least == most or use_gpu
-        cpus = worker_cpus(machines, most) if whole else one_a_node(machines)
+        cpus = worker_cpus(machines, most) if whole else cpus_for_one_worker_per_node(machines)
     for old in [*find_paths(out, MISTAKES), *find_paths(out, STOP_REQUEST)]:
         old.unlink()
     trainer = TorchTrainer(
@@ -212,17 +233,16 @@ def train_on_ray(
             try:
                 result: Any = trainer.fit()  # mypy sees the class before 2.50
                 break
-            except SystemExit:  # what Ray Train makes of Ctrl-C
+            except SystemExit:  # Ray Train turns Ctrl-C into this
                 raise KeyboardInterrupt from None
             except TrainingFailedError as error:
-                if told := _told(out) or _said_by(error):
-                    raise told from None
+                if mistake := _take_recorded_error(out) or _first_user_error(error):
+                    raise mistake from None
                 if checkpoints(out)[-1:] == before:
                     raise
-                log.warning("%d lives ended; there are new checkpoints: going on", MAX_FAILURES + 1)
-    told = _told(out)
-    if told:
-        raise told
+                log.warning("workers failed %d times; there are new checkpoints: the run continues", MAX_FAILURES + 1)
+    if mistake := _take_recorded_error(out):
+        raise mistake
     if isinstance(result.return_value, int):
         (out / STOP_REQUEST).unlink(missing_ok=True)
         raise RunStopped(result.return_value)
@@ -230,7 +250,11 @@ def train_on_ray(
 
 
 def train_worker(launch: dict[str, Any]) -> Any:
-    """What each Ray Train worker runs. Rank 0's return value is the run's figures, or the step at which it left."""
+    """Train as one rank; every Ray Train worker runs this.
+
+    Returns:
+        The figures of the run, or the step at which it was stopped. Ray Train hands on those of rank 0.
+    """
     import ray.train
 
     from fr_core.data.stream import blocks_by_ray
@@ -239,29 +263,32 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.train.loop import train_loop
 
     out, ranks = to_path(launch["out"]), Ranks.current()
-    if find_paths(out, MISTAKES):  # of an earlier life: a restart would only repeat it
+    if find_paths(out, MISTAKES):  # a user error ended the workers before; a restart would repeat it
         return {}
     context = ray.train.get_context()
     start_logging("json", run=out.name, rank=ranks.rank)
     log.info("worker started", extra={"facts": {"ranks": ranks.size}})
-    use_processor(threads_of_each(launch["runs"] * ranks.size, context.get_local_world_size()))
+    use_processor(worker_threads(launch["runs"] * ranks.size, context.get_local_world_size()))
     try:
         config = parse_config(launch["config"], "launch")
         report = partial(report_to_ray, Gauges(out.name, ranks.rank))
-        return train_loop(config, out, ranks, blocks_by_ray, report, notices(out, ranks.rank, ranks.size))
-    except RunStopped as left:
-        return left.step
-    except StorageError:  # may have passed when the workers are started again
+        return train_loop(config, out, ranks, blocks_by_ray, report, notice_watcher(out, ranks.rank, ranks.size))
+    except RunStopped as stopped:
+        return stopped.step
+    except StorageError:  # storage may answer again once the workers have restarted
         raise
     except UserError as error:
         log.error(str(error))
-        with suppress(OSError, StorageError):  # the error itself says the same, after more lives
+        with suppress(OSError, StorageError):  # without the file, the driver reads the error after all restarts
             write_text_atomically(out / MISTAKES.replace("*", str(ranks.rank)), str(error))
         raise
 
 
-def notices(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
-    """What tells a rank once that Ray drains a worker's node, and rank 0 that the driver asked the run to leave."""
+def notice_watcher(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
+    """Return a function that tells a rank whether to save a checkpoint or to stop.
+
+    It says SAVE once for each worker's node that Ray drains. It says STOP to rank 0 when the driver was asked to stop.
+    """
     import ray.train
 
     looked, known = 0.0, set[str]()
@@ -269,9 +296,9 @@ def notices(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
     def notice() -> Notice:
         nonlocal looked
         soon = time.monotonic() - looked < LOOK_EVERY
-        if size == 1 and soon:  # a lone rank is asked at every step
+        if size == 1 and soon:  # a lone rank asks at every step
             return Notice.NONE
-        drained = ray.train.get_preemption_info()  # all ranks ask at the same steps: it is a collective
+        drained = ray.train.get_preemption_info()  # a collective: all ranks ask at the same steps
         new = set(drained.preempted_node_ids if drained else ()) - known
         known.update(new)
         if rank == 0 and not soon:
@@ -284,7 +311,7 @@ def notices(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
 
 
 def report_to_ray(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | None) -> None:
-    """Tells Ray's metrics and the log, and Ray Train of checkpoints alone: a report costs two seconds."""
+    """Report to Ray's metrics and the log, and to Ray Train after checkpoints only: its report takes two seconds."""
     import ray.train
 
     gauges.set(metrics)
@@ -293,15 +320,15 @@ def report_to_ray(gauges: Gauges, metrics: dict[str, float], saved: AnyPath | No
         ray.train.report(metrics)
 
 
-def _told(out: AnyPath) -> UserError | None:
-    """The user's mistake that ended the workers, if that is what did."""
+def _take_recorded_error(out: AnyPath) -> UserError | None:
+    """Return the user error that a worker left in the run's folder, if any, and remove the files."""
     messages = {path: path.read_text() for path in find_paths(out, MISTAKES)}
     for path in messages:
         path.unlink()
     return UserError(next(iter(messages.values()))) if messages else None
 
 
-def _said_by(error: Exception) -> UserError | None:
-    """The user's mistake among the failures of the workers' last lives."""
+def _first_user_error(error: Exception) -> UserError | None:
+    """Return the first user error among the workers' failures, if there is one."""
     causes = (getattr(failure, "cause", failure) for failure in getattr(error, "worker_failures", {}).values())
     return next((UserError(str(cause).splitlines()[0]) for cause in causes if isinstance(cause, UserError)), None)

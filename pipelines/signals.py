@@ -1,4 +1,7 @@
-"""Signals that ask a command to leave, as SIGTERM of a machine that is taken away: a run saves a checkpoint first."""
+"""Signals that ask a command to stop, such as SIGTERM on a machine that is taken away.
+
+A run saves a checkpoint before it stops.
+"""
 
 import signal
 import threading
@@ -8,9 +11,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_signal(number: int, leave: Callable[[], object]) -> Iterator[None]:
-    """Calls ``leave`` at the first such signal in the block; the next ones do what they did before.
+    """Call ``leave`` at the first such signal in the block; later signals go to the handler of before.
 
-    Only a process's main thread can listen; in another, the block runs as it is.
+    Python delivers signals to the main thread only. In another thread the block runs without listening.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -21,7 +24,7 @@ def on_signal(number: int, leave: Callable[[], object]) -> Iterator[None]:
     def once(*_: object) -> None:
         nonlocal came
         signal.signal(number, before)
-        if came:  # somebody put this back, as Ray Tune does
+        if came:  # other code has put this handler back, as Ray Tune does
             signal.raise_signal(number)
         else:
             came = True

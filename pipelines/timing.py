@@ -1,4 +1,4 @@
-"""Calls that take turns on one core, timed; and how alike two nets' embeddings are."""
+"""Timing of calls that take turns on one core, and the similarity of two nets' embeddings."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch, and the ONNX files that are opened in the block, on one core."""
+    """Keep PyTorch, and ONNX files opened in the block, on one core."""
     threads = torch.get_num_threads()
     use_processor(1)
     try:
@@ -24,9 +24,9 @@ def one_thread() -> Iterator[None]:
 
 
 def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of calls that take turns, since a machine's speed drifts, after one turn each that is not timed.
+    """Return the milliseconds of every turn of each call, after one warm-up turn that is not timed.
 
-    It is the processor's time, which on an idle core is the time that passes: what else runs counts little.
+    The calls take turns because a machine's speed drifts. Time is processor time, which other processes disturb little.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -40,5 +40,5 @@ def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def least_cosine(a_BD: Tensor, b_BD: Tensor) -> float:
-    """Of embeddings in pairs."""
+    """Return the smallest cosine between embeddings of the same row."""
     return float(torch.cosine_similarity(a_BD.double(), b_BD.double()).min())

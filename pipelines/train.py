@@ -1,10 +1,10 @@
-"""Launches a training run: here, or on Ray, with a progress line fed by the run's own ``metrics.csv``."""
+"""Launches a training run in this process or on Ray, and shows its progress from the run's ``metrics.csv``."""
 
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from fr_core.train.notice import Notice
 from pipelines.logs import log, log_event, start_logging
 from pipelines.signals import on_signal
 
-POLL = 2.0  # seconds
-SILENCE = 180.0  # seconds without a step, after which a run says so
+POLL = 2.0  # seconds between looks at metrics.csv
+SILENCE = 180.0  # seconds without a step before a warning
+SAY_EVERY = 30.0  # seconds between progress events where no terminal shows the line
 
 
 def train(
@@ -42,17 +43,20 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, float]:
-    """Runs a recipe to its end.
+    """Train a recipe to its end.
 
     Args:
-        out: the run's folder, local or at a URL: checkpoints, metrics.csv, pictures, report.json.
-        workers: on Ray; their number, or the least and the most.
-        in_process: without Ray, one rank.
-        resume: go on from the newest checkpoint in ``out``.
-        overwrite: drop what an earlier run left in ``out``.
+        out: folder of the run, local or at a URL, for checkpoints, metrics.csv, pictures and report.json.
+        workers: number of Ray workers, or the least and the most.
+        in_process: train with one rank and without Ray.
+        resume: continue from the newest checkpoint in ``out``.
+        overwrite: remove what an earlier run left in ``out``.
+
+    Returns:
+        The figures of the run's report.
 
     Raises:
-        UserError: bad data or config, a used or unwritable folder, a number of workers that does not fit.
+        UserError: bad data or config, a used or unwritable folder, or a number of workers that does not fit.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process
@@ -60,7 +64,7 @@ def train(
     from fr_core.train.loop import clear_run, holds_run, train_loop
 
     if in_process and workers != 1:
-        raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
+        raise UserError("--in-process runs one worker: leave out --workers or --in-process")
     refuse_job_folder(out)
     start_logging(run=out.name)
     config = trackable(with_absolute_paths(config), out)
@@ -71,9 +75,9 @@ def train(
         if other := unlabelled(config):
             other[1].dataset.check_sha256()
     if resume and not holds_run(out):
-        raise UserError(f"--resume: {out} holds no run: name the run's folder")
+        raise UserError(f"--resume: {out} holds no run: give the run's folder as --out")
     if holds_run(out) and not (resume or overwrite):
-        raise UserError(f"{out} holds a run: --resume goes on with it, --overwrite replaces it")
+        raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
@@ -86,7 +90,7 @@ def train(
     log.info("training", extra={"facts": {"method": config.method.kind, "steps": total, "workers": workers}})
     with progress_line(out, total):
         if in_process:
-            use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or the cores that this process may use
+            use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or all cores of this process
             leave = threading.Event()
             with on_signal(signal.SIGTERM, leave.set):
 
@@ -100,28 +104,32 @@ def train(
 
 
 def trackable(config: Config, out: AnyPath) -> Config:
-    """The config, without MLflow where its database would have to lie at a URL."""
+    """Return the config, without MLflow if its database would lie at a URL."""
     if not isinstance(out, RemotePath) or config.tracking.uri is not None:
         return config
-    log.warning("without MLflow, whose database cannot lie at a URL; tracking.uri names a server")
+    log.warning("MLflow is off: its database cannot lie at a URL; give tracking.uri=SERVER")
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
 
 
 def check_kept(config: Config, out: AnyPath) -> None:
-    """Raises: UserError: a run that is to be overwritten holds the weights that this one starts from or learns from."""
+    """Check that overwriting ``out`` removes no weights that this run starts from or learns from.
+
+    Raises:
+        UserError: ``init.backbone`` or the teacher lies in ``out``.
+    """
     method, folder = config.method.taught, str(out.resolve())
     for place in (config.init.backbone, method and method.teacher):
         if place == folder or (place and place.startswith(f"{folder}/checkpoints/")):
-            raise UserError(f"{out} holds {place}, which this run needs: use another folder")
+            raise UserError(f"{out} holds {place}, which this run needs: give another --out")
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config as workers elsewhere can use it: their working directory is another.
+    """Return the config with absolute paths, since workers have other working directories.
 
-    A teacher that is a run becomes its newest checkpoint, the same for all workers and all their lives.
+    A teacher that is a run becomes its newest checkpoint, so that restarted workers learn from the same one.
 
     Raises:
-        UserError: a teacher's run without a checkpoint.
+        UserError: the teacher's run has no checkpoint.
     """
     tree = config.model_dump()
     method, distill = tree["method"], tree["method"].get("distill") or {}
@@ -141,52 +149,77 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def last_touched(out: AnyPath) -> int | None:
-    """When a run on a local disk last wrote or touched its metrics.csv, in nanoseconds; None: it cannot be told."""
+    """Return when a run last wrote or touched its metrics.csv, in nanoseconds, or None if this is unknown.
+
+    Only a local file tells: files at URLs are not touched between two rows.
+    """
     path = out / "metrics.csv"
     return path.stat().st_mtime_ns if isinstance(path, Path) and path.is_file() else None
 
 
+def written_report(out: AnyPath) -> str | None:
+    """Return the text of a run's report.json, or None before the run has one."""
+    path = out / "report.json"
+    return path.read_text() if path.is_file() else None
+
+
+def progress_text(row: Mapping[str, float]) -> str:
+    """Return a metrics row in short: loss, learning rate and throughput. A first row has no throughput yet."""
+    text = f"loss {row['loss']:.3f}  lr {row['lr']:.4g}"
+    rate = row.get("images_per_second")
+    return f"{text}  {rate:.{0 if rate >= 10 else 1}f} img/s" if rate else text
+
+
+def progress_facts(row: Mapping[str, float], total: int) -> dict[str, float]:
+    """Return the facts of a progress event; a first row has no throughput yet."""
+    facts = {"step": row["step"], "of": total, "loss": row["loss"], "lr": row["lr"]}
+    rate = row.get("images_per_second")
+    return facts | {"img/s": rate} if rate else facts
+
+
 @contextmanager
 def progress_line(out: AnyPath, total: int) -> Iterator[None]:
-    """A Rich progress line that follows a run's metrics.csv until the block ends."""
+    """Show a progress line that follows a run's metrics.csv until the block ends.
+
+    Without a terminal, events in the log take its place. A warning says when no step is taken for long.
+    """
     from fr_core.train.metrics import newest_metrics
     from fr_core.train.tracking import FLUSH_EVERY
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  lr {task.fields[lr]:.4g}  {task.fields[rate]:.0f} img/s"),
+        TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(),
     )
     poll = POLL if isinstance(out, Path) else FLUSH_EVERY
     done = threading.Event()
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("train", total=total, loss=float("nan"), lr=0.0, rate=0.0)
+        task = progress.add_task("train", total=total, text="")
 
         def follow() -> None:
             said, step, beat, moved, patience = 0.0, None, None, time.monotonic(), SILENCE
             while not done.wait(poll):
                 row = None
-                with suppress(StorageError):  # the run itself will tell
+                with suppress(StorageError):  # if storage stays away, the run itself fails
                     row = newest_metrics(out)
-                if last_touched(out) != beat:  # steps are taken, also between two rows of metrics.csv
+                if last_touched(out) != beat:  # the run touches the file also between two rows
                     beat, moved = last_touched(out), time.monotonic()
                 if row is None or row["step"] == step:
                     if time.monotonic() - moved > patience:
                         moved = time.monotonic()
-                        log.warning("no step for %d s: a long verification, or workers wait for machines", patience)
+                        log.warning(
+                            "no step for %d s: a verification takes long, or workers wait for machines", patience
+                        )
                     continue
-                if isinstance(out, RemotePath) and step is not None:  # where rows alone tell
+                if isinstance(out, RemotePath) and step is not None:  # there, only rows show that the run is alive
                     patience = max(SILENCE, 3 * (time.monotonic() - moved))
                 step, moved = row["step"], time.monotonic()
-                loss, rate = row["loss"], row.get("images_per_second", 0.0)
-                progress.update(task, completed=row["step"], loss=loss, lr=row["lr"], rate=rate)
-                if not console.is_terminal and time.monotonic() - said > 30:
+                progress.update(task, completed=row["step"], text=progress_text(row))
+                if not console.is_terminal and time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
-                    log.info(
-                        "trained", extra={"facts": {"step": row["step"], "of": total, "loss": loss, "img/s": rate}}
-                    )
+                    log.info("progress", extra={"facts": progress_facts(row, total)})
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

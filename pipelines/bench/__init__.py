@@ -1,1 +1,1 @@
-"""``bigface bench``: speed and memory, as ratios to a plain reference in the same run (machines are noisy)."""
+"""``bigface bench``: speed and memory as ratios to a plain reference in the same run, since machines are noisy."""

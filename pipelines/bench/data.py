@@ -1,4 +1,4 @@
-"""The data path: ingest, masks, and class images beside single ones."""
+"""Benches of the data path: ingest, masks, and class images against single images (docs/data.md)."""
 
 import io
 import shutil
@@ -30,18 +30,21 @@ from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 from pipelines.bench.turns import ratio
 
-IMAGES_EACH = 50  # of an identity in bench ingest
+IMAGES_EACH = 50  # images of each identity in bench ingest
 
 
 def bench_grouped(flat: str, grouped: str, epochs: int) -> dict[str, float]:
-    """The data path alone, in process, 112×112 with the flip: samples with two class images each against images.
+    """Measure the data path alone: samples with two class images each against single images, 112×112 with the flip.
+
+    Batches come in this process without Ray.
 
     Args:
-        flat, grouped: the same images in both layouts.
-        epochs: whole ones, since a pool is decoded at once and spent over many steps.
+        flat: flat shards.
+        grouped: grouped shards of the same images.
+        epochs: whole epochs, since a pool is decoded at once and spent over many steps.
 
     Returns:
-        flat_per_second, grouped_per_second, grouped_over_flat.
+        ``flat_per_second``, ``grouped_per_second`` and ``grouped_over_flat``.
     """
     figures: dict[str, float] = {"epochs": epochs}
     use_processor(torch.get_num_threads())
@@ -65,16 +68,20 @@ def bench_grouped(flat: str, grouped: str, epochs: int) -> dict[str, float]:
 
 
 def bench_ingest(images: int, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
-    """Ingest of crops whose bytes pass through, from a tar and a RecordIO file, on Ray as the command runs it.
+    """Measure ``bigface ingest`` on Ray from a tar and a RecordIO file, with crops whose bytes pass through.
 
     Args:
-        images: of the larger set; the smaller one, for the growth of memory, is a tenth.
-        folder: for archives and shards, some 15 kB an image.
+        images: images of the larger set. The smaller set has a tenth, to see how memory grows.
+        folder: scratch folder for archives and shards, some 15 kB an image.
+        say: function that shows a line of progress.
 
     Returns:
-        For each kind images per second (of what the larger set has more, by how much longer it takes: without Ray's
-        start), and memory_mib of all processes together at both sizes; plain_per_second of a loop of tarfile, OpenCV
-        and PyArrow on the smaller set, and the ratios to it.
+        Figures by KIND, tar or rec:
+
+        - ``KIND_per_second``: the larger set's further images by its further seconds, so that Ray's start drops out.
+        - ``KIND_memory_mib_N``: peak memory of all processes together for N images.
+        - ``plain_per_second``: a loop of tarfile, OpenCV and PyArrow on the smaller set.
+        - ``KIND_over_plain``: the ratio to this loop.
     """
     random = np.random.default_rng(0)
     coarse = random.integers(0, 255, (500, 8, 8, 3)).astype(np.uint8)
@@ -100,6 +107,7 @@ def bench_ingest(images: int, folder: Path, say: Callable[[str], None]) -> dict[
 
 
 def _write_tar(path: Path, jpegs: list[bytes], count: int) -> None:
+    """Write a tar of identities' folders."""
     with tarfile.open(path, "w") as archive:
         for i in range(count):
             info = tarfile.TarInfo(f"{i // IMAGES_EACH:06d}/{i:08d}.jpg")
@@ -108,7 +116,7 @@ def _write_tar(path: Path, jpegs: list[bytes], count: int) -> None:
 
 
 def _write_rec(path: Path, jpegs: list[bytes], count: int) -> None:
-    """MXNet's RecordIO: magic, length, then flag, label, two numbers and the image, filled up to four bytes."""
+    """Write MXNet's RecordIO: magic, length, then flag, label, two numbers and the image, padded to four bytes."""
     with path.open("wb") as file:
         for i in range(count):
             record = struct.pack("<IfQQ", 0, i // IMAGES_EACH, i, 0) + jpegs[i % len(jpegs)]
@@ -116,7 +124,7 @@ def _write_rec(path: Path, jpegs: list[bytes], count: int) -> None:
 
 
 def _ingest_watched(source: Path, out: Path) -> tuple[float, int]:
-    """Seconds of the command, and the most bytes that all its processes held together."""
+    """Ingest by the command, and return its seconds and the most bytes that its processes held together."""
     started, most = time.perf_counter(), 0
     command = [sys.executable, "-m", "pipelines.cli", "ingest", str(source), "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -124,25 +132,26 @@ def _ingest_watched(source: Path, out: Path) -> tuple[float, int]:
             most = max(most, _held_by(process.pid))
             time.sleep(0.5)
     if process.returncode:
-        raise UserError(f"bigface ingest {source} failed")
+        raise UserError(f"bigface ingest {source} failed: its error is above")
     return time.perf_counter() - started, most
 
 
 def _held_by(root: int) -> int:
-    """Bytes of a process and all that it started; a page that several share counts once."""
+    """Return the bytes of a process and its descendants; a page that several share counts once."""
     parents, bytes_of = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, StopIteration):  # it may end while it is looked at
+        with suppress(OSError, StopIteration):  # a process may end meanwhile
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             rows = (folder / "smaps_rollup").read_text().splitlines()
             bytes_of[int(folder.name)] = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss:"))
-    own = {root}
-    while more := {child for child, parent in parents.items() if parent in own} - own:
-        own |= more
-    return sum(bytes_of.get(process, 0) for process in own)
+    family = {root}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(bytes_of.get(process, 0) for process in family)
 
 
 def _ingest_plainly(source: Path, out: Path) -> float:
+    """Ingest a tar by a plain loop, and return its seconds."""
     started, rows = time.perf_counter(), []
     with tarfile.open(source) as archive:
         for member in archive:
@@ -156,11 +165,11 @@ def _ingest_plainly(source: Path, out: Path) -> float:
 
 
 def bench_masks(images: int) -> dict[str, float]:
-    """Masks put on decoded 112×112 faces by one thread: mask, blend and sharpness match; textures are drawn before.
+    """Measure masks on decoded 112×112 faces by one thread: warp, blend and match sharpness; textures are drawn before.
 
     Returns:
-        img_s_2d and img_s_3d of the two tools, views of turned heads made on the way included; img_s_plain of a 2D
-        mask by ``findHomography`` and float arithmetic, and the ratio to it.
+        ``img_s_2d`` and ``img_s_3d``: images a second of the two tools, with the views of turned heads that they make.
+        ``img_s_plain``: a 2D mask by ``findHomography`` and float arithmetic. ``ratio_2d``: the ratio to it.
     """
     few = [render_face(identity, shot) for identity in range(32) for shot in range(4)]
     numbers = np.random.default_rng(0).random((images, DRAWS))
@@ -185,7 +194,7 @@ def bench_masks(images: int) -> dict[str, float]:
 
 
 def _masked_plainly(face: np.ndarray, points: np.ndarray, texture: np.ndarray) -> np.ndarray:
-    """What one writes: a homography to the same six points, brightness matched, alpha blended in float."""
+    """Put on a mask by the usual code: a homography to the same six points, matched brightness, alpha blending."""
     to_face = cv2.invertAffineTransform(similarity(points, TEMPLATE_SIZE))
     matrix, _ = cv2.findHomography(ANCHORS, TARGETS @ to_face[:, :2].T + to_face[:, 2])
     worn = cv2.warpPerspective(texture, matrix, face.shape[1::-1]).astype(np.float32)

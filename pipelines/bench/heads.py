@@ -1,4 +1,4 @@
-"""The classifier's step and AttFC's: streamed, against the usual formulations.
+"""Benches of the classifier's step and of AttFC's: streamed formulations against the usual ones.
 
 Legend: B batch, D embedding, N identities, S slots of a queue, T classes of one tile.
 """
@@ -25,14 +25,14 @@ from fr_core.ranks import Ranks
 from pipelines.bench.turns import CPU, Turn, answer, child, ratio
 
 ARCFACE = Margin(scale=64, m2=0.5, m3=0)
-MILLION = 1_029_950  # identities of WebFace21M in AttFC's table 2
+MILLION = 1_029_950  # identities of WebFace21M in table 2 of AttFC (arXiv 2025)
 MILLION_BATCH = 64
-WARM_ROWS = 64  # a step on these loads libraries and starts threads before memory is counted
+WARM_ROWS = 64  # rows of a first step that loads libraries and starts threads before memory is counted
 
 
 @dataclass(frozen=True)
 class Head:
-    """One formulation of the classifier's step and its problem."""
+    """One formulation of the classifier's step, and the size of its problem."""
 
     formulation: str  # plain, fused or products
     precision: str
@@ -43,7 +43,7 @@ class Head:
 
     @property
     def state_bytes(self) -> int:
-        """Weights and momentum."""
+        """Return the bytes of weights and momentum."""
         return 2 * 4 * self.identities * self.embedding
 
 
@@ -57,13 +57,24 @@ def bench_head(
     emulated: bool,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """An ArcFace and SGD step over N identities: streamed and fused, plain, and its matrix products alone.
+    """Measure an ArcFace and SGD step over N identities: fused, plain, and its matrix products alone.
+
+    Args:
+        repeats: timed steps; figures are their medians.
+        threads: threads of each process.
+        million: measure a million identities too.
+        emulated: measure bfloat16 also where the processor emulates it.
+        say: function that shows a line of progress.
 
     Returns:
-        time_ratio_P (fused over plain), time_over_products_P for the precisions P that this processor has (bf16 also
-        where it is ``emulated``); peak_over_state and
-        reference_peak_over_state (growth of peak memory over weights + momentum); seconds of everything; seconds and
-        mebibytes above weights + momentum for four N; million_rss_gib.
+        Figures; P is a precision of this processor, float32 or bf16:
+
+        - ``time_ratio_P``: fused over plain.
+        - ``time_over_products_P``: fused over the matrix products alone.
+        - ``peak_over_state`` and ``reference_peak_over_state``: growth of peak memory by weights and momentum.
+        - ``seconds_FORMULATION_P``: seconds of a step.
+        - ``seconds_nN`` and ``mib_above_state_nN``: seconds, and MiB above weights and momentum, for four N.
+        - ``million_seconds`` and ``million_rss_gib``: for a million identities.
 
     Raises:
         RuntimeError: the formulations' losses differ.
@@ -74,7 +85,7 @@ def bench_head(
     if emulated or multiplies_bfloat16(CPU):
         precisions.append("bfloat16")
     else:
-        say("bfloat16 is not native to this processor, plain PyTorch takes minutes a step: left out, see --emulated")
+        say("bfloat16 is left out: this processor emulates it, in minutes a step; --emulated measures it all the same")
     for precision in precisions:
         heads = [Head(name, precision, *shape) for name in ("plain", "fused", "products")]
         seconds, losses, peaks = _measured(heads, repeats, say)
@@ -107,7 +118,7 @@ def bench_head(
 
 @dataclass(frozen=True)
 class Queue:
-    """One formulation of AttFC's loss and queue, and its problem."""
+    """One formulation of AttFC's loss and queue, and the size of its problem."""
 
     formulation: str  # plain or streamed
     precision: str
@@ -118,7 +129,7 @@ class Queue:
 
     @property
     def state_bytes(self) -> int:
-        """The queue's."""
+        """Return the bytes of the queue."""
         return (2 if self.precision == "bfloat16" else 4) * self.slots * self.embedding
 
 
@@ -132,15 +143,26 @@ def bench_attfc(
     emulated: bool,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """A step of AttFC's head on given features (reference order): streamed against the usual formulation.
+    """Measure a step of AttFC's head on random features in the reference order: streamed against usual.
 
-    The usual one clones the queue, compares all labels with all, concatenates the logits and leaves the rest to
-    autograd.
+    The usual formulation clones the queue, compares all labels with all slots and concatenates the logits.
+    Autograd does the rest.
+
+    Args:
+        slots: slots of the queue.
+        identities: number of different labels.
+        repeats: timed steps; figures are their medians.
+        threads: threads of each process.
+        emulated: measure bfloat16 also where the processor emulates it.
+        say: function that shows a line of progress.
 
     Returns:
-        head_time_ratio_P for the precisions P that this processor has (bf16 also where it is ``emulated``),
-        head_memory_ratio (growth of peak memory, float32), seconds of everything, and seconds_n of the streamed form
-        for ten times as many identities.
+        Figures; P is a precision of this processor, float32 or bf16:
+
+        - ``head_time_ratio_P``: streamed over usual.
+        - ``head_memory_ratio``: growth of peak memory in float32, streamed over usual.
+        - ``seconds_FORMULATION_P``: seconds of a step.
+        - ``seconds_nN``: seconds of the streamed form for N identities, and for ten times as many.
 
     Raises:
         RuntimeError: the formulations' losses differ.
@@ -150,7 +172,7 @@ def bench_attfc(
     if emulated or multiplies_bfloat16(CPU):
         precisions.append("bfloat16")
     else:
-        say("bfloat16 is not native to this processor, plain PyTorch takes minutes a step: left out, see --emulated")
+        say("bfloat16 is left out: this processor emulates it, in minutes a step; --emulated measures it all the same")
     for precision in precisions:
         queues = [Queue(name, precision, slots, batch, embedding, threads) for name in ("plain", "streamed")]
         with _children([(queue, identities) for queue in queues]) as turns:
@@ -181,9 +203,9 @@ def bench_attfc(
 def _measured(
     heads: list[Head], repeats: int, say: Callable[[str], None]
 ) -> tuple[list[list[float]], list[float], list[float]]:
-    """Seconds of every turn, first losses and growth of peak memory; the heads take turns."""
+    """Let the heads take turns; return seconds of every turn, first losses and growth of peak memory in bytes."""
     with _children([(head, head.identities) for head in heads]) as turns:
-        first = [turn("step")[1] for turn in turns]  # not timed: pages of weights and momentum are touched
+        first = [turn("step")[1] for turn in turns]  # not timed: it touches the pages of weights and momentum
         seconds: list[list[float]] = [[] for _ in heads]
         for repeat in range(repeats):
             for head, turn, times in zip(heads, turns, seconds, strict=True):
@@ -203,7 +225,7 @@ def _children(problems: Sequence[tuple[Head | Queue, int]]) -> Iterator[list[Tur
 
 
 def _serve(questions: Connection, problem: Head | Queue, identities: int) -> None:
-    if problem.formulation == "plain":  # stock PyTorch, stock allocator
+    if problem.formulation == "plain":  # stock PyTorch with its stock allocator
         torch.set_num_threads(problem.threads)
     else:
         use_processor(problem.threads)
@@ -232,7 +254,7 @@ def _head_stepper(head: Head, identities: int) -> Callable[[], float]:
 
 
 def _plain(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
-    """The reference: what one writes in stock PyTorch."""
+    """Return a step of the reference, the usual code in stock PyTorch."""
     weight = initial_rows(0, identities, x_BD.shape[1], seed=0).requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=5e-4, foreach=True)
     faces = torch.arange(len(x_BD))
@@ -267,7 +289,7 @@ def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> C
 
 
 def _products(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
-    """Only the four matrix products of the streamed form, on operands that are ready for them."""
+    """Return a step of the streamed form's four matrix products alone, on operands that are ready."""
     dtype = getattr(torch, precision)
     weight_ND, x_BD = initial_rows(0, identities, x_BD.shape[1], seed=0).to(dtype), x_BD.to(dtype)
     if not multiplies_bfloat16(x_BD.device):
@@ -308,7 +330,7 @@ def _queue_stepper(problem: Queue, identities: int) -> Callable[[], float]:
 
 
 def _plain_queue(x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor, queue: ClassQueue) -> Callable[[], float]:
-    """The reference: the usual formulation."""
+    """Return a step of the reference, the usual formulation."""
     centres_SD, labels_S = queue.centres_SD, queue.labels_S
     zeros = torch.zeros(len(x_BD), dtype=torch.int64)
 

@@ -26,9 +26,9 @@ from fr_core.nets.open import build_net, normalised, on_device, open_net
 from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
 NETS: tuple[Net, ...] = (MobileFaceNetNet(), *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS))
-PHOTO = (750, 1000)  # pixels
-FACE_SCALE = 2.5  # of the face in it, over the template
-SETTLING = 4  # images that a random net's norms are set by
+PHOTO = (750, 1000)  # height and width of the photo, pixels
+FACE_SCALE = 2.5  # size of the face in the photo ÷ size of the template
+SETTLING = 4  # images that set the norms of a random net
 FORMS = ("plain", "folded", "onnx")
 
 
@@ -40,22 +40,26 @@ def bench_latency(
     say: Callable[[str], None],
     nets: Sequence[Net] = NETS,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Nets in PyTorch as they train, folded, and folded in ONNX Runtime where it is installed; float32, one thread.
+    """Time nets in float32 on one thread: as they train, with batch norm folded, and folded in ONNX Runtime.
 
-    An answer is a photo decoded, aligned by given points, normalised, and one forward (no mirrored image, no detector).
-    Deep random nets take much memory: three forms of 2.6 GiB for the deepest, and more while it is exported.
+    An answer decodes a photo, aligns it by known points, normalises it and runs one forward pass. It has no mirrored
+    image and no detector. ONNX Runtime is left out where it is not installed. The deepest random net takes 2.6 GiB for
+    each of its three forms, and more during its export.
 
     Args:
-        model, net: one given net, as :func:`fr_core.nets.open.open_net` takes them; without it ``nets`` with random
-            weights.
+        model: one net instead of ``nets``, as :func:`fr_core.nets.open.open_net` takes it.
+        net: what the model's bare weights are, as for :func:`fr_core.nets.open.open_net`.
+        budget_ms: time limit of an answer.
+        repeats: timed turns of each form.
+        say: function that shows a line of progress.
+        nets: nets with random weights, measured if there is no ``model``.
 
     Returns:
-        A row for each net: ``net``, ``parameters``, and of the forms that there are ``FORM_ms`` (median) and
-        ``plain_over_FORM`` (median over the turns), ``answer_ms`` of the fastest with decoding and alignment, ``fits``.
-        And the figures: budget_ms, align_ms, nets, fitting.
+        A row for each net, and the figures budget_ms, align_ms, nets and fitting. A row has ``net``, ``parameters``,
+        ``FORM_ms`` and ``plain_over_FORM`` (medians over the turns), ``answer_ms`` with the fastest form, and ``fits``.
 
     Raises:
-        UserError: no such net.
+        UserError: the model does not open.
         RuntimeError: the forms' embeddings differ.
     """
     with one_thread():
@@ -69,12 +73,13 @@ def bench_latency(
 
 
 def name_of(config: Net) -> str:
+    """Return the name of a net, such as iresnet50."""
     return f"iresnet{config.depth}" if isinstance(config, IResNetNet) else config.kind
 
 
 @torch.no_grad()
 def settled(config: Net) -> Backbone:
-    """A random net whose norms have the statistics of a batch of noise, so that deep ones do not overflow."""
+    """Build a random net whose norms have the statistics of a batch of noise, so that a deep net does not overflow."""
     net = on_device(build_net(config), CPU)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -117,7 +122,7 @@ def _forms(net: Backbone, folder: Path) -> dict[str, nn.Module]:
 
 
 def _align_ms(repeats: int) -> float:
-    """A photo's JPEG, given its face's five points, to a normalised crop."""
+    """Return the median milliseconds from a photo's JPEG and its face's five points to a normalised crop."""
     face, points = render_face(0, 0)
     image = np.full((*PHOTO, 3), 127, np.uint8)
     place = np.array([[FACE_SCALE, 0, 300], [0, FACE_SCALE, 200]], np.float32)
@@ -132,7 +137,7 @@ def _align_ms(repeats: int) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Header first."""
+    """Return the rows as a table, header first."""
     cells: list[tuple[str, ...]] = [
         ("net", "parameters", "plain ms", "folded ms", "ONNX ms", "plain/folded", "plain/ONNX", "answer ms", "fits")
     ]

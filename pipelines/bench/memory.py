@@ -1,6 +1,6 @@
-"""``bigface bench memory``: peak memory and time of a training step under each switch that trades one for the other.
+"""``bigface bench memory``: a training step's peak memory and time under each switch that trades one for the other.
 
-Each setting runs in processes of its own, one for each rank, since peak memory is a high-water mark.
+Each setting has its own processes, one for each rank, because peak memory is a high-water mark.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from pipelines.bench.turns import CPU, answer, child
 
 @dataclass(frozen=True)
 class Setting:
-    """What is switched on, and on how many ranks."""
+    """Switches that are on, and the number of ranks."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Setting:
 
 
 def settings(batch: int) -> list[Setting]:
-    """Those of this processor: bfloat16 only where it is native."""
+    """Return the settings for this processor; bfloat16 is among them only where it is native."""
     recompute, fused, shard_state = "train.recompute=true", "method.update=fused", "optim.shard_state=true"
     bfloat16 = [Setting("bfloat16", ("train.precision=bfloat16",))]
     return [
@@ -66,15 +66,16 @@ def bench_memory(
     threads: int,
     say: Callable[[str], None],
 ) -> tuple[list[tuple[str, ...]], dict[str, float]]:
-    """Steps of an IR-ResNet with a class matrix on random images, one setting after the other.
+    """Train an IR-ResNet with a class matrix on random images, one setting after the other.
 
     Args:
-        batch: global, a multiple of 4.
-        threads: of all ranks together.
+        batch: global batch, a multiple of 4.
+        threads: threads of all ranks together.
+        say: function that shows a line of progress.
 
     Returns:
-        A table (header first), and for each setting its peak in MiB, of rank 0 and above the bare process, and the
-        median seconds of a step.
+        A table with the header first, and figures. For each setting these are rank 0's peak in MiB above the bare
+        process, and the median seconds of a step.
     """
     common = [f"net.depth={depth}", f"net.width={width}", f"net.input_size={size}", f"train.global_batch={batch}"]
     figures: dict[str, float] = {"depth": depth, "width": width, "size": size, "batch": batch, "identities": identities}
@@ -91,7 +92,7 @@ def bench_memory(
 
 
 def measured(config: Config, size: int, identities: int, repeats: int, threads: int) -> tuple[float, float]:
-    """MiB and seconds, both of rank 0."""
+    """Return rank 0's peak memory in MiB above the bare process, and its median seconds of a step."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         ranks = [Ranks(rank, size) for rank in range(size)]
@@ -102,15 +103,16 @@ def measured(config: Config, size: int, identities: int, repeats: int, threads: 
             answers = list(pool.map(lambda turn: turn(question), turns))
             return answers[0]
 
-        ask("step")  # not timed: pages of weights and momentum are touched
+        ask("step")  # not timed: it touches the pages of weights and momentum
         seconds = statistics.median(ask("step")[0] for _ in range(repeats))
         peak, base = ask("peak")
     return (peak - base) / 2**20, seconds
 
 
 def serve(questions: Connection, config: Config, ranks: Ranks, identities: int, threads: int, folder: str) -> None:
+    """Answer questions as one rank; ``folder`` is where the ranks meet."""
     use_processor(threads)
-    warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of collectives that are to be renamed
+    warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns that collectives will be renamed
     if ranks.size > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=ranks.rank, world_size=ranks.size)
     small = {"depth": 10, "width": 8, "input_size": 32}
@@ -120,7 +122,7 @@ def serve(questions: Connection, config: Config, ranks: Ranks, identities: int, 
 
 
 def stepper(config: Config, ranks: Ranks, identities: int) -> Callable[[], float]:
-    """A step of training on the same random images each time."""
+    """Return a function that takes a training step, on the same random images each time, and returns the loss."""
     images, side = config.train.global_batch, config.net.input_size
     shard = Shard(file="", row_groups=(images,), images=images, bytes=0, sha256="")
     manifest = Manifest(
@@ -135,8 +137,8 @@ def stepper(config: Config, ranks: Ranks, identities: int) -> Callable[[], float
         warnings={},
     )
     state = initial_state(config, make_plan(config, Dataset(Path(), manifest)), ranks, CPU)
-    random, own = torch.Generator().manual_seed(ranks.rank), images // ranks.size
-    pixels_BHWC = torch.randint(0, 256, (own, side, side, 3), generator=random, dtype=torch.uint8)
-    labels_B = torch.randint(0, identities, (own,), generator=random)
-    batch = Batch(0, np.arange(own), labels_B, pixels_BHWC, pixels_BHWC[:, None, :0])
+    random, share = torch.Generator().manual_seed(ranks.rank), images // ranks.size
+    pixels_BHWC = torch.randint(0, 256, (share, side, side, 3), generator=random, dtype=torch.uint8)
+    labels_B = torch.randint(0, identities, (share,), generator=random)
+    batch = Batch(0, np.arange(share), labels_B, pixels_BHWC, pixels_BHWC[:, None, :0])
     return lambda: step(config, state, batch, ranks)["loss"]

@@ -1,4 +1,4 @@
-"""``bigface bench quant``: nets in integers against float32, in ONNX Runtime on one core.
+"""``bigface bench quant``: integer nets against float32, in ONNX Runtime on one core (docs/quantisation.md).
 
 Legend: B batch, C channels, H W pixels.
 """
@@ -28,7 +28,7 @@ from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
 FloatNet = IResNetNet | MobileFaceNetNet
 NETS: tuple[FloatNet, ...] = (MobileFaceNetNet(), IResNetNet(depth=18))
-FACES = 16
+FACES = 16  # drawn faces that calibrate a net
 FORMS = ("int8", "float", "plain")
 
 
@@ -41,24 +41,30 @@ def bench_quant(
     say: Callable[[str], None],
     nets: Sequence[FloatNet] = NETS,
 ) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, object]]:
-    """Nets as three ONNX files that take turns: integers, calibrated on drawn faces; float32 as ``bigface export``
-    writes it; and ``plain`` float32, whose PReLU is one operator, as PyTorch exports it.
+    """Time nets as three ONNX files that take turns: int8, float and plain.
+
+    ``int8`` holds integers, calibrated on drawn faces. ``float`` is float32 as ``bigface export`` writes it. ``plain``
+    is float32 as PyTorch exports it, with PReLU as one operator.
 
     Args:
-        model, net: one given net, as :func:`fr_core.nets.open.open_net` takes them; without it ``nets`` with random
-            weights.
-        weights, activations: bits.
+        model: one net instead of ``nets``, as :func:`fr_core.nets.open.open_net` takes it.
+        net: what the model's bare weights are, as for :func:`fr_core.nets.open.open_net`.
+        weights: bits of the weights.
+        activations: bits of the activations.
+        repeats: timed turns of each file.
+        say: function that shows a line of progress.
+        nets: nets with random weights, measured if there is no ``model``.
 
     Returns:
-        A row for each net: ``net``, and ``FORM_ms``, ``FORM_mib``; figures of each: ``speedup_NET`` over plain,
-        ``speedup_over_float_NET``, ``size_ratio_NET`` to float, ``least_cosine_NET`` to the quantised net in PyTorch;
-        and what of the processor matters.
+        A row for each net with ``net``, ``FORM_ms`` and ``FORM_mib``, then figures, then facts of the processor.
+        Figures of a net are ``speedup_NET`` over plain, ``speedup_over_float_NET``, ``size_ratio_NET`` to float, and
+        ``least_cosine_NET`` to the quantised net in PyTorch.
 
     Raises:
-        UserError: no such net, one that is quantised or a mixture of experts, or packages that are not installed.
+        UserError: the model does not open, is quantised or a mixture of experts, or packages are not installed.
     """
     if not installed():
-        raise UserError(f"ONNX files need: {INSTALL}")
+        raise UserError(f"ONNX Runtime is not installed: {INSTALL}")
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     with one_thread():
@@ -71,23 +77,26 @@ def bench_quant(
     processor = {
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "vnni": torch.cpu._is_vnni_supported(),
-        "exact_kernels": saturates(weights),  # x64quantprecision, since the fastest ones would clip
+        "exact_kernels": saturates(weights),  # x64quantprecision: the fastest kernels would clip
     }
     return rows, figures, processor
 
 
 def _nets(model: str | None, net: str | None, nets: Sequence[FloatNet]) -> Iterator[tuple[FloatNet, str, Backbone]]:
-    """Config, name and module of each."""
+    """Yield the config, the name and the module of each net."""
     if model is None:
         yield from ((config, short_name(config), settled(config)) for config in nets)
         return
     opened = open_net(model, net, CPU)
     if not isinstance(opened.config, FloatNet):
-        raise UserError(f"{model}: to be measured in integers, it must be an IR-ResNet or MobileFaceNet in float")
+        raise UserError(
+            f"{model}: no float IR-ResNet or MobileFaceNet, which alone can be quantised here: give another model"
+        )
     yield opened.config, short_name(opened.config), opened.net
 
 
 def short_name(config: FloatNet) -> str:
+    """Return the short name of a net, such as r50."""
     return name_of(config).replace("iresnet", "r")
 
 
@@ -128,7 +137,7 @@ def _row(plain: Backbone, quantised: Backbone, repeats: int) -> tuple[dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Header first."""
+    """Return the rows as a table, header first."""
     header = ("net", *(f"{form} {unit}" for unit in ("ms", "MiB") for form in FORMS))
     names = [f"{form}_{unit}" for unit in ("ms", "mib") for form in FORMS]
     return [header, *((row["net"], *(f"{row[name]:,.2f}" for name in names)) for row in rows)]

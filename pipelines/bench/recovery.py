@@ -1,4 +1,4 @@
-"""``bigface bench recovery``: what the death of a worker, and of a node, costs a run."""
+"""``bigface bench recovery``: the cost of losing a worker, and of losing a node, in a run."""
 
 import os
 import signal
@@ -24,28 +24,36 @@ if TYPE_CHECKING:
     from ray._private.node import Node
     from ray.cluster_utils import Cluster
 
-CPUS: dict[str, Any] = {"num_cpus": 4}  # of each node, whatever the machine has
-WORKERS = 2  # one a node
+CPUS: dict[str, Any] = {"num_cpus": 4}  # that each node claims, whatever the machine has
+WORKERS = 2  # one on each node
 LAST = 20  # steps whose mean loss is compared
-PEOPLE, UNSEEN, SHOTS = 200, 100, 20  # drawn: who trains, who is verified, and images of each
+PEOPLE, UNSEEN, SHOTS = 200, 100, 20  # drawn people to train on and to verify, and images of each
 
 Run = dict[str, float]
 
 
 def bench_recovery(steps: int, save_every: int, say: Callable[[str], None]) -> tuple[list[tuple[str, ...]], Run]:
-    """Trains thrice on two nodes of this machine: undisturbed, with a worker killed, and with a node killed that
-    nothing replaces, each in the middle of the run.
+    """Train three times on two nodes of this machine: undisturbed, with a killed worker, and with a killed node.
+
+    The kill comes in the middle of the run, and nothing replaces the node. Runs train on drawn faces and end with a
+    verification on unseen drawn people.
 
     Args:
-        steps, save_every: of each run, on drawn faces; it ends with a verification on drawn people it never saw.
+        steps: steps of each run.
+        save_every: steps between two checkpoints.
+        say: function that shows a line of progress.
 
     Returns:
-        A table, header first, and its figures: ``seconds_CASE`` from the kill to the next trained step, ``again_CASE``
-        steps trained twice, ``loss_gap_CASE`` and ``accuracy_gap_CASE`` to those of the undisturbed run,
-        ``accuracy`` of that one, ``seconds_start`` from its launch to the first step; CASE is worker or node.
+        A table with the header first, and its figures. CASE is worker or node:
+
+        - ``seconds_CASE``: from the kill to the next trained step.
+        - ``again_CASE``: steps that were trained twice.
+        - ``loss_gap_CASE`` and ``accuracy_gap_CASE``: differences from the undisturbed run.
+        - ``accuracy``: accuracy of the undisturbed run.
+        - ``seconds_start``: from the undisturbed run's launch to its first step.
 
     Raises:
-        UserError: a run that did not come to its end, or lost a step.
+        UserError: a run did not finish, or lost a step.
     """
     with TemporaryDirectory(prefix="bigface-") as scratch:
         config = _config(Path(scratch), steps, save_every)
@@ -82,7 +90,7 @@ def _config(scratch: Path, steps: int, save_every: int) -> Config:
 
 @contextmanager
 def _two_nodes() -> Iterator[tuple["Cluster", "Node"]]:
-    """A cluster of two raylets, and the node that is not its head."""
+    """Start a cluster of two raylets, and yield it with the node that is not its head."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -123,7 +131,7 @@ def _disturbed(config: Config, out: Path, case: str) -> Run:
 
 @contextmanager
 def _training(config: Config, out: Path) -> Iterator[Future[Run]]:
-    """In a thread: Ray adds and removes nodes in the main one alone."""
+    """Train in a thread, since Ray adds and removes nodes in the main thread only."""
     from pipelines.train import train
 
     with ThreadPoolExecutor(1) as pool:
@@ -131,11 +139,11 @@ def _training(config: Config, out: Path) -> Iterator[Future[Run]]:
 
 
 def _ended(run: Future[Run], config: Config, out: Path) -> Run:
-    """The mean of the last losses and the accuracy, of a run with every step once."""
+    """Return the mean of the last losses and the accuracy, after checking that the run has every step once."""
     accuracy = run.result()["accuracy"]
     rows = read_metrics(out)
     if [row["step"] for row in rows] != list(range(1, (config.train.max_steps or 0) + 1)):
-        raise UserError(f"{out.name}: steps were lost or came twice")
+        raise UserError(f"{out.name}: metrics.csv lacks steps or has some twice: run the bench again")
     return {"loss": statistics.fmean(row["loss"] for row in rows[-LAST:]), "accuracy": accuracy}
 
 
@@ -143,12 +151,12 @@ def _wait(run: Future[Run], happened: Callable[[], bool]) -> None:
     while not happened():
         if run.done():
             run.result()
-            raise UserError("the run ended before what was to be measured: use more --steps")
+            raise UserError("the run ended before the measurement did: give more --steps")
         time.sleep(0.05)
 
 
 def _step(out: Path) -> int:
-    """The last one noted, as it is noted."""
+    """Return the last step in metrics.csv, 0 before the first."""
     with suppress(OSError, ValueError, KeyError):
         rows = read_metrics(out)
         return int(rows[-1]["step"]) if rows else 0
@@ -156,13 +164,13 @@ def _step(out: Path) -> int:
 
 
 def _life(out: Path) -> int:
-    """Changes when a run goes on from a checkpoint, once its metrics are cut to it."""
+    """Return a number that changes when a run resumes, once its metrics are cut to the checkpoint."""
     with suppress(OSError):
         return (out / "run.json").stat().st_mtime_ns
     return 0
 
 
 def _a_worker() -> int:
-    """A process of Ray Train on this cluster."""
+    """Return the process id of a Ray Train worker on this cluster."""
     children = psutil.Process().children(recursive=True)
     return next(child.pid for child in children if "RayTrainWorker" in " ".join(child.cmdline()))

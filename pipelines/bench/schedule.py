@@ -1,4 +1,4 @@
-"""FastFace's time per step."""
+"""``bigface bench schedule``: FastFace's time per step (docs/methods/fastface.md)."""
 
 import time
 
@@ -9,11 +9,11 @@ from fr_core.optim.fastface import HaarWindow, Recurrence
 
 
 def bench_schedule(steps: int) -> dict[str, float]:
-    """FastFace's time per step in microseconds: both forms, short and long runs, and a window summed anew.
+    """Measure FastFace's time per step in microseconds: both forms, in short and long runs, and a naive window.
 
     Returns:
-        us_recurrence, us_haar (m = 4000); the same for a tenth of the steps and of m; us_naive: means and halves of
-        the last m recomputed each step by NumPy.
+        ``us_recurrence`` and ``us_haar`` (m = 4000), and ``_tenth`` of both for a tenth of the steps and of m.
+        ``us_naive``: NumPy recomputes the mean and the halves of the last m losses at each step.
     """
     losses = (5 + np.random.default_rng(0).normal(0, 0.5, steps)).tolist()
     m = 4000

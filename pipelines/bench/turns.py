@@ -1,6 +1,6 @@
-"""Formulations that take turns, each in a process of its own, since peak memory is a high-water mark.
+"""Runs formulations in child processes that take turns; a figure is the median of its turns.
 
-A figure is the median of its turns.
+Each formulation has its own process because peak memory is a high-water mark.
 """
 
 import multiprocessing as mp
@@ -15,12 +15,16 @@ import torch
 from fr_core.device import peak_memory
 
 CPU = torch.device("cpu")
-Turn = Callable[[str], tuple[float, float]]
+Turn = Callable[[str], tuple[float, float]]  # asks a child process a question
 
 
 @contextmanager
 def child(serve: Callable[..., None], *problem: object) -> Iterator[Turn]:
-    """A process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes."""
+    """Start a process that answers "step" with (seconds, loss) and "peak" with (peak, base) bytes.
+
+    Args:
+        serve: function that the process runs: it takes the questions' connection and ``problem``.
+    """
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, *problem), daemon=True)
@@ -40,7 +44,7 @@ def child(serve: Callable[..., None], *problem: object) -> Iterator[Turn]:
 
 
 def answer(questions: Connection, step: Callable[[], float], base: int) -> None:
-    """Takes steps and tells of them, until nobody asks any more."""
+    """Answer questions by taking steps, until the other side closes the connection."""
     while True:
         try:
             question = questions.recv()
@@ -55,5 +59,5 @@ def answer(questions: Connection, step: Callable[[], float], base: int) -> None:
 
 
 def ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over the turns, since a machine's speed drifts between them."""
+    """Return the median over the turns of seconds ÷ reference, since a machine's speed drifts between turns."""
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))

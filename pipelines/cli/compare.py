@@ -1,5 +1,6 @@
 """``bigface compare``."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -10,105 +11,110 @@ from fr_core.config.recipes import load_config, recipes
 from fr_core.data.store import explain_disk_errors
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, local, output
-from pipelines.cli.output import console, show, show_table
+from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, Workers, local, output
+from pipelines.cli.output import console, show_line, show_table, write_json
 
-comparisons = typer.Typer(no_args_is_help=True, help="Settings compared on the same data, net and seeds; resumable.")
+comparisons = typer.Typer(no_args_is_help=True, help="Compare settings on the same data, net and seeds; resumable.")
 app.add_typer(comparisons, name="compare", rich_help_panel="Measuring")
-Results = Annotated[Path, typer.Option(parser=output, help="CSV that finished runs are appended to.")]
+Results = Annotated[Path, typer.Option(parser=output, help="CSV file that finished runs are appended to.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Begin no run later than this.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Begin no run after this many minutes.")]
 
 
 @comparisons.command("schedules")
 def compare_schedules(
     recipe: Recipe,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the recipe's own schedule.")],
-    fast_epochs: Annotated[int, typer.Option(min=1, help="Of FastFace and of cosine beside it.")],
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the recipe with its own schedule.")],
+    fast_epochs: Annotated[int, typer.Option(min=1, help="Epochs of FastFace, and of cosine to compare with.")],
     results: Results,
     seeds: Seeds = 3,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of FastFace; again for more.")] = None,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of FastFace; repeatable.")] = None,
+    workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
     overrides: Overrides = None,
+    markdown: Markdown = False,
     json: Json = None,
 ) -> None:
-    """The recipe in full, against FastFace and cosine in fewer epochs: accuracy and time over seeds."""
+    """Compare a recipe in full with FastFace and cosine in fewer epochs: accuracy and time over seeds."""
     from pipelines.experiments.compare import schedules
 
     settings = schedules(load_config(recipe, overrides or []), epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
-    compared("schedules", recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
+    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
+    run_comparison("schedules", *options)
 
 
 @comparisons.command("heads")
 def compare_heads(
     recipe: Annotated[str, typer.Option(help=f"A TOML file, or one of: {', '.join(recipes())}.")],
     flat: Annotated[str, typer.Option(help="Flat shards, for FC and Partial FC.")],
-    grouped: Annotated[str, typer.Option(help="The same faces as grouped shards, for the others.")],
+    grouped: Annotated[str, typer.Option(help="Grouped shards of the same faces, for the other methods.")],
     results: Results,
-    centres: Annotated[int, typer.Option(min=2, help="Of every method in table 5.")] = 512,
-    scale: Annotated[float, typer.Option(min=1, help="Of every margin.")] = 64,
+    centres: Annotated[int, typer.Option(min=2, help="Class centres of every method in table 5.")] = 512,
+    scale: Annotated[float, typer.Option(min=1, help="Scale of every margin.")] = 64,
     momentum: Annotated[
-        float, typer.Option(min=0, max=0.9999, help="Of every momentum encoder; less in a short run.")
+        float, typer.Option(min=0, max=0.9999, help="Momentum of every momentum encoder; lower it for a short run.")
     ] = 0.999,
-    tables: Annotated[str, typer.Option(help="Of the paper: any of 1, 3, 4, 5.")] = "1345",
+    tables: Annotated[str, typer.Option(help="Tables of AttFC's paper: any of 1, 3, 4, 5.")] = "1345",
     seeds: Seeds = 1,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
+    workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
     overrides: Overrides = None,
+    markdown: Markdown = False,
     json: Json = None,
 ) -> None:
-    """FC, Partial FC, Virtual FC, DCQ, F2C and AttFC as in AttFC's tables, with the paper's figures beside."""
+    """Compare FC, Partial FC, Virtual FC, DCQ, F2C and AttFC as AttFC's tables do, beside the published figures."""
     from fr_core.config import class_count, total_steps
     from fr_core.data.schema import open_dataset
     from fr_core.data.stream import make_plan
     from pipelines.experiments.compare import PUBLISHED, heads
 
     config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method={kind='bigface'}"])
-    one, other = open_dataset(flat).manifest, open_dataset(grouped).manifest
-    if (one.images, one.identities) != (other.images, other.identities):
+    flat_facts, grouped_facts = open_dataset(flat).manifest, open_dataset(grouped).manifest
+    if (flat_facts.images, flat_facts.identities) != (grouped_facts.images, grouped_facts.identities):
         raise UserError(
-            f"{flat} holds {one.images} images of {one.identities} identities, {grouped} {other.images} of "
-            f"{other.identities}: ingest the same faces in both layouts"
+            f"{flat} holds {flat_facts.images} images of {flat_facts.identities} identities, {grouped} "
+            f"{grouped_facts.images} of {grouped_facts.identities}: ingest the same faces in both layouts"
         )
     if not tables or set(tables) - set("1345"):
-        raise UserError(f"--tables {tables}: any of 1, 3, 4, 5, such as 15")
+        raise UserError(f"--tables {tables}: give any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
-    by_table = heads(config, steps, class_count(config, one.identities), flat, grouped, centres, scale, momentum)
+    by_table = heads(config, steps, class_count(config, flat_facts.identities), flat, grouped, centres, scale, momentum)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
-    given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
-    compared("heads", *given, published=PUBLISHED)
+    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
+    run_comparison("heads", *options, published=PUBLISHED)
 
 
 @comparisons.command("settings")
 def compare_settings(
     recipe: Recipe,
     results: Results,
-    setting: Annotated[list[str] | None, typer.Option(help="'NAME: key.path=value …'; again for more.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="'NAME: key.path=value …'; repeatable.")] = None,
     suite: Annotated[
-        Path | None, typer.Option(parser=local, help="Folder of sets; every run is verified on each.")
+        Path | None, typer.Option(parser=local, help="Folder of sets of pairs; every run is verified on each set.")
     ] = None,
     seeds: Seeds = 1,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
+    workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
     overrides: Overrides = None,
+    markdown: Markdown = False,
     json: Json = None,
 ) -> None:
-    """Any settings of a recipe against each other."""
+    """Compare any settings of a recipe with each other."""
     from pipelines.experiments.compare import named_settings, suite_columns
 
     settings = named_settings(setting or [])
     columns = ("accuracy", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
-    given = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, json)
-    compared("settings", *given, suite=suite)
+    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
+    run_comparison("settings", *options, suite=suite)
 
 
-def compared(
+def run_comparison(
     name: str,
     recipe: str,
     settings: Mapping[str, list[str]],
@@ -119,15 +125,19 @@ def compared(
     in_process: bool,
     minutes: float,
     columns: tuple[str, ...],
+    markdown: bool,
     json: Path | None,
     published: Mapping[str, str] | None = None,
     suite: Path | None = None,
 ) -> None:
-    """Runs a comparison and shows its table, also as the Markdown that README holds.
+    """Run a comparison and print its table.
 
-    ``published`` adds the papers' figures, by setting or by its name without the number of centres.
+    Args:
+        columns: columns of the results that the table summarises.
+        markdown: print the table as Markdown.
+        published: published figures by setting, or by its name without the number of centres; they become a column.
     """
-    from fr_core.verify.report import markdown
+    from fr_core.verify.report import markdown as as_markdown
     from pipelines.experiments.compare import compare, summary
 
     with explain_disk_errors(results):
@@ -147,7 +157,10 @@ def compared(
     if published:
         named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]
         cells = [(*row, last) for row, last in zip(cells, ["published", *named], strict=True)]
-    show_table(cells, str(results))
-    console.print(markdown(cells), highlight=False, soft_wrap=True)
+    if markdown:
+        show_line(as_markdown(cells))
+    else:
+        show_table(cells, str(results))
     figures = {"runs": len(rows), "wanted": seeds * len(settings)}
-    show(f"compare {name}", figures, json, rows=rows)
+    show_line(f"{figures['runs']} of {figures['wanted']} runs are finished: {shlex.quote(str(results))}")
+    write_json(f"compare {name}", figures, json, rows=rows)

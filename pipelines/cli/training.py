@@ -1,5 +1,6 @@
-"""Commands that train, and those that plan a training or learn from past ones."""
+"""Commands that train, and commands that plan a training or learn from past ones."""
 
+import shlex
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -9,11 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from fr_core.config import distillation
+from fr_core.config import Config, distillation
 from fr_core.config.recipes import load_config
-from fr_core.data.store import explain_disk_errors, to_path
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import AnyPath, explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import (
@@ -28,23 +29,24 @@ from pipelines.cli.options import (
     local,
     output,
 )
-from pipelines.cli.output import console, show, show_table
+from pipelines.cli.output import command_line, console, show, show_line, show_table, write_json
 
 
 @app.command(rich_help_panel="Training")
 def demo(
     out: Annotated[Path, typer.Option(parser=output, help="Folder of the run.")] = Path("runs/demo"),
-    workers: Annotated[int, typer.Option(min=1)] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 2,
     overrides: Overrides = None,
     json: Json = None,
 ) -> None:
-    """Synthetic faces → shards → Ray Data → Ray Train → verification on unseen identities, in about five minutes."""
+    """Draw faces, ingest them, train, and verify on unseen identities, in about five minutes."""
     from pipelines.demo import demo as run
 
     with explain_disk_errors(out):
         figures = run(out, workers, "demo", overrides or [], console.print)
     show("demo", figures, json)
-    console.print(f"report: {out / 'report.json'}   pictures: {out / 'pictures'}", markup=False)
+    show_line(f"report: {quoted(out / 'report.json')}   pictures: {quoted(out / 'pictures')}")
+    show_line(f"next: {match_command(out)}")
 
 
 @app.command(rich_help_panel="Training")
@@ -58,23 +60,60 @@ def train(
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Train a recipe; key.path=value overrides its fields."""
+    """Train a recipe; key.path=value overrides its fields.
+
+    The last lines name the next commands.
+    """
     from pipelines.train import train as run
+    from pipelines.train import written_report
 
     config = load_config(recipe, overrides or [])
-    out = out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    show("train", run(config, to_path(out), workers, in_process, resume, overwrite), json)
-    console.print(f"run: {out}   use it: bigface match A.jpg B.jpg --model {out}", markup=False)
+    folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    report_before = written_report(folder) if resume else None
+    show("train", run(config, folder, workers, in_process, resume, overwrite), json)
+    if report_before and report_before == written_report(folder):
+        show_line(finished_text(config, folder))
+    show_line(f"run: {quoted(folder)}")
+    if config.verify.pairs:
+        show_line(f"next: {match_command(folder)}")
+    else:
+        show_line(f"next: {command_line('verify', folder, '--images', 'DIR', '--pairs', 'FILE')}")
+        show_line(f"then: {match_command(folder)}")
+
+
+def quoted(path: object) -> str:
+    """Return a path as one writes it in a shell."""
+    return shlex.quote(str(path))
+
+
+def match_command(run: object) -> str:
+    """Return the command that compares two photos by a run."""
+    return command_line("match", "A.jpg", "B.jpg", "--model", run)
+
+
+def finished_text(config: Config, out: AnyPath) -> str:
+    """Return what to say of a run that was finished before it was resumed."""
+    limits = f"a larger train.epochs (now {config.train.epochs})"
+    if config.train.max_steps:
+        limits += f" and train.max_steps (now {config.train.max_steps})"
+    return (
+        f"the run is finished: nothing was trained; its report: {quoted(out / 'report.json')}; "
+        f"to train longer, repeat the command with {limits}"
+    )
 
 
 @app.command(rich_help_panel="Training")
 def distill(
     recipe: Recipe,
     overrides: Overrides = None,
-    teacher: Annotated[str | None, typer.Option(help="A run, a checkpoint, FILE.onnx, or weights.safetensors.")] = None,
-    teacher_net: Annotated[str | None, typer.Option(help="For bare weights: mobilefacenet or iresnetDEPTH.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Instead of --teacher: what bigface embed made of it.")] = None,
-    unlabelled: Annotated[str | None, typer.Option(help="More flat shards, whose labels are not looked at.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher: a run, a checkpoint, FILE.onnx, or weights.safetensors.")
+    ] = None,
+    teacher_net: Annotated[str | None, typer.Option(help="Net of bare weights: mobilefacenet or iresnetDEPTH.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="The teacher's embeddings, made by bigface embed, instead of --teacher.")
+    ] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="More flat shards; their labels are not used.")] = None,
     out: RunFolder = None,
     workers: WorkerRange = 1,
     in_process: OneWorker = False,
@@ -82,84 +121,115 @@ def distill(
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Train a recipe that also follows a teacher; the options are its method.distill, and key.path=value the rest."""
+    """Train a recipe that also follows a teacher.
+
+    The options set method.distill; key.path=value overrides other fields.
+    """
     options = {"teacher": teacher, "teacher_net": teacher_net, "embeddings": embeddings, "unlabelled.path": unlabelled}
-    given = [*(overrides or []), *(f"method.distill.{name}={dumps(value)}" for name, value in options.items() if value)]
+    distill_overrides = [f"method.distill.{name}={dumps(value)}" for name, value in options.items() if value]
+    all_overrides = [*(overrides or []), *distill_overrides]
     if (method := load_config(recipe).method).kind != "bigface":
-        raise UserError(f"{recipe}: only bigface, the method with a class matrix, distils, not {method.kind}")
-    if distillation(load_config(recipe, given)) is None:
-        raise UserError("nobody to learn from: give --teacher REF, or --embeddings DIR")
-    train(recipe, given, out, workers, in_process, resume, overwrite, json)
+        raise UserError(
+            f"{recipe}: its method is {method.kind}, and only bigface distils: give a recipe with method.kind=bigface"
+        )
+    if distillation(load_config(recipe, all_overrides)) is None:
+        raise UserError("no teacher: give --teacher REF or --embeddings DIR")
+    train(recipe, all_overrides, out, workers, in_process, resume, overwrite, json)
 
 
 @app.command(rich_help_panel="Training")
 def plan(
     recipe: Recipe,
-    identities: Annotated[int, typer.Option(min=1, help="Of the training set.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Workers, one card each.")] = 1,
-    gpu_gib: Annotated[float, typer.Option("--gpu-gib", min=0.1, help="Memory of one card.")] = 24.0,
+    identities: Annotated[
+        int | None, typer.Option(min=1, help="Identities of the training set; default: those of data.path.")
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option("--workers", "--gpus", min=1, help="Workers of the run, with one card each.")
+    ] = 1,
+    gpu_gib: Annotated[float, typer.Option("--gpu-gib", min=0.1, help="Memory of one card, GiB.")] = 24.0,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of the training set; default: those of data.path.")
+    ] = None,
+    images_per_second: Annotated[
+        float | None, typer.Option(min=1e-3, help="Measured throughput of all cards, as a run's report has it.")
+    ] = None,
     overrides: Overrides = None,
     json: Json = None,
 ) -> None:
-    """Say before a run whether it fits the card: memory by part, per head and mode, and the first knob to turn."""
+    """Say before a run whether it fits its cards, which knob to turn first if not, and how long it takes."""
+    from pipelines.experiments.plan import batch_text, duration
     from pipelines.experiments.plan import plan as run
 
     config = load_config(recipe, overrides or [])
-    auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
-    console.print(
-        f"{recipe}, {identities:,} identities, {gpus} × {gpu_gib:g} GiB. Computed, not yet checked on a card.{auto}"
-    )
-    rows, advice, figures = run(config, identities, gpus, gpu_gib)
+    if identities is None:
+        if not config.data.path:
+            raise UserError("unknown number of identities: give --identities N, or data.path=SHARDS with a manifest")
+        manifest = open_dataset(config.data.path).manifest
+        identities, images = manifest.identities, images or manifest.images
+    rows, advice, memory_figures = run(config, identities, gpus, gpu_gib)
+    time_text, time_figures = duration(config, images, images_per_second)
+    show_line(f"{recipe}: {identities:,} identities, {gpus} × {gpu_gib:g} GiB")
+    show_line(batch_text(config, gpus))
     show_table(rows, "GiB per card")
-    console.print(advice)
-    show("plan", figures, json)
+    show_line(advice)
+    show_line(time_text)
+    auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
+    show_line(f"Memory is computed, not yet checked on a card.{auto}")
+    batch = config.train.global_batch
+    sizes = {"identities": identities, "cards": gpus, "global_batch": batch, "images_per_card": batch // gpus}
+    write_json("plan", sizes | memory_figures | time_figures, json)
 
 
 @app.command(rich_help_panel="Training")
 def replay(
-    log: Annotated[Path, typer.Argument(help="CSV of step, loss or of last_step, mean_loss.")],
-    form: Annotated[str, typer.Option(help="recurrence or haar.")] = "recurrence",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; again for more.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Global batch of the log.")] = 128,
-    lr: Annotated[float | None, typer.Option(help="Base rate; default: the log's first, else 0.1.")] = None,
+    log: Annotated[Path, typer.Argument(help="CSV with columns step, loss, or last_step, mean_loss.")],
+    form: Annotated[str, typer.Option(help="Form of FastFace: recurrence or haar.")] = "recurrence",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Global batch of the logged run.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Base rate; default: the first rate in the log, else 0.1.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(parser=output, help="Draw loss, detector and rate into this PNG.")
+        Path | None, typer.Option(parser=output, help="PNG file for curves of loss, detector and rate.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Tell what FastFace would have done on a past loss log."""
+    """Show when FastFace would have changed the rate on a past loss log."""
     from pipelines.experiments.replay import replay as run
 
     changes, steps, figure = run(log, form, set_ or [], batch, lr)
-    table = Table("step", "factor", "rate", title=f"{form} on {steps:,} steps")
-    for change in changes:
-        table.add_row(f"{change['step']:,}", f"{change['factor']:g}", f"{change['rate']:.6g}")
-    console.print(table)
+    title = f"{form} on {steps:,} steps"
+    rows = [(f"{change['step']:,}", f"{change['factor']:g}", f"{change['rate']:.6g}") for change in changes]
+    if rows:
+        show_table([("step", "factor", "rate"), *rows], title)
+    else:
+        show_line(f"{title}: the rate never changes")
     if picture:
         with explain_disk_errors(picture):
             figure.savefig(picture, format="png")
-        console.print(f"picture: {picture}", markup=False)
-    show("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
+        show_line(f"picture: {quoted(picture)}")
+    write_json("replay", {"steps": steps, "changes": len(changes)}, json, changes=changes)
 
 
 @app.command(rich_help_panel="Training")
 def scaling(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="Folders of runs; none: all of an MLflow experiment.")
+        list[str] | None, typer.Argument(help="Folders of runs; default: all runs of an MLflow experiment.")
     ] = None,
     figure: Annotated[
-        str, typer.Option(help="accuracy, tar_at_far_1e-3, mfr …; of a later verification NAME/FIGURE.")
+        str, typer.Option(help="accuracy, tar_at_far_1e-3, mfr …; NAME/FIGURE of a later verification.")
     ] = "accuracy",
-    uri: Annotated[str, typer.Option(help="Of MLflow.")] = "sqlite:///runs/mlflow.db",
-    experiment: Annotated[str, typer.Option(help="In MLflow.")] = "bigface",
-    query: Annotated[str, typer.Option("--filter", help="MLflow's, such as \"params.`net.width` = '16'\".")] = "",
+    uri: Annotated[str, typer.Option(help="MLflow's tracking URI.")] = "sqlite:///runs/mlflow.db",
+    experiment: Annotated[str, typer.Option(help="Experiment in MLflow.")] = "bigface",
+    query: Annotated[
+        str, typer.Option("--filter", help="Filter of MLflow, such as \"params.`net.width` = '16'\".")
+    ] = "",
     predict: Annotated[
-        str | None, typer.Option(help="Parameters, such as 600M or 1.2e9; default: twice the largest run's.")
+        str | None,
+        typer.Option(help="Parameters to predict for, such as 600M or 1.2e9; default: twice the largest run's."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(parser=output, help="PNG of runs, law and prediction.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=output, help="PNG file for runs, law and prediction.")] = None,
     json: Json = None,
 ) -> None:
-    """Fit error as a power law of parameters over finished runs, and predict the next size."""
+    """Fit the error of finished runs as a power law of their parameters, and predict the next size."""
     from pipelines.experiments.scaling import findings, run_table, scaling_figure, scaling_figures
     from pipelines.experiments.scaling import scaling as run
 
@@ -178,16 +248,22 @@ def scaling(
 @app.command(rich_help_panel="Training")
 def runs(
     folder: Annotated[
-        Path | None, typer.Argument(parser=local, help="Of runs; default: runs, or what --uri names alone.")
+        Path | None, typer.Argument(parser=local, help="Folder of runs; default: runs, or none with --uri.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="Of MLflow; default: FOLDER/mlflow.db.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="In MLflow; default: all.")] = None,
-    query: Annotated[str, typer.Option("--filter", help="MLflow's, such as \"params.`method.kind` = 'attfc'\".")] = "",
-    sort: Annotated[str, typer.Option(help="started, name, or a figure such as accuracy, best first.")] = "started",
-    limit: Annotated[int, typer.Option(min=1, help="Runs shown; children of searches come with theirs.")] = 20,
+    uri: Annotated[str | None, typer.Option(help="MLflow's tracking URI; default: FOLDER/mlflow.db.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Experiment in MLflow; default: all.")] = None,
+    query: Annotated[
+        str, typer.Option("--filter", help="Filter of MLflow, such as \"params.`method.kind` = 'attfc'\".")
+    ] = "",
+    sort: Annotated[
+        str, typer.Option(help="Order: started, name, or a figure such as accuracy, best first.")
+    ] = "started",
+    limit: Annotated[
+        int, typer.Option(min=1, help="Runs shown, without the children of searches and comparisons.")
+    ] = 20,
     json: Json = None,
 ) -> None:
-    """List runs with their scores, newest first; those of comparisons and searches under them."""
+    """List runs with their scores, newest first; runs of comparisons and searches stand below them."""
     from pipelines.experiments.runs import run_facts, run_table
     from pipelines.experiments.runs import runs as find
 
@@ -195,4 +271,6 @@ def runs(
     show_table(run_table(trees), "runs")
     facts = run_facts(trees)
     states = Counter(fact["state"].lower() for fact in facts)
-    show("runs", {"runs": len(facts), **states}, json, runs=facts)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    show_line(f"{len(facts)} runs: {counts}")
+    write_json("runs", {"runs": len(facts), **states}, json, runs=facts)

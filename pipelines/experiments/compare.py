@@ -1,6 +1,6 @@
-"""``bigface compare``: the same data and net under several settings and seeds, one finished run a line of a CSV.
+"""``bigface compare``: trains several settings with the same data, net and seeds; each finished run is a line of a CSV.
 
-A line that is there is not run again, so a comparison goes on where it was stopped; ``--minutes`` ends it between runs.
+A comparison resumes where it was stopped, since a run with a line is not repeated. ``--minutes`` stops it between runs.
 """
 
 import csv
@@ -37,9 +37,15 @@ FACTS = ("images", "identities", "overrides", "commit")
 
 
 def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
-    """Overrides of the settings that FastFace is judged by: the recipe in full, and two ways to spend a quarter.
+    """Return the overrides of each setting that FastFace (docs/methods/fastface.md) is compared with, by name.
 
-    All warm up as long as the recipe does.
+    These are the recipe in full, cosine in fewer epochs, and FastFace in as few. All warm up as long as the recipe.
+
+    Args:
+        config: config of the recipe.
+        epochs: epochs of the recipe in full.
+        fast_epochs: epochs of cosine and of FastFace.
+        fastface: ``name=value`` of FastFace's schedule section.
     """
     warmup = f"warmup_epochs={config.schedule.warmup_epochs}"
     fewer = f"train.epochs={fast_epochs}"
@@ -57,22 +63,23 @@ def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]
 def heads(
     config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float, momentum: float
 ) -> dict[str, dict[str, list[str]]]:
-    """Overrides of AttFC's comparisons, by the paper's tables.
+    """Return the overrides of each setting in tables 1 to 5 of AttFC (arXiv 2025; docs/methods/attfc.md), by table.
 
-    Every method has its published margin, and all one scale. Virtual FC trains on its class images too: it gets half
-    the batch, as many steps, and a warm-up of as many.
+    Every method keeps its published margin, and all share one scale. Virtual FC also trains on its class images, so it
+    takes half the batch for as many steps, with a warm-up of as many steps.
 
     Args:
-        config: the recipe's; its batch and epochs are everyone's.
-        steps: of such a run.
-        classes: of the dataset.
-        flat, grouped: the same faces in both layouts.
-        centres: of every method in table 5.
-        scale: of every margin.
-        momentum: of every momentum encoder.
+        config: config of the recipe; all settings share its batch and epochs.
+        steps: steps of a run with this batch and these epochs.
+        classes: classes of the dataset.
+        flat: flat shards, for FC and Partial FC.
+        grouped: grouped shards of the same faces, for the other methods.
+        centres: class centres of every method in table 5.
+        scale: scale s of every margin.
+        momentum: momentum of every momentum encoder.
 
     Raises:
-        UserError: an odd batch, or centres that are no multiple of it or more than the classes.
+        UserError: the batch is odd, or the centres are no multiple of the batch or more than the classes.
     """
     batch = config.train.global_batch
     if batch % 2 or centres % batch or centres > classes:
@@ -119,7 +126,8 @@ def heads(
     }
 
 
-PUBLISHED = {  # the paper's figure of the same row: IJB-C TAR@FAR 1e-4, in table 5 the mean of four benchmarks
+# AttFC's published figure of each row (arXiv 2025): IJB-C TAR@FAR 1e-4; in table 5 the mean of four benchmarks.
+PUBLISHED = {
     **{"FC": "96.18", "AttFC r=0.1": "95.20", "AttFC r=0.2": "95.43", "AttFC r=0.3": "95.78"},
     **{"AttFC K=2": "95.43", "AttFC K=3": "95.49", "AttFC K=4": "95.56", "AttFC K=5": "95.50"},
     **{"AttFC single": "94.93", "AttFC constant": "95.31", "AttFC attention": "95.78"},
@@ -128,18 +136,21 @@ PUBLISHED = {  # the paper's figure of the same row: IJB-C TAR@FAR 1e-4, in tabl
 
 
 def named_settings(given: list[str]) -> dict[str, list[str]]:
-    """Settings written as ``NAME: key.path=value …``, with no spaces inside a value.
+    """Parse settings of the form ``NAME: key.path=value …``; values hold no spaces.
+
+    Returns:
+        The overrides of each setting, by name.
 
     Raises:
-        UserError: no name, or a name twice.
+        UserError: there is no setting, one has no name, or two share a name.
     """
     settings: dict[str, list[str]] = {}
     for text in given:
         name, colon, overrides = text.partition(":")
         if not colon or not name.strip() or "=" in name:
-            raise UserError(f"--setting {text!r}: write NAME: key.path=value …")
+            raise UserError(f"--setting {text!r}: write 'NAME: key.path=value …'")
         if name.strip() in settings:
-            raise UserError(f"--setting {name.strip()} is there twice")
+            raise UserError(f"--setting {name.strip()} is given twice: use another name")
         settings[name.strip()] = overrides.split()
     if not settings:
         raise UserError("nothing to compare: give --setting 'NAME: key.path=value …', twice or more")
@@ -158,13 +169,25 @@ def compare(
     say: Callable[[str], None],
     suite: Path | None = None,
 ) -> list[dict[str, str]]:
-    """Runs what is missing in ``results`` and returns its lines that belong to these settings and seeds.
+    """Train the runs that ``results`` lacks.
 
     Args:
-        suite: folder of sets of pairs; every run's accuracy on each becomes a column, NAME_accuracy.
+        recipe: name or file of the recipe.
+        settings: overrides of each setting, by name.
+        overrides: overrides of all settings.
+        seeds: seeds of each setting.
+        results: CSV that finished runs are appended to.
+        workers: Ray Train workers of each run.
+        in_process: train without Ray.
+        minutes: begin no run later than this.
+        say: function that shows a line of progress.
+        suite: folder of sets of pairs. Every run's accuracy on each set becomes a column, NAME_accuracy.
+
+    Returns:
+        The lines of ``results`` for these settings and seeds.
 
     Raises:
-        UserError: no pairs to verify on, or a results file of another comparison.
+        UserError: there are no pairs to verify on, or the results file belongs to another comparison.
     """
     configs = {
         (name, seed): load_config(recipe, [*overrides, *extra, f"seed={seed}"])
@@ -172,18 +195,18 @@ def compare(
         for name, extra in settings.items()
     }
     if any(config.verify.pairs is None for config in configs.values()):
-        raise UserError("nothing to compare by: give verify.images=DIR verify.pairs=FILE")
+        raise UserError("no pairs to compare runs by: give verify.images=DIR verify.pairs=FILE")
     for config in configs.values():
         checked_plan(config, workers)
     for _, pairs_file in find_sets(suite).values() if suite else ():
-        read_pairs(pairs_file)  # damaged? say so now
+        read_pairs(pairs_file)  # a damaged file should fail before the first run
     columns = (*COLUMNS, *(suite_columns(suite) if suite else ()), *FACTS)
     started, rows = time.monotonic(), read_results(results, columns)
     tracking = next(iter(configs.values())).tracking
     comparison = Comparison(tracking, results) if tracking.uri != "off" else None
     if comparison:
-        tracked = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
-        configs = {key: config.model_copy(update={"tracking": tracked}) for key, config in configs.items()}
+        child = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
+        configs = {key: config.model_copy(update={"tracking": child}) for key, config in configs.items()}
     done = {(row["setting"], int(row["seed"])): row for row in rows}
     finished: list[dict[str, str]] = []
     try:
@@ -193,20 +216,22 @@ def compare(
             if (name, seed) in done:
                 row = done[name, seed]
                 if row["overrides"] != given:
-                    raise UserError(f"{results}: {name}, seed {seed} was run as {row['overrides']}")
-            elif twins:  # another table's name for the same run
+                    raise UserError(
+                        f"{results}: {name}, seed {seed} was run as {row['overrides']}: give another --results"
+                    )
+            elif twins:  # another setting has trained this very run
                 row = twins[0] | {"setting": name}
-                append(results, columns, row)
+                append_row(results, columns, row)
             else:
                 if time.monotonic() - started > 60 * minutes:
-                    say(f"{minutes:g} minutes are over; the same command goes on with {name}, seed {seed}")
+                    say(f"{minutes:g} minutes are over; the same command continues with {name}, seed {seed}")
                     break
                 say(f"{name}, seed {seed} …")
                 out = results.with_suffix("") / run_name(name, seed)
-                row = {"setting": name, "seed": str(seed)} | one_run(config, out, workers, in_process, suite)
+                row = {"setting": name, "seed": str(seed)} | train_in_child(config, out, workers, in_process, suite)
                 row |= {"overrides": given, "commit": commit()}
-                append(results, columns, row)
-                say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.0f} s")
+                append_row(results, columns, row)
+                say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.1f} s")
             done[name, seed] = row
             finished.append(row)
     finally:
@@ -216,23 +241,25 @@ def compare(
 
 
 def run_name(setting: str, seed: int) -> str:
-    """Of a run's folder, and so of its MLflow run."""
+    """Return the name of a run's folder and of its MLflow run."""
     return re.sub(r"[^\w.=-]+", "-", f"{setting}-seed{seed}")
 
 
 def suite_columns(suite: Path) -> list[str]:
+    """Return the columns for the accuracy on each set of a suite."""
     return [f"{name}_accuracy" for name in find_sets(suite)]
 
 
-def one_run(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, str]:
-    """Trains into a folder that goes afterwards; its figures, empty where there are too few pairs for one.
+def train_in_child(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, str]:
+    """Train in a child process, remove the run's folder, and return the run's figures as text.
 
-    In a process of its own, since peak memory is a high-water mark.
+    Each run has its own process because peak memory is a high-water mark. A figure is empty if the run lacks it, such
+    as a TAR for which there are too few pairs.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
         figures = pool.submit(_figures, config, out, workers, in_process, suite).result()
     shutil.rmtree(out)
-    with suppress(OSError):  # other runs' folders are in it
+    with suppress(OSError):  # the folder may hold other runs
         out.parent.rmdir()
     wanted = (*COLUMNS[2:], *(suite_columns(suite) if suite else ()), "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
@@ -246,7 +273,7 @@ def _figures(config: Config, out: Path, workers: int, in_process: bool, suite: P
 
 
 def _end_with_parent() -> None:
-    """A run does not outlive its comparison, however that ends."""
+    """Exit when the comparison's process ends, however it ends."""
     parent = parent_process()
 
     def watch() -> None:
@@ -269,41 +296,42 @@ SHOWN = {  # column -> heading, factor, digits
 
 
 def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """A table, header first. Per setting: runs, and mean ± standard deviation over seeds of each column."""
+    """Return a table, header first: each setting's runs, and mean ± standard deviation over seeds of each column."""
     table: list[tuple[str, ...]] = [("setting", "runs", *(heading(column) for column in columns))]
     for name in dict.fromkeys(row["setting"] for row in rows):
-        own = [row for row in rows if row["setting"] == name]
+        runs = [row for row in rows if row["setting"] == name]
         cells = []
         for column in columns:
             _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
-            values = [factor * float(row[column]) for row in own if row[column]]
+            values = [factor * float(row[column]) for row in runs if row[column]]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-        table.append((name, str(len(own)), *cells))
+        table.append((name, str(len(runs)), *cells))
     return table
 
 
 def heading(column: str) -> str:
-    """Of a column of the summary; those of a suite's sets are called as the sets."""
+    """Return the heading of a column; columns of a suite's sets are named after the sets."""
     return SHOWN[column][0] if column in SHOWN else f"{column.removesuffix('_accuracy')} %"
 
 
 def read_results(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Lines of a results file; none if it is not there yet.
+    """Read the lines of a results file; a file that does not exist yet has none.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file has other columns.
     """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise UserError(f"{path}: not a results file of this comparison")
+            raise UserError(f"{path}: not a results file of this comparison: give another --results")
         return list(reader)
 
 
-def append(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
+    """Append a line to a results file; a new file begins with a header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -314,7 +342,7 @@ def append(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> None:
 
 
 def commit() -> str:
-    """Of the source tree that runs, or "" outside of one."""
+    """Return the short commit of the source tree that runs, or "" outside of a repository."""
     asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     return done.stdout.strip()

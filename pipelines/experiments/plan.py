@@ -1,94 +1,176 @@
-"""``bigface plan``: whether a run fits a card, part by part, and which knob to turn first where it does not."""
+"""``bigface plan``: computes whether a run fits its cards, which knob to turn first if not, and how long it takes.
+
+Legend: K class images of each image.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping
 
-from fr_core.config import Config
+from fr_core.config import Config, class_count, step_images, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
 from fr_core.errors import UserError
 from fr_core.train.check import check_shares
-from fr_core.train.memory import memory
+from fr_core.train.memory import FLOAT, memory
 
 GIB = 2**30
-Changes = dict[str, dict[str, object]]  # fields by their section
+Changes = dict[str, dict[str, object]]  # fields by section
 FUSED, WHOLE = {"update": "fused"}, {"accumulate": 1, "precision": "bfloat16"}
 
 
 def plan(
     config: Config, identities: int, gpus: int, gpu_gib: float
 ) -> tuple[list[tuple[str, ...]], str, dict[str, float]]:
-    """Memory per head and mode.
+    """Compute the memory of each card for the recipe and for other heads.
+
+    Args:
+        config: config of the recipe.
+        identities: identities of the training set.
+        gpus: cards, one for each worker.
+        gpu_gib: memory of one card in GiB.
 
     Returns:
-        A table (header first), the advice in one sentence, and figures: ``fits`` (0 or 1), ``spare_gib``, and every
-        part of the recipe as it stands in GiB.
+        A table with the header first, the advice in a few sentences, and figures. The figures are ``fits`` (0 or 1),
+        ``spare_gib``, and the recipe's parts in GiB.
 
     Raises:
-        UserError: a batch that the cards cannot share equally, or a quantised net.
+        UserError: the cards cannot share the batch equally, or the net is quantised.
     """
     if isinstance(config.net, QuantisedNet):
         raise UserError(
-            "the memory of a quantised net in training is not counted: plan the float net, net.kind=iresnet"
+            "the memory that trains a quantised net is not computed: plan the float net with net.kind=iresnet"
         )
     check_shares(config, gpus)
-    here = memory(config, identities, gpus)
+    here = card_memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {"as written": config}
-    if config.method.agreement is None:  # a method that compares pairs has no classes to stand for
+    if config.method.agreement is None:  # a class matrix does not replace a loss that compares pairs
         modes |= {
             "full FC, plain": changed(config, {"method": matrix}),
             "full FC, fused": changed(config, {"method": matrix | FUSED, "train": WHOLE}),
             "Partial FC 0.1, plain": changed(config, {"method": matrix | {"sample_rate": 0.1}}),
         }
-    columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
+    columns = {name: card_memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
     for part in [name for name in dict.fromkeys(itertools.chain(*columns.values())) if name != "total"] + ["total"]:
-        sizes = (f"{column[part] / GIB:.2f}" if part in column else "" for column in columns.values())
-        table.append((part.replace("_", " "), *sizes))
+        sizes = (gib(column[part]) if part in column else "" for column in columns.values())
+        table.append((part_name(part, config, identities), *sizes))
     table.append(("fits", *("yes" if fits(column, gpu_gib) else "no" for column in columns.values())))
     spare = gpu_gib - here["total"] / GIB
     if spare >= 0:
         advice = f"It fits, with {spare:.2f} GiB to spare."
     else:
-        advice = f"It does not fit: {-spare:.2f} GiB too much. {first_knob(config, identities, gpus, gpu_gib)}"
-    given = config.method.taught
-    if given and not given.teacher and not (isinstance(given, Distill) and given.embeddings):
-        advice += f" No teacher is counted: {given.named} names one."
+        advice = f"It does not fit: {-spare:.2f} GiB are missing. {first_knob(config, identities, gpus, gpu_gib)}"
+    taught = config.method.taught
+    if taught and not taught.teacher and not (isinstance(taught, Distill) and taught.embeddings):
+        advice += f" No teacher is counted: give {taught.named}=REF."
     figures = {"fits": float(spare >= 0), "spare_gib": spare} | {f"{k}_gib": v / GIB for k, v in here.items()}
     return table, advice, figures
 
 
+def card_memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
+    """Return the bytes on a card by part, as :func:`fr_core.train.memory.memory`, with class images as a part.
+
+    Pixels of class images are uint8. A momentum encoder takes a float32 copy of the images that it sees at once.
+    """
+    parts, facts = memory(config, identities, gpus), config.method.facts
+    if not facts.class_images:
+        return parts
+    pixels = 3 * config.net.input_size**2
+    encoded_at_once = -(-step_images(config)[1] // gpus)
+    size = pixels * (facts.class_images * config.train.global_batch // gpus + FLOAT * encoded_at_once)
+    total = parts.pop("total")
+    return parts | {"class_images": size, "total": total + size}
+
+
+def gib(size: int) -> str:
+    """Return bytes in GiB as text; "<0.01" for what two decimals do not show."""
+    return "0" if size == 0 else "<0.01" if size < 0.01 * GIB else f"{size / GIB:.2f}"
+
+
+def part_name(part: str, config: Config, identities: int) -> str:
+    """Return the name of a part of memory for people; class centres come with their number."""
+    count = config.method.centres(class_count(config, identities), config.train.global_batch)
+    return f"{count:,} class centres" if part == "centres" and count else part.replace("_", " ")
+
+
+def batch_text(config: Config, gpus: int) -> str:
+    """Return the global batch and the batch of each card, with its class images and micro-batches, as one line."""
+    batch, facts, accumulate = config.train.global_batch, config.method.facts, config.train.accumulate
+    text = f"global batch {batch:,}, {batch // gpus:,} images on each card"
+    if accumulate > 1:
+        text += f" in {accumulate} micro-batches of {batch // gpus // accumulate:,}"
+    if count := facts.class_images:
+        text += f", with {count} class image{'s' * (count > 1)} each"
+    if unlabelled := unlabelled_batch(config):
+        text += f", and {unlabelled // gpus:,} unlabelled images"
+    return text
+
+
+def duration(config: Config, images: int | None, images_per_second: float | None) -> tuple[str, dict[str, float]]:
+    """Estimate how long a run trains, from a throughput that the user has measured.
+
+    Args:
+        config: config of the recipe.
+        images: images of the training set, if known.
+        images_per_second: throughput of all cards together, as a run's report on these cards has it. It counts the
+            images of the batch, without their class images.
+
+    Returns:
+        A line for people and the figures ``steps`` and ``hours``, those that are known.
+
+    Raises:
+        UserError: the training set has fewer images than a batch.
+    """
+    if images is None:
+        return "Steps and hours: give data.path=SHARDS or --images, and --images-per-second.", {}
+    steps_per_epoch = images // step_rows(config)
+    if not steps_per_epoch:
+        raise UserError(f"{images:,} images are fewer than a batch of {step_rows(config):,}: lower train.global_batch")
+    steps = total_steps(config, steps_per_epoch)
+    if images_per_second is None:
+        line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports."
+        return line, {"steps": steps}
+    hours = steps * (config.train.global_batch + unlabelled_batch(config)) / images_per_second / 3600
+    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    line = f"{steps:,} steps, about {time} at {images_per_second:,g} images/s, without verifications."
+    return line, {"steps": steps, "hours": hours}
+
+
 def fits(parts: Mapping[str, int], gpu_gib: float) -> bool:
+    """Return whether the parts fit a card."""
     return parts["total"] <= gpu_gib * GIB
 
 
 def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> str:
-    """The mildest change that makes the run fit."""
+    """Return the mildest change that makes the run fit, as a sentence."""
     for words, changes, cards in knobs(config, gpus):
         try:
             check_shares(changed(config, changes), cards)
-            parts = memory(changed(config, changes), identities, cards)
-        except (ValueError, UserError):  # a knob that this recipe excludes
+            parts = card_memory(changed(config, changes), identities, cards)
+        except (ValueError, UserError):  # the recipe excludes this knob
             continue
         if fits(parts, gpu_gib):
             return f"First knob: {words}."
-    return "No single knob mends it: use more cards and a smaller batch together."
+    return "No single knob is enough: use more cards and a smaller batch together."
 
 
 def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
-    """Changes from the mildest on: the same training first, then the same in expectation, then another one."""
+    """Yield changes with their words and number of cards, the mildest first.
+
+    First come changes that keep the training the same, then the same in expectation, then changes to another training.
+    """
     batch, method = config.train.global_batch, config.method
     if method.saves_memory:
         yield f"{as_overrides(method.saves_memory)} (the same training)", {"method": method.saves_memory}, gpus
     if not config.train.recompute:
-        yield "train.recompute=true (the same training, a forward pass more)", {"train": {"recompute": True}}, gpus
+        yield "train.recompute=true (the same training, one more forward pass)", {"train": {"recompute": True}}, gpus
     for factor in (2, 4, 8, 16):
         accumulate = config.train.accumulate * factor
         if batch % (gpus * accumulate) == 0 and batch // (gpus * accumulate) > 1:
             changes: Changes = {"train": {"accumulate": accumulate}}
-            looked_at = config.train.ghost_batch or batch // gpus // accumulate
-            words = f"train.accumulate={accumulate} (batch norm over {looked_at} images)"
+            normalised = config.train.ghost_batch or batch // gpus // accumulate
+            words = f"train.accumulate={accumulate} (batch norm over {normalised} images)"
             if method.to_accumulate:
                 changes["method"] = method.to_accumulate
                 words += f" with {as_overrides(method.to_accumulate)}"
@@ -108,11 +190,12 @@ def knobs(config: Config, gpus: int) -> Iterator[tuple[str, Changes, int]]:
 
 
 def as_overrides(fields: Mapping[str, object]) -> str:
+    """Return fields of the method as overrides for the command line."""
     return " ".join(f"method.{name}={value}" for name, value in fields.items())
 
 
 def changed(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:
-    """The config with some fields of some sections replaced, validated. A ``kind`` begins its section anew."""
+    """Return the config with some fields changed, validated. A ``kind`` among them replaces the whole section."""
     tree = config.model_dump()
     for section, fields in changes.items():
         tree[section] = dict(fields) if "kind" in fields else tree[section] | fields

@@ -1,6 +1,7 @@
-"""``bigface replay``: what FastFace would have done on a loss log, without training anything."""
+"""``bigface replay``: applies FastFace to a past loss log without training (docs/methods/fastface.md)."""
 
 import csv
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,56 +15,68 @@ from fr_core.errors import UserError
 from fr_core.optim.fastface import watcher
 
 FORMS: dict[str, type[FastFace] | type[FastFaceHaar]] = {"recurrence": FastFace, "haar": FastFaceHaar}
-POINTS = 2000  # of a curve in the picture
+POINTS = 2000  # points of a curve in the picture
 
 
 def replay(
     log: Path, form: str, settings: list[str], batch: int, lr: float | None
 ) -> tuple[list[dict[str, float]], int, Figure]:
-    """Feeds a log's losses to the scheduler.
+    """Feed a log's losses to FastFace.
 
     Args:
-        log: CSV with columns step and loss (of single steps), or last_step and mean_loss (the mean of the steps since
-            the row before). A rate in a column lr is the base rate where ``lr`` does not say it.
+        log: CSV with columns step and loss, or last_step and mean_loss. A mean covers the steps since the row before.
         form: recurrence or haar.
-        settings: ``name=value`` of that form's schedule section.
+        settings: ``name=value`` of the form's schedule section.
         batch: global batch of the log, for ``reference_batch``.
+        lr: base rate. None takes the first rate in the log's column lr, else 0.1.
 
     Returns:
-        Changes (step: the first, from 1, at the new rate; factor; rate), the number of steps, and a picture.
+        The changes of the rate, the number of steps, and a picture. A change has ``step`` (counted from 1, the first
+        step at the new rate), ``factor`` and ``rate``.
 
     Raises:
-        UserError: unreadable log, losses that are not finite, unknown form or setting.
+        UserError: the log cannot be read, a loss is not finite, or the form or a setting is unknown or unusable.
     """
     losses, logged_rate = read_log(log)
     if form not in FORMS:
-        raise UserError(f"--form {form}: one of {', '.join(FORMS)}")
+        raise UserError(f"--form {form}: use one of {', '.join(FORMS)}")
     try:
         schedule = FORMS[form].model_validate(dict(map(_setting, settings)))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         known = ", ".join(sorted(FORMS[form].model_fields.keys() - {"kind", "warmup_epochs"}))
-        raise UserError(f"--set {name}: {first['msg']}; {form} has {known}") from None
+        raise UserError(f"--set {name}={first['input']}: {first['msg']}; {form} has {known}") from None
     base = lr or logged_rate or 0.1
-    seen = watcher(schedule, len(losses), batch)
-    assert seen is not None
+    try:
+        fastface = watcher(schedule, len(losses), batch)
+    except UserError as error:
+        raise UserError(as_options(str(error))) from None
+    assert fastface is not None
     changes: list[dict[str, float]] = []
     detector, factors = np.empty(len(losses)), np.empty(len(losses))
     for step, loss in enumerate(losses.tolist(), 1):
-        factors[step - 1] = before = seen.factor
-        seen.observe(loss)
-        detector[step - 1] = seen.detector
-        if seen.factor != before:
-            changes.append({"step": step + 1, "factor": seen.factor / before, "rate": base * seen.factor})
+        factors[step - 1] = before = fastface.factor
+        fastface.observe(loss)
+        detector[step - 1] = fastface.detector
+        if fastface.factor != before:
+            changes.append({"step": step + 1, "factor": fastface.factor / before, "rate": base * fastface.factor})
     return changes, len(losses), picture(losses, detector, base * factors, schedule.threshold)
 
 
+def as_options(message: str) -> str:
+    """Return an error about fields of the schedule section as one about ``--set``, by which replay sets them.
+
+    ``schedule.patience = 0.05 …`` becomes ``--set patience=0.05 …``.
+    """
+    return re.sub(r"schedule\.(\w+)", r"--set \1=…", re.sub(r"schedule\.(\w+) = ", r"--set \1=", message))
+
+
 def read_log(path: Path) -> tuple[np.ndarray, float | None]:
-    """The loss of every step, float64, and the first learning rate if the log has one.
+    """Return the loss of every step, float64, and the log's first learning rate, if any.
 
     Raises:
-        UserError: no such file, other columns, steps that do not rise, values that are no finite numbers.
+        UserError: the file cannot be read, lacks columns, has steps that do not rise or losses that are not finite.
     """
     losses: list[float] = []
     rate = None
@@ -73,7 +86,9 @@ def read_log(path: Path) -> tuple[np.ndarray, float | None]:
             columns = reader.fieldnames or []
             means = {"last_step", "mean_loss"} <= set(columns)
             if not means and not {"step", "loss"} <= set(columns):
-                raise UserError(f"{path}: needs columns step, loss or last_step, mean_loss; has {', '.join(columns)}")
+                raise UserError(
+                    f"{path}: needs columns step, loss or last_step, mean_loss; it has {', '.join(columns)}"
+                )
             for row in reader:
                 step = int(row["last_step" if means else "step"])
                 loss = float(row["mean_loss" if means else "loss"])
@@ -87,12 +102,12 @@ def read_log(path: Path) -> tuple[np.ndarray, float | None]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: not readable as a loss log: {reason}") from None
     if not losses:
-        raise UserError(f"{path}: holds no losses")
+        raise UserError(f"{path}: holds no losses: give a log with rows")
     return np.array(losses), rate
 
 
 def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, threshold: float) -> Figure:
-    """Loss, detector with its threshold, and rate over the steps."""
+    """Draw loss, detector with its threshold, and rate over the steps."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     steps = np.unique(np.linspace(0, len(losses) - 1, POINTS).astype(int))
@@ -109,9 +124,10 @@ def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, thresho
 
 
 def _setting(text: str) -> tuple[str, Any]:
+    """Parse ``name=value``; a value that is no TOML is a string."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set {text}: not of the form name=value")
+        raise UserError(f"--set {text}: not of the form name=value: write --set {text}=VALUE")
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

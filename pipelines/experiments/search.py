@@ -1,4 +1,4 @@
-"""What a search is and what it found: trials, the best of them, tables and pictures, and a recipe of the winner."""
+"""A search and its results: trials, the best of them, tables, pictures and the winner's recipe."""
 
 import csv
 import json
@@ -28,12 +28,12 @@ try:
 except ImportError:
     raise UserError("a search needs: pip install 'bigface[tune]'") from None
 
-WHOLE_RUN = "steps"  # a figure that a run's report alone has
+WHOLE_RUN = "steps"  # figure that only the report of a whole run has
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search is; the same one alone can go on in a folder."""
+    """Settings of a search. Only a search with the same settings can continue in its folder."""
 
     knobs: Sequence[Knob]
     config: Config
@@ -48,10 +48,11 @@ class Search:
 
     @property
     def objectives(self) -> list[str]:
+        """Return the names of the one or two figures that the search optimises."""
         return [self.objective, *([self.against] if self.against else [])]
 
     def facts(self) -> dict[str, Any]:
-        """In JSON; where it is tracked is no part of it."""
+        """Return the settings as JSON, without the tracking section: a search may move to another server."""
         knobs = {knob.name: [knob.path, asdict(knob.domain)] for knob in self.knobs}
         facts = {name: value for name, value in vars(self).items() if name not in ("knobs", "config")}
         config = self.config.model_dump(mode="json", exclude={"tracking"})
@@ -60,18 +61,22 @@ class Search:
 
 @dataclass(frozen=True)
 class Trial:
+    """One trial of a search."""
+
     name: str
-    state: str  # finished, stopped by the scheduler, failed, or interrupted
-    values: dict[str, float]
+    state: str  # finished, failed, stopped (by the scheduler), or interrupted (by the end of the search)
+    values: dict[str, float]  # by knob
     figures: dict[str, float]
-    reason: str = ""
+    reason: str = ""  # why it failed
 
 
 def mode(figure: str) -> str:
+    """Return Ray Tune's word for how a figure is optimised: min or max."""
     return "min" if smaller_is_better(figure) else "max"
 
 
 def ray_domain(domain: Domain, in_grid: bool) -> "RayDomain | dict[str, Iterable[float]]":
+    """Return a knob's domain as Ray Tune writes it; for a grid search, as a list of points."""
     from ray import tune as ray_tune
 
     if in_grid:
@@ -86,13 +91,13 @@ def ray_domain(domain: Domain, in_grid: bool) -> "RayDomain | dict[str, Iterable
         case Choice(values):
             return ray_tune.choice(list(values))
         case StepShare():
-            raise TypeError("at_steps makes numbers of steps of it")
+            raise TypeError("call at_steps first: it turns shares of the steps into numbers")
         case _ as unknown:
             assert_never(unknown)
 
 
 def read_trials(results: "ResultGrid", search: Search) -> list[Trial]:
-    """All trials that were begun; those that the search's own end cut off are interrupted."""
+    """Return all trials that have begun. Trials that were running when the search ended are interrupted."""
     from ray.tune.result import AUTO_RESULT_KEYS
 
     trials = []
@@ -122,22 +127,22 @@ def read_trials(results: "ResultGrid", search: Search) -> list[Trial]:
 
 
 def best(search: Search, trials: Sequence[Trial]) -> list[Trial]:
-    """Finished trials: by the objective, or by the order on it of the Pareto front."""
+    """Return the finished trials, best first; with two objectives, only those of the Pareto front."""
     done = [t for t in trials if t.state == "finished" and all(name in t.figures for name in search.objectives)]
     signs = [-1 if mode(name) == "max" else 1 for name in search.objectives]
 
-    def score(trial: Trial) -> list[float]:
+    def costs(trial: Trial) -> list[float]:
         return [sign * trial.figures[name] for sign, name in zip(signs, search.objectives, strict=True)]
 
     def beaten(trial: Trial) -> bool:
-        own = score(trial)
-        return any(score(t) != own and all(a <= b for a, b in zip(score(t), own, strict=True)) for t in done)
+        worst = costs(trial)
+        return any(costs(t) != worst and all(a <= b for a, b in zip(costs(t), worst, strict=True)) for t in done)
 
-    return sorted((t for t in done if not (search.against and beaten(t))), key=score)
+    return sorted((t for t in done if not (search.against and beaten(t))), key=costs)
 
 
 def table(search: Search, trials: Sequence[Trial], most: int = 10) -> list[tuple[str, ...]]:
-    """The best, header first."""
+    """Return a table of the best trials, header first."""
     rows: list[tuple[str, ...]] = [("trial", *search.objectives, *(knob.name for knob in search.knobs))]
     for trial in best(search, trials)[:most]:
         scores = (f"{trial.figures[name]:.4g}" for name in search.objectives)
@@ -146,7 +151,10 @@ def table(search: Search, trials: Sequence[Trial], most: int = 10) -> list[tuple
 
 
 def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list[AnyPath]:
-    """``trials.csv``, and of finished trials the pictures and ``winner.toml``.
+    """Write ``trials.csv`` and, if any trial has finished, the pictures and ``winner.toml``.
+
+    Returns:
+        The files.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -177,23 +185,31 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
 
 
 def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyPath, moved: bool) -> str:
-    """A whole recipe; what is None, which TOML cannot say, is a default.
+    """Return the winner's recipe as TOML, which has no null: fields that are None are left out and keep this default.
 
     Args:
-        moved: the trial may have trained with other values before.
+        config: the recipe with the winner's values.
+        scores: its objectives, as text.
+        name: the winning trial.
+        trials: number of trials.
+        out: folder of the search.
+        moved: the trial may have trained with other values before (population-based training).
     """
     lines = [
-        f"# The best of {trials} trials: {name} of {out}",
+        f"# The best of {trials} trials: {name} in {out}",
         "#   command    bigface train winner.toml",
-        f"#   score      {scores}, of one seed, on the pairs that it was chosen by",
+        f"#   score      {scores}; one seed, on the pairs that chose this trial",
     ]
     if moved:
-        lines.append("#              and of a schedule of values (ray/pbt_*), of which these are the last")
+        lines.append("#              after a schedule of values (ray/pbt_*), of which these are the last")
     return "\n".join(lines) + "\n" + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, "Figure"]:
-    """Optuna's: parallel coordinates and importances (PED-ANOVA) of the first objective, or the Pareto front."""
+    """Draw Optuna's pictures by name: parallel coordinates, importances (PED-ANOVA) and, for two objectives, the front.
+
+    Parallel coordinates and importances are those of the first objective.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,12 +227,12 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, "Figure"]:
             values = [trial.figures[name] for name in names]
             past = optuna.trial.create_trial(params=trial.values, distributions=distributions, values=values)
             study.add_trial(past)
-    made: dict[str, Any] = {}  # Axes of Matplotlib
-    first = (lambda t: t.values[0]) if search.against else None  # none where it is the only one: the best are dark
-    with warnings.catch_warnings(action="ignore"):  # Optuna's, that its pictures are experimental
+    made: dict[str, Any] = {}  # axes of Matplotlib by picture
+    first = (lambda t: t.values[0]) if search.against else None  # without a target, Optuna draws the best dark
+    with warnings.catch_warnings(action="ignore"):  # Optuna warns that its pictures are experimental
         made["parallel"] = plots.plot_parallel_coordinate(study, target=first, target_name=names[0])
-        made["parallel"].figure.set_size_inches(1.8 * (1 + len(search.knobs)), 5)  # axes' numbers stand beside them
-        if len({trial.values[0] for trial in study.trials}) > 1:  # else nothing mattered
+        made["parallel"].figure.set_size_inches(1.8 * (1 + len(search.knobs)), 5)  # leaves room for the axes' numbers
+        if len({trial.values[0] for trial in study.trials}) > 1:  # else no knob matters
             sign = -1 if mode(names[0]) == "max" else 1  # PED-ANOVA asks what makes its target low
             made["importance"] = plots.plot_param_importances(
                 study,
@@ -224,15 +240,16 @@ def pictures(search: Search, trials: Sequence[Trial]) -> dict[str, "Figure"]:
                 target=lambda t: sign * t.values[0],
                 target_name=names[0],
             )
-            made["importance"].get_legend().remove()  # one target, which the axis names
+            made["importance"].get_legend().remove()  # the axis names the only target
         if search.against:
             made["pareto"] = plots.plot_pareto_front(study, target_names=names)
     return {name: axes.figure for name, axes in made.items()}
 
 
-def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
-    """Delivers to MLflow what trials could not, and closes the runs of those that were ended from outside, also those
-    that Tune had not yet noted.
+def deliver_trials(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
+    """Send MLflow the figures that trials could not deliver, and close the runs of trials that did not finish.
+
+    This covers trials that Ray Tune had not yet noted. If MLflow fails, a warning says so.
     """
     states = {trial.name: trial.state for trial in trials}
     try:
@@ -246,5 +263,5 @@ def settle(trials: Sequence[Trial], config: Config, out: AnyPath) -> None:
                 outbox.close()
             if run_id and state != "finished":
                 client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
-    except Exception as error:  # MLflow hands through whatever its database or store raises
-        log.warning("MLflow was not told how the trials ended: %s", first_line(error))
+    except Exception as error:  # MLflow passes on any error of its database or store
+        log.warning("MLflow does not know how the trials ended: %s", first_line(error))

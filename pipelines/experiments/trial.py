@@ -1,4 +1,4 @@
-"""One trial of a search: what its process runs, alone or with Ray Train's workers, and whom it waits for."""
+"""One trial of a search: its process trains alone or with Ray Train's workers, and waits for its turn."""
 
 import itertools
 import json
@@ -22,28 +22,35 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
     from ray.train.v2._internal.execution.context import TrainRunContext
 
-MISTAKE = "mistake.txt"  # in a trial's folder: the user's, which another life would only repeat
+MISTAKE = "mistake.txt"  # file in a trial's folder: a user error, which a restart would repeat
 TURN = 2.0  # seconds between looks for a free turn
 
 
 class Launch(TypedDict):
-    """What all trials of a search have in common."""
+    """Settings that all trials of a search share."""
 
-    config: dict[str, Any]  # in JSON
+    config: dict[str, Any]  # the recipe as JSON
     knobs: Sequence[Knob]
-    trials: str  # the folder of their runs
+    trials: str  # folder of the trials' runs
     steps_per_epoch: int
     workers: int
     in_process: bool
     pbt: bool
-    judged: bool  # by a scheduler
-    cpus: float  # of each worker
-    at_once: int  # trials
+    judged: bool  # a scheduler may stop trials
+    cpus: float  # that each worker reserves
+    at_once: int  # trials that run at once
     objectives: list[str]
 
 
 def run_trial(values: dict[str, float], launch: Launch) -> None:
-    """What a trial's process runs: the recipe with its values, from its newest checkpoint or the one given."""
+    """Train the recipe with a trial's values; every trial's process runs this.
+
+    A trial continues from its newest checkpoint, or from the checkpoint that Ray Tune hands it (population-based
+    training).
+
+    Raises:
+        UserError: the train loop raised it, or the run has no figure for an objective.
+    """
     from ray import tune as ray_tune
 
     name = ray_tune.get_context().get_trial_name()
@@ -53,72 +60,77 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
     total = total_steps(config, launch["steps_per_epoch"])
     if (out / MISTAKE).is_file():
         raise UserError((out / MISTAKE).read_text())
-    given = ray_tune.get_checkpoint()
-    if given:
+    if donated := ray_tune.get_checkpoint():
         run = out / "run.json"
-        with given.as_directory() as folder:
-            adopt_checkpoint(Path(folder), out, json.loads(run.read_text())["run_id"] if run.is_file() else None)
+        run_id = json.loads(run.read_text())["run_id"] if run.is_file() else None
+        with donated.as_directory() as folder:
+            adopt_checkpoint(Path(folder), out, run_id)
     try:
         if launch["in_process"]:
-            figures = train_here(config, out, launch, total)
+            figures = train_in_process(config, out, launch, total)
         else:
             with turn(launch["trials"], launch["at_once"]):
-                figures = train_in_trial(config, out, launch, total)
+                figures = train_on_workers(config, out, launch, total)
         if isinstance(config.net, QuantisedNet):
             figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
         for name in launch["objectives"]:
             if name not in figures:
-                raise UserError(f"the run ended without {name}")
-    except StorageError:  # may have passed in the next life
+                raise UserError(f"the run ended without the figure {name}: give another --objective")
+    except StorageError:  # storage may answer again once the trial has restarted
         raise
     except UserError as error:
         out.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out / MISTAKE, str(error))
         raise
-    ray_tune.report({**figures, "step": total, "done": True})  # done: no scheduler puts it off once more
+    ray_tune.report({**figures, "step": total, "done": True})  # done: the scheduler does not pause the trial again
 
 
-def judged(metrics: dict[str, float], launch: Launch, total: int) -> bool:
-    """Whether a scheduler hears of it: not of the last step, whose report is the whole run's, nor of a checkpoint
-    without figures, as one for a drained node.
+def goes_to_scheduler(metrics: dict[str, float], launch: Launch, total: int) -> bool:
+    """Return whether a report goes to the scheduler.
+
+    The last step's does not: the whole run's report follows. Nor does that of a checkpoint without the objectives'
+    figures, such as one saved for a drained node.
     """
     return launch["judged"] and metrics["step"] < total and all(name in metrics for name in launch["objectives"])
 
 
-def train_here(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
-    """By this process alone."""
+def train_in_process(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
+    """Train in this process alone, and return the run's figures."""
     from ray import tune as ray_tune
 
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
     from fr_core.ranks import Ranks
     from fr_core.train.loop import train_loop
-    from pipelines.on_ray import threads_of_each
+    from pipelines.on_ray import worker_threads
 
-    use_processor(threads_of_each(launch["at_once"]))
+    use_processor(worker_threads(launch["at_once"]))
     gauges = Gauges(out.name, 0)
 
     def report(metrics: dict[str, float], saved: AnyPath | None) -> None:
         gauges.set(metrics)
         log_event(metrics, saved)
-        if saved is not None and judged(metrics, launch, total):
+        if saved is not None and goes_to_scheduler(metrics, launch, total):
             copy = ray_tune.Checkpoint.from_directory(str(saved)) if launch["pbt"] else None
             ray_tune.report(metrics, checkpoint=copy)
 
     return train_loop(config, out, Ranks(), blocks_in_process, report)
 
 
-def train_in_trial(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
-    """By Ray Train's workers, whose reports Ray Tune hears."""
+def train_on_workers(config: Config, out: AnyPath, launch: Launch, total: int) -> dict[str, float]:
+    """Train on Ray Train's workers, whose reports reach Ray Tune, and return the run's figures."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from pipelines.on_ray import train_on_ray
 
     class ToTune(TuneReportCallback):
+        """Hands reports with the objectives' figures to Ray Tune."""
+
         def after_report(
             self, run_context: "TrainRunContext", metrics: list[dict[str, float]], checkpoint: "Checkpoint | None"
         ) -> None:
-            if judged(metrics[0], launch, total):
+            """Hand on rank 0's report, if it is one for the scheduler."""
+            if goes_to_scheduler(metrics[0], launch, total):
                 super().after_report(run_context, metrics, checkpoint)
 
     return train_on_ray(config, out, launch["workers"], launch["cpus"], [ToTune()], launch["at_once"])
@@ -126,10 +138,10 @@ def train_in_trial(config: Config, out: AnyPath, launch: Launch, total: int) -> 
 
 @contextmanager
 def turn(search: str, at_once: int) -> Iterator[None]:
-    """Waits until fewer than ``at_once`` trials of a search train, and is one of them in the block.
+    """Wait until fewer than ``at_once`` trials of a search train, and count as one of them in the block.
 
-    A trial's driver holds next to no CPU, and those that Tune starts again after they failed pass no limit of its: too
-    many of them would leave no CPU to anyone's workers. A turn is an actor of a fixed name, which ends with its owner.
+    A trial's driver reserves next to no CPU, and Ray Tune's limit does not count trials that it restarts. Too many
+    drivers would leave no CPU for workers. A turn is an actor with a fixed name, which ends with its owner.
     """
     import ray
 

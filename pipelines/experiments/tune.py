@@ -1,4 +1,4 @@
-"""``bigface tune``: a search by Ray Tune over a recipe's knobs, each trial a run of its own in OUT/trials."""
+"""``bigface tune``: searches a recipe's knobs by Ray Tune; each trial is a run in OUT/trials."""
 
 import json
 import logging
@@ -37,10 +37,10 @@ from fr_core.verify.report import far_name, markdown
 from pipelines.experiments.search import (
     Search,
     Trial,
+    deliver_trials,
     mode,
     ray_domain,
     read_trials,
-    settle,
     table,
     write_results,
 )
@@ -64,31 +64,38 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
     from ray.tune.search import SearchAlgorithm, Searcher
 
-RUNGS = 8  # verifications of a trial; ASHA looks after 1, 2 and 4 of them
-DRIVER = 0.1  # CPUs of a trial's own process where Ray Train's workers do its work
+RUNGS = 8  # verifications of a trial; ASHA compares trials after 1, 2 and 4 of them
+DRIVER = 0.1  # CPUs of a trial's driver process when Ray Train's workers train
 STOPS, SEARCHES = ("asha", "median", "none", "pbt"), ("tpe", "random", "grid")
 ONLY_AT_THE_END = ("loss", "seconds", "peak_memory_mib", "classes_mib", "nominal_mib", "images_per_second")
-LIVES = 3  # of a trial whose process or machine dies, each from the newest checkpoint
+LIVES = 3  # starts of a trial; after its process or machine dies, it continues from the newest checkpoint
 WINDOW = "schedule.window"
-MOVABLE = ("schedule.", "optim.", "data.masks.")  # what a checkpoint of other values can go on with
+MOVABLE = ("schedule.", "optim.", "data.masks.")  # fields that may change between two checkpoints of a trial
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of the cluster."""
+    """How trials share the cluster."""
 
-    at_once: int  # trials
-    cpus: float  # of each worker, or of the trial that is its own worker
+    at_once: int  # trials that run at once
+    cpus: float  # that each worker reserves, or a trial that trains in its own process
 
 
-def share(cpus: float, gpus: float, workers: int, in_process: bool, most: int | None = None) -> Share:
-    """How many trials run at once, so that none waits for ever for what another holds.
+def share_cluster(cpus: float, gpus: float, workers: int, in_process: bool, most: int | None = None) -> Share:
+    """Return how many trials run at once, so that no two trials wait for each other for ever.
 
-    A trial's process and its workers together take at most half of the CPUs; Ray Data has the others. Without
-    Ray Data a trial is one process with a whole CPU.
+    Drivers and workers together take at most half of the CPUs, and Ray Data has the others. With ``in_process`` there
+    is no Ray Data: a trial is one process with a whole CPU.
+
+    Args:
+        cpus: CPUs of the cluster.
+        gpus: cards of the cluster; 0 if it has none.
+        workers: Ray Train workers of each trial.
+        in_process: trials train in their own process.
+        most: number of trials that the user asks for; None takes as many as fit.
 
     Raises:
-        UserError: not even one fits.
+        UserError: no trial fits, or fewer than ``most``.
     """
     if in_process:
         each, fitting = 1.0, math.floor(cpus)
@@ -98,37 +105,46 @@ def share(cpus: float, gpus: float, workers: int, in_process: bool, most: int | 
     if gpus:
         fitting = min(fitting, math.floor(gpus / workers))
     if fitting < 1:
-        raise UserError(f"a trial of {workers} workers does not fit {cpus:g} CPUs and {gpus:g} GPUs: use --workers 1")
+        raise UserError(
+            f"a trial of {workers} workers does not fit {cpus:g} CPUs and {gpus:g} GPUs: use fewer --workers"
+        )
     if most and most > fitting:
-        raise UserError(f"--at-once {most}: {fitting} trials fit {cpus:g} CPUs and {gpus:g} GPUs")
+        raise UserError(
+            f"--at-once {most}: {fitting} trials fit {cpus:g} CPUs and {gpus:g} GPUs: use --at-once {fitting}"
+        )
     return Share(most or fitting, each)
 
 
 def tune(
     search: Search, out: AnyPath, at_once: int | None = None, minutes: float | None = None, resume: bool = False
 ) -> tuple[list[Trial], int | None]:
-    """Searches, and leaves ``trials.csv``, pictures and ``winner.toml`` in ``out``, local or at a URL.
+    """Run a search and write ``trials.csv``, pictures and ``winner.toml`` into ``out``, local or at a URL.
+
+    Args:
+        at_once: trials that run at once; None takes as many as fit.
+        minutes: end the search after this time.
+        resume: continue the search in ``out``.
 
     Returns:
-        All trials, in the order of their names; and the signal that ended the search before its time, if one did.
+        All trials in the order of their names, and the signal that ended the search early, if any.
 
     Raises:
-        UserError: a search that cannot be, a folder of another one, or no trial that came to an end.
+        UserError: bad options, a folder of another search, or all trials failed.
     """
     from pipelines.on_ray import capacity, cluster_machines, start_ray
 
     out = out.resolve()
     refuse_job_folder(out)
     start_logging(run=out.name)
-    search, steps_per_epoch = checked(replace(search, config=trackable(search.config, out)), out, at_once)
-    start_ray(dashboard=not search.in_process)  # without one a second trial of Ray Train waits for ever
+    search, steps_per_epoch = check_search(replace(search, config=trackable(search.config, out)), out, at_once)
+    start_ray(dashboard=not search.in_process)  # without it a second trial of Ray Train waits for ever
     cpus, gpus = capacity(cluster_machines())
-    shared = share(cpus, gpus, search.workers, search.in_process, at_once)
-    at_once = claim(search, out, resume, shared.at_once, at_once is not None)
+    shared = share_cluster(cpus, gpus, search.workers, search.in_process, at_once)
+    at_once = claim_folder(search, out, resume, shared.at_once, asked=at_once is not None)
     tracking = search.config.tracking
     parent = Comparison(tracking, out, anew=not resume) if tracking.uri != "off" else None
     rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
-    base = tracked(search, rung, parent)
+    base = trial_config(search, rung, parent)
     launch: Launch = {
         "config": base.model_dump(mode="json"),
         "knobs": search.knobs,
@@ -145,7 +161,7 @@ def tune(
     held = {"CPU": 1.0, "GPU": min(1.0, gpus)} if search.in_process else {"CPU": DRIVER}
     try:
         tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, rung, resume)
-        with ended_early(minutes) as came:
+        with end_tune_early(minutes) as signals:
             trials = read_trials(tuner.fit(), search)
         files = write_results(search, trials, out)
     except BaseException:
@@ -155,71 +171,73 @@ def tune(
     reached = [trial for trial in trials if trial.state != "failed"]
     whole = len(trials) == search.trials and all(trial.state != "interrupted" for trial in trials)
     if parent:
-        settle(trials, base, out)
+        deliver_trials(trials, base, out)
         status = "KILLED" if not whole else "FINISHED" if reached else "FAILED"
         parent.close(markdown(table(search, trials)), files, status)
     if trials and not reached:
         raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
-    return trials, came[0] if came else None
+    return trials, signals[0] if signals else None
 
 
-def checked(search: Search, out: AnyPath, at_once: int | None = None) -> tuple[Search, int]:
-    """The search with absolute paths, and the steps of an epoch.
+def check_search(search: Search, out: AnyPath, at_once: int | None = None) -> tuple[Search, int]:
+    """Check a search, and return it with absolute paths, and the steps of an epoch.
 
     Raises:
-        UserError: knobs that the recipe lacks or refuses, or options that do not go together.
+        UserError: the recipe lacks or refuses a knob, or options contradict each other.
     """
     config = with_absolute_paths(search.config)
     for wanted, given, known in (("--search", search.search, SEARCHES), ("--stop", search.stop, STOPS)):
         if given not in known:
             raise UserError(f"{wanted} {given}: use one of {', '.join(known)}")
     if search.in_process and search.workers != 1:
-        raise UserError("--in-process runs one worker; leave --workers out, or leave --in-process out")
+        raise UserError("--in-process runs one worker: leave out --workers or --in-process")
     for name in search.objectives:
         if name not in ("accuracy", *ONLY_AT_THE_END) and not name.startswith("tar_at_far_1e-"):
-            raise UserError(f"no objective {name}: use accuracy, tar_at_far_1e-3, {', '.join(ONLY_AT_THE_END)}")
+            raise UserError(f"no objective {name}: use one of accuracy, tar_at_far_1e-3, {', '.join(ONLY_AT_THE_END)}")
     if "nominal_mib" in search.objectives and not isinstance(config.net, QuantisedNet):
         raise UserError("nominal_mib is the size of a quantised net: give another objective")
     if search.stop != "none" and (search.against or search.objective in ONLY_AT_THE_END):
-        raise UserError(f"--stop {search.stop} judges by one figure of verifications along the way: use --stop none")
+        raise UserError(f"--stop {search.stop} compares trials by one figure of their verifications: use --stop none")
     if not config.verify.pairs and any(name not in ONLY_AT_THE_END for name in search.objectives):
-        raise UserError(f"--objective {search.objective} needs verify.images and verify.pairs")
+        raise UserError(f"--objective {search.objective}: give verify.images=DIR verify.pairs=FILE")
     if search.stop == "pbt":
         if not search.in_process or search.search != "random" or isinstance(out, RemotePath):
             raise UserError(
-                "--stop pbt hands checkpoints from trial to trial: use it with --search random --in-process, and a "
-                "local --out"
+                "--stop pbt hands checkpoints from trial to trial: give --search random, --in-process and a local --out"
             )
         if at_once:
-            raise UserError("--stop pbt trains all trials in turns, as many at once as fit: leave --at-once out")
+            raise UserError("--stop pbt trains all trials in turns: leave --at-once out")
         for knob in search.knobs:
             if not knob.path.startswith(MOVABLE) or knob.path == WINDOW:
-                raise UserError(f"--stop pbt changes a run on its way, and {knob.name} cannot change: use --only")
+                raise UserError(
+                    f"--stop pbt changes knobs on the way, and {knob.name} cannot change: choose others by --only"
+                )
     if isinstance(config.schedule, FastFaceHaar) and config.schedule.m and any(k.path == WINDOW for k in search.knobs):
-        raise UserError("schedule.m says how long the window is, so that window changes nothing: leave one of them out")
+        raise UserError("schedule.m sets the window's length, so the knob window has no effect: leave one of them out")
     plan = checked_plan(config, search.workers)
     knobs = at_steps(search.knobs, total_steps(config, plan.steps_per_epoch))
     if config.verify.pairs:
         resolved = [f"tar_at_far_{far_name(far)}" for far in resolved_fars(read_pairs(config.verify.pairs).same)]
         for name in search.objectives:
             if name.startswith("tar_at_far_") and name not in resolved:
-                raise UserError(f"no objective {name}: {config.verify.pairs} has pairs for {', '.join(resolved)}")
+                raise UserError(f"no objective {name}: {config.verify.pairs} has pairs for {', '.join(resolved)} only")
     points = math.prod(len(grid(knob.domain)) for knob in knobs)
     if search.search == "grid" and points != search.trials:
-        raise UserError(f"the grid has {points} points: use --trials {points}, or fewer knobs by --only")
+        raise UserError(f"the grid has {points} points: use --trials {points}, or choose fewer knobs by --only")
     for end in check_knobs(config, knobs):
         fitting_plan(end, plan.dataset, search.workers)
     return replace(search, config=config, knobs=knobs), plan.steps_per_epoch
 
 
 @contextmanager
-def ended_early(minutes: float | None) -> Iterator[list[int]]:
-    """Has Tune end in the block by the signal that it listens to once it runs: after a time, at Ctrl-C, at SIGTERM.
+def end_tune_early(minutes: float | None) -> Iterator[list[int]]:
+    """End Ray Tune in the block after a time, at Ctrl-C or at SIGTERM.
 
-    Its trials save nothing more then, and it returns what it has. A second Ctrl-C or SIGTERM ends it at once.
+    Once it runs, Tune ends by SIGUSR1: its trials save nothing more, and it returns what it has. A second Ctrl-C or
+    SIGTERM ends the process at once.
 
     Yields:
-        The Ctrl-C or SIGTERM that came.
+        A list of the signals that came: Ctrl-C or SIGTERM.
     """
     came, asked, over = list[int](), threading.Event(), threading.Event()
 
@@ -245,49 +263,58 @@ def ended_early(minutes: float | None) -> Iterator[list[int]]:
         over.set()
         asked.set()
         timer.join()
-        if threading.current_thread() is threading.main_thread():  # elsewhere Tune did not listen either
+        if threading.current_thread() is threading.main_thread():  # Tune listens only there
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
-def claim(search: Search, out: AnyPath, resume: bool, at_once: int, told: bool = False) -> int:
-    """Makes the folder this search's, with its number of trials at once, which Tune keeps when it goes on.
+def claim_folder(search: Search, out: AnyPath, resume: bool, at_once: int, asked: bool = False) -> int:
+    """Take a folder for a new search, or check that it holds the search to resume.
+
+    The folder keeps the number of trials at once, since Ray Tune cannot change it when a search continues.
 
     Args:
-        at_once: that fit, or fewer where the user ``told`` so.
+        at_once: trials that fit at once, or the number that the user asked for.
+        asked: whether the user asked for this number.
 
     Returns:
-        That number.
+        The number of trials at once.
 
     Raises:
-        UserError: it holds one already, or another one than is to go on, or one that does not fit this machine or is
-            another user's, or it cannot be written.
+        UserError: the folder holds a search already or cannot be written. To resume: it holds no search, another one,
+            one of another user, or one that needs a larger machine.
     """
     path, facts = out / "search.json", search.facts()
     if resume:
         if not path.is_file():
             raise UserError(f"--resume: {out} holds no search: leave --resume out")
-        if isinstance(path, Path) and path.stat().st_uid != os.getuid():  # Tune's own files there are pickles
-            raise UserError(f"{out} is another user's: going on with a search runs what its files say")
+        if isinstance(path, Path) and path.stat().st_uid != os.getuid():  # Tune reads pickles from the folder
+            raise UserError(
+                f"{out} is another user's: its files can run code when a search continues; start a search of your own"
+            )
         then = json.loads(path.read_text())
         different = [name for name in facts if facts[name] != then.get(name)]
         if different:
             raise UserError(f"{out} holds another search ({', '.join(different)} differ): use another folder")
-        if then["at_once"] > at_once or (told and then["at_once"] != at_once):
-            why = "--at-once" if told else "here fit"
-            raise UserError(f"{out} runs {then['at_once']} trials at once, {why} {at_once}: use another folder")
-        for mistake in find_paths(out / "trials", f"*/{MISTAKE}"):  # which may be mended
+        if then["at_once"] > at_once or (asked and then["at_once"] != at_once):
+            why = f"--at-once {at_once} asks for another number" if asked else f"only {at_once} fit here"
+            raise UserError(f"{out} runs {then['at_once']} trials at once, {why}: use another folder")
+        for mistake in find_paths(out / "trials", f"*/{MISTAKE}"):  # the user may have mended them
             mistake.unlink()
         return int(then["at_once"])
     if path.is_file():
-        raise UserError(f"{out} holds a search: --resume goes on with it, or use another folder")
+        raise UserError(f"{out} holds a search: --resume continues it; or use another folder")
     with explain_disk_errors(out):
         (out / "trials").mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(facts | {"at_once": at_once}, indent=1) + "\n")
     return at_once
 
 
-def tracked(search: Search, rung: int, parent: Comparison | None) -> Config:
-    """The trials' config: they save and verify where the scheduler looks, and stand under the parent in MLflow."""
+def trial_config(search: Search, rung: int, parent: Comparison | None) -> Config:
+    """Return the config of all trials, before their values.
+
+    Trials save and verify every ``rung`` steps, when the scheduler compares them. In MLflow they are children of
+    ``parent``.
+    """
     changes: dict[str, object] = {"save_every": rung, "log_every": min(rung, search.config.train.log_every)}
     if search.stop != "none":
         changes["verify_every"] = rung
@@ -307,14 +334,14 @@ def make_tuner(
     rung: int,
     resume: bool,
 ) -> "Tuner":
-    """Ray Tune's view of the search; a resumed one knows its own searcher and callbacks."""
+    """Return Ray Tune's Tuner for a search; Tune restores the searcher and callbacks of a resumed one."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ended_early listens
-    if isinstance(out, Path):  # a trial that no saved state knows is begun anew; to a URL all goes up each time
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # end_tune_early listens
+    if isinstance(out, Path):  # Tune restarts trials it has not saved; at a URL, saving this often costs too much
         os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     from ray import tune as ray_tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback stands in its folder
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial leaves its traceback in its folder
     trainable = ray_tune.with_resources(trainable, {name: n for name, n in held.items() if n})
     space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
     if resume and find_paths(out / "ray", "experiment_state-*.json"):
@@ -323,11 +350,11 @@ def make_tuner(
             trainable,
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             resume_unfinished=True,
-            resume_errored=True,  # a machine that went: the run goes on from its newest checkpoint
+            resume_errored=True,  # after a machine is lost, a trial continues from its newest checkpoint
             param_space=space,
         )
-    remove_folder(out / "ray")  # of a search that ended before Tune first saved its state
-    several, judge = len(search.objectives) > 1, scheduler(search, space, rung)
+    remove_folder(out / "ray")  # an earlier search may have ended before Tune saved its state
+    several, trial_scheduler = len(search.objectives) > 1, scheduler(search, space, rung)
     return ray_tune.Tuner(
         trainable,
         param_space=space,
@@ -335,9 +362,9 @@ def make_tuner(
             metric=None if several else search.objective,
             mode=None if several else mode(search.objective),
             search_alg=searcher(search, at_once),
-            scheduler=judge,
+            scheduler=trial_scheduler,
             num_samples=1 if search.search == "grid" else search.trials,
-            max_concurrent_trials=at_once if search.search == "tpe" else None,  # the others limit themselves
+            max_concurrent_trials=at_once if search.search == "tpe" else None,  # the other searchers limit themselves
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -347,13 +374,14 @@ def make_tuner(
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=ray_tune.FailureConfig(max_failures=LIVES - 1),
             verbose=0,
-            callbacks=[ended_trials(search, judge)],
-            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),  # a donor's must outlive its copying
+            callbacks=[trial_callback(search, trial_scheduler)],
+            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),  # a donor's checkpoint must outlive its copying
         ),
     )
 
 
 def searcher(search: Search, at_once: int) -> "Searcher | SearchAlgorithm":
+    """Return Ray Tune's search algorithm: Optuna's TPE, or its own for random and grid search."""
     if search.search == "tpe":
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -366,12 +394,15 @@ def searcher(search: Search, at_once: int) -> "Searcher | SearchAlgorithm":
         return OptunaSearch(seed=search.seed)
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    at_once = 0 if search.stop == "pbt" else at_once  # 0: no limit; a population is there as a whole
+    at_once = 0 if search.stop == "pbt" else at_once  # 0: no limit, since a population is created as a whole
     return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
 
 
 def scheduler(search: Search, space: dict[str, Any], rung: int) -> "TrialScheduler | None":
-    """Time is a run's steps, which a resumed trial goes on counting."""
+    """Return the scheduler that stops trials, or None.
+
+    It measures time in a run's steps, which a resumed trial goes on counting.
+    """
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
     match search.stop:
@@ -381,30 +412,35 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> "TrialSchedul
         case "median":
             return MedianStoppingRule("step", grace_period=rung, min_samples_required=3)
         case "pbt":
-            random.seed(search.seed)  # what it draws from, and its domains
+            random.seed(search.seed)  # the scheduler and its domains draw from global generators
             np.random.seed(search.seed)
             return population()(
                 "step",
                 perturbation_interval=2 * rung,
                 hyperparam_mutations=space,
-                custom_explore_fn=partial(bounded, search.knobs),  # a mutation may leave the domain
-                synch=True,  # else the first trial to end has nobody to learn from
+                custom_explore_fn=partial(clip_to_domains, search.knobs),  # a mutation may leave its domain
+                synch=True,  # else the first trial to end has none to learn from
             )
     return None
 
 
 def population() -> "type[PopulationBasedTraining]":
-    """Tune's population based training, which would wait for ever for a trial that failed, and for one that a resumed
-    search has not heard of.
+    """Return Ray Tune's population-based training with two mends.
+
+    Tune's own waits for ever for a trial that failed, and for a trial of which a resumed search has no report.
     """
     from ray.tune.experiment import Trial as TuneTrial
     from ray.tune.schedulers import PopulationBasedTraining
 
     class Population(PopulationBasedTraining):
+        """Population-based training that waits for no trial that will not report."""
+
         def on_trial_error(self, tune_controller: "TuneController", trial: TuneTrial) -> None:
+            """Count a failed trial as trained to the end, so that none waits for it."""
             self._trial_state[trial].last_train_time = sys.maxsize
 
         def choose_trial_to_run(self, tune_controller: "TuneController") -> TuneTrial | None:
+            """Return the next trial; if all wait and none runs, let the next round begin."""
             chosen = super().choose_trial_to_run(tune_controller)
             waiting = [trial for trial in tune_controller.get_trials() if trial.status == TuneTrial.PAUSED]
             running = any(trial.status == TuneTrial.RUNNING for trial in tune_controller.get_trials())
@@ -417,8 +453,8 @@ def population() -> "type[PopulationBasedTraining]":
     return Population
 
 
-def bounded(knobs: Sequence[Knob], values: dict[str, float]) -> dict[str, float]:
-    """The values, those beyond an end of their domain put on it, those beside a choice on the nearest one."""
+def clip_to_domains(knobs: Sequence[Knob], values: dict[str, float]) -> dict[str, float]:
+    """Return the values clipped to their knobs' domains; of a choice, the nearest member."""
 
     def inside(domain: Domain, value: float) -> float:
         if isinstance(domain, Choice):
@@ -428,27 +464,34 @@ def bounded(knobs: Sequence[Knob], values: dict[str, float]) -> dict[str, float]
     return values | {knob.name: inside(knob.domain, values[knob.name]) for knob in knobs}
 
 
-def ended_trials(search: Search, judge: "TrialScheduler | None") -> "Callback":
-    """A line for each trial that ends; and, for a search that goes on, what ASHA compares trials with: Tune keeps the
-    states of searchers and callbacks, and none of schedulers.
+def trial_callback(search: Search, trial_scheduler: "TrialScheduler | None") -> "Callback":
+    """Return a callback that logs the end of each trial and keeps ASHA's state for a resumed search.
+
+    Tune saves the state of searchers and callbacks, but not of schedulers.
     """
     from ray.tune import Callback
     from ray.tune.schedulers import ASHAScheduler
 
-    class Ended(Callback):
+    class TrialEnds(Callback):
+        """Logs trials that end, and saves ASHA's brackets."""
+
         def __init__(self) -> None:
-            self.judge = judge  # an attribute: the same object as the search's also once both were pickled
+            # An attribute, so that pickling the search keeps this the very scheduler that the search has.
+            self.scheduler = trial_scheduler
 
         def get_state(self) -> dict[str, object] | None:
-            return {"brackets": self.judge._brackets} if isinstance(self.judge, ASHAScheduler) else None
+            """Return ASHA's brackets, which hold the figures of all trials at each rung."""
+            return {"brackets": self.scheduler._brackets} if isinstance(self.scheduler, ASHAScheduler) else None
 
         def set_state(self, state: dict[str, Any]) -> None:
-            assert isinstance(self.judge, ASHAScheduler)
-            self.judge._brackets = state["brackets"]
+            """Restore ASHA's brackets."""
+            assert isinstance(self.scheduler, ASHAScheduler)
+            self.scheduler._brackets = state["brackets"]
 
         def on_trial_complete(
             self, iteration: int, trials: list["TuneTrial"], trial: "TuneTrial", **info: object
         ) -> None:
+            """Log a trial that finished or was stopped, with its objectives."""
             figures = trial.last_result or {}
             scores = {name: figures[name] for name in search.objectives if name in figures}
             done = sum(other is trial or other.is_finished() for other in trials)
@@ -456,6 +499,7 @@ def ended_trials(search: Search, judge: "TrialScheduler | None") -> "Callback":
             log.info("trial ended", extra={"facts": facts | scores})
 
         def on_trial_error(self, iteration: int, trials: list["TuneTrial"], trial: "TuneTrial", **info: object) -> None:
+            """Log a trial that failed."""
             log.warning("trial failed", extra={"facts": {"trial": trial.trial_id}})
 
-    return Ended()
+    return TrialEnds()

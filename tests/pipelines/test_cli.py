@@ -65,7 +65,7 @@ def test_figures_have_enough_digits(value, text):
 
 def test_a_used_folder_is_kept_unless_told_otherwise(trained, dataset):
     again = ["train", "debug_bigface", f"data.path={dataset}", "--in-process", "--out", trained]
-    with pytest.raises(UserError, match="--resume goes on with it"):
+    with pytest.raises(UserError, match="--resume continues it"):
         bigface(*again)
     before = json.loads((trained / "run.json").read_text())
     bigface(*again, "--resume")
@@ -212,7 +212,7 @@ def test_output_folders_are_guarded(photos, tmp_path):
     ("overrides", "message"),
     [
         (["train.global_batch=4096"], "lower train.global_batch"),
-        (["--workers", "2", "--in-process"], "leave --workers out"),
+        (["--workers", "2", "--in-process"], "leave out --workers"),
         (["--workers", "3"], "3 workers do not divide the run's 32 lanes; use 2 or 4"),
         (["--workers", "2", "train.global_batch=34", "train.accumulate=2"], "not a multiple of 2 workers"),
         (["data.path="], "data.path is not set"),

@@ -46,8 +46,14 @@ def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch)
     first = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert [(row["setting"], row["epochs"]) for row in first] == [("full", "2"), ("cosine", "1"), ("fastface", "1")]
     assert json.loads((tmp_path / "r.json").read_text())["figures"] == {"runs": 3, "wanted": 3}
-    compared(given, tmp_path, "--seeds", 1)
+    output = compared(given, tmp_path, "--seeds", 1)
     assert list(csv.DictReader((tmp_path / "r.csv").open())) == first
+    assert "3 of 3 runs are finished" in output
+    assert output.count("accuracy %") == 1
+    assert "| --- |" not in output
+    output = compared(given, tmp_path, "--seeds", 1, "--markdown")
+    assert output.count("accuracy %") == 1
+    assert "| --- |" in output
     with pytest.raises(UserError, match="full, seed 0 was run as"):
         compared([*given, "optim.lr=0.01"], tmp_path, "--seeds", 1)
 
@@ -95,16 +101,16 @@ def test_named_settings():
     assert named_settings(given) == expected
     for wrong, message in (
         ([], "nothing to compare"),
-        (["optim.lr=0.1"], "write NAME"),
-        ([": optim.lr=0.1"], "write NAME"),
-        (["a: seed=1", "a: seed=2"], "a is there twice"),
+        (["optim.lr=0.1"], "write 'NAME"),
+        ([": optim.lr=0.1"], "write 'NAME"),
+        (["a: seed=1", "a: seed=2"], "a is given twice"),
     ):
         with pytest.raises(UserError, match=message):
             named_settings(wrong)
 
 
 def test_mistakes(given, tmp_path):
-    with pytest.raises(UserError, match="nothing to compare by"):
+    with pytest.raises(UserError, match="no pairs to compare runs by"):
         compared(given[:4], tmp_path)
     (tmp_path / "r.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="not a results file"):

@@ -6,6 +6,7 @@ import pytest
 from fr_core.data.store import refuse_job_folder, to_path
 from fr_core.errors import UserError
 from pipelines.logs import IN_JOB, log_event, start_logging
+from pipelines.train import progress_facts, progress_text
 from tests.helpers.commands import bigface
 
 
@@ -21,6 +22,22 @@ def test_lines_for_people(capsys):
     log_event({"step": 20, "loss": 4.89061, "accuracy": 0.75}, "runs/a/checkpoints/step_20")
     (line,) = capsys.readouterr().err.splitlines()
     assert line[8:] == " checkpoint saved  step 20  loss 4.891  accuracy 0.75  checkpoint runs/a/checkpoints/step_20"
+
+
+def test_numbers_of_lines_are_short_and_none_is_rounded_to_nothing(capsys):
+    start_logging(run="a")
+    facts = {"lr": 5e-7, "img/s": 12345.6, "loss": float("inf"), "step": 123456}
+    logging.getLogger("bigface").info("progress", extra={"facts": facts})
+    assert capsys.readouterr().err.strip().endswith("progress  lr 5e-07  img/s 12346  loss inf  step 123456")
+
+
+def test_progress_leaves_out_a_rate_that_is_not_known_yet():
+    first = {"step": 1, "loss": 9.70641, "lr": 5e-7}
+    assert progress_text(first) == "loss 9.706  lr 5e-07"
+    assert progress_text(first | {"images_per_second": 779.5}) == "loss 9.706  lr 5e-07  780 img/s"
+    assert progress_text(first | {"images_per_second": 0.4}) == "loss 9.706  lr 5e-07  0.4 img/s"
+    assert progress_facts(first, 8) == {"step": 1, "of": 8, "loss": 9.70641, "lr": 5e-7}
+    assert progress_facts(first | {"images_per_second": 80.0}, 8)["img/s"] == 80
 
 
 @pytest.mark.parametrize(("name", "value"), [("BIGFACE_LOG", "json"), (IN_JOB, "{}")])
@@ -47,7 +64,7 @@ def test_objects_for_programs(monkeypatch, capsys, name, value):
 
 def test_no_third_style(monkeypatch):
     monkeypatch.setenv("BIGFACE_LOG", "xml")
-    with pytest.raises(UserError, match="BIGFACE_LOG=xml: json or text"):
+    with pytest.raises(UserError, match="BIGFACE_LOG=xml: use json or text"):
         start_logging()
 
 

@@ -183,10 +183,10 @@ def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
 def test_a_drained_node_is_told_once_and_the_end_goes_before(tmp_path, monkeypatch):
     going = iter([None, *(PreemptionInfo(None, {key: [0] for key in nodes}) for nodes in ("a", "a", "ab", "abc"))])
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(going))
-    other = on_ray.notices(tmp_path, 1, 2)
+    other = on_ray.notice_watcher(tmp_path, 1, 2)
     assert [other() for _ in range(4)] == [Notice.NONE, Notice.SAVE, Notice.NONE, Notice.SAVE]
     (tmp_path / on_ray.STOP_REQUEST).touch()
-    assert on_ray.notices(tmp_path, 0, 2)() is Notice.STOP
+    assert on_ray.notice_watcher(tmp_path, 0, 2)() is Notice.STOP
 
 
 def test_a_range_of_workers_must_fit_as_a_whole(dataset, tmp_path):

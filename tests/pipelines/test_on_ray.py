@@ -31,7 +31,13 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.train.metrics import read_metrics
 from pipelines import on_ray
 from pipelines.datasets.ingest import ingest
-from pipelines.on_ray import capacity, cluster_machines, one_a_node, train_on_ray, worker_cpus
+from pipelines.on_ray import (
+    capacity,
+    cluster_machines,
+    cpus_for_one_worker_per_node,
+    train_on_ray,
+    worker_cpus,
+)
 from pipelines.train import train
 from tests.helpers.datasets import flip_a_bit, write_dataset
 
@@ -55,7 +61,7 @@ def test_a_cluster_that_grows_counts_the_machines_that_may_come(tmp_path, monkey
     machines = cluster_machines()
     assert capacity(machines) == (8 * 48, 8 * 4)
     assert worker_cpus(machines, 32) == 1
-    assert one_a_node(machines) == 24.5
+    assert cpus_for_one_worker_per_node(machines) == 24.5
 
 
 @pytest.mark.soak
@@ -122,7 +128,7 @@ def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "start_ray", lambda: None)
     monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 8.0, "GPU": 1.0}])
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
-    with pytest.raises(UserError, match="2 workers for 1 GPUs; use --workers 1"):
+    with pytest.raises(UserError, match="2 workers for 1 GPUs: use --workers 1"):
         train_on_ray(config, tmp_path / "run", 2)
 
 
@@ -130,7 +136,7 @@ def without_a_cluster(monkeypatch, fit):
     """Ray Train's ``fit`` is the function given, and a worker that it calls is alone, in this process."""
     monkeypatch.setattr(on_ray, "start_ray", lambda: None)
     monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 2.0}])
-    monkeypatch.setattr(on_ray, "threads_of_each", lambda *_: 1)
+    monkeypatch.setattr(on_ray, "worker_threads", lambda *_: 1)
     monkeypatch.setattr(stream, "blocks_by_ray", blocks_in_process)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)

@@ -4,7 +4,7 @@ import pytest
 
 from fr_core.config.recipes import load_config
 from fr_core.errors import UserError
-from pipelines.experiments.plan import plan
+from pipelines.experiments.plan import batch_text, duration, plan
 from tests.helpers.commands import bigface
 
 R50 = ["train.global_batch=384"]
@@ -62,6 +62,49 @@ def test_ghost_batches_are_kept_whole():
 def test_a_batch_that_the_cards_cannot_share():
     with pytest.raises(UserError, match="not a multiple"):
         plan(load_config("bigface_r50", R50), 1000, 7, 24)
+
+
+@pytest.mark.parametrize("recipe", ["attfc", "dcq", "f2c", "virtual_fc"])
+def test_methods_with_class_images_are_planned_as_bigface_is(recipe):
+    config = load_config(f"debug_{recipe}")
+    table, _, figures = plan(config, 1000, 2, 24)
+    names = [row[0] for row in table]
+    assert names[0] == "part"
+    assert f"{config.method.centres(1000, config.train.global_batch):,} class centres" in names
+    assert ("encoder" in names) == (recipe != "virtual_fc")
+    pixels, images = 3 * config.net.input_size**2, config.train.global_batch // 2
+    count, encoded = config.method.facts.class_images, int(images * config.method.facts.encoded)
+    assert figures["class_images_gib"] == pytest.approx(pixels * (count * images + 4 * encoded) / 2**30)
+    kept = [figures[f"{name}_gib"] for name in ("backbone", "backbone_optimizer", "activations", "class_images")]
+    assert figures["total_gib"] > sum(kept)
+    assert f"{images} images on each card, with {count} class image" in batch_text(config, 2)
+
+
+def test_hours_are_told_where_the_user_has_measured_a_rate():
+    config = load_config("bigface_r50", ["train.global_batch=100", "train.epochs=3"])
+    line, figures = duration(config, 360_050, 100)
+    assert figures == {"steps": 3 * 3600, "hours": 3}
+    assert "10,800 steps, about 3.0 hours at 100 images/s" in line
+    assert "about 6 minutes" in duration(config, 360_050, 3000)[0]
+    line, figures = duration(config, 360_050, None)
+    assert figures == {"steps": 10_800}
+    assert "give --images-per-second" in line
+    assert duration(config, None, 100)[1] == {}
+    with pytest.raises(UserError, match="99 images are fewer than a batch of 100"):
+        duration(config, 99, None)
+
+
+def test_identities_are_those_of_the_data(dataset, tmp_path):
+    data = ["debug_bigface", f"data.path={dataset}", "train.max_steps=10"]
+    output = bigface("plan", *data, "--workers", 2, "--images-per-second", 50, "--json", tmp_path / "p.json")
+    found = json.loads((tmp_path / "p.json").read_text())["figures"]
+    assert (found["identities"], found["cards"], found["steps"]) == (40, 2, 10)
+    assert (found["global_batch"], found["images_per_card"]) == (32, 16)
+    assert found["hours"] == pytest.approx(10 * 32 / 50 / 3600)
+    assert "debug_bigface: 40 identities, 2 × 24 GiB" in output
+    assert "figure" not in output  # the table stands once
+    with pytest.raises(UserError, match="give --identities N, or data.path=SHARDS"):
+        bigface("plan", "debug_bigface")
 
 
 def test_the_command(tmp_path):

@@ -66,5 +66,5 @@ def test_the_plan_shows_the_one_mode_there_is(teacher):
     assert "No teacher" not in advice
     assert found["teacher_gib"] > 0
     advice = plan(load_config("debug_quantface"), 1000, 1, 24)[1]
-    assert "No teacher is counted: method.teacher names one." in advice
+    assert "No teacher is counted: give method.teacher=REF." in advice
     assert "cards" in plan(load_config("debug_quantface"), 1000, 1, 0.7)[1]

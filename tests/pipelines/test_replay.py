@@ -31,7 +31,9 @@ def test_a_log_of_single_steps(tmp_path):
 def test_a_replay_leaves_no_file_unasked(tmp_path, monkeypatch):
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{step},2.0\n" for step in range(1, 101)))
     monkeypatch.chdir(tmp_path)
-    assert "100 steps" in bigface("replay", "log.csv")
+    output = bigface("replay", "log.csv")
+    assert "100 steps" in output
+    assert "figure" not in output  # one table
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
@@ -46,7 +48,9 @@ def test_a_replay_leaves_no_file_unasked(tmp_path, monkeypatch):
         ("step,loss\n1,2\n1,2\n", [], "steps must rise"),
         ("step,loss\n1,x\n", [], "not readable"),
         ("step,loss\n1\n", [], "not readable"),
-        ("step,loss\n9,2\n", [], "patience"),
+        ("step,loss\n9,2\n", [], "--set patience=0.05 of 9 steps"),
+        ("step,loss\n9,2\n", ["--form", "haar", "--set", "window=0.01"], "--set window=0.01 of 9 steps"),
+        ("step,loss\n99,2\n", ["--set", "alpha=2"], "--set alpha=2: Input should be less than 1"),
         ("step,loss\n99,2\n", ["--form", "wave"], "recurrence, haar"),
         ("step,loss\n99,2\n", ["--set", "m=4000"], "recurrence has alpha"),
         ("step,loss\n99,2\n", ["--set", "alpha"], "not of the form"),

@@ -33,9 +33,9 @@ from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.train.outbox import UNDELIVERED
 from fr_core.verify.pairs import write_pairs
 from pipelines.experiments import tune
-from pipelines.experiments.search import Search, Trial, best, settle, winner_recipe, write_results
-from pipelines.experiments.trial import MISTAKE, judged, run_trial, turn
-from pipelines.experiments.tune import DRIVER, bounded, claim, ended_early, share
+from pipelines.experiments.search import Search, Trial, best, deliver_trials, winner_recipe, write_results
+from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
+from pipelines.experiments.tune import DRIVER, claim_folder, clip_to_domains, end_tune_early, share_cluster
 from pipelines.on_ray import start_ray
 from pipelines.train import train
 from tests.helpers.commands import bigface
@@ -56,7 +56,7 @@ def trial(name, state="finished", lr=0.1, **figures):
 
 
 def checked(search, out="search"):
-    return tune.checked(search, to_path(out))
+    return tune.check_search(search, to_path(out))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
@@ -65,7 +65,7 @@ def test_trials_that_run_at_once_leave_cpus_to_ray_data(workers):
     for cpus in (1, 2, 3, 4, 7, 8, 16, 33, 128):
         for gpus in (0, 1, 2, 8):
             try:
-                shared = share(cpus, gpus, workers, in_process=False)
+                shared = share_cluster(cpus, gpus, workers, in_process=False)
             except UserError:
                 assert workers * 0.25 + DRIVER > cpus / 2 or 0 < gpus < workers
                 continue
@@ -77,15 +77,15 @@ def test_trials_that_run_at_once_leave_cpus_to_ray_data(workers):
 
 
 def test_trials_in_one_process_have_a_cpu_each():
-    assert share(4, 0, 1, in_process=True).at_once == 4
-    assert share(4, 2, 1, in_process=True).at_once == 2
+    assert share_cluster(4, 0, 1, in_process=True).at_once == 4
+    assert share_cluster(4, 2, 1, in_process=True).at_once == 2
     with pytest.raises(UserError, match="--at-once 5: 4 trials fit"):
-        share(4, 0, 1, True, most=5)
+        share_cluster(4, 0, 1, True, most=5)
 
 
 def test_searches_that_cannot_be(dataset):
     for more, message in (
-        ({"objective": "accuracy"}, "needs verify.images"),
+        ({"objective": "accuracy"}, "give verify.images"),
         ({"stop": "asha"}, "use --stop none"),
         ({"search": "grid"}, "the grid has 9 points"),
         ({"search": "best"}, "use one of tpe, random, grid"),
@@ -100,36 +100,36 @@ def test_searches_that_cannot_be(dataset):
         checked(replace(moving, config=config))
     moving = replace(moving, config=config, knobs=joined("bigface", "lr"))
     with pytest.raises(UserError, match="leave --at-once out"):
-        tune.checked(moving, to_path("search"), at_once=1)
+        tune.check_search(moving, to_path("search"), at_once=1)
     haar = load_config("debug_bigface", [f"data.path={dataset}", *pairs, "schedule={kind='fastface_haar',m=20}"])
     with pytest.raises(UserError, match="window cannot change"):
         checked(replace(moving, config=haar, knobs=joined("haar", "window")))
-    with pytest.raises(UserError, match=r"schedule\.m says how long"):
+    with pytest.raises(UserError, match=r"schedule\.m sets the window"):
         checked(search(dataset, config=haar, knobs=joined("haar", "window")))
     with pytest.raises(UserError, match="a local --out"):
         checked(replace(moving, config=config), "s3://bucket/search")
 
 
 def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
-    assert claim(search(dataset), tmp_path, resume=False, at_once=2) == 2
+    assert claim_folder(search(dataset), tmp_path, resume=False, at_once=2) == 2
     mistake = tmp_path / "trials/a" / MISTAKE
     mistake.parent.mkdir()
     mistake.write_text("a folder that is there by now")
-    assert claim(search(dataset), tmp_path, resume=True, at_once=3) == 2
+    assert claim_folder(search(dataset), tmp_path, resume=True, at_once=3) == 2
     assert not mistake.exists()
-    with pytest.raises(UserError, match="runs 2 trials at once, here fit 1"):
-        claim(search(dataset), tmp_path, resume=True, at_once=1)
+    with pytest.raises(UserError, match="runs 2 trials at once, only 1 fit here"):
+        claim_folder(search(dataset), tmp_path, resume=True, at_once=1)
     with pytest.raises(UserError, match="runs 2 trials at once, --at-once 3"):
-        claim(search(dataset), tmp_path, resume=True, at_once=3, told=True)
-    with pytest.raises(UserError, match="--resume goes on"):
-        claim(search(dataset), tmp_path, resume=False, at_once=2)
+        claim_folder(search(dataset), tmp_path, resume=True, at_once=3, asked=True)
+    with pytest.raises(UserError, match="--resume continues"):
+        claim_folder(search(dataset), tmp_path, resume=False, at_once=2)
     with pytest.raises(UserError, match="seed differ"):
-        claim(search(dataset, seed=1), tmp_path, resume=True, at_once=2)
+        claim_folder(search(dataset, seed=1), tmp_path, resume=True, at_once=2)
     with pytest.raises(UserError, match="holds no search"):
-        claim(search(dataset), tmp_path / "other", resume=True, at_once=2)
+        claim_folder(search(dataset), tmp_path / "other", resume=True, at_once=2)
     monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "search.json").stat().st_uid + 1)
     with pytest.raises(UserError, match="another user's"):
-        claim(search(dataset), tmp_path, resume=True, at_once=2)
+        claim_folder(search(dataset), tmp_path, resume=True, at_once=2)
 
 
 def test_every_end_of_a_domain_is_a_run_that_can_be(grouped, dataset):
@@ -171,21 +171,21 @@ def test_a_search_that_goes_on_judges_by_what_it_saw(dataset, tmp_path):
 
 def test_schedulers_hear_of_figures_alone():
     launch = {"judged": True, "objectives": ["accuracy"]}
-    assert judged({"step": 4, "accuracy": 0.5}, launch, 8)
-    assert not judged({"step": 4}, launch, 8)  # a checkpoint for a drained node
-    assert not judged({"step": 8, "accuracy": 0.5}, launch, 8)
-    assert not judged({"step": 4, "accuracy": 0.5}, launch | {"judged": False}, 8)
+    assert goes_to_scheduler({"step": 4, "accuracy": 0.5}, launch, 8)
+    assert not goes_to_scheduler({"step": 4}, launch, 8)  # a checkpoint for a drained node
+    assert not goes_to_scheduler({"step": 8, "accuracy": 0.5}, launch, 8)
+    assert not goes_to_scheduler({"step": 4, "accuracy": 0.5}, launch | {"judged": False}, 8)
 
 
 def test_mutations_stay_in_their_domains():
     knobs = joined("bigface+attfc", "mask_ratio,lr,encoder_momentum")
     given = {"mask_ratio": 0.72, "lr": 0.004, "encoder_momentum": 0.985}
-    assert bounded(knobs, given) == {"mask_ratio": 0.6, "lr": 0.005, "encoder_momentum": 0.99}
+    assert clip_to_domains(knobs, given) == {"mask_ratio": 0.6, "lr": 0.005, "encoder_momentum": 0.99}
 
 
 def test_time_is_over_only_when_tune_listens():
     heard = threading.Event()
-    with ended_early(0) as came:
+    with end_tune_early(0) as came:
         signal.signal(signal.SIGUSR1, lambda *_: heard.set())
         assert heard.wait(10)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
@@ -200,7 +200,7 @@ def ended_at_once(*_):
 def test_a_search_that_is_asked_ends_as_when_time_is_over(number):
     heard = threading.Event()
     before = signal.signal(number, ended_at_once)
-    with ended_early(None) as came:
+    with end_tune_early(None) as came:
         ours = signal.getsignal(number)
         os.kill(os.getpid(), number)
         signal.signal(signal.SIGUSR1, lambda *_: heard.set())
@@ -354,7 +354,7 @@ def test_what_trials_could_not_tell_mlflow_is_delivered_at_the_end(small, tmp_pa
     letter = ["metrics", [["late", 7.0, 1, 2]]]
     (run / UNDELIVERED).write_text(json.dumps(letter) + "\n")
     told = config.model_copy(update={"tracking": Tracking(uri=uri)})
-    settle([Trial("one", "finished", {}, {})], told, tmp_path / "search")
+    deliver_trials([Trial("one", "finished", {}, {})], told, tmp_path / "search")
     run_id = json.loads((run / "run.json").read_text())["run_id"]
     found = MlflowClient(uri).get_run(run_id)
     assert (found.data.metrics["late"], found.info.status) == (7.0, "FINISHED")
