@@ -90,9 +90,6 @@ def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Itera
         raise
 
 
-mapped = map_rows  # until pipelines/datasets calls map_rows
-
-
 def worker_cpus(machines: Sequence[Resources], workers: int) -> float:
     """Return the CPUs that each worker reserves, so that Ray Data keeps at least half of them.
 

@@ -1,4 +1,4 @@
-"""README and the pages of ``docs/``: short, plain, linked, equal to what generates them, and true where they can be run."""
+"""README and the pages of ``docs/``: short, plain, linked, and equal to what generates them; their commands run."""
 
 import importlib.util
 import re

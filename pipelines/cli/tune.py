@@ -1,5 +1,6 @@
 """The command ``bigface tune``."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from fr_core.config.recipes import load_config
 from fr_core.data.store import to_path
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, Overrides, Recipe, any_output
-from pipelines.cli.output import console, show, show_table
+from pipelines.cli.output import command_line, show_line, show_table, write_json
 
 
 @app.command(rich_help_panel="Training")
@@ -47,6 +48,7 @@ def tune(
 ) -> None:
     """Search a recipe's knobs with Ray Tune; the best trial becomes a recipe for bigface train."""
     from pipelines.experiments.search import Search, best, table
+    from pipelines.experiments.states import STATES
     from pipelines.experiments.tune import tune as run
     from tune_spaces import joined
 
@@ -54,14 +56,15 @@ def tune(
     wanted = Search(joined(space, only), config, trials, search, stop, objective, against, seed, workers, in_process)
     found, ended = run(wanted, to_path(out), at_once, minutes, resume)
     show_table(table(wanted, found), "Pareto front" if against else "best")
-    states = ("finished", "stopped", "failed", "interrupted")
-    figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in states}
+    figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in STATES}
+    show_line(f"{len(found)} trials: " + ", ".join(f"{count:g} {state}" for state, count in figures.items() if count))
     if winners := best(wanted, found):
         figures |= {name: winners[0].figures[name] for name in wanted.objectives}
         folder = to_path(out)
-        console.print(f"best recipe: {folder / 'winner.toml'}   all: {folder / 'trials.csv'}", markup=False)
+        show_line(f"all trials: {quote(str(folder / 'trials.csv'))}")
+        show_line(f"next: {command_line('train', folder / 'winner.toml')}")
     if len(found) < trials or figures["interrupted"]:
-        console.print("some trials are missing: run the same command with --resume to continue")
-    show("tune", figures, json, trials=[vars(trial) for trial in found])
+        show_line("some trials are missing: run the same command with --resume to continue")
+    write_json("tune", figures, json, trials=[vars(trial) for trial in found])
     if ended:
         raise typer.Exit(128 + ended)

@@ -17,7 +17,7 @@ from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Recogniser, open_net
-from pipelines.on_ray import Row, capacity, cluster_machines, mapped, start_ray
+from pipelines.on_ray import Row, capacity, cluster_machines, map_rows, start_ray
 
 
 class ShardEmbedder:
@@ -134,4 +134,4 @@ def _embed_on_ray(actor: ActorArgs, shards: list[int]) -> Iterator[Row]:
     actors = min(len(shards), gpus or cpus)
     per_actor = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
     rows = [{"shard": shard} for shard in shards]
-    yield from mapped(rows, ShardEmbedder, fn_constructor_args=(*actor, 1), concurrency=(1, actors), **per_actor)
+    yield from map_rows(rows, ShardEmbedder, fn_constructor_args=(*actor, 1), concurrency=(1, actors), **per_actor)

@@ -48,7 +48,7 @@ from fr_core.data.store import (
     write_text_atomically,
 )
 from fr_core.errors import UserError
-from pipelines.on_ray import mapped, start_ray
+from pipelines.on_ray import map_rows, start_ray
 
 IMAGES_PER_SHARD = 8192
 MIN_SHARDS = 8  # small datasets are cut finer, so that all cores have work
@@ -329,7 +329,11 @@ def _write_on_ray(job: Job, numbers: list[int]) -> Iterator[dict[str, Any]]:
     start_ray()
     shared = ray.put(job)  # every task reads the one copy in the object store
     rows = [{"number": number} for number in numbers]
-    for row in mapped(rows, lambda row: {"result": json.dumps(write_one(ray.get(shared), row["number"]))}, num_cpus=1):
+
+    def write(row: dict[str, int]) -> dict[str, str]:
+        return {"result": json.dumps(write_one(ray.get(shared), row["number"]))}
+
+    for row in map_rows(rows, write, num_cpus=1):
         yield json.loads(row["result"])
 
 

@@ -16,6 +16,7 @@ from fr_core.errors import UserError
 from fr_core.train.mlflow_runs import open_mlflow
 from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
 from fr_core.verify.report import smaller_is_better
+from pipelines.experiments.states import State
 from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, StepShare, Uniform, grid, with_values
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Trial:
     """One trial of a search."""
 
     name: str
-    state: str  # finished, failed, stopped (by the scheduler), or interrupted (by the end of the search)
+    state: State  # stopped by the scheduler, or interrupted by the end of the search
     values: dict[str, float]  # by knob
     figures: dict[str, float]
     reason: str = ""  # why it failed
@@ -109,13 +110,12 @@ def read_trials(results: "ResultGrid", search: Search) -> list[Trial]:
         except FileNotFoundError:
             continue
         name, reason, metrics = Path(result.path).name, "", result.metrics or {}
+        state: State = "interrupted"
         if result.error:
             state, last = "failed", str(result.error).strip().splitlines()[-1]
             reason = last.partition("Error: ")[2] or last
         elif metrics.get("done"):
             state = "finished" if WHOLE_RUN in metrics else "stopped"
-        else:
-            state = "interrupted"
         numbers = {
             key: value
             for key, value in metrics.items()

@@ -103,7 +103,7 @@ def test_identities_are_those_of_the_data(dataset, tmp_path):
     assert found["hours"] == pytest.approx(10 * 32 / 50 / 3600)
     assert "debug_bigface: 40 identities, 2 × 24 GiB" in output
     assert "figure" not in output  # the table stands once
-    with pytest.raises(UserError, match="give --identities N, or data.path=SHARDS"):
+    with pytest.raises(UserError, match=r"give --identities N, or data\.path=SHARDS"):
         bigface("plan", "debug_bigface")
 
 
