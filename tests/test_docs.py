@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = sources([str(ROOT / name) for name in ("fr_core", "pipelines", "tune_spaces")])
+TESTS = sources([str(ROOT / "tests")])
 RUNNABLE = re.compile(r"<!-- runnable -->\n```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)?(#[\w-]+)?\)")
 # A path of this repository, as code, recipes and pages cite it.
@@ -87,7 +88,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.parametrize("kind", ["docstrings", "comments", "pages"])
 def test_sentences_are_short(kind):
-    paths = [path for path in PAGES if named(path) not in GENERATED] if kind == "pages" else CODE
+    paths = [path for path in PAGES if named(path) not in GENERATED] if kind == "pages" else [*CODE, *TESTS]
     found = counted(paths, kind)
     assert len(found) > 300
     long = [f"{s.words} words, {s.where}: {' '.join(s.text.split())}" for s in found if s.words > LIMIT]

@@ -1,5 +1,6 @@
-"""Real heads: one with token authentication and a training submitted to it from an empty folder, one that dies, and one
-that starts machines when asked.
+"""Real Ray heads.
+
+One has token authentication and gets a training from an empty folder, one dies, and one starts machines when asked.
 """
 
 import json

@@ -84,8 +84,9 @@ def kill_a_worker_after_the_first_checkpoint(out: Path, killed: list[int]) -> No
 @pytest.mark.soak
 @pytest.mark.ray
 def test_workers_distil_with_unlabelled_images(dataset, tmp_path):
-    """Two streams of Ray Data for each of two workers, the teacher on both, and at the end one of real faces: one
-    process but for batch norm.
+    """Each of two workers has two streams of Ray Data and the teacher, and at the end a stream of real faces.
+
+    They train as one process does, but for batch norm.
     """
     save_file(IResNet(10, 8, 1, 32, 32).state_dict(), tmp_path / "teacher.safetensors")
     distill = f"{{teacher='{tmp_path}/teacher.safetensors',teacher_net='iresnet10',unlabelled={{path='{dataset}'}}}}"
