@@ -22,7 +22,7 @@ RUNNABLE = re.compile(r"<!-- runnable -->\n```console\n(.*?)^```", re.MULTILINE 
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)?(#[\w-]+)?\)")
 # A path of this repository, as code, recipes and pages cite it.
 CITED = re.compile(
-    r"(?<![\w/.-])((?:docs|results|fr_core|pipelines|tune_spaces|tests)/[\w/-]+\.(?:md|py|csv|toml|yaml|png|svg))\b"
+    r"(?<![\w/.-])(?<!\]\()((?:docs|results|fr_core|pipelines|tune_spaces|tests)/[\w/-]+\.(?:md|py|csv|toml|yaml|png|svg))\b"
 )
 WRITTEN_THERE = {"fr_core/recipes/NAME.toml"}  # a placeholder
 GENERATED = {"docs/knobs.md"}  # its sentences are the attribute docstrings
