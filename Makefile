@@ -32,7 +32,7 @@ portable-%: $(VENV)/.installed  # the numeric tests, as a processor with these i
 	$(AS_$*) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(NUMERIC:%=tests/fr_core/%)
 
 docs: $(VENV)/.installed  # the site, in build/site; a broken link fails
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 generated: $(VENV)/.installed  # pages that are made from code and from results/*.csv
 	$(BIN)/python docs/tables.py
