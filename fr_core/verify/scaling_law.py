@@ -102,7 +102,7 @@ def fit_scaling_law(sizes_R: np.ndarray, errors_R: np.ndarray) -> ScalingLaw:
     """
     count = len(np.unique(sizes_R))
     if count < SIZES:
-        raise UserError(f"a power law needs runs of {SIZES} different sizes or more, here are {count}: add runs")
+        raise UserError(f"a power law needs runs of {SIZES} sizes or more: add runs to the {count} sizes here")
     size, error = (float(np.exp(np.log(values).mean())) for values in (sizes_R, errors_R))
     x_R, y_R = np.log(sizes_R / size), np.log(errors_R / error)
     theta_K, offset_p = _line(x_R, y_R), None

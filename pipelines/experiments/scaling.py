@@ -77,7 +77,9 @@ def scaling(folders: list[str], figure: str, uri: str, experiment: str, query: s
     try:
         law = fit_scaling_law(sizes, errors)
     except UserError as error:
-        first = "".join(f", {len(left_out)} left out, as {name}: {reason}" for name, reason in left_out[:1])
+        first = "".join(
+            f"; {len(left_out)} runs are left out, such as {name}: {reason}" for name, reason in left_out[:1]
+        )
         raise UserError(f"{error}{first}") from None
     return Scaling(runs, left_out, law, size or 2.0 * runs[-1].parameters)
 

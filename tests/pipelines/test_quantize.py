@@ -148,7 +148,7 @@ def test_mistakes_before_the_run(dataset, trained, tmp_path):
     with pytest.raises(UserError, match="is made of a trained net: give init"):
         bigface("train", "quantize_ekd", f"data.path={dataset}", "--in-process", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="a quantised net in training is not counted"):
+    with pytest.raises(UserError, match="the memory that trains a quantised net is not computed"):
         bigface("plan", "quantize_ekd", "--identities", 1000)
 
 

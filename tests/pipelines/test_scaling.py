@@ -117,7 +117,7 @@ def test_numbers_of_parameters(text, count):
     [
         (["--figure", "threshold"], "--figure threshold: not a share"),
         (["--figure", "accuracy_std"], "not a share"),
-        (["--figure", "mfr"], "here are 0, 4 left out, as .*run16000: no figure mfr"),
+        (["--figure", "mfr"], "to the 0 sizes here; 4 runs are left out, such as .*run16000: no figure mfr"),
         (["--filter", "tags.a = 'b'"], "--filter asks MLflow, not folders"),
         *((["--predict", text], "not a number of parameters") for text in ("", "M", "many", "-1M", "nan", "inf", "0")),
     ],

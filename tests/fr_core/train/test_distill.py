@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import fr_core.train.loop as loop
 from fr_core.config import unlabelled_batch
+from fr_core.config.nets import IResNetNet
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process, make_plan, unlabelled
@@ -15,8 +16,7 @@ from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets import iresnet
 from fr_core.nets.checkpoint_files import checkpoints
-from fr_core.nets.iresnet import IResNet
-from fr_core.nets.open import open_net
+from fr_core.nets.open import build_float_net, open_net
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches, open_teacher
 from fr_core.train.initial import initial_state
@@ -42,7 +42,8 @@ def teacher(tmp_path_factory):
 
 def saved(path, embedding):
     torch.manual_seed(0)
-    save_file(IResNet(10, 8, 1, 48, embedding).state_dict(), path)
+    net = IResNetNet(depth=10, width=8, input_size=48, embedding=embedding)
+    save_file(build_float_net(net).state_dict(), path, {"net": net.model_dump_json()})
     return f"method.distill.teacher={path}", "method.distill.teacher_net=iresnet10"
 
 
@@ -249,7 +250,7 @@ def test_mistakes(dataset, more, grouped, tmp_path):
     with pytest.raises(UserError, match=r"accumulate = 2 does not divide method\.distill\.unlabelled\.batch = 15"):
         config_of(dataset, *unlabelled_of(more, "batch=15"), "train.accumulate=2")
     with pytest.raises(
-        UserError, match=r"holds 100 images, a step takes 128: lower method\.distill\.unlabelled\.batch"
+        UserError, match=r"holds 100 images, but a step takes 128: lower method\.distill\.unlabelled\.batch"
     ):
         unlabelled(config_of(dataset, *unlabelled_of(more, "batch=128")))
     with pytest.raises(UserError, match="bigface reads flat ones"):

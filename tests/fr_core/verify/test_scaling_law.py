@@ -97,5 +97,5 @@ def test_errors_that_do_not_fall():
 
 
 def test_seeds_are_no_sizes():
-    with pytest.raises(UserError, match="3 different sizes or more, here are 2"):
+    with pytest.raises(UserError, match="3 sizes or more: add runs to the 2 sizes here"):
         fit_scaling_law(SIZES[[0, 0, 0, 1, 1]], np.array([0.3, 0.2, 0.3, 0.1, 0.1]))
