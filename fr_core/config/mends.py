@@ -5,178 +5,102 @@ word; the word itself is never accepted.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
+from fr_core.config import Config
 from fr_core.config.nets import Residual
-from fr_core.config.reference import all_knobs, knob_names
+from fr_core.config.reference import Knob, all_knobs, fields_named, held_sections, kind_of, knob_names
 from fr_core.config.sections import Section
+from fr_core.config.words import KINDS, MENDS
 
 DEPTHS = get_args(Residual.model_fields["depth"].annotation)
+PLACEHOLDERS = ("N", "…")
+OVERRIDE = r"[a-z_]+(?:\.[a-z0-9_]+)+=(?:'[^']*'|[^\s,;)]+)"
 BACKBONE = re.compile(r"(?:i?_?resnet|ir_?se|ir|r)[-_]?(\d+)", re.IGNORECASE)
-RUN_OPTION = "is an option of the command, not a field"
-
-# Words of other code for a field, and what to write instead; {value} is the value that stands behind the word.
-WORDS = (
-    ("learning_rate base_lr init_lr lr", "the learning rate is optim.lr: write optim.lr={value}"),
-    (
-        "batch_size batch bs total_batch_size train_batch_size",
-        "the batch of all workers together is train.global_batch: write train.global_batch={value}",
-    ),
-    (
-        "batch_size_per_gpu per_gpu_batch_size micro_batch_size samples_per_gpu",
-        "the batch of all workers together is train.global_batch: write workers × {value} there",
-    ),
-    (
-        "num_classes n_classes class_num num_class num_identities num_ids identities",
-        "the classes are counted from the shards: leave it out",
-    ),
-    ("num_image num_images num_samples", "the images are counted from the shards: leave it out"),
-    ("num_epoch num_epochs n_epochs epoch max_epochs", "the epochs are train.epochs: write train.epochs={value}"),
-    (
-        "steps num_steps total_steps total_step max_iter iterations",
-        "the run's length is train.epochs; to stop early write train.max_steps={value}",
-    ),
-    (
-        "warmup warmup_epoch warmup_steps",
-        "the warm-up is schedule.warmup_epochs, in epochs: write schedule.warmup_epochs=1",
-    ),
-    ("wd l2", "the weight decay is optim.weight_decay: write optim.weight_decay={value}"),
-    (
-        "embedding_size embedding_dim embed_dim emb_size feature_dim feat_dim num_features",
-        "the width of the embedding is net.embedding: write net.embedding={value}",
-    ),
-    (
-        "image_size img_size resolution crop_size",
-        "the side of the input, in pixels, is net.input_size: write net.input_size={value}",
-    ),
-    (
-        "backbone network arch architecture model",
-        "the backbone is net.kind and net.depth: write {backbone}; for weights to start from write init.backbone=RUN",
-    ),
-    (
-        "margin margin_list loss_margin",
-        "the margin is the section method.margin: write method.margin.m2=0.5 method.margin.m3=0 for ArcFace, "
-        "method.margin.m2=0 method.margin.m3=0.4 for CosFace",
-    ),
-    ("s logit_scale", "the scale of the logits is method.margin.scale: write method.margin.scale={value}"),
-    (
-        "loss criterion loss_type loss_name head head_type",
-        "the loss follows from method.kind and method.margin: write method.kind=bigface, and method.margin.m2 or m3",
-    ),
-    (
-        "num_workers data_workers dataloader_workers",
-        "bigface reads data without DataLoader workers: leave it out; for workers that train give --workers N",
-    ),
-    (
-        "workers gpus num_gpus n_gpus ngpus world_size nproc_per_node devices",
-        "the number of workers is set at launch: give --workers N",
-    ),
-    ("fp16 amp use_amp mixed_precision half", "the precision is train.precision: write train.precision=float16"),
-    ("bf16", "the precision is train.precision: write train.precision=bfloat16"),
-    ("dtype", "the precision is train.precision: write train.precision={value}"),
-    (
-        "output output_dir out out_dir save_dir work_dir workdir exp_dir log_dir ckpt_dir",
-        f"the run's folder {RUN_OPTION}: give --out DIR",
-    ),
-    ("resume resume_from", f"resuming {RUN_OPTION}: give --resume and the run's --out"),
-    (
-        "pretrained pretrained_path checkpoint ckpt weights finetune",
-        "the weights to start from are init.backbone: write init.backbone={value}",
-    ),
-    (
-        "rec rec_path root root_dir data_dir data_root dataset dataset_path train_data",
-        "the training set is data.path, a folder of shards: run bigface ingest {value} --out shards, "
-        "then write data.path=shards",
-    ),
-    (
-        "val_targets val val_set val_data eval_pairs test_pairs",
-        "the pairs are verify.pairs: write verify.pairs=FILE verify.images=DIR, or run bigface verify RUN --suite DIR",
-    ),
-    ("optimizer optimiser opt", "the optimiser is the section optim: write optim.kind=sgd, lars, adamw or muon"),
-    (
-        "scheduler lr_scheduler lr_schedule lr_policy",
-        "the schedule of the learning rate is the section schedule: write schedule.kind=cosine, or another kind",
-    ),
-    (
-        "lr_steps decay_epoch decay_epochs decay_steps",
-        "the milestones are epochs of the schedule: write \"schedule={{kind='multistep', milestones=[10, 15]}}\"",
-    ),
-    (
-        "gradient_acc grad_accum accumulation accumulation_steps gradient_accumulation_steps accumulate_grad_batches",
-        "the micro-batches of a step are train.accumulate: write train.accumulate={value}",
-    ),
-    (
-        "clip_grad grad_clip max_norm max_grad_norm gradient_clip gradient_clip_val",
-        "the largest norm of the gradient is optim.clip: write optim.clip={value}",
-    ),
-    (
-        "interclass_filtering_threshold filter_threshold",
-        "the inter-class filter is method.drop_negatives_above: write method.drop_negatives_above={value}",
-    ),
-    ("pfc partial_fc pfc_rate", "Partial FC is method.sample_rate: write method.sample_rate=0.1"),
-    (
-        "frequent print_freq log_freq log_interval",
-        "log lines come every train.log_every steps: write train.log_every={value}",
-    ),
-    (
-        "save_freq save_interval ckpt_interval",
-        "checkpoints come every train.save_every steps: write train.save_every={value}",
-    ),
-    (
-        "eval_freq eval_interval val_interval",
-        "verifications come every train.verify_every steps: write train.verify_every={value}",
-    ),
-    (
-        "gradient_checkpointing activation_checkpointing use_checkpoint checkpointing",
-        "activation checkpointing is train.recompute: write train.recompute=true",
-    ),
-    ("model_ema ema_decay", "the decay of the averaged weights is train.ema: write train.ema=0.999"),
-    (
-        "wandb use_wandb wandb_project tensorboard logger project",
-        "MLflow records the run: write tracking.experiment=NAME, or tracking.uri=ADDRESS",
-    ),
-    ("device gpu cuda", "each worker takes its card, or the CPU, by itself: leave it out"),
-    ("dali pin_memory prefetch_factor shuffle drop_last", "bigface plans the reading of data itself: leave it out"),
-    (
-        "mask mask_ratio mask_prob",
-        "synthetic masks are the section data.masks: write data.masks.ratio=0.35",
-    ),
-)
-MENDS = {word: mend for words, mend in WORDS for word in words.split()}
-
-# Words of other code for a kind, and what to write instead.
-ARCFACE = "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"
-COSFACE = "write method.kind=bigface method.margin.m2=0 method.margin.m3=0.4"
-KINDS = {
-    "arcface": f"ArcFace is a margin of bigface: {ARCFACE}",
-    "cosface": f"CosFace is a margin of bigface: {COSFACE}",
-    "amsoftmax": f"AM-Softmax is CosFace, a margin of bigface: {COSFACE}",
-    "softmax": f"the class matrix is bigface's: {COSFACE}",
-    "fc": f"the class matrix is bigface's: {COSFACE}",
-    "partial_fc": "Partial FC samples the classes of bigface: write method.kind=bigface method.sample_rate=0.1",
-    "pfc": "Partial FC samples the classes of bigface: write method.kind=bigface method.sample_rate=0.1",
-    "distill": "bigface distils from a teacher: write method.kind=bigface method.distill.teacher=REF",
-    "ekd": "EKD is a loss of quantface: write method.kind=quantface method.loss.kind=ekd",
-    "step": "the kind is multistep: write \"schedule={kind='multistep', milestones=[10, 15]}\"",
-    "steplr": "the kind is multistep: write \"schedule={kind='multistep', milestones=[10, 15]}\"",
-    "linear": "the kind is polynomial: write \"schedule={kind='polynomial', power=1}\"",
-    "adam": "the kind is adamw: write optim.kind=adamw",
-}
 # What to say of a missing field whose section cannot be given by one override.
 MISSING = {
     "net.net": "net.kind = quantised needs the float net that it quantises: to quantise a trained run use "
     "bigface quantize RUN, or give the whole section: \"net={kind='quantised', net={kind='iresnet', depth=50}}\"",
 }
+# What a value must be, by pydantic's type of the error; names in braces are of the error's context.
+BOUNDS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+}
+# What a value is not, by the start of pydantic's type of the error.
+TYPES = {
+    "float": "no number",
+    "int": "no whole number",
+    "bool": "neither true nor false",
+    "string": "no text",
+    "tuple": "no list",
+}
 
 
-def explain(mistake: Mapping[str, Any]) -> str:
+def explain(mistake: Mapping[str, Any], in_file: bool = False) -> str:
     """Return one line that says what is wrong and how to mend it.
 
     Args:
         mistake: an error as pydantic details it: type, loc, msg, input, ctx.
+        in_file: write the mend as lines of a recipe's file, not as overrides.
     """
+    text = _explain(mistake, " = " if in_file else "=")
+    return _for_file(text) if in_file else text
+
+
+def explain_kind(
+    mistake: Mapping[str, Any], recipe: Mapping[str, Any], tree: Mapping[str, Any], keys: Sequence[str]
+) -> str | None:
+    """Explain an override that chooses a kind which lacks fields of the recipe; None for any other mistake.
+
+    Args:
+        mistake: an error as pydantic details it.
+        recipe: what the recipe's file says.
+        tree: the recipe with overrides.
+        keys: keys of the overrides.
+    """
+    parts = list(_fields(mistake["loc"]))
+    if mistake["type"] == "model_attributes_type" and isinstance(mistake["input"], str):
+        section, kind = ".".join(parts), mistake["input"]
+        given, keys, what = _section_at(recipe, section), (), f"{section} is a section, not {kind!r}"
+    elif mistake["type"] == "extra_forbidden" and mistake["loc"][:-1] and not _is_set(".".join(parts), keys):
+        section = ".".join(parts[:-1])
+        given, kind = _section_at(tree, section), str(_section_at(tree, section).get("kind"))
+        what = f"{section}.kind={kind}"
+    else:
+        return None
+    new, old = (_defaults(section, name) for name in (kind, _recipe_kind(recipe, section)))
+    lacking = [f"{section}.{name}" for name in given if name not in new and name != "kind"]
+    if not new or not lacking:
+        return None
+    kept = {
+        name: value
+        for name, value in given.items()
+        if name in new and (old.get(name) == new[name] or _is_set(f"{section}.{name}", keys, inner=True))
+    }
+    whole = f"{section}={_toml({'kind': kind} | kept | _head_rate(section, kind, tree, kept))}"
+    return f'{what}: the recipe sets {" and ".join(lacking)}, which {kind} lacks: write "{whole}"'
+
+
+def read_value(text: str) -> object:
+    """Return the value of an override: TOML, or a bare word as a string."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str | int | float | list | dict) else text  # a folder may be named like a date
+
+
+def _explain(mistake: Mapping[str, Any], equals: str) -> str:
     where, value = field_name(mistake["loc"]), mistake["input"]
     match mistake["type"]:
         case "extra_forbidden":
@@ -184,11 +108,23 @@ def explain(mistake: Mapping[str, Any]) -> str:
         case "union_tag_invalid":
             kinds = mistake["ctx"]["expected_tags"].replace("'", "")
             return f"unknown kind {mistake['ctx']['tag']!r} of {where}{_kind_mend(mistake['ctx']['tag'], kinds)}"
+        case "union_tag_not_found":
+            return f"{where}.kind is missing: give {where}.kind=…"
+        case "missing" | "too_short" | "too_long" if isinstance(value, list | tuple):
+            name = re.sub(r"\.\d+$", "", where)
+            return f"{name}{equals}{_toml(list(value))} must be {_knob(name, mistake['loc']).takes}"
         case "missing":
             text = next((knob.description for knob in all_knobs() if knob.name == where), "")
             return MISSING.get(where) or f"{where} is missing: give {where}=… ({text})"
         case "model_type" | "model_attributes_type":
             return f"{where} is a section, not {_show(value)!r}{_section_mend(where, value)}"
+    shown = re.sub(r"\.(\d+)$", r"[\1]", where) + equals + (repr(value) if isinstance(value, str) else _toml(value))
+    if bound := BOUNDS.get(mistake["type"]):
+        context = {name: _limit(limit) for name, limit in mistake.get("ctx", {}).items()}
+        return f"{shown} {bound.format(**context)}"
+    typed = mistake["type"].partition("_")[0]
+    if typed in TYPES:
+        return f"{shown} is {TYPES[typed]}{_type_mend(typed, where, value, mistake['loc'])}"
     message = mistake["msg"].removeprefix("Value error, ")
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}"
 
@@ -207,8 +143,9 @@ def recipe_mend(name: str, recipes: Sequence[str]) -> str:
         return f"{named} write {backbone} after a recipe's name"
     if name.lower() in KINDS:
         return f"{KINDS[name.lower()]} after a recipe's name, such as bigface_r50"
-    near = get_close_matches(name, recipes, 1)
-    return f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(recipes)}"
+    if near := get_close_matches(name, recipes, 1):
+        return f"did you mean {near[0]!r}?"
+    return "give your TOML file, or a shipped recipe such as bigface_small; bigface train --help lists them"
 
 
 def backbone_override(name: object) -> str | None:
@@ -226,7 +163,7 @@ def backbone_override(name: object) -> str | None:
 def _unknown_key(key: str, value: object, loc: Sequence[str | int]) -> str:
     """Say what to write instead of a key that its section lacks."""
     section, _, last = key.rpartition(".")
-    kinds = [part for part in loc if part in _all_kinds()]
+    kinds = [str(part) for part, is_kind in _marked(loc) if is_kind]
     if kinds and key in knob_names():
         having = list(dict.fromkeys(kind for knob in all_knobs() if knob.name == key for _, kind in knob.choices[-1:]))
         return (
@@ -237,8 +174,7 @@ def _unknown_key(key: str, value: object, loc: Sequence[str | int]) -> str:
     if words := [word] if word in MENDS else get_close_matches(word, MENDS, 1, cutoff=0.85):
         backbone = backbone_override(value) or "net.kind=iresnet net.depth=50"
         return f"unknown key {key}: {MENDS[words[0]].format(value=_show(value), backbone=backbone)}"
-    elsewhere = sorted((name for name in knob_names() if name.endswith(f".{last}")), key=len)
-    if elsewhere and len(last) > 2 and last != "kind":
+    if elsewhere := fields_named(last, section):
         return f"unknown key {key}: did you mean {elsewhere[0]}? write {elsewhere[0]}={_show(value)}"
     dot = f"{section}." if section else ""
     beside = [name.removeprefix(dot) for name in knob_names() if name.rpartition(".")[0] == section]
@@ -277,12 +213,16 @@ def _section_mend(section: str, value: object) -> str:
 
 
 def _fields(loc: Sequence[str | int]) -> Iterator[str]:
-    """Yield the fields that lead to an error. In ``loc`` a kind follows the field of a choice, and is no field."""
+    """Yield the fields that lead to an error."""
+    return (str(part) for part, is_kind in _marked(loc) if not is_kind)
+
+
+def _marked(loc: Sequence[str | int]) -> Iterator[tuple[str | int, bool]]:
+    """Yield the parts of an error's place, and whether each is a kind, which follows the field of a choice."""
     after_kind = True
     for part in loc:
         is_kind = not after_kind and part in _all_kinds()
-        if not is_kind:
-            yield str(part)
+        yield part, is_kind
         after_kind = is_kind
 
 
@@ -297,4 +237,95 @@ def _show(value: object) -> str:
     """Return a value as an override writes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if isinstance(value, str | int | float) else "…"
+    if isinstance(value, str):
+        return shlex.quote(value) if " " in value else value
+    return str(value) if isinstance(value, int | float) else "…"
+
+
+def _toml(value: object) -> str:
+    """Return a value as TOML; strings take single quotes, which a shell's double quotes keep."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}={_toml(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value) if isinstance(value, str) else str(value).lower()
+
+
+def _limit(value: object) -> str:
+    """Return a bound, or the values that a field takes, as plain text."""
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("'", "")
+
+
+def _knob(name: str, loc: Sequence[str | int]) -> Knob:
+    """Return the knob of this name whose kinds lead to an error."""
+    return next(knob for knob in all_knobs() if knob.name == name and all(kind in loc for _, kind in knob.choices))
+
+
+def _type_mend(typed: str, where: str, value: object, loc: Sequence[str | int]) -> str:
+    """Say how to write a value of the right type."""
+    if typed == "bool":
+        return f": write {where}=true or {where}=false"
+    if typed == "string":
+        return ": put it in double quotes, inside single quotes on the command line"
+    if isinstance(value, str) and re.fullmatch(r"-?\d+,\d+", value):
+        return f": write {where}={value.replace(',', '.')}"
+    name = re.sub(r"\.\d+$", "", where)
+    knob = _knob(name, loc)
+    if typed == "tuple":
+        return f": give {knob.takes} in square brackets"
+    example = f", such as {name}={knob.default}" if knob.default[:1].isdigit() else ""
+    return f": give {'a ' if name == where else ''}{knob.takes}{example}"
+
+
+def _for_file(text: str) -> str:
+    """Return an error whose overrides are written as a recipe's file has them."""
+    text = re.sub(r'"([a-z_.]+)=(\{.*\})"', r"\1 = \2 above the first [section]", text)
+    return re.sub(f"{OVERRIDE}(?: {OVERRIDE})*", lambda found: _lines(re.findall(OVERRIDE, found[0])), text)
+
+
+def _lines(overrides: Iterable[str]) -> str:
+    """Return overrides as lines of their sections."""
+    by_section: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, _, name = key.rpartition(".")
+        value = text if text in PLACEHOLDERS else _toml(read_value(text)).replace("'", '"')
+        by_section.setdefault(section, []).append(f"{name} = {value}")
+    return ", ".join(f"{' and '.join(lines)} under [{section}]" for section, lines in by_section.items())
+
+
+def _section_at(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """Return a section of nested dictionaries; an empty one if there is none."""
+    found: Any = tree
+    for part in section.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _recipe_kind(recipe: Mapping[str, Any], section: str) -> str:
+    """Return the kind of a section in a recipe."""
+    default = next((knob.default for knob in all_knobs() if knob.name == f"{section}.kind"), "")
+    return str(_section_at(recipe, section).get("kind", default))
+
+
+def _defaults(section: str, kind: str) -> dict[str, str]:
+    """Return the defaults of a kind's fields, by name; a field of another default means something else."""
+    return {
+        knob.name.rpartition(".")[2]: knob.default
+        for knob in all_knobs()
+        if knob.section == section and (section, kind) in knob.choices
+    }
+
+
+def _is_set(key: str, keys: Iterable[str], inner: bool = False) -> bool:
+    """Return whether an override sets a field, or, with ``inner``, a part of it."""
+    return any(f"{key}.".startswith(f"{set_key}.") or (inner and set_key.startswith(f"{key}.")) for set_key in keys)
+
+
+def _head_rate(section: str, kind: str, tree: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class matrix's optimiser, if the optimiser of this kind needs a rate for it."""
+    if section != "optim" or "head" in kept or _recipe_kind(tree, "method") != "bigface":
+        return {}
+    optimisers = held_sections(Config.model_fields["optim"].annotation)
+    chosen: Any = next(optimiser for optimiser in optimisers if kind_of(optimiser) == kind)
+    return {"head": {"lr": 0.1}} if chosen().head_rate_unknown else {}

@@ -303,7 +303,7 @@ class AttFC(FixedCentres):
 
     def centres(self, classes: int, global_batch: int) -> int:
         """Return the slots of the queue; see :func:`queue_slots`."""
-        return queue_slots(self.size_ratio * classes, global_batch, "method.size_ratio")
+        return queue_slots(self.size_ratio * classes, global_batch, "method.size_ratio", classes)
 
 
 class DCQ(FixedCentres):
@@ -504,18 +504,24 @@ class QuantFace(TeacherSettings, BaseMethod):
 Method = Annotated[BigFace | AttFC | DCQ | F2C | VirtualFC | QuantFace, Field(discriminator="kind")]
 
 
-def queue_slots(wanted: float, global_batch: int, knob: str) -> int:
+def queue_slots(wanted: float, global_batch: int, knob: str, most: int | None = None) -> int:
     """Return S = ⌊wanted/G⌋·G, the slots of a queue that whole batches enter and leave (AttFC, 2025).
 
     Args:
         wanted: slots asked for; AttFC asks for r·N of N identities.
         global_batch: G.
         knob: field that sets the slots, for the error.
+        most: slots at the field's largest value. None: any number.
 
     Raises:
         UserError: the queue cannot hold one batch.
     """
     slots = int(wanted / global_batch + 1e-9) * global_batch
+    if slots == 0 and most is not None and most < global_batch:
+        raise UserError(
+            f"a queue of {wanted:g} class centres cannot hold a batch of {global_batch}, and {knob} = 1 gives only "
+            f"{most}: lower train.global_batch to at most {int(wanted) or most}"
+        )
     if slots == 0:
         raise UserError(
             f"a queue of {wanted:g} class centres cannot hold a batch of {global_batch}: raise {knob} or lower "

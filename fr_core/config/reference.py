@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from fr_core.config import Config
 from fr_core.config.sections import Section
+from fr_core.config.words import plain_name
 from fr_core.errors import UserError
 
 PLAIN = {bool: "true or false", int: "whole number", float: "number", str: "text"}
@@ -77,6 +78,14 @@ def knob_names() -> list[str]:
     return list(dict.fromkeys(knob.name for knob in all_knobs()))
 
 
+def fields_named(last: str, section: str) -> list[str]:
+    """Return the fields with this last part of their name: first those near a section, then short names."""
+    if len(last) < 3 or last == "kind":
+        return []
+    found = [name for name in knob_names() if name.endswith(f".{last}")]
+    return sorted(found, key=lambda name: (not _lies_in(name, section), len(name)))
+
+
 def select(section: str) -> list[Knob]:
     """Return the knobs of a section, of a kind such as ``method.attfc``, or of one name such as ``optim.lr``.
 
@@ -86,6 +95,11 @@ def select(section: str) -> list[Knob]:
     chosen = [knob for knob in all_knobs() if any(_lies_in(address, section) for address in _addresses(knob))]
     if chosen:
         return chosen
+    parent, _, last = section.rpartition(".")
+    if name := plain_name(last):
+        raise UserError(f"no section or knob {section!r}: {name}")
+    if elsewhere := fields_named(last, parent):
+        raise UserError(f"no section or knob {section!r}: did you mean {elsewhere[0]}?")
     known = sorted({address for knob in all_knobs() for address in _sections(_addresses(knob))})
     near = get_close_matches(section, known, 1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(sorted(Config.model_fields))}"

@@ -109,6 +109,8 @@ def compare_settings(
     from pipelines.experiments.compare import named_settings, suite_columns
 
     settings = named_settings(setting or [])
+    for name, extra in settings.items():
+        load_config(recipe, overrides or [], extra, f"--setting {shlex.quote(name)}")
     columns = ("accuracy", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
     options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
     run_comparison("settings", *options, suite=suite)

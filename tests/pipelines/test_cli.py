@@ -13,6 +13,7 @@ from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
+from pipelines.cli import main
 from pipelines.cli.output import number
 from tests.helpers.commands import bigface, figures
 from tests.helpers.datasets import flip_a_bit, write_dataset
@@ -240,3 +241,32 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "did you mean optim.momentum?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "demo", "--optim.lr=0.1"], "write optim.lr=0.1 without the dashes"),
+        (["train", "demo", "--optim.lr", "0.1"], "write optim.lr=0.1 without the dashes"),
+        (["train", "demo", "--learning-rate=0.1"], "no option --learning-rate: the learning rate is optim.lr"),
+        (["train", "demo", "--in-proces"], "no option --in-proces: did you mean --in-process?"),
+        (["train"], "missing argument RECIPE: see bigface train --help"),
+        (["knobs", "--nonsense"], "no option --nonsense: see bigface knobs --help"),
+        (["split", "x", "--out", "y", "--share", "z"], "--share z is no number"),
+        (["split", "x", "--out", "y", "--share=2"], "--share 2 must be "),
+        (["trian"], "Did you mean 'train'?"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_line(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bigface", *words])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bigface: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_the_version_is_printed():
+    assert bigface("--version").startswith("bigface 0.")

@@ -132,3 +132,18 @@ def test_the_command_prints_tables_and_json(tmp_path):
     assert first["choices"] == {"method": "attfc"}
     with pytest.raises(UserError, match=r"no section or knob 'metod\.attfc': did you mean method\.attfc"):
         bigface("knobs", "metod.attfc")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lr", "the learning rate is optim.lr"),
+        ("learning_rate", "the learning rate is optim.lr"),
+        ("train.batch", "the batch of all workers together is train.global_batch"),
+        ("method.scale", "did you mean method.margin.scale?"),
+    ],
+)
+def test_words_of_other_code_are_told_the_knob(word, message):
+    with pytest.raises(UserError) as caught:
+        select(word)
+    assert str(caught.value) == f"no section or knob {word!r}: {message}"

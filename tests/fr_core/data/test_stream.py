@@ -196,7 +196,7 @@ def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
             "data.balanced is for flat shards, and attfc reads grouped ones",
         ),
         (["data.views=2", "method={kind='f2c'}"], "data.views = 2 is for flat shards, and f2c reads grouped ones"),
-        (["data.balanced={images=128,share=1}"], "data.balanced.images: Input should be less than or equal to 64"),
+        (["data.balanced={images=128,share=1}"], "data.balanced.images=128 must be at most 64"),
     ],
 )
 def test_batches_that_cannot_be_made(given, message):

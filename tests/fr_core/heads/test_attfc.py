@@ -157,7 +157,9 @@ def test_slots_are_whole_batches():
     assert AttFC(size_ratio=0.05).centres(10_240, 128) == 512
     assert attfc.centres(205_990, 384) % 384 == 0
     assert DCQ(queue_size=1000).centres(205_990, 384) == 768
-    with pytest.raises(UserError, match=r"a queue of 30 class centres cannot hold a batch of 128: raise .*size_ratio"):
+    with pytest.raises(UserError, match=r"a queue of 60 class centres cannot hold a batch of 128: raise .*size_ratio"):
+        attfc.centres(200, 128)
+    with pytest.raises(UserError, match=r"size_ratio = 1 gives only 100: lower train.global_batch to at most 30"):
         attfc.centres(100, 128)
 
 
