@@ -178,10 +178,9 @@ def store_verification(recogniser: "Recogniser", verified: "Verified") -> bool:
         show_line(f"threshold not stored: {error}", "yellow")
         return False
     if not path:
-        kept = (
-            "" if recogniser.threshold is None else f"; match takes the file's {recogniser.threshold:.3f} unless told"
-        )
-        show_line(f"threshold not stored: this net lies in no run's folder{kept}: give match --threshold")
+        stored = recogniser.threshold
+        kept = "" if stored is None else f"; match keeps the file's {stored:.3f} unless you give it --threshold"
+        show_line(f"threshold not stored: this net lies in no run's folder{kept}")
         return False
     show_line(
         f"threshold {verified.threshold:.3f} stored in the run's {path.name}, where match, runs and export read it"

@@ -197,6 +197,14 @@ def test_a_poor_net_is_told_of_a_file_and_beside_a_given_threshold(run, photos, 
     assert "caution: this net is poor" in said
     assert "are listed, more than wrong labels explain" in said
     assert "replaced: " in bigface("export", run, "--out", file)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        "image_a,image_b,same,fold\n"
+        + "".join(f"person{i}/0.jpg,person{(i + j) % 6}/1.jpg,{1 - j},{i % 2}\n" for i in range(6) for j in (0, 1))
+    )
+    said = bigface("verify", file, "--images", photos, "--pairs", pairs, "--out", tmp_path / "pictures")
+    assert "match keeps the file's 0.250 unless you give it --threshold" in said
+    assert f"files: {tmp_path}/pictures/roc.png, " in said
 
 
 def test_the_weights_in_a_checkpoint_know_its_threshold(run):
