@@ -24,7 +24,7 @@ def explain(root: AnyPath) -> str:
     if not root.is_dir():
         return f"{root}: no such folder; correct the path, or make shards with: {_ingest('PHOTOS', root)}"
     if (root / "train" / MANIFEST).is_file():
-        return f"{root} is no dataset, but {root / 'train'} is: {_setting(root / 'train')}"
+        return f"{root} is no dataset, but {root / 'train'} is: give that path"
     names = {entry.name for entry in _entries(root)}
     if not names:
         return f"{root}: the folder is empty; correct the path, or make shards with: {_ingest('PHOTOS', root)}"
@@ -41,7 +41,7 @@ def explain(root: AnyPath) -> str:
 def _explain_file(path: AnyPath) -> str:
     """Return the line for a file in place of a folder."""
     if (path.parent / MANIFEST).is_file():
-        return f"{path} is a file of a dataset: give its folder: {_setting(path.parent)}"
+        return f"{path} is a file of a dataset: give its folder: {quote(str(path.parent))}"
     if _is_packed(path):
         return _explain_photos(path, path)
     return f"{path} is a file, but a dataset is a folder: give the folder that holds manifest.json"
@@ -49,7 +49,7 @@ def _explain_file(path: AnyPath) -> str:
 
 def _explain_photos(root: AnyPath, photos: AnyPath) -> str:
     """Return the line for photos in place of shards."""
-    return f"{root} holds photos, not shards: run {_ingest(photos, 'shards')} first, then data.path=shards"
+    return f"{root} holds photos, not shards: run {_ingest(photos, 'shards')} first, then give the folder shards"
 
 
 def _photos(root: AnyPath) -> AnyPath | None:
@@ -93,8 +93,3 @@ def _entries(folder: AnyPath) -> list[AnyPath]:
 def _ingest(photos: AnyPath | str, out: AnyPath | str) -> str:
     """Return the command that makes shards from photos."""
     return f"bigface ingest {quote(str(photos))} --out {quote(str(out))}"
-
-
-def _setting(dataset: AnyPath) -> str:
-    """Return the override that names a dataset."""
-    return quote(f"data.path={dataset}")

@@ -92,11 +92,7 @@ class Plan:
         Raises:
             UserError: the number of ranks does not divide the lanes; names the nearest that do.
         """
-        if self.lanes % size:
-            divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
-            below, above = max(d for d in divisors if d < size), [d for d in divisors if d > size]
-            nearest = f"{below} or {above[0]}" if above else f"{below}"
-            raise UserError(f"{size} workers do not divide the run's {self.lanes} lanes; use {nearest}")
+        check_lanes(self.lanes, size)
         each = self.lanes // size
         return range(rank * each, (rank + 1) * each)
 
@@ -267,3 +263,16 @@ def _epoch_order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     groups = plan.dataset.row_groups
     order = rng.generator(plan.seed, "row groups", epoch).permutation(len(groups))
     return order, np.cumsum(groups[order, 2])
+
+
+def check_lanes(lanes: int, workers: int) -> None:
+    """Check that a number of workers divides the lanes of a run.
+
+    Raises:
+        UserError: it does not; the message names the nearest numbers that do.
+    """
+    if lanes % workers:
+        divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        below, above = max(d for d in divisors if d < workers), [d for d in divisors if d > workers]
+        nearest = f"{below} or {above[0]}" if above else f"{below}"
+        raise UserError(f"{workers} workers do not divide the run's {lanes} lanes; use {nearest}")

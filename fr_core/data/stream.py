@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from shlex import quote
 from typing import TypeVar
 
 import numpy as np
@@ -62,7 +61,8 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
     if dataset.manifest.layout != wanted:
         raise UserError(
             f"{dataset.root} holds {dataset.manifest.layout} shards; {kind} reads {wanted} ones: "
-            f"bigface ingest {quote(dataset.manifest.source)} --out SHARDS --layout {wanted}"
+            f"ingest the photos with --layout {wanted}, then split: "
+            f"bigface ingest PHOTOS --out SHARDS --layout {wanted}; bigface split SHARDS --out PARTS"
         )
     if count and (most := int(dataset.identity_counts().max())) <= count:
         raise UserError(

@@ -24,6 +24,7 @@ from torch import Tensor
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.names import weights_name
+from fr_core.nets.verifications import Verified
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -34,6 +35,7 @@ INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install 'bigface[export]'"
 WHOLE = 3 * 2**29  # most bytes of weights that the file itself holds
+MEASURED = ("threshold", "accuracy", "accuracy_low", "accuracy_high", "pairs", "people")  # of the net's verification
 
 
 class Facts(BaseModel):
@@ -51,6 +53,17 @@ class Facts(BaseModel):
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     activation_bits: int | None = Field(default=None, ge=2, le=8)
     threshold: float | None = Field(None, ge=-1, le=1)  # least cosine of flip-summed embeddings that is a match
+    # How good the net is at this threshold; older files do not say.
+    accuracy: float | None = Field(None, ge=0, le=1)
+    accuracy_low: float | None = Field(None, ge=0, le=1)
+    accuracy_high: float | None = Field(None, ge=0, le=1)
+    pairs: int | None = Field(None, ge=1)
+    people: int | None = Field(None, ge=1)
+
+    @property
+    def verified(self) -> Verified | None:
+        """Return the verification of the net, or None without a threshold."""
+        return None if self.threshold is None else Verified(**self.model_dump(include=set(MEASURED)))
 
 
 class OnnxNet(Backbone):
@@ -59,7 +72,7 @@ class OnnxNet(Backbone):
     def __init__(self, session: "InferenceSession", facts: Facts, checksum: str) -> None:
         super().__init__()
         self.session, self.checksum = session, checksum
-        self.name, self.threshold = facts.net, facts.threshold
+        self.name, self.verified = facts.net, facts.verified
         self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -73,13 +86,13 @@ def installed() -> bool:
     return all(find_spec(name) for name in PACKAGES)
 
 
-def write_onnx(net: Backbone, path: Path, threshold: float | None = None, plain: bool = False) -> None:
+def write_onnx(net: Backbone, path: Path, verified: Verified | None = None, plain: bool = False) -> None:
     """Write a net as ``path``, with ``path.data`` beside it if the weights are large.
 
     Args:
         net: Net on the CPU, as :func:`fr_core.nets.fold_bn.folded` returns it.
         path: ONNX file to write.
-        threshold: Cosine that the training run measured as the best threshold, if it did.
+        verified: Newest verification of the net, if there is one: its threshold and how good the net is there.
         plain: Keep PyTorch's own export of a float net's PReLU. ``bench`` compares it with the faster form.
 
     Raises:
@@ -89,22 +102,23 @@ def write_onnx(net: Backbone, path: Path, threshold: float | None = None, plain:
     if not installed():
         raise UserError(f"ONNX files need: {INSTALL}")
     if not net.in_integers:
-        _write_float(net, path, _facts(net, weights_name(net.state_dict()), threshold), plain)
+        _write_float(net, path, _facts(net, weights_name(net.state_dict()), verified), plain)
     else:
         from fr_core.nets.qdq import Quantised, qdq_model
 
         assert isinstance(net, Quantised)
         bits = {"weight_bits": str(net.weights), "activation_bits": str(net.activations)}
         model = qdq_model(net, INPUT, OUTPUT)
-        for key, value in (_facts(net, net.name, threshold) | bits).items():
+        for key, value in (_facts(net, net.name, verified) | bits).items():
             model.metadata_props.add(key=key, value=value)
         path.write_bytes(model.SerializeToString())
 
 
-def _facts(net: Backbone, name: str | None, threshold: float | None) -> dict[str, str]:
+def _facts(net: Backbone, name: str | None, verified: Verified | None) -> dict[str, str]:
     """Return the metadata that every file has."""
     sizes = {"input_size": net.input_size, "input_std": net.input_std, "embedding": net.embedding}
-    facts = Facts.model_validate(sizes | {"net": name, "threshold": threshold})
+    measured = verified.model_dump(include=set(MEASURED)) if verified else {}
+    facts = Facts.model_validate(sizes | {"net": name} | measured)
     return {key: str(value) for key, value in facts.model_dump(exclude_none=True).items()}
 
 

@@ -4,6 +4,7 @@ No head is needed. Legend: N images, B batch, C channels, H W pixels, D embeddin
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
@@ -21,13 +22,13 @@ from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
-from fr_core.nets.checkpoint_files import find_checkpoint, weights_file
+from fr_core.nets.checkpoint_files import BACKBONE, find_checkpoint, weights_file
 from fr_core.nets.iresnet import IResNet, Stage
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.names import NAMES, article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
-from fr_core.nets.verifications import verification_of
+from fr_core.nets.verifications import Verified, verification_of
 
 
 def build_net(config: Net) -> Backbone:
@@ -81,9 +82,14 @@ class Recogniser:
 
     net: Backbone | OnnxNet
     device: torch.device
-    threshold: float | None = None  # cosine from which two faces are one person, by the newest verification, if any
+    verified: Verified | None = None  # newest verification, if any
     config: Net | None = None  # what the net is; an ONNX file does not say
     checkpoint: AnyPath | None = None  # the folder that it was opened from, if that is a checkpoint
+
+    @property
+    def threshold(self) -> float | None:
+        """Return the cosine from which two faces are one person, if a verification measured it."""
+        return self.verified.threshold if self.verified else None
 
     @torch.inference_mode()
     def embed(
@@ -146,20 +152,22 @@ def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | 
         with local_copy(path) as local:
             onnx_net = open_onnx(local)
         refuse_other_net(path, net, onnx_net.name)
-        return Recogniser(onnx_net, torch.device("cpu"), onnx_net.threshold)
+        return Recogniser(onnx_net, torch.device("cpu"), onnx_net.verified)
+    if path.name == BACKBONE and (path.parent / "checkpoint.json").is_file():
+        path = path.parent  # the checkpoint tells the net and its threshold
     if path.is_dir():
         folder = find_checkpoint(path)
         config, weights = _net_config(folder), weights_file(folder)
-        checkpoint, threshold = folder, _threshold(folder)
+        checkpoint, (verified, _) = folder, verification_of(folder)
     elif path.is_file():
-        config, weights, checkpoint, threshold = _bare_config(path, net), path, None, None
+        config, weights, checkpoint, verified = _bare_config(path, net), path, None, None
     else:
         raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
     refuse_other_net(path, net, config_name(config))
     module = build_net(config)
     load_weights(module, weights)
     on_device(module, device).eval().requires_grad_(False)
-    return Recogniser(module, device, threshold, config, checkpoint)
+    return Recogniser(module, device, verified, config, checkpoint)
 
 
 def read_weights(path: AnyPath) -> dict[str, Tensor]:
@@ -173,7 +181,17 @@ def read_weights(path: AnyPath) -> dict[str, Tensor]:
             state = load_file(file)
         return from_mxnet(state) if "conv_1_conv2d_weight" in state else state
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
+        raise UserError(f"{path}: not readable as safetensors weights: {error}{_conversion(path)}") from None
+
+
+def _conversion(path: AnyPath) -> str:
+    """Return how to convert a file of PyTorch tensors, with the command to copy; nothing for other files."""
+    if not path.name.endswith((".pth", ".pt")):
+        return ""
+    source, target = str(path), f"{str(path).rpartition('.')[0]}.safetensors"
+    loaded = f"torch.load({source!r}, weights_only=True)"
+    script = f"import torch, safetensors.torch as s; s.save_file({loaded}, {target!r})"
+    return f": convert it once: python -c {shlex.quote(script)}"
 
 
 def load_weights(module: nn.Module, path: AnyPath) -> None:
@@ -265,8 +283,3 @@ def _config_by_shapes(name: str, state: dict[str, Tensor]) -> Net:
     sizes = {"input_size": 16 * side, "embedding": channels("fc")}
     depth = int(name.removeprefix("iresnet"))
     return IResNetNet.model_validate(sizes | {"depth": depth, "widths": widths})
-
-
-def _threshold(checkpoint: AnyPath) -> float | None:
-    verified, _ = verification_of(checkpoint)
-    return verified.threshold if verified else None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+FILTER_EXAMPLE = "--filter \"params.`method.kind` = 'attfc'\""
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 
 
@@ -179,7 +180,8 @@ def search_mlflow(uri: str, experiment: str | None, query: str) -> "list[Run]":
             page = client.search_runs(ids, query, page_token=page.token)
             runs += page
     except MlflowException as error:
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}") from None
+        mend = f": write it like {FILTER_EXAMPLE}" if query and "filter" in str(error).lower() else ""
+        raise UserError(f"{uri}: {str(error).splitlines()[0]}{mend}") from None
     return runs
 
 

@@ -70,10 +70,16 @@ def read_pairs(path: str | Path) -> Pairs:
         fold = np.arange(len(flags)) * FOLDS // len(flags)
         names = [f"{path.name}[{i}]" for i in range(len(contents))]
         return Pairs(names, left, left + 1, np.array(flags), fold, contents)
+    if path.is_dir():
+        mend = f"give {path / 'pairs.csv'}" if (path / "pairs.csv").is_file() else "give a file of pairs"
+        raise UserError(f"{path} is a folder, not a list of pairs: {mend}")
     try:
         lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such list of pairs: correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: not readable as a list of pairs: {reason}") from None
     header = lines[0].strip() if lines else ""
     if header.startswith("image_a"):
         rows = _csv_rows(path, lines)

@@ -17,11 +17,11 @@ app.add_typer(bench, name="bench", rich_help_panel="Measuring")
 
 @bench.command("head")
 def bench_head(
-    identities: Annotated[int, typer.Option(min=1000)] = 200_000,
-    batch: Annotated[int, typer.Option(min=1)] = 128,
-    embedding: Annotated[int, typer.Option(min=2)] = 512,
+    identities: Annotated[int, typer.Option(min=1000, help="Identities of the class matrix.")] = 200_000,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 128,
+    embedding: Annotated[int, typer.Option(min=2, help="Dimensions of an embedding.")] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 7,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     million: Annotated[bool, typer.Option(help="Measure a million identities too, in one process.")] = True,
     emulated: Annotated[bool, typer.Option("--emulated", help="bfloat16 also where it is not native.")] = False,
     json: Json = None,
@@ -34,12 +34,12 @@ def bench_head(
 
 @bench.command("attfc")
 def bench_attfc(
-    slots: Annotated[int, typer.Option(min=1000)] = 300_000,
-    batch: Annotated[int, typer.Option(min=1)] = 128,
-    embedding: Annotated[int, typer.Option(min=2)] = 512,
-    identities: Annotated[int, typer.Option(min=1)] = 1_000_000,
+    slots: Annotated[int, typer.Option(min=1000, help="Class centres in the queue.")] = 300_000,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 128,
+    embedding: Annotated[int, typer.Option(min=2, help="Dimensions of an embedding.")] = 512,
+    identities: Annotated[int, typer.Option(min=1, help="Identities that the labels are drawn from.")] = 1_000_000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 7,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     emulated: Annotated[bool, typer.Option("--emulated", help="bfloat16 also where it is not native.")] = False,
     flat: Annotated[
         str | None, typer.Option(help="Flat shards, to measure the data path too; needs --grouped.")
@@ -62,12 +62,12 @@ def bench_attfc(
 @bench.command("memory")
 def bench_memory(
     depth: Annotated[int, typer.Option(help="Depth of the IR-ResNet.")] = 100,
-    width: Annotated[int, typer.Option(min=8)] = 16,
+    width: Annotated[int, typer.Option(min=8, help="Channels of the first stage.")] = 16,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, pixels.")] = 64,
     batch: Annotated[int, typer.Option(min=8, help="Global batch, a multiple of 4.")] = 32,
-    identities: Annotated[int, typer.Option(min=1000)] = 50_000,
+    identities: Annotated[int, typer.Option(min=1000, help="Identities of the class matrix.")] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps; figures are their medians.")] = 2,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     json: Json = None,
 ) -> None:
     """Measure a training step's peak memory and time under each switch that trades one for the other."""
@@ -80,7 +80,7 @@ def bench_memory(
 
 @bench.command("ingest")
 def bench_ingest(
-    images: Annotated[int, typer.Option(min=1000)] = 200_000,
+    images: Annotated[int, typer.Option(min=1000, help="Images to pack and ingest.")] = 200_000,
     folder: Annotated[Path, typer.Option(parser=local, help="Scratch folder for archives and shards.")] = Path(
         "bench_ingest"
     ),
@@ -108,7 +108,7 @@ def bench_masks(
 
 @bench.command("schedule")
 def bench_schedule(
-    steps: Annotated[int, typer.Option(min=1000)] = 200_000,
+    steps: Annotated[int, typer.Option(min=1000, help="Steps of the drawn loss log.")] = 200_000,
     json: Json = None,
 ) -> None:
     """Measure FastFace's time per step against a window that is summed anew at each step."""

@@ -2,12 +2,13 @@
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fr_core.data.schema import Layout, Manifest, open_dataset
+from fr_core.data.schema import Dataset, Layout, Manifest, open_dataset
 from fr_core.data.store import RemotePath, explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
@@ -16,7 +17,12 @@ from pipelines.cli.output import bar, command_line, growing, show, show_line
 from pipelines.datasets.unpack import Form
 
 PEOPLE_TO_SPLIT = 8  # bigface split refuses fewer people
-EXAMPLE_RECIPES: dict[Layout, str] = {"flat": "demo", "grouped": "attfc_r50"}
+MANY_LISTED = 0.1  # share of the images: if clean lists more, the net is the likelier culprit
+# The first recipe that fits the number of people and images is proposed.
+EXAMPLE_RECIPES: dict[Layout, tuple[str, ...]] = {
+    "flat": ("bigface_small", "debug_bigface"),
+    "grouped": ("attfc_r50", "debug_attfc", "debug_virtual_fc"),
+}
 SHARDS = "Shards from bigface ingest: a folder or a URL."
 
 
@@ -33,7 +39,11 @@ def synth(
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other people.")] = 0,
     size: Annotated[int, typer.Option(min=16, help="Side of an image in pixels.")] = 112,
     first_identity: Annotated[
-        int, typer.Option(min=0, help="Number of the first person; a range beyond the training set's: unseen people.")
+        int,
+        typer.Option(
+            min=0,
+            help="Number of the first person drawn. Start after the training set's last person to draw new people.",
+        ),
     ] = 0,
     pairs: Annotated[
         int, typer.Option(min=0, help="Pairs of each kind in each of ten folds of pairs.csv; 0: no pairs.csv.")
@@ -57,6 +67,8 @@ def synth(
         if pairs:
             write_pairs(out, pairs, seed)
     show("synth", {"images": images, "images_per_second": images / (time.monotonic() - started)}, json)
+    show_line(f"images: {out / 'images'}" + (f"   pairs: {out / 'pairs.csv'}" if pairs else ""))
+    show_line(f"next: {command_line('ingest', out / 'images', '--out', out.with_name(f'{out.name}-shards'))}")
 
 
 def _check_pairs(identities: int, shots: int, pairs: int) -> None:
@@ -206,6 +218,8 @@ def inspect(
     with bar("inspect", None) as advance, explain_disk_errors(out or Path()):
         figures = run(shards, out, growing(advance))
     show("inspect", figures, json)
+    if out:
+        show_line(f"pictures and list: {out / 'identities.png'}, {out / 'faces.png'}, {out / 'findings.csv'}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -221,6 +235,7 @@ def unpack(
     with bar("unpack", None) as advance, explain_disk_errors(out):
         images = run(shards, out, form, growing(advance))
     show("unpack", {"images": images}, json)
+    show_line(f"images: {out}" if form == "folders" else f"tars and identities.csv: {out}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -240,10 +255,20 @@ def embed(
     from pipelines.datasets.embed import embed as run
 
     started = time.monotonic()
+    reports: list[int] = []  # images done at each report; the first report counts those of an earlier job
     with bar("embed", None) as advance, explain_disk_errors(out):
-        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, progress=growing(advance)).facts
+        report = growing(advance)
+
+        def progress(done: int, total: int) -> None:
+            reports.append(done)
+            report(done, total)
+
+        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, progress=progress).facts
     seconds = time.monotonic() - started
     show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
+    if reports[0] == facts.images:
+        show_line("all embeddings were there already; --overwrite makes them anew")
+    show_line(f"embeddings: {out / 'embeddings-*.parquet'}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -267,14 +292,27 @@ def clean(
     json: Json = None,
 ) -> None:
     """List flipped labels, outliers and copies, by the embeddings of a good net; delete nothing."""
+    from torch import device
+
+    from fr_core.nets.open import open_net
     from pipelines.datasets.clean import Limits
     from pipelines.datasets.clean import clean as run
+    from pipelines.nets.match import poor_net
 
+    if poor := poor_net(open_net(model, net, device("cpu")).verified):
+        show_line(f"caution: {poor}", "yellow")
     with bar("embed", None) as advance, explain_disk_errors(out):
         limits = Limits(outlier, flip, copy)
         figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
     show("clean", figures, json)
-    if figures["flips"] + figures["outliers"] + figures["copies"]:
+    if listed := int(figures["flips"] + figures["outliers"] + figures["copies"]):
+        if listed > MANY_LISTED * figures["images"]:
+            images = count_of(int(figures["images"]), "image")
+            show_line(
+                f"warning: {listed:,} of {images} are listed, more than wrong labels explain: "
+                f"look at {out / 'clean.png'} first, or take a better net",
+                "bold red",
+            )
         show_line(f"leave them out: {command_line('merge', shards, '--without', out / 'clean.csv', '--out', 'NEW')}")
 
 
@@ -316,7 +354,15 @@ def merge(
             not in_process,
             progress=growing(advance),
         )
+    shared_names = int(figures.pop("shared_names"))
     show("merge", figures, json)
+    if shared_names and not (same_names or model):
+        names = count_of(shared_names, "name is", "names are")
+        show_line(
+            f"warning: {names} in several of the datasets and count as different people; --same-names joins them",
+            "yellow",
+        )
+    show_line(f"shards: {out}   new names: {out / 'identity_map.csv'}")
 
 
 @app.command(rich_help_panel="Faces and datasets")
@@ -349,18 +395,38 @@ def split(
         f"held out: {people:,} people, {count_of(images, 'image')}; {drawn:,} pairs of them, {distinct:,} different, "
         f"in {folds} folds"
     )
+    dataset = open_dataset(to_path(shards))
     if people < ENOUGH_HELD_OUT:
+        most = int((dataset.identity_counts() > 1).sum()) // 2
+        mend = "hold out more with --share" if people < most else "ingest photos of more people"
         few, enough = (100 * interval_of(count) for count in (people, ENOUGH_HELD_OUT))
         show_line(
             f"warning: {people} people give a wide 95 % interval, about ±{few:.2g} points at an accuracy of 90 %; "
-            f"{ENOUGH_HELD_OUT} people give ±{enough:.2g}: hold out more with --share, or use a larger set of pairs",
+            f"{ENOUGH_HELD_OUT} people give ±{enough:.2g}: {mend}, or use a larger set of pairs",
             "yellow",
         )
     verify = out / "verify"
     paths = (f"data.path={out / 'train'}", f"verify.images={verify / 'images'}", f"verify.pairs={verify / 'pairs.csv'}")
-    layout = open_dataset(to_path(shards)).manifest.layout
-    command = command_line("train", "RECIPE", *paths)
-    show_line(f"next, with a RECIPE for {layout} shards such as {EXAMPLE_RECIPES[layout]}: {command}")
+    recipe = fitting_recipe(open_dataset(out / "train"))
+    command = command_line("train", recipe or "RECIPE", *paths)
+    of_layout = (
+        f"another RECIPE for {dataset.manifest.layout} shards"
+        if recipe
+        else (f"a RECIPE of a smaller train.global_batch for {dataset.manifest.layout} shards")
+    )
+    show_line(f"next, or with {of_layout}: {command}")
+
+
+def fitting_recipe(dataset: Dataset) -> str | None:
+    """Return the first example recipe that can train on a dataset, or None if all need more people or images."""
+    from fr_core.config.recipes import load_config
+    from fr_core.train.check import fitting_plan
+
+    for recipe in EXAMPLE_RECIPES[dataset.manifest.layout]:
+        with suppress(UserError):
+            fitting_plan(load_config(recipe), dataset, 1)
+            return recipe
+    return None
 
 
 @app.command(rich_help_panel="Faces and datasets")

@@ -1,5 +1,6 @@
 """Commands on trained nets."""
 
+import shlex
 import time
 from collections.abc import Mapping
 from json import dumps
@@ -106,6 +107,8 @@ def verify(
     else:
         show("verify", figures, json, missing=missing)
     made = [out / file for file in VERIFY_FILES if (out / file).is_file()] if out and not mfr else []
+    if made:
+        show_line(f"files: {', '.join(map(str, made))}")
     log_to_mlflow(ckpt, source, figures, made)
     next_match = ["match", *(example_photos(results[""], images) if pairs else PHOTOS), "--model", ckpt]
     next_match += ["--net", net] if net else []
@@ -175,7 +178,9 @@ def store_verification(recogniser: "Recogniser", verified: "Verified") -> bool:
         show_line(f"threshold not stored: {error}", "yellow")
         return False
     if not path:
-        show_line("threshold not stored: this net lies in no run's folder")
+        stored = recogniser.threshold
+        kept = "" if stored is None else f"; match keeps the file's {stored:.3f} unless you give it --threshold"
+        show_line(f"threshold not stored: this net lies in no run's folder{kept}")
         return False
     show_line(
         f"threshold {verified.threshold:.3f} stored in the run's {path.name}, where match, runs and export read it"
@@ -200,7 +205,9 @@ def match(
     net: NetName = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Cosine from which two faces are one person; default: the net's newest verification's."),
+        typer.Option(
+            help="Cosine from which two faces are one person. Default: the one that was measured last for this net."
+        ),
     ] = None,
     align: Annotated[
         bool, typer.Option("--align", help="Find and align the faces of uncropped photos; needs bigface\\[align].")
@@ -228,6 +235,8 @@ def match(
         show_line(threshold_advice(recogniser, model, net))
         return
     show_line(f"{found.verdict}: cosine {found.cosine:.3f}, {found.source}")
+    if a.resolve() == b.resolve():
+        show_line("note: both photos are the same file", "yellow")
     for caution in found.cautions:
         show_line(f"caution: {caution}", "yellow")
 
@@ -240,11 +249,21 @@ def export(
     json: Json = None,
 ) -> None:
     r"""Fold a net's batch norm, write it as ONNX, and compare it with the net; needs bigface\[export]."""
+    from fr_core.nets.onnx_net import open_onnx
     from pipelines.nets.export import export as run
+    from pipelines.nets.match import source_in_words
 
+    replaced = out.is_file()
     with explain_disk_errors(out):
         figures = run(ckpt, out, net)
     show("export", figures, json)
+    verified = open_onnx(out).verified
+    if verified is None:
+        show_line("no threshold in the file: verify the run first, or give match --threshold", "yellow")
+    else:
+        show_line(f"in the file: {source_in_words(verified)}")
+    if replaced:
+        show_line(f"replaced: {out}")
     show_line(f"ONNX Runtime's embeddings are within {figures['max_difference']:.1e} of the net's")
     show_line(f"next: {command_line('match', *PHOTOS, '--model', out)}")
 
@@ -343,4 +362,8 @@ def quantize(
     write_json("quantize", figures, json)
     if out and getattr(config.net, "weights", 0) == 8:
         show_line(KERNELS)
-    show_line(f"run: {run}   next: {command_line('match', *PHOTOS, '--model', out or run)}")
+    if figures.get("speedup", 1) < 1:
+        slower = f"{1 / figures['speedup']:.2g} times as long"
+        show_line(f"here the net in integers takes {slower} as the float net: the gain is the smaller file", "yellow")
+    show_line(f"run: {shlex.quote(run)}")
+    show_line(f"next: {command_line('match', *PHOTOS, '--model', out or run)}")

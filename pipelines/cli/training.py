@@ -132,7 +132,8 @@ def distill(
         raise UserError(
             f"{recipe}: its method is {method.kind}, and only bigface distils: give a recipe with method.kind=bigface"
         )
-    if distillation(load_config(recipe, all_overrides)) is None:
+    distilled = distillation(load_config(recipe, all_overrides))
+    if distilled is None or not (distilled.teacher or distilled.embeddings):
         raise UserError("no teacher: give --teacher REF or --embeddings DIR")
     train(recipe, all_overrides, out, workers, in_process, resume, overwrite, json)
 
@@ -272,5 +273,5 @@ def runs(
     facts = run_facts(trees)
     states = Counter(fact["state"].lower() for fact in facts)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    show_line(f"{len(facts)} runs: {counts}")
+    show_line(f"{len(facts)} run{'s' * (len(facts) != 1)}: {counts}")
     write_json("runs", {"runs": len(facts), **states}, json, runs=facts)

@@ -82,7 +82,8 @@ def merge(
             If the CSV has a column ``identity``, its names must match the dataset's.
 
     Returns:
-        images, identities, joined (identities that joined one of an earlier dataset), left_out (images).
+        images, identities, joined (identities that joined one of an earlier dataset), left_out (images), and
+        shared_names (names that several datasets have).
 
     Raises:
         UserError: datasets of different layout or image size, ``out`` in use, or an unreadable list.
@@ -124,6 +125,7 @@ def merge(
         "identities": manifest.identities,
         "joined": sum(map(len, names)) - len(used),
         "left_out": before - manifest.images,
+        "shared_names": sum(count > 1 for count in Counter(itertools.chain(*map(set, names))).values()),
     }
 
 

@@ -96,7 +96,7 @@ def held_out_count(people: int, share: float | None, source: str) -> int:
     if wanted < MIN_HELD_OUT:
         least = math.ceil(1000 * MIN_HELD_OUT / people) / 1000
         raise UserError(
-            f"{source}: --share {share:g} of {people} people holds out {wanted}, which make no two folds of pairs: "
+            f"{source}: --share {share:g} of {people} people holds out {wanted}, too few for two folds of pairs: "
             f"use --share {least:g} or more, {MIN_HELD_OUT} people"
         )
     if wanted > people // 2:

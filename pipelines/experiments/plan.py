@@ -6,9 +6,10 @@ Legend: K class images of each image.
 import itertools
 from collections.abc import Iterator, Mapping
 
-from fr_core.config import Config, class_count, step_images, step_rows, total_steps, unlabelled_batch
+from fr_core.config import Config, class_count, lane_count, step_images, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
+from fr_core.data.plan import check_lanes
 from fr_core.errors import UserError
 from fr_core.train.check import check_shares
 from fr_core.train.memory import FLOAT, memory
@@ -34,13 +35,14 @@ def plan(
         ``spare_gib``, and the recipe's parts in GiB.
 
     Raises:
-        UserError: the cards cannot share the batch equally, or the net is quantised.
+        UserError: the cards cannot share the run's lanes or the batch equally, or the net is quantised.
     """
     if isinstance(config.net, QuantisedNet):
         raise UserError(
             "the memory that trains a quantised net is not computed: plan the float net with net.kind=iresnet"
         )
     check_shares(config, gpus)
+    check_lanes(lane_count(config), gpus)
     here = card_memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {"as written": config}
@@ -132,9 +134,18 @@ def duration(config: Config, images: int | None, images_per_second: float | None
         line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports."
         return line, {"steps": steps}
     hours = steps * (config.train.global_batch + unlabelled_batch(config)) / images_per_second / 3600
-    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
-    line = f"{steps:,} steps, about {time} at {images_per_second:,g} images/s, without verifications."
+    line = f"{steps:,} steps, about {time_in_words(hours)} at {images_per_second:,g} images/s, without verifications."
     return line, {"steps": steps, "hours": hours}
+
+
+def time_in_words(hours: float) -> str:
+    """Return a time in hours, minutes or seconds, whichever reads best."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    if 60 * hours >= 1:
+        return f"{60 * hours:.2g} minutes"
+    seconds = max(1, round(3600 * hours))
+    return "a second" if seconds == 1 else f"{seconds} seconds"
 
 
 def fits(parts: Mapping[str, int], gpu_gib: float) -> bool:
@@ -146,6 +157,7 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
     """Return the mildest change that makes the run fit, as a sentence."""
     for words, changes, cards in knobs(config, gpus):
         try:
+            check_lanes(lane_count(changed(config, changes)), cards)
             check_shares(changed(config, changes), cards)
             parts = card_memory(changed(config, changes), identities, cards)
         except (ValueError, UserError):  # the recipe excludes this knob

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fr_core.config.optim import FastFace, FastFaceHaar
 from fr_core.errors import UserError
-from fr_core.optim.fastface import watcher
+from fr_core.optim.fastface import HaarWindow, watcher
 
 FORMS: dict[str, type[FastFace] | type[FastFaceHaar]] = {"recurrence": FastFace, "haar": FastFaceHaar}
 POINTS = 2000  # points of a curve in the picture
@@ -37,6 +37,8 @@ def replay(
     Raises:
         UserError: the log cannot be read, a loss is not finite, or the form or a setting is unknown or unusable.
     """
+    if lr is not None and not 0 < lr < np.inf:
+        raise UserError(f"--lr {lr:g}: a rate is greater than 0, such as --lr 0.1")
     losses, logged_rate = read_log(log)
     if form not in FORMS:
         raise UserError(f"--form {form}: use one of {', '.join(FORMS)}")
@@ -46,13 +48,19 @@ def replay(
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         known = ", ".join(sorted(FORMS[form].model_fields.keys() - {"kind", "warmup_epochs"}))
-        raise UserError(f"--set {name}={first['input']}: {first['msg']}; {form} has {known}") from None
+        wrong = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise UserError(f"--set {name}={first['input']}: {wrong}; {form} has {known}") from None
     base = lr or logged_rate or 0.1
     try:
         fastface = watcher(schedule, len(losses), batch)
     except UserError as error:
         raise UserError(as_options(str(error))) from None
     assert fastface is not None
+    if isinstance(fastface, HaarWindow) and len(losses) <= 4 * fastface.m:
+        raise UserError(
+            f"a window of {fastface.m:,} steps first changes the rate after {4 * fastface.m:,} steps, and the log has "
+            f"{len(losses):,}: lower it with --set m={max(2, len(losses) // 10)}"
+        )
     changes: list[dict[str, float]] = []
     detector, factors = np.empty(len(losses)), np.empty(len(losses))
     for step, loss in enumerate(losses.tolist(), 1):

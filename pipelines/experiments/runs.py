@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from fr_core.config.recipes import flat
 from fr_core.errors import UserError
 from fr_core.nets.verifications import newest_verification
 from fr_core.train.metrics import read_metrics
-from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
+from fr_core.train.mlflow_runs import PARENT_TAG, saved_run_id, search_mlflow
 from fr_core.verify.report import smaller_is_better
 from pipelines.experiments.states import OF_MLFLOW, State
 from pipelines.train import SILENCE, last_touched
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 TAR = "tar_at_far_1e-3"
 SCORES = ("accuracy", TAR)  # columns of the table
+SUGGESTED = 8  # orders that an error names
 LATER = tuple(f"/{name}" for name in SCORES)
 
 
@@ -41,6 +43,7 @@ class Run:
     figures: Mapping[str, float]  # the last value of each
     run_id: str | None = None
     parent: str | None = None
+    silent_since: float | None = None  # seconds since 1970; None: it gives signs of life, or nobody knows
     children: list["Run"] = field(default_factory=list)
 
 
@@ -48,9 +51,8 @@ def runs(folder: Path | None, uri: str | None, experiment: str | None, query: st
     """List the first runs in an order, each child below its parent in the same order.
 
     Args:
-        folder: folder of runs. Its ``mlflow.db`` is read unless ``uri`` names another, and so are runs that MLflow does
-            not know.
-        uri: MLflow's database or server; None: the folder's database.
+        folder: folder of runs. It is searched at any depth, also for runs that MLflow does not know.
+        uri: MLflow's database or server; None: the ``mlflow.db`` of ``folder`` and those beside its runs.
         experiment: name in MLflow; None: all experiments.
         query: filter of MLflow. Folders understand no filter, so runs that only a folder knows are left out.
         sort: started, name or a figure. The best figure comes first, and runs without the figure come last.
@@ -59,16 +61,14 @@ def runs(folder: Path | None, uri: str | None, experiment: str | None, query: st
     Raises:
         UserError: there are no runs, no run has the figure, or MLflow does not understand the filter.
     """
-    database = None if folder is None else folder / "mlflow.db"
-    if uri is None and database is not None and database.is_file():
-        uri = f"sqlite:///{database}"
     if folder is not None and not folder.is_dir():
         raise UserError(f"{folder}: no folder of runs: give another, or --uri")
     in_folders = [] if folder is None else list(_in_folders(folder, experiment))
-    scores = {run.run_id: _scores(run.figures) for run in in_folders if run.run_id}
-    found = (
-        [_tracked(run, scores.get(run.info.run_id, {})) for run in search_mlflow(uri, experiment, query)] if uri else []
-    )
+    by_id = {run.run_id: run for run in in_folders if run.run_id}
+    tracked = _all_tracked([uri] if uri else _databases(folder), experiment, query)
+    if folder is not None and (folder / "run.json").is_file():  # one run, whose database also knows the runs beside it
+        tracked = [run for run in tracked if run.info.run_id in by_id]
+    found = [_tracked(run, by_id.get(run.info.run_id)) for run in tracked]
     if not query:
         known = {run.run_id for run in found}
         found += [run for run in in_folders if run.run_id not in known]
@@ -76,8 +76,17 @@ def runs(folder: Path | None, uri: str | None, experiment: str | None, query: st
         raise UserError(f"{uri or folder}: no runs there: bigface train RECIPE trains one")
     if sort not in ("started", "name") and not any(sort in run.figures for run in found):
         have = sorted({name for run in found for name in run.figures})
-        raise UserError(f"--sort {sort}: no run has this figure: started, name, {', '.join(have)}")
+        raise UserError(f"--sort {sort}: no run has this figure: {_nearest_orders(sort, have)}")
     return _sorted(_trees(found), sort)[:limit]
+
+
+def _nearest_orders(sort: str, figures: list[str]) -> str:
+    """Return the orders whose names are like an unknown one; the first few where none is."""
+    orders = ["started", "name", *figures]
+    near = [name for name in orders if name.startswith(sort)] or get_close_matches(sort, orders, 3)
+    if near:
+        return f"did you mean {' or '.join(near[:3])}?"
+    return f"use one of {', '.join(orders[:SUGGESTED])}{' …; --json lists all' * (len(orders) > SUGGESTED)}"
 
 
 def run_table(trees: Iterable[Run]) -> list[tuple[str, ...]]:
@@ -108,20 +117,65 @@ def run_facts(trees: Iterable[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _tracked(run: "TrackedRun", scores: Mapping[str, float]) -> Run:
+def _databases(folder: Path | None) -> list[str]:
+    """Return the URIs of a folder's database and of the databases beside the runs in it."""
+    if folder is None:
+        return []
+    run_folders = [facts.resolve().parent for facts in sorted(folder.rglob("run.json"))]
+    folders = dict.fromkeys([folder.resolve(), *(run.parent for run in run_folders)])
+    files = [place / "mlflow.db" for place in folders]
+    return [f"sqlite:///{file}" for file in files if file.is_file()]
+
+
+def _all_tracked(uris: list[str], experiment: str | None, query: str) -> list["TrackedRun"]:
+    """Return the runs of several databases, without those whose folders newer runs took.
+
+    Raises:
+        UserError: no database can be searched.
+    """
+    found: list[TrackedRun] = []
+    errors: list[UserError] = []
+    for uri in uris:
+        try:
+            found += [run for run in search_mlflow(uri, experiment, query) if not _replaced(run, uri)]
+        except UserError as error:  # such as an experiment that only another database has
+            errors.append(error)
+    if errors and len(errors) == len(uris):
+        raise errors[0]
+    return found
+
+
+def _replaced(run: "TrackedRun", uri: str) -> bool:
+    """Return whether the folder of a run's name, beside the database, holds another run by now."""
+    database = uri.removeprefix("sqlite:///")
+    if database == uri or PARENT_TAG in run.data.tags:
+        return False
+    return saved_run_id(Path(database).parent / run.info.run_name) not in (None, run.info.run_id)
+
+
+def _tracked(run: "TrackedRun", in_folder: Run | None) -> Run:
     """Return a run as MLflow knows it.
 
     Args:
-        scores: those that the run's folder knows, which are newer than MLflow's.
+        in_folder: the same run as its folder shows it, if the folder was found. Its scores are newer than MLflow's, it
+            tells whether a run still takes steps, and how long a finished run trained.
     """
     params, info = run.data.params, run.info
-    end = info.end_time or (time.time() * 1000 if info.status == "RUNNING" else None)
+    state = OF_MLFLOW.get(info.status, "running")
+    minutes = (info.end_time - info.start_time) / 60_000 if info.end_time else None
+    if info.status == "RUNNING":
+        minutes = time.time() / 60 - info.start_time / 60_000
+    if in_folder and info.status == "RUNNING" and in_folder.silent_since is not None:
+        state, minutes = "interrupted", in_folder.silent_since / 60 - info.start_time / 60_000
+    if in_folder and info.status == "FINISHED" and in_folder.minutes is not None:
+        minutes = in_folder.minutes
+    scores = _scores(in_folder.figures) if in_folder else {}
     return Run(
         info.run_name,
         *_kinds(params),
-        OF_MLFLOW.get(info.status, "running"),
+        state,
         info.start_time / 1000,
-        (end - info.start_time) / 60_000 if end else None,
+        minutes,
         {**_later_scores(run.data.metrics), **run.data.metrics, **scores},
         info.run_id,
         run.data.tags.get(PARENT_TAG),
@@ -155,7 +209,8 @@ def _in_folders(folder: Path, experiment: str | None) -> Iterator[Run]:
         verified = newest_verification(out)
         figures |= _scores(verified.figures) if verified else {}
         minutes = figures["seconds"] / 60 if "seconds" in figures else None
-        yield Run(out.name, *_kinds(config), _state(out), started, minutes, figures, run_id)
+        silent_since = _silent_since(out, facts)
+        yield Run(out.name, *_kinds(config), _state(out), started, minutes, figures, run_id, silent_since=silent_since)
 
 
 def _state(out: Path) -> State:
@@ -164,6 +219,16 @@ def _state(out: Path) -> State:
         return "finished"
     touched = last_touched(out)  # every few seconds while steps are taken
     return "running" if touched and time.time() - touched / 1e9 < SILENCE else "interrupted"
+
+
+def _silent_since(out: Path, facts: Path) -> float | None:
+    """Return when a run last gave a sign of life, in seconds since 1970, or None if that was a moment ago.
+
+    Args:
+        facts: ``run.json``, which is written when the run starts or is resumed.
+    """
+    seen = max(facts.stat().st_mtime_ns, last_touched(out) or 0) / 1e9
+    return seen if time.time() - seen > SILENCE else None
 
 
 def _kinds(config: Mapping[str, Any]) -> tuple[str, str, str]:

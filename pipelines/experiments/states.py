@@ -4,7 +4,8 @@
 - finished: it took its last step.
 - failed: an error ended it.
 - stopped: the scheduler of a search or SIGTERM ended it early.
-- interrupted: it ended before its last step, and nobody recorded why; --resume goes on.
+- interrupted: it ended before its last step, and nobody recorded why; --resume goes on. A run that has shown no sign
+  of life for three minutes counts as interrupted.
 """
 
 from typing import Literal, get_args

@@ -39,7 +39,7 @@ def check_name(out: Path) -> None:
 def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
     """Fold a net's batch norm and write the net as ONNX; a quantised net is written in integers.
 
-    The file's metadata holds the threshold of the net's newest verification.
+    The file's metadata holds the threshold and the accuracy of the net's newest verification.
 
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.
@@ -68,7 +68,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
         raise UserError(f"{ref}: the net's embeddings are not finite: take an earlier checkpoint")
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_thread(), TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-        write_onnx(folded(recogniser.net), Path(folder) / out.name, recogniser.threshold)
+        write_onnx(folded(recogniser.net), Path(folder) / out.name, recogniser.verified)
         opened = open_onnx(Path(folder) / out.name)
         after_BD = opened(x_BCHW)
         cosine = least_cosine(before_BD, after_BD)

@@ -26,7 +26,7 @@ class Match:
     threshold: float | None  # None: nobody measured one for this net
     source: str | None  # where the threshold comes from, in words
     cautions: list[str]  # sentences
-    verified: Verified | None  # the verification that measured the threshold
+    verified: Verified | None  # newest verification of the net, which tells how good the net is
     not_square: list[Path]  # photos whose centre was taken for the face
 
     @property
@@ -53,18 +53,15 @@ def match(
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold:g}: a cosine lies between -1 and 1")
     cosine, not_square = photo_similarity(recogniser, a, b, align)
-    if threshold is not None:
-        cautions = _doubt(cosine, threshold, NEAR)
-        return Match(cosine, threshold, f"threshold {threshold:.3f} from --threshold", cautions, None, not_square)
+    verified, same_weights = recogniser.verified, True
     if recogniser.checkpoint is not None:
         verified, same_weights = verification_of(recogniser.checkpoint)
-        if verified is not None:
-            return _by_verification(cosine, verified, same_weights, not_square)
-    if recogniser.threshold is not None:
-        stored = recogniser.threshold
-        source = f"threshold {stored:.3f} as stored in {model}"
-        return Match(cosine, stored, source, _doubt(cosine, stored, NEAR), None, not_square)
-    return Match(cosine, None, None, [], None, not_square)
+    if threshold is not None:
+        return _by_option(cosine, threshold, verified, not_square)
+    if verified is None:
+        return Match(cosine, None, None, [], None, not_square)
+    place = "" if recogniser.checkpoint is not None else f" as stored in {model}"
+    return _by_verification(cosine, verified, place, same_weights, not_square)
 
 
 def next_command(run: str, config: Config) -> str:
@@ -110,16 +107,21 @@ def _verify(model: str, net: str | None, run: AnyPath | None) -> str:
     return verify_command(model, net, config)
 
 
-def source_in_words(verified: Verified) -> str:
+def source_in_words(verified: Verified, place: str = "") -> str:
     """Return where a threshold comes from and how good the net is there.
+
+    Args:
+        place: words on the file that stores the threshold, such as ``" as stored in net.onnx"``.
 
     Example:
         threshold 0.312 from 6,000 pairs of 20 people (verify/pairs.csv), where this net is right in 91.2 ± 2.1 %
     """
+    if place and verified.accuracy is None:  # a file that an older version wrote
+        return f"threshold {verified.threshold:.3f}{place}"
     pairs = f"{verified.pairs:,} pairs" if verified.pairs else "the pairs of the training"
     people = f" of {verified.people:,} people" if verified.people else ""
     name = f" ({list_name(verified.pairs_file)})" if verified.pairs_file else ""
-    text = f"threshold {verified.threshold:.3f} from {pairs}{people}{name}"
+    text = f"threshold {verified.threshold:.3f}{place}{',' * bool(place)} from {pairs}{people}{name}"
     if verified.accuracy is None:
         return text
     return f"{text}, where this net is right in {accuracy_in_words(verified)}"
@@ -139,16 +141,33 @@ def list_name(pairs_file: str) -> str:
     return str(PurePath(*PurePath(pairs_file).parts[-2:]))
 
 
-def _by_verification(cosine: float, verified: Verified, same_weights: bool, not_square: list[Path]) -> Match:
-    if verified.accuracy is not None and verified.accuracy < POOR:
+def poor_net(verified: Verified | None) -> str | None:
+    """Return a caution about a net that is often wrong, or None if it is good or nobody measured it."""
+    if verified is None or verified.accuracy is None or verified.accuracy >= POOR:
+        return None
+    return f"this net is poor: it is right in {accuracy_in_words(verified)} of the pairs, so do not rely on its answers"
+
+
+def _by_option(cosine: float, threshold: float, verified: Verified | None, not_square: list[Path]) -> Match:
+    """Judge by the user's threshold; say how good the net is at the threshold that a verification measured."""
+    source = f"threshold {threshold:.3f} from --threshold"
+    if verified is not None and verified.accuracy is not None:
         right = accuracy_in_words(verified)
-        cautions = [f"this net is poor: it is right in {right} of the pairs, so do not rely on its answer"]
-    else:
-        cautions = _doubt(cosine, verified.threshold, verified.uncertain_within)
+        source += f"; at its measured threshold {verified.threshold:.3f} this net is right in {right}"
+    poor = poor_net(verified)
+    cautions = [poor] if poor else _doubt(cosine, threshold, NEAR)
+    return Match(cosine, threshold, source, cautions, verified, not_square)
+
+
+def _by_verification(
+    cosine: float, verified: Verified, place: str, same_weights: bool, not_square: list[Path]
+) -> Match:
+    poor = poor_net(verified)
+    cautions = [poor] if poor else _doubt(cosine, verified.threshold, verified.uncertain_within)
     if not same_weights:
         step = "" if verified.step is None else f" (step {verified.step:,})"
         cautions.append(f"the threshold was measured on other weights of this run{step}: verify this checkpoint, too")
-    return Match(cosine, verified.threshold, source_in_words(verified), cautions, verified, not_square)
+    return Match(cosine, verified.threshold, source_in_words(verified, place), cautions, verified, not_square)
 
 
 def _doubt(cosine: float, threshold: float, uncertain_within: float) -> list[str]:

@@ -48,7 +48,7 @@ def test_a_student_comes_nearer_to_its_teacher(dataset, teacher, more, tmp_path)
 
 def test_mistakes_before_the_run(dataset, grouped, teacher, more, tmp_path):
     for args, message in (
-        ([], r"no teacher is named: give method\.distill\.teacher"),
+        ([], "no teacher: give --teacher REF or --embeddings DIR"),
         (["--teacher", tmp_path / "no"], "no such run, checkpoint or weights file"),
         (["--teacher", teacher, "net.embedding=16"], r"net\.embedding=32, or method\.distill\.adapter=true"),
         (["--teacher", teacher, "--unlabelled", grouped], "bigface reads flat ones"),

@@ -141,11 +141,14 @@ def test_merged_identities_stay_apart_unless_told(tmp_path, layout):
     a = write_dataset(tmp_path / "a", 300, 10, layout=layout)
     b = write_dataset(tmp_path / "b", 200, 10, seed=1, layout=layout)
     figures = merge([a, b], tmp_path / "apart")
-    assert figures == {"images": 500, "identities": 20, "joined": 0, "left_out": 0}
+    assert figures == {"images": 500, "identities": 20, "joined": 0, "left_out": 0, "shared_names": 10}
     one, two, both = contents(a), contents(b), contents(tmp_path / "apart")
     assert sorted(both.values()) == sorted(
         [(f"{name}@a", jpeg) for name, jpeg in one.values()] + [(f"{name}@b", jpeg) for name, jpeg in two.values()]
     )
+    said = bigface("merge", a, b, "--out", tmp_path / "told", "--in-process")
+    assert "10 names are in several of the datasets" in said
+    assert "--same-names joins them" in said
     assert merge([a, b], tmp_path / "one", same_names=True)["joined"] == 10
     assert {name for name, _ in contents(tmp_path / "one").values()} == {f"id{i}" for i in range(10)}
     for row in range(2):  # all shard has images of both

@@ -103,7 +103,7 @@ def test_nets_that_are_not_finite_or_come_out_otherwise_are_refused(run, exporte
     with pytest.raises(UserError, match="not finite"):
         pipeline.export(str(tmp_path / "nan.safetensors"), tmp_path / "net.onnx")
     other = build_net(SMALL).eval()
-    monkeypatch.setattr(pipeline, "write_onnx", lambda net, path, threshold: path.touch())
+    monkeypatch.setattr(pipeline, "write_onnx", lambda net, path, verified: path.touch())
     monkeypatch.setattr(pipeline, "open_onnx", lambda path: other)
     with pytest.raises(UserError, match="not written"):
         pipeline.export(str(run), tmp_path / "net.onnx")

@@ -175,7 +175,47 @@ def test_an_exported_file_takes_the_newest_threshold(run, photos, tmp_path):
     assert last_line(said) == f"next: bigface match A.jpg B.jpg --model '{tmp_path}/my net.onnx'"
     assert open_net(tmp_path / "my net.onnx").threshold == 0.25
     face = photos / "person0" / "0.jpg"
-    assert "threshold 0.250 as stored in" in bigface("match", face, face, "--model", tmp_path / "my net.onnx")
+    assert "in the file: threshold 0.250 from 600 pairs, where this net is right in 90.0 ± 5.0 %" in said
+    told = bigface("match", face, face, "--model", tmp_path / "my net.onnx")
+    assert "my net.onnx, from 600 pairs, where this net is right in 90.0 ± 5.0 %" in told
+    assert "both photos are the same file" in told
+
+
+def test_a_poor_net_is_told_of_a_file_and_beside_a_given_threshold(run, photos, dataset, tmp_path):
+    pytest.importorskip("onnx")
+    add_verification(run / "checkpoints" / "step_00000010", VERIFIED.model_copy(update={"accuracy": 0.6, "people": 20}))
+    file, face = tmp_path / "net.onnx", photos / "person0" / "0.jpg"
+    bigface("export", run, "--out", file)
+    stored = open_net(file).verified
+    assert (stored.accuracy, stored.pairs, stored.people) == (0.6, 600, 20)
+    for asked in (["--model", file], ["--model", run, "--threshold", 0.5], ["--model", file, "--threshold", 0.5]):
+        said = bigface("match", face, face, *asked, "--json", tmp_path / "m.json")
+        assert "caution: this net is poor: it is right in 60.0 ± 5.0 % of the pairs" in said
+        assert figures(tmp_path / "m.json")["accuracy"] == 0.6
+    assert "at its measured threshold 0.250 this net is right in 60.0 ± 5.0 %" in said
+    said = bigface("clean", dataset, "--model", run, "--out", tmp_path / "clean", "--copy", -1, "--in-process")
+    assert "caution: this net is poor" in said
+    assert "are listed, more than wrong labels explain" in said
+    assert "replaced: " in bigface("export", run, "--out", file)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        "image_a,image_b,same,fold\n"
+        + "".join(f"person{i}/0.jpg,person{(i + j) % 6}/1.jpg,{1 - j},{i % 2}\n" for i in range(6) for j in (0, 1))
+    )
+    said = bigface("verify", file, "--images", photos, "--pairs", pairs, "--out", tmp_path / "pictures")
+    assert "match keeps the file's 0.250 unless you give it --threshold" in said
+    assert f"files: {tmp_path}/pictures/roc.png, " in said
+
+
+def test_the_weights_in_a_checkpoint_know_its_threshold(run):
+    add_verification(run / "checkpoints" / "step_00000010", VERIFIED)
+    assert open_net(run / "checkpoints" / "step_00000010" / "backbone.safetensors").threshold == 0.25
+
+
+def test_pytorch_files_name_their_conversion(tmp_path):
+    (tmp_path / "my net.pth").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"convert it once: python -c .*save_file.*my net\.safetensors"):
+        open_net(tmp_path / "my net.pth", "iresnet10")
 
 
 def test_uncropped_photos_are_aligned_and_photos_without_a_face_refused(run, photos, tmp_path, monkeypatch):

@@ -34,6 +34,20 @@ def test_a_rate_that_only_a_class_matrix_asks_for_does_not_keep_from_planning():
     assert "full FC, plain" in table[0]
 
 
+def test_workers_that_share_no_lanes_are_refused_as_training_refuses_them():
+    config = load_config("debug_bigface", ["train.global_batch=192"])
+    with pytest.raises(UserError, match="3 workers do not divide the run's 64 lanes; use 2 or 4"):
+        plan(config, 1000, 3, 24)
+
+
+@pytest.mark.parametrize(("rate", "time"), [(2500, "a second"), (100, "26 seconds"), (10, "4.3 minutes")])
+def test_short_times_are_told_in_seconds(rate, time):
+    assert (
+        f"20 steps, about {time} at"
+        in duration(load_config("debug_bigface", ["train.global_batch=128"]), 3000, rate)[0]
+    )
+
+
 def test_the_advice_holds():
     config = load_config("bigface_r50", [*R50, "method.update=fused"])
     assert plan(config, 2_000_000, 1, 24)[2]["fits"] == 1

@@ -146,6 +146,33 @@ def test_one_word_for_each_state(tmp_path, mlflow_database):
     assert {run["name"]: run["state"] for run in listed(tmp_path, tmp_path)} == told
 
 
+def test_a_killed_a_verified_and_a_replaced_run_from_any_folder(tmp_path, mlflow_database):
+    root = tmp_path / "runs"
+    root.mkdir()
+    shutil.copy(mlflow_database, root)
+    shutil.copy(mlflow_database, tmp_path)
+    client, experiment = open_mlflow(Tracking(), root)
+    names = ("killed", "verified", "new", "new")
+    ids = [client.create_run(experiment, start_time=2_500_000, run_name=name).info.run_id for name in names]
+    metrics = write_run(root / "killed", ids[0]) / "metrics.csv"
+    metrics.touch()
+    for file in (metrics, root / "killed" / "run.json"):
+        os.utime(file, (2560, 2560))
+    write_run(root / "verified", ids[1], seconds=12.0)
+    client.set_terminated(ids[1], "FINISHED", end_time=9_000_000)
+    client.set_terminated(ids[2], "FINISHED", end_time=2_600_000)
+    write_run(root / "new", ids[3])
+    told = {"killed": "interrupted", "new": "running", "verified": "finished"}
+    for folder in (root, tmp_path):
+        assert cells(folder, "state") == told
+        assert len(run_table(runs(folder, None, None, "", "name", 20))) == 4
+        minutes = cells(folder, "minutes")
+        assert (minutes["killed"], minutes["verified"]) == ("1.0", "0.2")
+    alone = runs(root / "verified", None, None, "", "name", 20)
+    assert [(run.name, run.state) for run in alone] == [("verified", "finished")]
+    assert "1 run: 1 finished" in bigface("runs", root / "verified")
+
+
 def test_a_child_without_its_parent_stands_alone(folder, tmp_path):
     found = listed(tmp_path, folder, "--filter", "metrics.accuracy > 0.75")
     assert [(run["name"], run["depth"]) for run in found] == [("plain", 0), ("trial_b", 0)]
@@ -157,8 +184,10 @@ def test_a_child_without_its_parent_stands_alone(folder, tmp_path):
     ("args", "mend"),
     [
         (["nowhere"], "no folder of runs: give another, or --uri"),
-        (["--sort", "acuracy"], "no run has this figure: started, name, accuracy"),
-        (["--filter", "accuracy?"], "Invalid"),
+        (["--sort", "acuracy"], "no run has this figure: did you mean accuracy"),
+        (["--sort", "acc"], "no run has this figure: did you mean accuracy"),
+        (["--sort", "xyz"], "no run has this figure: use one of started, name, "),
+        (["--filter", "accuracy?"], "Invalid.*write it like --filter"),
         (["--experiment", "other"], "no experiment 'other': give --experiment"),
         (["--uri", "sqlite:///nowhere.db"], "no such database"),
     ],

@@ -112,7 +112,7 @@ def test_batches_are_well_mixed(tmp_path, images, people, batch):
 
 
 def test_mistakes_name_the_mend(grouped, dataset, tmp_path):
-    with pytest.raises(UserError, match="bigface ingest test --out SHARDS --layout grouped"):
+    with pytest.raises(UserError, match="with --layout grouped, then split: bigface ingest PHOTOS"):
         batches_of(config_of(dataset), Ranks(), 0, 1)
     root = write_dataset(tmp_path / "shards", 100, 10, layout="grouped")
     text = (root / "manifest.json").read_text().replace('"identities": 10', '"identities": 11')

@@ -106,14 +106,13 @@ def test_what_split_left_names_its_training_shards(dataset, tmp_path):
     folder = tmp_path / "held out"
     shutil.copytree(dataset, folder / "train")
     (folder / "verify" / "images").mkdir(parents=True)
-    assert refusal(folder) == f"{folder} is no dataset, but {folder}/train is: 'data.path={folder}/train'"
+    assert refusal(folder) == f"{folder} is no dataset, but {folder}/train is: give that path"
 
 
 def test_photos_in_place_of_shards_name_the_command(photos, tmp_path):
     def mend(place, source):
-        return (
-            f"{place} holds photos, not shards: run bigface ingest {source} --out shards first, then data.path=shards"
-        )
+        command = f"bigface ingest {source} --out shards"
+        return f"{place} holds photos, not shards: run {command} first, then give the folder shards"
 
     assert refusal(photos) == mend(photos, photos)
     assert refusal(photos / "person0") == mend(photos / "person0", photos / "person0")  # loose
@@ -136,7 +135,7 @@ def test_paths_with_nothing_to_train_on_say_so(copy, tmp_path):
     assert refusal(absent) == f"{absent}: no such folder; correct the path, or {command} '{absent}'"
     assert refusal(empty) == f"{empty}: the folder is empty; correct the path, or {command} {empty}"
     file = copy / "shard-00000.parquet"
-    assert refusal(file) == f"{file} is a file of a dataset: give its folder: data.path={copy}"
+    assert refusal(file) == f"{file} is a file of a dataset: give its folder: {copy}"
     (tmp_path / "notes").touch()
     assert "is a file, but a dataset is a folder: give the folder that holds manifest.json" in refusal(
         tmp_path / "notes"

@@ -12,6 +12,7 @@ from fr_core.nets import onnx_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, write_onnx
 from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.nets.verifications import Verified
 from tests.helpers.datasets import put
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def written(tmp_path_factory):
     torch.manual_seed(0)
     net = build_net(IResNetNet(depth=10, width=8, input_size=32, embedding=16)).eval()
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
-    write_onnx(folded(net), path, threshold=0.25)
+    write_onnx(folded(net), path, Verified(threshold=0.25))
     return net, path
 
 
@@ -80,7 +81,7 @@ def other_model(folder, metadata=METADATA, name=INPUT, size=32, embedding=16):
 def test_the_file_is_a_recogniser_like_the_net(written):
     net, path = written
     opened = open_net(path)
-    assert opened.threshold == 0.25
+    assert opened.verified == Verified(threshold=0.25)
     assert (opened.net.input_size, opened.net.embedding, opened.net.input_std) == (32, 16, 127.5)
     images = np.random.default_rng(0).integers(0, 255, (5, 40, 40, 3), np.uint8)
     wanted = Recogniser(net, CPU).embed(images, batch=2, normalise=False)

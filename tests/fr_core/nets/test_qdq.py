@@ -18,6 +18,7 @@ from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, saturates, write_onn
 from fr_core.nets.open import build_net, open_net
 from fr_core.nets.qdq import qdq_model
 from fr_core.nets.quantised import QuantAdd, QuantConv, Quantised, QuantPReLU
+from fr_core.nets.verifications import Verified
 from fr_core.ranks import Ranks
 
 NETS = {
@@ -64,10 +65,10 @@ def computed(model, names):
 @pytest.mark.parametrize(("kind", "weights", "activations"), FORMS)
 def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_path):
     net = quantised(kind, weights, activations)
-    write_onnx(net, tmp_path / "net.onnx", threshold=0.3)
+    write_onnx(net, tmp_path / "net.onnx", Verified(threshold=0.3))
     onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
     opened = open_net(tmp_path / "net.onnx")
-    assert opened.threshold == 0.3
+    assert opened.verified == Verified(threshold=0.3)
     assert opened.net.name == {"iresnet": "iresnet10", "mobilefacenet": "mobilefacenet"}[kind]
     for images in (1, 5):
         x = noise(images, seed=2)

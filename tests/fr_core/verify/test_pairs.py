@@ -135,6 +135,14 @@ def test_bad_pairs_files_name_the_line(tmp_path, text, message):
         read_pairs(path)
 
 
+def test_a_folder_or_an_absent_list_names_the_mend(tmp_path):
+    with pytest.raises(UserError, match="no such list of pairs: correct the path"):
+        read_pairs(tmp_path / "absent.csv")
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(UserError, match=r"is a folder, not a list of pairs: give .*pairs\.csv"):
+        read_pairs(tmp_path)
+
+
 @pytest.mark.fuzz
 @given(st.text(alphabet="image_ab,same0123 \t\n\r\"'é", max_size=200))
 def test_any_text_is_read_or_refused(tmp_path_factory, text):
