@@ -6,6 +6,7 @@ No head is needed. Legend: N images, B batch, C channels, H W pixels, D embeddin
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import assert_never
 
 import numpy as np
@@ -188,8 +189,12 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
+        actual, wanted = weights_name(state), weights_name(module.state_dict())
+        if actual and wanted and actual != wanted:
+            mend = "change net.kind and net.depth, or give other weights"
+            raise UserError(f"{path} holds {article(actual)}, not {article(wanted)}: {mend}") from None
         first = str(error).splitlines()[1].strip()
-        raise UserError(f"{path}: weights do not fit the net: {first}") from None
+        raise UserError(f"{path}: weights do not fit the net: {shorten(first, 160, placeholder=' …')}") from None
 
 
 def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:
