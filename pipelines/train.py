@@ -34,6 +34,7 @@ from pipelines.signals import on_signal
 
 POLL = 2.0  # seconds between looks at metrics.csv
 SILENCE = 180.0  # seconds without a step before a warning
+SHOWN = 6  # changed settings of a resumed run that are listed
 DROPPED_SHARE = 0.01  # of the steps; float16 drops a few while it looks for its loss scale
 SAY_EVERY = 30.0  # seconds between progress events where no terminal shows the line
 
@@ -89,7 +90,8 @@ def train(
         refuse_other_files(out)
     log_doubts(config, plan.dataset)
     if resume and (changes := changed_settings(config, out)):
-        log.info("resuming with other settings: %s", ", ".join(changes))
+        rest = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+        log.info("resuming with other settings: %s%s", ", ".join(changes[:SHOWN]), rest)
     with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
