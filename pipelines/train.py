@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fr_core.config import Config, total_steps
+from fr_core.data.listing import is_image
 from fr_core.data.schema import Dataset
 from fr_core.data.store import (
     AnyPath,
@@ -35,6 +36,7 @@ from pipelines.signals import on_signal
 POLL = 2.0  # seconds between looks at metrics.csv
 SILENCE = 180.0  # seconds without a step before a warning
 SHOWN = 6  # changed settings of a resumed run that are listed
+DATA_SUFFIXES = {".parquet", ".rec"}
 DROPPED_SHARE = 0.01  # of the steps; float16 drops a few while it looks for its loss scale
 SAY_EVERY = 30.0  # seconds between progress events where no terminal shows the line
 
@@ -87,7 +89,7 @@ def train(
     if holds_run(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
     if not (resume or overwrite):
-        refuse_other_files(out)
+        refuse_data_folder(out)
     log_doubts(config, plan.dataset)
     if resume and (changes := changed_settings(config, out)):
         rest = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
@@ -120,20 +122,20 @@ def train(
     return figures
 
 
-def refuse_other_files(out: AnyPath) -> None:
-    """Refuse a folder of photos, a dataset or other files as the folder of a new run.
+def refuse_data_folder(out: AnyPath) -> None:
+    """Refuse a folder that holds photos, shards or other folders as the folder of a new run.
 
-    Logs may lie there, and what a start that failed early left.
+    Other files may lie there, such as logs and pruned weights, and what a start that failed early left.
 
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder holds photos, shards or other folders.
     """
     if not isinstance(out, Path) or not out.is_dir():
         return
-    others = [path.name for path in sorted(out.iterdir()) if path.name[0] != "." and path.name != RAY_FOLDER]
-    others = [name for name in others if not name.endswith((".log", ".txt"))]
+    visible = [path for path in sorted(out.iterdir()) if path.name[0] != "." and path.name != RAY_FOLDER]
+    others = [p.name for p in visible if p.is_dir() or is_image(p.name) or p.suffix in DATA_SUFFIXES]
     if others:
-        raise UserError(f"{out} holds other files, such as {others[0]}: give a new or empty folder as --out")
+        raise UserError(f"{out} holds data or other folders, such as {others[0]}: give a new or empty folder as --out")
 
 
 def log_doubts(config: Config, dataset: Dataset) -> None:

@@ -331,7 +331,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
     if differing:
         first, *more = differing
         here, there = facts[first]
-        others = f" (others differ too, such as {', '.join(more[:3])}: is it another recipe?)" if more else ""
+        others = f" (others differ too, such as {', '.join(more[:3])}: another recipe, or other data?)" if more else ""
         raise UserError(
             f"{folder}: cannot resume, {first} differs: {there} there, {here} now{others}; use another folder"
         )

@@ -19,10 +19,12 @@ def test_options_and_folders_that_contradict_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="leave out one of them"):
         train.train(config, tmp_path / "run", in_process=True, resume=True, overwrite=True)
     shards = write_dataset(tmp_path / "shards", 100, 10)
-    with pytest.raises(UserError, match=r"holds other files, such as identities.parquet: give a new or empty folder"):
+    with pytest.raises(
+        UserError, match=r"holds data or other folders, such as identities.parquet: give a new or empty folder"
+    ):
         train.train(config, shards, in_process=True)
     (tmp_path / "run" / "ray").mkdir(parents=True)
-    (tmp_path / "run" / "train.log").touch()
+    (tmp_path / "run" / "pruned.safetensors").touch()
     train.train(config, tmp_path / "run", in_process=True)
 
 

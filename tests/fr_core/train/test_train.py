@@ -238,7 +238,7 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     for change in ("net.width=16", "seed=1", "method.margin.scale=8.0", "train.global_batch=40", "train.ema=0.5"):
         with pytest.raises(UserError, match=change.split("=")[0].replace("train.ema", "train.ema on") + " differs"):
             run(config_of(dataset, change), tmp_path)
-    with pytest.raises(UserError, match=r"seed differs: 0 there, 1 now .others differ too, such as net.width: is"):
+    with pytest.raises(UserError, match=r"seed differs: 0 there, 1 now .others differ too, such as net.width: another"):
         run(config_of(dataset, "net.width=16", "seed=1"), tmp_path)
     with pytest.raises(UserError, match=r"schedule.kind differs: .* there, fastface now; use another"):
         run(config_of(dataset, "schedule={kind='fastface', patience=0.2}"), tmp_path)
