@@ -27,6 +27,7 @@ START_ATTEMPTS = 3
 MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
 STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to stop
 MISTAKES = ".mistake_*.txt"  # files in the run's folder: user errors that workers met
+RAY_FOLDER = "ray"  # folder in the run's folder for the files of Ray Train
 LOOK_EVERY = 2.0  # seconds between looks for a stop request
 RESIZE_EVERY = 60.0  # seconds between looks for more machines
 GROWS_AS = "ray_bootstrap_config.yaml"  # `ray up` leaves the autoscaler's config under this name in the head's home
@@ -217,7 +218,7 @@ def train_on_ray(
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name="ray",
+            name=RAY_FOLDER,
             storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),

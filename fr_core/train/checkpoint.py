@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import average_statistics
 
+RESUMABLE = ("train.", "optim.", "schedule.", "data.augment.", "data.masks.")  # settings that a resumed run may change
 SET_ASIDE = "damaged.json"  # new name of checkpoint.json in a damaged checkpoint
 FULL = os.strerror(errno.ENOSPC)
 
@@ -202,6 +203,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     if summary["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {summary['format']}, this program reads {FORMAT}")
     _check_same_run(config, state, summary, folder)
+    _check_end(config, state, summary, folder)
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
     extra = {name: tensor for file in states for name, tensor in read_tensors(folder, summary, file).items()}
     state.usable.load_state_dict(read_tensors(folder, summary, BACKBONE))
@@ -212,6 +214,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     state.step, state.loss_scale = summary["step"], summary["loss_scale"]
     state.began = time.monotonic() - summary.get("seconds", 0.0)
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
+    state.dropped_steps = summary.get("dropped_steps", 0)
     if state.watcher and summary["watcher"]:
         state.watcher.load_state_dict(summary["watcher"])
 
@@ -232,6 +235,7 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> Summary:
         "loss_scale": state.loss_scale,
         "good_steps": state.good_steps,
         "bad_steps": state.bad_steps,
+        "dropped_steps": state.dropped_steps,
         "run_id": state.run_id,
         "watcher": state.watcher.state_dict() if state.watcher else None,
         "head": [
@@ -309,31 +313,57 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
-        "schedule.kind": (_state_kind(config), _state_kind(old)),
+        "schedule.kind": (config.schedule.kind, old.schedule.kind),
         "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
-        "the data's identities": (state.plan.dataset.manifest.identities, summary["identities"]),
-        "the data's images": (state.plan.dataset.manifest.images, summary["images"]),
+        "the number of identities": (state.plan.dataset.manifest.identities, summary["identities"]),
+        "the number of images": (state.plan.dataset.manifest.images, summary["images"]),
     }
     for name, stamp in (("data", state.plan.dataset.stamp), ("unlabelled", _unlabelled_stamp(config))):
         facts[f"the {name}"] = (stamp, summary.get(name, stamp))  # older checkpoints lack it
     if config.data.variants == old.data.variants == 1:
         del facts["data.variant_strength"]
+    if not (config.schedule.watches_loss or old.schedule.watches_loss):
+        del facts["schedule.kind"]  # these schedules have no state: they are interchangeable
     for section in ("net", "method"):
         ours, theirs = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
         facts |= {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if name not in MOVABLE}
-    for name, (here, there) in facts.items():
-        if here != there:
-            raise UserError(f"{folder}: cannot resume, {name} differs: {there} there, {here} now; use another folder")
+    differing = [name for name, (here, there) in facts.items() if here != there]
+    if differing:
+        first, *more = differing
+        here, there = facts[first]
+        others = f" (others differ too, such as {', '.join(more[:3])}: another recipe, or other data?)" if more else ""
+        raise UserError(
+            f"{folder}: cannot resume, {first} differs: {there} there, {here} now{others}; use another folder"
+        )
+
+
+def _check_end(config: Config, state: TrainState, summary: Summary, folder: AnyPath) -> None:
+    if summary["step"] > state.total_steps:
+        changes = ", ".join(_changes(config, summary, folder, ("train.epochs", "train.max_steps")))
+        raise UserError(
+            f"{folder}: cannot resume, it is beyond the run's end at step {state.total_steps} ({changes}): "
+            "repeat the earlier values, or give larger ones"
+        )
+
+
+def changed_settings(config: Config, out: AnyPath) -> list[str]:
+    """Return what a resumed run changes against its newest checkpoint, such as ``optim.lr=0.2 (was 0.1)``."""
+    saved = checkpoints(out)[-1:]
+    with suppress(DamagedCheckpoint):  # resuming falls back to an older one, and says so
+        return [change for folder in saved for change in _changes(config, read_summary(folder), folder)]
+    return []
+
+
+def _changes(config: Config, summary: Summary, folder: AnyPath, names: tuple[str, ...] = RESUMABLE) -> list[str]:
+    now = flat(config.model_dump(mode="json"))
+    then = flat(parse_config(summary["config"], str(folder)).model_dump(mode="json"))
+    different = [name for name in now | then if now.get(name) != then.get(name)]
+    return [f"{name}={now.get(name)} (was {then.get(name)})" for name in different if name.startswith(names)]
 
 
 def _unlabelled_stamp(config: Config) -> str | None:
     other = unlabelled(config)
     return other[1].dataset.stamp if other else None
-
-
-def _state_kind(config: Config) -> str:
-    """Return the kind of a schedule that has a state. Other schedules are interchangeable on resume."""
-    return config.schedule.kind if config.schedule.watches_loss else "a function of the step"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

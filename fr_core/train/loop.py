@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -37,8 +36,6 @@ from fr_core.verify.report import make_report, roc_figure, score_figure, verific
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]
 Report = Callable[[dict[str, float], AnyPath | None], None]
-
-log = logging.getLogger("bigface")
 
 
 def train_loop(
@@ -217,8 +214,10 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     missing = {path: reason for _, f in shares for path, reason in f.items()}
     result, scores, usable = verify_embeddings(embeddings, missing, pairs)
     figures = verification_figures(result)
+    if missing:
+        figures |= {"missing_images": len(missing), "skipped_pairs": len(pairs.same) - len(usable.same)}
     if tracker:
-        tracker.log_figures(state.step, figures | {"missing_images": len(missing)})
+        tracker.log_figures(state.step, figures)
         tracker.log_picture("roc", roc_figure({"this net": (scores, usable.same)}))
         tracker.log_picture("scores", score_figure(scores, usable.same, result.threshold))
     return figures
@@ -236,8 +235,6 @@ def finish(
     """
     if state.step == first_step and (known := ranks.broadcast_object(read_report(out, state.step))):
         if tracker:
-            facts = {"step": state.step, "report": str(out / "report.json")}
-            log.info("the run was already finished: nothing to train", extra={"facts": facts})
             tracker.close("FINISHED")
         return known
     seconds = time.monotonic() - state.began
@@ -258,6 +255,8 @@ def finish(
         "peak_memory_mib": peak / 2**20,  # rank 0 in training: its GPU, or else its process
         "classes_mib": head_mib(state),  # rank 0
     }
+    if state.dropped_steps:
+        figures["dropped_steps"] = state.dropped_steps
     if tracker:
         tracker.log_figures(state.step, figures)
     figures |= verification

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -35,6 +36,7 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str
     """
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells how it sets up a new database
     if tracking.uri is None and isinstance(folder, RemotePath):
         raise UserError(f"{folder} is a URL and cannot hold MLflow's database: give tracking.uri, or tracking.uri=off")
     uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"

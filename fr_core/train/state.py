@@ -37,6 +37,7 @@ class TrainState:
     loss_scale: float = 1.0
     good_steps: int = 0  # finite steps since the loss scale changed
     bad_steps: int = 0  # non-finite steps in a row
+    dropped_steps: int = 0  # non-finite steps of the whole run
     run_id: str | None = None  # id of the MLflow run
     buffers: list[Tensor] = field(default_factory=list)  # buffers as they were before this step
 

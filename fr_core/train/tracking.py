@@ -96,11 +96,15 @@ class Tracker:
             self.outbox.post(["file", path, folder])
 
     def step_done(self, batch: Batch) -> None:
-        """Touch ``metrics.csv`` every few seconds, to show that the run goes on. Save a picture of the first batch."""
-        if not self.sampled:
+        """Touch ``metrics.csv`` after the first step and then every few seconds, to show that the run goes on.
+
+        Save a picture of the first batch.
+        """
+        first = not self.sampled
+        if first:
             self.sampled = True
             self._log_sample_batch(batch)
-        if isinstance(self.out, Path) and time.monotonic() - self.last_beat > BEAT_EVERY:
+        if isinstance(self.out, Path) and (first or time.monotonic() - self.last_beat > BEAT_EVERY):
             self.last_beat = time.monotonic()
             os.utime(self.out / "metrics.csv")
 

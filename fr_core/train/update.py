@@ -127,6 +127,7 @@ def update(
         _after_good_step(config, state)
     else:
         state.bad_steps += 1
+        state.dropped_steps += 1
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
         for buffer, before in zip(buffers_to_restore(state), state.buffers, strict=True):

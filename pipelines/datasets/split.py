@@ -54,6 +54,9 @@ def split(
     candidates = np.flatnonzero(counts >= 2)
     wanted = held_out_count(len(candidates), share, str(shards))
     held_out = np.isin(np.arange(len(names)), rng.generator(seed, "split").choice(candidates, wanted, replace=False))
+    source = dataset.root
+    if isinstance(source, Path) and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies inside {source}: name a folder outside the shards")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name another folder, or remove this one first")
     (out / "train").mkdir(parents=True)

@@ -43,6 +43,9 @@ def test_so_few_people_that_no_pairs_come_of_them_are_refused(tmp_path):
     with pytest.raises(UserError, match="too few to split: 8 are needed"):
         split(shards, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="lies inside"):
+        split(write_dataset(tmp_path / "enough", 90, 9), tmp_path / "enough" / "sub")
+    assert not (tmp_path / "enough" / "sub").exists()
     assert data.PEOPLE_TO_SPLIT == 2 * MIN_HELD_OUT
 
 

@@ -101,3 +101,12 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
     detect.detector.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'bigface\[align\]'"):
         detect.detector()
+
+
+@needs_detector
+def test_the_detector_opens_without_a_word(capfd):
+    detect.detector.cache_clear()
+    level = cv2.utils.logging.getLogLevel()
+    detect.detector()
+    assert capfd.readouterr() == ("", "")
+    assert cv2.utils.logging.getLogLevel() == level

@@ -1,13 +1,16 @@
 """The same checks of config, data and workers run in the launcher and in the loop."""
 
+from itertools import pairwise
+
 import pytest
 
 from fr_core.config.methods import DCQ, F2C, AttFC, BigFace, QuantFace, VirtualFC
 from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
-from fr_core.train.check import checked_plan
+from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.loop import train_loop
 from pipelines.train import train
 from tests.helpers.runs import config_of, state_and_batches
@@ -36,6 +39,41 @@ def test_the_loop_refuses_what_the_command_line_refuses(dataset, tmp_path, mista
         train_loop(config, tmp_path / "run", Ranks(0, workers), blocks_in_process, lambda metrics, saved: None)
     assert str(launched.value).split(": ")[-1] == str(looped.value).split(": ")[-1]
     assert not (tmp_path / "run").exists()
+
+
+def write_pairs(folder, *names):
+    """Writes small files, and a list that pairs the images of each person and of neighbouring people."""
+    for name in names:
+        for shot in "ab":
+            (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+            (folder / "images" / name / f"{shot}.jpg").touch()
+    rows = [f"{name}/a.jpg,{name}/b.jpg,1" for name in names]
+    rows += [f"{one}/a.jpg,{other}/a.jpg,0" for one, other in pairwise(names)]
+    (folder / "pairs.csv").write_text("\n".join(["image_a,image_b,same", *rows]))
+    return f"verify.pairs={folder / 'pairs.csv'}"
+
+
+def test_a_folder_without_the_pairs_images_is_refused_before_training(dataset, tmp_path):
+    pairs = write_pairs(tmp_path / "held", "x", "y")
+    checked_plan(config_of(dataset, pairs, f"verify.images={tmp_path / 'held' / 'images'}"), 1)
+    with pytest.raises(UserError, match=r"none of the 3 pairs .* no .*held/x/a.jpg: give verify.images=.*held/images$"):
+        checked_plan(config_of(dataset, pairs, f"verify.images={tmp_path / 'held'}"), 1)
+    with pytest.raises(UserError, match="give the folder that the pairs' paths"):
+        checked_plan(config_of(dataset, pairs, f"verify.images={dataset}"), 1)
+
+
+def test_weights_that_are_not_there_are_refused_before_training(dataset):
+    with pytest.raises(UserError, match=r"init\.backbone: /nope: no such run, checkpoint or weights file"):
+        checked_plan(config_of(dataset, "init.backbone=/nope"), 1)
+
+
+def test_people_who_are_trained_on_and_verified_are_counted(dataset, tmp_path):
+    pairs = write_pairs(tmp_path / "held", "id3", "id7", "nobody")
+    assert trained_people(config_of(dataset, pairs, "verify.images=x"), open_dataset(dataset)) == (2, 3)
+    (tmp_path / "flat.csv").write_text("image_a,image_b,same\na.jpg,b.jpg,1\na.jpg,c.jpg,0\n")
+    flat = config_of(dataset, "verify.images=x", f"verify.pairs={tmp_path / 'flat.csv'}")
+    assert trained_people(flat, open_dataset(dataset)) == (0, 0)
+    assert trained_people(config_of(dataset), open_dataset(dataset)) == (0, 0)
 
 
 FACTS = {  # layout, images trained and encoded per image of a batch, multiple, micro-batches, encoder, centres of 100

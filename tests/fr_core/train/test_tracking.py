@@ -16,7 +16,7 @@ from fr_core.train.tracking import Tracker
 from pipelines import train
 
 
-def test_a_database_keeps_its_files_beside_it(tmp_path, monkeypatch):
+def test_a_database_keeps_its_files_beside_it(tmp_path, monkeypatch, capfd):
     """Nothing is written to the caller's folder, where MLflow would make ``mlruns`` by default."""
     (tmp_path / "caller").mkdir()
     (tmp_path / "store").mkdir()
@@ -30,13 +30,24 @@ def test_a_database_keeps_its_files_beside_it(tmp_path, monkeypatch):
     found = list((tmp_path / "store" / "mlartifacts").rglob("run.json"))
     assert len(found) == 1
     experiment = MlflowClient(uri).get_experiment_by_name("bigface")
+    assert "INFO mlflow" not in capfd.readouterr().err
     assert experiment.artifact_location == f"file://{tmp_path}/store/mlartifacts"
+
+
+def test_the_first_step_is_seen_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tracker, "_log_sample_batch", lambda tracker, batch: None)
+    tracker = Tracker(Config(tracking={"uri": "off"}), tmp_path, 0, None)
+    for seen in (True, False):
+        os.utime(tmp_path / "metrics.csv", (1, 1))
+        tracker.step_done(Batch(0, None, None, None, None))
+        assert (train.last_touched(tmp_path) > 1e9) == seen
 
 
 def test_steps_between_two_rows_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "BEAT_EVERY", 0.0)
     monkeypatch.setattr(Tracker, "_log_sample_batch", lambda tracker, batch: None)
     tracker = Tracker(Config(tracking={"uri": "off"}), tmp_path, 0, None)
+    tracker.step_done(Batch(0, None, None, None, None))
     os.utime(tmp_path / "metrics.csv", (1, 1))
     assert train.last_touched(tmp_path) == 1e9
     tracker.step_done(Batch(0, None, None, None, None))

@@ -1,7 +1,6 @@
 """The train loop, its state and its checkpoints, without Ray."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signed
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import load_checkpoint, save_checkpoint
+from fr_core.train.checkpoint import changed_settings, load_checkpoint, save_checkpoint
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import newest_metrics, read_metrics
 from fr_core.train.warm_start import set_prototypes
@@ -206,14 +205,12 @@ def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(da
     assert whole[1].abs().sum() > 0
 
 
-def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path, caplog):
+def test_a_run_that_is_over_keeps_its_report(dataset, tmp_path):
     run(config_of(dataset, "train.max_steps=4"), tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     report["figures"]["peak_memory_mib"] = 12345.0
     (tmp_path / "report.json").write_text(json.dumps(report))
-    with caplog.at_level(logging.INFO, "bigface"):
-        assert run(config_of(dataset, "train.max_steps=4"), tmp_path) == report["figures"]
-    assert "the run was already finished: nothing to train" in caplog.messages
+    assert run(config_of(dataset, "train.max_steps=4"), tmp_path) == report["figures"]
     assert run(config_of(dataset, "train.max_steps=5"), tmp_path)["peak_memory_mib"] != 12345
 
 
@@ -241,6 +238,10 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     for change in ("net.width=16", "seed=1", "method.margin.scale=8.0", "train.global_batch=40", "train.ema=0.5"):
         with pytest.raises(UserError, match=change.split("=")[0].replace("train.ema", "train.ema on") + " differs"):
             run(config_of(dataset, change), tmp_path)
+    with pytest.raises(UserError, match=r"seed differs: 0 there, 1 now .others differ too, such as net.width: another"):
+        run(config_of(dataset, "net.width=16", "seed=1"), tmp_path)
+    with pytest.raises(UserError, match=r"schedule.kind differs: .* there, fastface now; use another"):
+        run(config_of(dataset, "schedule={kind='fastface', patience=0.2}"), tmp_path)
     for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule={kind='fastface', patience=0.2}")):
         with pytest.raises(UserError, match=f"{kind}.kind differs"):
             run(config_of(dataset, change), tmp_path)
@@ -249,6 +250,26 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
         run(config_of(others), tmp_path)
     run(config_of(dataset, "train.max_steps=4", "optim.lr=0.01", "schedule.kind=constant"), tmp_path)
     assert checkpoints(tmp_path)[-1].name == "step_00000004"
+
+
+def test_a_run_beyond_the_new_end_is_refused_and_other_changes_are_named(dataset, tmp_path):
+    long = config_of(dataset, "train.epochs=50", "train.max_steps=6")
+    run(long, tmp_path)
+    with pytest.raises(
+        UserError, match=r"beyond the run's end at step 4 \(train.epochs=2 .was 50., train.max_steps=4 "
+    ):
+        run(config_of(dataset, "train.max_steps=4"), tmp_path)
+    assert checkpoints(tmp_path)[-1].name == "step_00000006"
+    assert changed_settings(long, tmp_path) == []
+    other = config_of(dataset, "train.epochs=50", "train.max_steps=8", "optim.lr=0.02", "verify.pairs=/x.bin")
+    assert changed_settings(other, tmp_path) == ["optim.lr=0.02 (was 0.05)", "train.max_steps=8 (was 6)"]
+
+
+def test_dropped_steps_are_counted_also_over_a_resume(dataset, tmp_path):
+    wild = "optim.lr=1e9"
+    steps = run(config_of(dataset, wild, "train.max_steps=4"), tmp_path)["dropped_steps"]
+    assert steps > 0
+    assert run(config_of(dataset, wild, "train.max_steps=6"), tmp_path)["dropped_steps"] == steps + 2
 
 
 def test_checkpoints_of_older_versions_lack_newer_knobs(dataset, tmp_path):
@@ -430,10 +451,15 @@ def test_warm_start_from_a_run_and_from_bare_weights(dataset, tmp_path):
         state = loop.resume_or_init(config, tmp_path / "none", Ranks(), blocks_in_process)
         assert torch.equal(state.backbone.fc.weight, weights["fc.weight"])
         assert not torch.equal(state.head.weight, weights["head"])
-    with pytest.raises(UserError, match="weights do not fit the net"):
-        loop.resume_or_init(
-            config_of(dataset, f"init.backbone={bare}", "net.width=16"), tmp_path / "none", Ranks(), blocks_in_process
-        )
+    for change, message in (
+        ("net.width=16", "weights do not fit the net"),
+        ("net.depth=18", "not an iresnet18: change"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            loop.resume_or_init(
+                config_of(dataset, f"init.backbone={bare}", change), tmp_path / "none", Ranks(), blocks_in_process
+            )
+        assert len(str(error.value)) < 250 + len(str(bare))
 
 
 def prototype_rows(ranks, config):

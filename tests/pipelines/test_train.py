@@ -1,0 +1,77 @@
+"""What a launch refuses, and what it says before and after a training."""
+
+import logging
+import os
+import threading
+import time
+
+import pytest
+
+from fr_core.errors import UserError
+from fr_core.verify.pairs import write_pairs
+from pipelines import train
+from tests.helpers.datasets import write_dataset
+from tests.helpers.runs import config_of
+
+
+def test_options_and_folders_that_contradict_are_refused(dataset, tmp_path):
+    config = config_of(dataset, "train.max_steps=2")
+    with pytest.raises(UserError, match="leave out one of them"):
+        train.train(config, tmp_path / "run", in_process=True, resume=True, overwrite=True)
+    shards = write_dataset(tmp_path / "shards", 100, 10)
+    with pytest.raises(
+        UserError, match=r"holds data or other folders, such as identities.parquet: give a new or empty folder"
+    ):
+        train.train(config, shards, in_process=True)
+    (tmp_path / "run" / "ray").mkdir(parents=True)
+    (tmp_path / "run" / "pruned.safetensors").touch()
+    train.train(config, tmp_path / "run", in_process=True)
+
+
+def test_doubts_about_the_pairs_are_said(dataset, tmp_path, caplog, monkeypatch):
+    """The people are trained on, an image is missing, and a resumed run has another rate."""
+    monkeypatch.setattr(train, "start_logging", lambda **where: None)
+    from fr_core.data.synthetic import write_faces
+
+    write_faces(tmp_path / "faces", 20, 2, workers=1)
+    images = tmp_path / "faces" / "images"
+    for number, folder in enumerate(sorted(images.iterdir())):
+        folder.rename(images / f"id{number}")
+    write_pairs(tmp_path / "faces", 10)
+    (images / "id0" / "000.jpg").unlink()
+    given = [f"verify.images={images}", f"verify.pairs={tmp_path / 'faces/pairs.csv'}"]
+    with caplog.at_level(logging.INFO, "bigface"):
+        figures = train.train(config_of(dataset, *given, "train.max_steps=2"), tmp_path / "run", in_process=True)
+        longer = config_of(dataset, *given, "train.max_steps=3", "optim.lr=0.02")
+        train.train(longer, tmp_path / "run", in_process=True, resume=True)
+    scored, left_out = int(figures["pairs"]), int(figures["skipped_pairs"])
+    assert (figures["missing_images"], scored + left_out) == (1, 200)
+    assert "20 of the 20 people in verify.pairs have names of people in data.path" in caplog.text
+    assert f"unreadable images of verify.pairs: 1, pairs left out: {left_out};" in caplog.text
+    assert f"its threshold from the other {scored} pairs" in caplog.text
+    assert "resuming with other settings: optim.lr=0.02 (was 0.05), train.max_steps=3 (was 2)" in caplog.text
+
+
+def test_many_dropped_steps_are_the_last_word(caplog):
+    train.log_troubles({"steps": 1000, "dropped_steps": 10})
+    assert not caplog.messages
+    train.log_troubles({"steps": 10, "dropped_steps": 5})
+    assert caplog.messages == ["5 of 10 steps were dropped, their loss was not finite: lower optim.lr"]
+
+
+def test_the_first_step_is_said_before_the_first_row(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train, "POLL", 0.02)
+    path = tmp_path / "metrics.csv"
+
+    def touch():
+        for moment in (1, 2):
+            time.sleep(0.2)
+            path.touch()
+            os.utime(path, (moment, moment))
+
+    toucher = threading.Thread(target=touch)
+    with caplog.at_level(logging.INFO, "bigface"), train.progress_line(tmp_path, 100):
+        toucher.start()
+        toucher.join()
+        time.sleep(0.2)
+    assert caplog.messages == ["first step done"]
