@@ -114,6 +114,8 @@ def verify(
     next_match += ["--net", net] if net else []
     if pairs and not store_verification(recogniser, verified(results[""], pairs)):
         next_match += ["--threshold", f"{figures['threshold']:.6g}"]
+    if pairs and results[""].skipped:
+        show_line("warning: the threshold is of incomplete pairs: mend the images and verify again", "yellow")
     show_line(f"next: {command_line(*next_match)}")
 
 

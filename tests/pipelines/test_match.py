@@ -283,3 +283,11 @@ def test_a_folder_that_holds_no_checkpoint_knows_no_threshold(tmp_path):
     assert newest_verification(tmp_path) is None
     save_file(build_net(SMALL).state_dict(), tmp_path / "net.safetensors", {"net": SMALL.model_dump_json()})
     assert open_net(tmp_path / "net.safetensors").threshold is None
+
+
+def test_a_threshold_of_incomplete_pairs_is_told(run, pairs, photos, tmp_path):
+    some = tmp_path / "some"
+    shutil.copytree(photos, some)
+    (some / "person0" / "0.jpg").unlink()
+    assert "incomplete pairs" not in bigface("verify", run, *pairs)
+    assert "the threshold is of incomplete pairs" in bigface("verify", run, "--images", some, *pairs[2:])
