@@ -72,7 +72,9 @@ def explain_kind(
     if mistake["type"] == "model_attributes_type" and isinstance(mistake["input"], str):
         section, kind = ".".join(parts), mistake["input"]
         given, keys, what = _section_at(recipe, section), (), f"{section} is a section, not {kind!r}"
-    elif mistake["type"] == "extra_forbidden" and mistake["loc"][:-1] and not _is_set(".".join(parts), keys):
+    elif (
+        mistake["type"] == "extra_forbidden" and mistake["loc"][:-1] and not _is_set(".".join(parts), keys, inner=True)
+    ):
         section = ".".join(parts[:-1])
         given, kind = _section_at(tree, section), str(_section_at(tree, section).get("kind"))
         what = f"{section}.kind={kind}"

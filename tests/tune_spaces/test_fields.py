@@ -72,7 +72,7 @@ def test_a_knob_that_the_recipe_lacks_is_refused():
 
 def test_an_end_out_of_bounds_is_refused():
     wide = knob(AttFC, "size_ratio", Uniform(0.1, 1.5))
-    with pytest.raises(UserError, match=r"size_ratio = 1.5.*less than or equal to 1"):
+    with pytest.raises(UserError, match=r"size_ratio = 1.5.*must be at most 1"):
         list(check_knobs(load_config("debug_attfc"), [wide]))
 
 

@@ -115,7 +115,7 @@ def test_a_ghost_batch_that_does_not_fit_is_refused(dataset, grouped):
         (["net={kind='mobilefacenet'}", "train.recompute=true"], "is for residual nets"),
         (["train.compress_gradients=float16"], "needs the loss scale"),
         (["net.kind=moe", "net.experts=2", "net.active=3"], "net.active = 3 is more than net.experts = 2"),
-        (["train.ghost_batch=1"], "greater than or equal to 2"),
+        (["train.ghost_batch=1"], "must be at least 2"),
     ],
 )
 def test_what_does_not_fit_together(dataset, given, message):

@@ -64,6 +64,8 @@ def test_a_verification_on_the_way_is_of_the_net_as_it_would_be_left(tmp_path, t
         loop, "measure_last_norm", lambda config, state, *_: state.backbone.features.running_mean.fill_(7)
     )
     (tmp_path / "pairs.csv").write_text("image_a,image_b,same\na,b,1\n")
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
     given = [f"verify.pairs={tmp_path / 'pairs.csv'}", f"verify.images={tmp_path}"]
     trained(1, "data.variants=4", "train.verify_every=4", *given)
     assert len(looks) == 2
