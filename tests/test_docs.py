@@ -24,6 +24,8 @@ LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)?(#[\w-]+)?\)")
 CITED = re.compile(
     r"(?<![\w/.-])(?<!\]\()((?:docs|results|fr_core|pipelines|tune_spaces|tests)/[\w/-]+\.(?:md|py|csv|toml|yaml|png|svg))\b"
 )
+# A row that says what a file holds: `FILE`: `name`, `name` …
+HOLDS = re.compile(r"`((?:fr_core|pipelines|tune_spaces)/[\w/]+\.py)`: ((?:`\w+`(?:, )?)+)")
 WRITTEN_THERE = {"fr_core/recipes/NAME.toml"}  # a placeholder
 GENERATED = {"docs/knobs.md"}  # its sentences are the attribute docstrings
 
@@ -67,6 +69,19 @@ def test_every_file_that_code_and_pages_cite_is_there():
             f"{named(path)}: {name}" for name in sorted(cited) if "NAME" not in name and not (ROOT / name).exists()
         ]
         missing += [f"{named(path)}: {name}" for name in ("METHODS", "EXPERIMENTS.md") if name in text]
+    assert missing == []
+
+
+def test_every_name_that_pages_give_of_a_file_is_in_it():
+    missing, found = [], 0
+    for path in PAGES:
+        for file, names in HOLDS.findall(path.read_text()):
+            source = (ROOT / file).read_text()
+            for name in re.findall(r"`(\w+)`", names):
+                found += 1
+                if not re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE):
+                    missing.append(f"{named(path)}: {file} holds no {name}")
+    assert found > 50
     assert missing == []
 
 
