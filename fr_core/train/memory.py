@@ -68,6 +68,8 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if encoded_images:
         parts["encoder"] = trained
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
+    if method.facts.class_images:
+        parts["class_images"] = class_image_bytes(config, -(-encoded_images // gpus), gpus)
     if isinstance(method.agreement, PairLoss):
         parts["pairs"] = FLOAT * 2 * (POOL_COPIES * method.agreement.pool + PAIR_TEMPORARIES * images**2)
     if (who := config.method.taught) and who.teacher:
@@ -78,6 +80,16 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     working = max(parts.get("teacher_features", 0), activations + in_turn, parts["update"])
     passing = ("teacher_features", "activations", "tile", "encoder_features", "recomputed", "update")
     return parts | {"total": working + sum(size for name, size in parts.items() if name not in passing)}
+
+
+def class_image_bytes(config: Config, encoded: int, gpus: int) -> int:
+    """Return the bytes of the class images of rank 0: uint8, and float32 copies of what an encoder sees at once.
+
+    Args:
+        encoded: images that the momentum encoder sees at once, on one GPU.
+    """
+    pixels = 3 * config.net.input_size**2
+    return pixels * (config.method.facts.class_images * config.train.global_batch // gpus + FLOAT * encoded)
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:

@@ -1,18 +1,15 @@
-"""``bigface plan``: computes whether a run fits its cards, which knob to turn first if not, and how long it takes.
-
-Legend: K class images of each image.
-"""
+"""``bigface plan``: computes whether a run fits its cards, which knob to turn first if not, and how long it takes."""
 
 import itertools
 from collections.abc import Iterator, Mapping
 
-from fr_core.config import Config, class_count, lane_count, step_images, step_rows, total_steps, unlabelled_batch
+from fr_core.config import Config, class_count, lane_count, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.plan import check_lanes
 from fr_core.errors import UserError
 from fr_core.train.check import check_shares
-from fr_core.train.memory import FLOAT, memory
+from fr_core.train.memory import memory
 
 GIB = 2**30
 Changes = dict[str, dict[str, object]]  # fields by section
@@ -43,7 +40,7 @@ def plan(
         )
     check_shares(config, gpus)
     check_lanes(lane_count(config), gpus)
-    here = card_memory(config, identities, gpus)
+    here = memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {"as written": config}
     if config.method.agreement is None:  # a class matrix does not replace a loss that compares pairs
@@ -52,7 +49,7 @@ def plan(
             "full FC, fused": changed(config, {"method": matrix | FUSED, "train": WHOLE}),
             "Partial FC 0.1, plain": changed(config, {"method": matrix | {"sample_rate": 0.1}}),
         }
-    columns = {name: card_memory(mode, identities, gpus) for name, mode in modes.items()}
+    columns = {name: memory(mode, identities, gpus) for name, mode in modes.items()}
     table = [("part", *columns)]
     for part in [name for name in dict.fromkeys(itertools.chain(*columns.values())) if name != "total"] + ["total"]:
         sizes = (gib(column[part]) if part in column else "" for column in columns.values())
@@ -68,21 +65,6 @@ def plan(
         advice += f" No teacher is counted: give {taught.named}=REF."
     figures = {"fits": float(spare >= 0), "spare_gib": spare} | {f"{k}_gib": v / GIB for k, v in here.items()}
     return table, advice, figures
-
-
-def card_memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
-    """Return the bytes on a card by part, as :func:`fr_core.train.memory.memory`, with class images as a part.
-
-    Pixels of class images are uint8. A momentum encoder takes a float32 copy of the images that it sees at once.
-    """
-    parts, facts = memory(config, identities, gpus), config.method.facts
-    if not facts.class_images:
-        return parts
-    pixels = 3 * config.net.input_size**2
-    encoded_at_once = -(-step_images(config)[1] // gpus)
-    size = pixels * (facts.class_images * config.train.global_batch // gpus + FLOAT * encoded_at_once)
-    total = parts.pop("total")
-    return parts | {"class_images": size, "total": total + size}
 
 
 def gib(size: int) -> str:
@@ -159,7 +141,7 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
         try:
             check_lanes(lane_count(changed(config, changes)), cards)
             check_shares(changed(config, changes), cards)
-            parts = card_memory(changed(config, changes), identities, cards)
+            parts = memory(changed(config, changes), identities, cards)
         except (ValueError, UserError):  # the recipe excludes this knob
             continue
         if fits(parts, gpu_gib):

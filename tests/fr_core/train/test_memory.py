@@ -76,7 +76,8 @@ def test_parts_of_fixed_centres_by_hand():
     assert parts["centres"] == 7 * 384 * 512 * 2
     assert parts["encoder"] == parts["backbone_optimizer"]
     assert not {"class_matrix", "class_momentum"} & parts.keys()
-    kept = sum(parts[n] for n in ("backbone", "backbone_optimizer", "encoder", "centres", "context"))
+    assert parts["class_images"] == 3 * 112**2 * 2 * 384 * (1 + 4)  # uint8, and float32 for the encoder
+    kept = sum(parts[n] for n in ("backbone", "backbone_optimizer", "encoder", "centres", "class_images", "context"))
     working = parts["activations"] + max(parts["tile"], parts["encoder_features"])
     assert parts["total"] == kept + max(working, parts["update"])
     assert memory(load_config("attfc_r50"), 10**7, 1)["activations"] == parts["activations"]
