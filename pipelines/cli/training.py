@@ -64,6 +64,7 @@ def train(
 
     The last lines name the next commands.
     """
+    from pipelines.nets.match import verify_command
     from pipelines.train import train as run
     from pipelines.train import written_report
 
@@ -77,7 +78,7 @@ def train(
     if config.verify.pairs:
         show_line(f"next: {match_command(folder)}")
     else:
-        show_line(f"next: {command_line('verify', folder, '--images', 'DIR', '--pairs', 'FILE')}")
+        show_line(f"next: {verify_command(str(folder), None, config.model_dump(mode='json'))}")
         show_line(f"then: {match_command(folder)}")
 
 

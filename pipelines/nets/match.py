@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from fr_core.config import Config
 from fr_core.data.store import AnyPath, to_path
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
@@ -62,13 +61,6 @@ def match(
         return Match(cosine, None, None, [], None, not_square)
     place = "" if recogniser.checkpoint is not None else f" as stored in {model}"
     return _by_verification(cosine, verified, place, same_weights, not_square)
-
-
-def next_command(run: str, config: Config) -> str:
-    """Return the command that follows a training: match if it verified, and so measured a threshold, else verify."""
-    if config.verify.pairs is not None:
-        return shlex.join(["bigface", "match", "A.jpg", "B.jpg", "--model", run])
-    return verify_command(run, None, config.model_dump(mode="json"))
 
 
 def threshold_advice(recogniser: Recogniser, model: str, net: str | None) -> str:

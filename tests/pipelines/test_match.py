@@ -28,7 +28,7 @@ from fr_core.nets.verifications import (
 )
 from fr_core.verify.suites import uncertain_within
 from pipelines.bench.latency import settled
-from pipelines.nets.match import next_command, source_in_words
+from pipelines.nets.match import source_in_words, verify_command
 from tests.helpers.commands import bigface, figures
 from tests.helpers.datasets import put
 
@@ -267,16 +267,16 @@ def test_decisions_near_the_threshold_are_uncertain():
     assert uncertain_within(many, np.concatenate([same, np.zeros(20, bool)]), 0.5) == pytest.approx(0.5)
 
 
-def test_the_command_after_a_training(tmp_path):
+def test_the_command_that_verifies_a_run(tmp_path):
     parts = tmp_path / "my parts"
-    config = load_config("debug_bigface", [f"data.path={parts / 'train'}"])
-    assert next_command("a run", config) == "bigface verify 'a run' --images DIR --pairs PAIRS.csv"
+    config = load_config("debug_bigface", [f"data.path={parts / 'train'}"]).model_dump(mode="json")
+    assert verify_command("a run", None, config) == "bigface verify 'a run' --images DIR --pairs PAIRS.csv"
     (parts / "verify").mkdir(parents=True)
     (parts / "verify" / "pairs.csv").touch()
     split = f"--images '{parts}/verify/images' --pairs '{parts}/verify/pairs.csv'"
-    assert next_command("run", config) == f"bigface verify run {split}"
-    verified = load_config("debug_bigface", ["verify.pairs=p.csv", "verify.images=faces"])
-    assert next_command("run", verified) == "bigface match A.jpg B.jpg --model run"
+    assert verify_command("run", None, config) == f"bigface verify run {split}"
+    named = load_config("debug_bigface", ["verify.pairs=p.csv", "verify.images=faces"]).model_dump(mode="json")
+    assert verify_command("run", None, named) == "bigface verify run --images faces --pairs p.csv"
 
 
 def test_a_folder_that_holds_no_checkpoint_knows_no_threshold(tmp_path):

@@ -9,7 +9,7 @@ def test_a_run_ends_with_commands_to_copy_and_a_finished_one_says_so(dataset, tm
     out = tmp_path / "a run"
     command = ["train", "debug_bigface", f"data.path={dataset}", "train.max_steps=2", "tracking.uri=off"]
     command += ["--in-process", "--out", out]
-    told = [f"run: '{out}'", f"next: bigface verify '{out}' --images DIR --pairs FILE"]
+    told = [f"run: '{out}'", f"next: bigface verify '{out}' --images DIR --pairs PAIRS.csv"]
     told += [f"then: bigface match A.jpg B.jpg --model '{out}'"]
     output = bigface(*command)
     assert output.splitlines()[-3:] == told
