@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,10 +14,17 @@ from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, Workers, local, output
 from pipelines.cli.output import console, show_line, show_table, write_json
 
+if TYPE_CHECKING:
+    from pipelines.experiments.compare import Conditions
+
 comparisons = typer.Typer(no_args_is_help=True, help="Compare settings on the same data, net and seeds; resumable.")
 app.add_typer(comparisons, name="compare", rich_help_panel="Measuring")
 Results = Annotated[Path, typer.Option(parser=output, help="CSV file that finished runs are appended to.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each setting.")]
+Folds = Annotated[
+    int | None, typer.Option(min=2, help="Verify on the training people: parts that are left out of training in turn.")
+]
+Against = Annotated[str | None, typer.Option(help="Setting that the others are set against; default: the first.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Begin no run after this many minutes.")]
 
@@ -30,6 +37,8 @@ def compare_schedules(
     results: Results,
     seeds: Seeds = 3,
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of FastFace; repeatable.")] = None,
+    folds: Folds = None,
+    against: Against = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
@@ -38,12 +47,12 @@ def compare_schedules(
     json: Json = None,
 ) -> None:
     """Compare a recipe in full with FastFace and cosine in fewer epochs: accuracy and time over seeds."""
-    from pipelines.experiments.compare import schedules
+    from pipelines.experiments.compare import Conditions, schedules
 
     settings = schedules(load_config(recipe, overrides or []), epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
-    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
-    run_comparison("schedules", *options)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
+    run_comparison("schedules", recipe, settings, overrides, conditions, columns, against, markdown, json)
 
 
 @comparisons.command("heads")
@@ -59,6 +68,8 @@ def compare_heads(
     ] = 0.999,
     tables: Annotated[str, typer.Option(help="Tables of AttFC's paper: any of 1, 3, 4, 5.")] = "1345",
     seeds: Seeds = 1,
+    folds: Folds = None,
+    against: Against = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
@@ -70,7 +81,7 @@ def compare_heads(
     from fr_core.config import class_count, total_steps
     from fr_core.data.schema import open_dataset
     from fr_core.data.stream import make_plan
-    from pipelines.experiments.compare import PUBLISHED, heads
+    from pipelines.experiments.compare import PUBLISHED, Conditions, heads
 
     config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method={kind='bigface'}"])
     flat_facts, grouped_facts = open_dataset(flat).manifest, open_dataset(grouped).manifest
@@ -82,11 +93,12 @@ def compare_heads(
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: give any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
+    steps = steps * (folds - 1) // folds if folds else steps
     by_table = heads(config, steps, class_count(config, flat_facts.identities), flat, grouped, centres, scale, momentum)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
-    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
-    run_comparison("heads", *options, published=PUBLISHED)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
+    run_comparison("heads", recipe, settings, overrides, conditions, columns, against, markdown, json, PUBLISHED)
 
 
 @comparisons.command("settings")
@@ -98,6 +110,8 @@ def compare_settings(
         Path | None, typer.Option(parser=local, help="Folder of sets of pairs; every run is verified on each set.")
     ] = None,
     seeds: Seeds = 1,
+    folds: Folds = None,
+    against: Against = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
     minutes: Minutes = 40,
@@ -106,14 +120,14 @@ def compare_settings(
     json: Json = None,
 ) -> None:
     """Compare any settings of a recipe with each other."""
-    from pipelines.experiments.compare import named_settings, suite_columns
+    from pipelines.experiments.compare import Conditions, named_settings, suite_columns
 
     settings = named_settings(setting or [])
     for name, extra in settings.items():
         load_config(recipe, overrides or [], extra, f"--setting {shlex.quote(name)}")
-    columns = ("accuracy", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
-    options = (recipe, settings, overrides, seeds, results, workers, in_process, minutes, columns, markdown, json)
-    run_comparison("settings", *options, suite=suite)
+    columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, suite)
+    run_comparison("settings", recipe, settings, overrides, conditions, columns, against, markdown, json)
 
 
 def run_comparison(
@@ -121,48 +135,43 @@ def run_comparison(
     recipe: str,
     settings: Mapping[str, list[str]],
     overrides: list[str] | None,
-    seeds: int,
-    results: Path,
-    workers: int,
-    in_process: bool,
-    minutes: float,
+    conditions: "Conditions",
     columns: tuple[str, ...],
+    against: str | None,
     markdown: bool,
     json: Path | None,
     published: Mapping[str, str] | None = None,
-    suite: Path | None = None,
 ) -> None:
-    """Run a comparison and print its table.
+    """Run a comparison and print its tables.
 
     Args:
-        columns: columns of the results that the table summarises.
-        markdown: print the table as Markdown.
+        columns: columns of the results that the tables summarise.
+        against: setting that the others are set against. None: the first.
+        markdown: print the tables as Markdown.
         published: published figures by setting, or by its name without the number of centres; they become a column.
+
+    Raises:
+        UserError: no setting has the name of ``against``, or :func:`pipelines.experiments.compare.compare` refuses.
     """
     from fr_core.verify.report import markdown as as_markdown
-    from pipelines.experiments.compare import compare, summary
+    from pipelines.experiments.compare import compare, differences, summary
 
+    if against and against not in settings:
+        raise UserError(f"--against {against}: no such setting: use one of {', '.join(settings)}")
+    results = conditions.results
     with explain_disk_errors(results):
-        rows = compare(
-            recipe,
-            settings,
-            overrides or [],
-            list(range(seeds)),
-            results,
-            workers,
-            in_process,
-            minutes,
-            console.print,
-            suite,
-        )
+        rows = compare(recipe, settings, overrides or [], conditions, console.print)
     cells = summary(rows, columns)
     if published:
         named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]
         cells = [(*row, last) for row, last in zip(cells, ["published", *named], strict=True)]
-    if markdown:
-        show_line(as_markdown(cells))
-    else:
-        show_table(cells, str(results))
-    figures = {"runs": len(rows), "wanted": seeds * len(settings)}
+    apart = differences(rows, against or next(iter(settings)), columns)
+    for table in [cells, *([apart] if any(int(row[1]) > 1 for row in apart[1:]) else [])]:
+        if markdown:
+            show_line(as_markdown(table))
+        else:
+            show_table(table, str(results))
+    runs = len(conditions.seeds) * len(settings) * (conditions.folds or 1)
+    figures = {"runs": len(rows), "wanted": runs}
     show_line(f"{figures['runs']} of {figures['wanted']} runs are finished: {shlex.quote(str(results))}")
     write_json(f"compare {name}", figures, json, rows=rows)

@@ -1,8 +1,10 @@
-"""Split a dataset: hold some people out to verify on, and keep the others to train on."""
+"""Split a dataset: hold some people out to verify on, and keep the others to train on; once, or fold by fold."""
 
 import csv
+import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from fr_core import rng
 from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.schema import Dataset, open_dataset
-from fr_core.data.store import AnyPath
+from fr_core.data.store import AnyPath, remove_folder, write_text_atomically
 from fr_core.errors import UserError
 from fr_core.verify.pairs import FOLDS, write_pairs
 from pipelines.datasets.merge import Part, write_parts
@@ -54,24 +56,110 @@ def split(
     candidates = np.flatnonzero(counts >= 2)
     wanted = held_out_count(len(candidates), share, str(shards))
     held_out = np.isin(np.arange(len(names)), rng.generator(seed, "split").choice(candidates, wanted, replace=False))
+    refuse_used_folder(dataset, out)
+    held = hold_out(dataset, held_out, out, pairs_per_fold, seed, progress)
+    return held | {"held_out_identities": wanted}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of a dataset's people to verify on, and the shards of all others."""
+
+    train: Path
+    images: Path
+    pairs: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """Return the overrides of a recipe that trains and verifies on this fold."""
+        return [f"data.path={self.train}", f"verify.images={self.images}", f"verify.pairs={self.pairs}"]
+
+
+def cut_folds(
+    shards: AnyPath,
+    out: Path,
+    count: int,
+    pairs_per_fold: int = 300,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Fold]:
+    """Cut the people of a dataset into equal folds, and write each fold as :func:`split` does.
+
+    Everyone with two images or more is held out once. People are dealt by name, so flat and grouped shards of the same
+    faces have equal folds. Folds that ``out`` already holds are taken as they are.
+
+    Args:
+        count: folds, 2 or more.
+        pairs_per_fold: pairs of each kind in each of a fold's up to ten parts.
+
+    Raises:
+        UserError: too few people for a fold, or ``out`` holds something else.
+    """
+    dataset = open_dataset(shards)
+    facts = {"stamp": dataset.stamp, "folds": count, "pairs_per_fold": pairs_per_fold, "seed": seed}
+    folders = [out / f"fold-{number}" for number in range(count)]
+    folds = [Fold(path / "train", path / "verify" / "images", path / "verify" / "pairs.csv") for path in folders]
+    marker = out / "folds.json"
+    if marker.is_file() and json.loads(marker.read_text()) == facts:
+        return folds
+    names = dataset.identity_names()
+    by_name = np.argsort(names, kind="stable")
+    several = by_name[dataset.identity_counts()[by_name] >= 2]
+    if len(several) < count * MIN_HELD_OUT:
+        raise UserError(
+            f"{shards}: {len(several)} people with two images or more are too few for {count} folds: "
+            f"{count * MIN_HELD_OUT} are needed, {MIN_HELD_OUT} to verify on in each fold"
+        )
+    if not marker.is_file():
+        refuse_used_folder(dataset, out)
+    dealt = rng.generator(seed, "folds").permutation(several)
+    for number, folder in enumerate(folders):
+        remove_folder(folder)
+        held_out = np.isin(np.arange(len(names)), dealt[number::count])
+        hold_out(dataset, held_out, folder, pairs_per_fold, seed, progress)
+    write_text_atomically(marker, json.dumps(facts) + "\n")
+    return folds
+
+
+def refuse_used_folder(dataset: Dataset, out: Path) -> None:
+    """Refuse a folder that is in use, or that lies inside the dataset.
+
+    Raises:
+        UserError: it does.
+    """
     source = dataset.root
     if isinstance(source, Path) and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies inside {source}: name a folder outside the shards")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name another folder, or remove this one first")
+
+
+def hold_out(
+    dataset: Dataset,
+    held_out_N: np.ndarray,
+    out: Path,
+    pairs_per_fold: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """Write the people to train on as ``train/``, and those held out (bool [N]) as ``verify/``.
+
+    Returns:
+        images, identities (to train on), held_out_images, folds, pairs, distinct_pairs.
+    """
     (out / "train").mkdir(parents=True)
-    kept = np.flatnonzero(~held_out)
+    names, kept = dataset.identity_names(), np.flatnonzero(~held_out_N)
     labels = np.full(len(names), -1)
     labels[kept] = np.arange(len(kept))
-    train = write_parts([Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress)
-    images = _write_images(dataset, held_out, out / "verify")
-    folds = min(FOLDS, wanted // PEOPLE_PER_FOLD)
+    part = Part(dataset, labels)
+    train = write_parts([part], [names[i] for i in kept], out / "train", str(dataset.root), seed, progress)
+    images = _write_images(dataset, held_out_N, out / "verify")
+    folds = min(FOLDS, int(held_out_N.sum()) // PEOPLE_PER_FOLD)
     pairs, distinct_pairs = write_pairs(out / "verify", pairs_per_fold, seed, folds)  # drawn with replacement
     return {
         "images": train.images,
         "identities": train.identities,
         "held_out_images": images,
-        "held_out_identities": wanted,
         "folds": folds,
         "pairs": pairs,
         "distinct_pairs": distinct_pairs,

@@ -1,9 +1,13 @@
 """``bigface compare``: trains several settings with the same data, net and seeds; each finished run is a line of a CSV.
 
 A comparison resumes where it was stopped, since a run with a line is not repeated. ``--minutes`` stops it between runs.
+
+With folds, the people of the training set are cut into as many parts. A setting trains on all parts but one and is
+verified on that one, for each part in turn. So settings are chosen without a look at the pairs that are reported.
 """
 
 import csv
+import math
 import os
 import re
 import shlex
@@ -15,11 +19,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fr_core.config import Config
 from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
+from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
 from fr_core.train.check import checked_plan
@@ -27,6 +34,7 @@ from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pairs import read_pairs
 from fr_core.verify.report import markdown
 from fr_core.verify.suites import find_sets, verify_suite
+from pipelines.datasets.split import Fold, cut_folds
 from pipelines.train import train
 
 COLUMNS = (
@@ -34,6 +42,7 @@ COLUMNS = (
     *("images_per_second", "peak_memory_mib", "classes_mib"),
 )
 FACTS = ("images", "identities", "overrides", "commit")
+FOLDS = "folds"  # folder of the folds, in the comparison's folder
 
 
 def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
@@ -157,82 +166,114 @@ def named_settings(given: list[str]) -> dict[str, list[str]]:
     return settings
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What all settings of a comparison share beside the recipe."""
+
+    results: Path
+    """CSV that finished runs are appended to."""
+    seeds: Sequence[int]
+    """Seeds of each setting."""
+    folds: int | None = None
+    """Parts of the training people to verify on in turn. None: verify on the recipe's pairs."""
+    workers: int = 1
+    """Ray Train workers of each run."""
+    in_process: bool = False
+    """Train without Ray."""
+    minutes: float = 40
+    """Begin no run later than this."""
+    suite: Path | None = None
+    """Folder of sets of pairs. Every run's accuracy on each set becomes a column, NAME_accuracy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison."""
+
+    setting: str
+    seed: int
+    fold: int | None
+    config: Config
+    overrides: str  # recipe and overrides of the setting, as the results name them
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return what names the run among those of its comparison."""
+        return self.setting, str(self.seed), "" if self.fold is None else str(self.fold)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's folder and of its MLflow run."""
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return re.sub(r"[^\w.=-]+", "-", f"{self.setting}-seed{self.seed}{fold}")
+
+    @property
+    def title(self) -> str:
+        """Return the run's name for people."""
+        return f"{self.setting}, seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
+
+
 def compare(
     recipe: str,
     settings: Mapping[str, list[str]],
     overrides: list[str],
-    seeds: list[int],
-    results: Path,
-    workers: int,
-    in_process: bool,
-    minutes: float,
+    conditions: Conditions,
     say: Callable[[str], None],
-    suite: Path | None = None,
 ) -> list[dict[str, str]]:
-    """Train the runs that ``results`` lacks.
+    """Train the runs that the results lack.
 
     Args:
         recipe: name or file of the recipe.
         settings: overrides of each setting, by name.
         overrides: overrides of all settings.
-        seeds: seeds of each setting.
-        results: CSV that finished runs are appended to.
-        workers: Ray Train workers of each run.
-        in_process: train without Ray.
-        minutes: begin no run later than this.
         say: function that shows a line of progress.
-        suite: folder of sets of pairs. Every run's accuracy on each set becomes a column, NAME_accuracy.
 
     Returns:
-        The lines of ``results`` for these settings and seeds.
+        The lines of the results for these settings and seeds.
 
     Raises:
-        UserError: there are no pairs to verify on, or the results file belongs to another comparison.
+        UserError: there are no pairs to verify on, too few people for the folds, or the results file belongs to another
+            comparison.
     """
-    configs = {
-        (name, seed): load_config(recipe, [*overrides, *extra, f"seed={seed}"])
-        for seed in seeds
-        for name, extra in settings.items()
-    }
-    if any(config.verify.pairs is None for config in configs.values()):
-        raise UserError("no pairs to compare runs by: give verify.images=DIR verify.pairs=FILE")
-    for config in configs.values():
-        checked_plan(config, workers)
+    results, suite = conditions.results, conditions.suite
+    columns = (*COLUMNS[:2], *(["fold"] if conditions.folds else []), *COLUMNS[2:])
+    columns = (*columns, *(suite_columns(suite) if suite else ()), *FACTS)
+    started, rows = time.monotonic(), read_results(results, columns)
+    runs = list_runs(recipe, settings, overrides, conditions)
+    for run in runs:
+        checked_plan(run.config, conditions.workers)
     for _, pairs_file in find_sets(suite).values() if suite else ():
         read_pairs(pairs_file)  # a damaged file should fail before the first run
-    columns = (*COLUMNS, *(suite_columns(suite) if suite else ()), *FACTS)
-    started, rows = time.monotonic(), read_results(results, columns)
-    tracking = next(iter(configs.values())).tracking
+    tracking = runs[0].config.tracking
     comparison = Comparison(tracking, results) if tracking.uri != "off" else None
     if comparison:
         child = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
-        configs = {key: config.model_copy(update={"tracking": child}) for key, config in configs.items()}
-    done = {(row["setting"], int(row["seed"])): row for row in rows}
+        runs = [replace(run, config=run.config.model_copy(update={"tracking": child})) for run in runs]
+    done = {(row["setting"], row["seed"], row.get("fold", "")): row for row in rows}
     finished: list[dict[str, str]] = []
     try:
-        for (name, seed), config in configs.items():
-            given = shlex.join([recipe, *overrides, *settings[name]])
-            twins = [row for row in done.values() if (row["overrides"], row["seed"]) == (given, str(seed))]
-            if (name, seed) in done:
-                row = done[name, seed]
-                if row["overrides"] != given:
-                    raise UserError(
-                        f"{results}: {name}, seed {seed} was run as {row['overrides']}: give another --results"
-                    )
-            elif twins:  # another setting has trained this very run
-                row = twins[0] | {"setting": name}
+        for run in runs:
+            same = [row for key, row in done.items() if (row["overrides"], *key[1:]) == (run.overrides, *run.key[1:])]
+            if run.key in done:
+                row = done[run.key]
+                if row["overrides"] != run.overrides:
+                    raise UserError(f"{results}: {run.title} was run as {row['overrides']}: give another --results")
+            elif same:  # another setting has trained this very run
+                row = same[0] | {"setting": run.setting}
                 append_row(results, columns, row)
             else:
-                if time.monotonic() - started > 60 * minutes:
-                    say(f"{minutes:g} minutes are over; the same command continues with {name}, seed {seed}")
+                if time.monotonic() - started > 60 * conditions.minutes:
+                    say(f"{conditions.minutes:g} minutes are over; the same command continues with {run.title}")
                     break
-                say(f"{name}, seed {seed} …")
-                out = results.with_suffix("") / run_name(name, seed)
-                row = {"setting": name, "seed": str(seed)} | train_in_child(config, out, workers, in_process, suite)
-                row |= {"overrides": given, "commit": commit()}
+                say(f"{run.title} …")
+                out = results.with_suffix("") / run.name
+                figures = train_in_child(run.config, out, conditions)
+                row = dict(zip(("setting", "seed", "fold"), run.key, strict=True)) | figures
+                row = {name: text for name, text in row.items() if name in columns}
+                row |= {"overrides": run.overrides, "commit": commit()}
                 append_row(results, columns, row)
-                say(f"{name}, seed {seed}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.1f} s")
-            done[name, seed] = row
+                say(f"{run.title}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.1f} s")
+            done[run.key] = row
             finished.append(row)
     finally:
         if comparison:
@@ -240,9 +281,44 @@ def compare(
     return finished
 
 
-def run_name(setting: str, seed: int) -> str:
-    """Return the name of a run's folder and of its MLflow run."""
-    return re.sub(r"[^\w.=-]+", "-", f"{setting}-seed{seed}")
+def list_runs(
+    recipe: str, settings: Mapping[str, list[str]], overrides: list[str], conditions: Conditions
+) -> list[Run]:
+    """Return the runs of a comparison, the settings in turn for each seed and fold.
+
+    The folds of each dataset are cut once, and lie in the comparison's folder.
+
+    Raises:
+        UserError: there are no pairs to verify on, or folds and pairs, or too few people for the folds.
+    """
+    runs, cut, folds = [], dict[str, list[Fold]](), conditions.folds
+    for seed in conditions.seeds:
+        for fold in range(folds) if folds else (None,):
+            for name, extra in settings.items():
+                given = [*overrides, *extra, f"seed={seed}"]
+                config = load_config(recipe, given)
+                if fold is None:
+                    if config.verify.pairs is None:
+                        raise UserError(
+                            "no pairs to compare runs by: give verify.images=DIR verify.pairs=FILE, or --folds 3"
+                        )
+                else:
+                    assert folds
+                    if config.verify.pairs is not None:
+                        raise UserError("--folds verifies on people of the training set: leave verify.pairs out")
+                    if config.data.path not in cut:
+                        cut[config.data.path] = folds_of(
+                            config.data.path, conditions.results.with_suffix("") / FOLDS, folds
+                        )
+                    config = load_config(recipe, [*given, *cut[config.data.path][fold].overrides])
+                runs.append(Run(name, seed, fold, config, shlex.join([recipe, *overrides, *extra])))
+    return runs
+
+
+def folds_of(path: str, folder: Path, count: int) -> list[Fold]:
+    """Cut a dataset into folds in a folder that its contents name, or find them there."""
+    shards = to_path(path)
+    return cut_folds(shards, folder / f"{shards.name}-{open_dataset(shards).stamp[:8]}-{count}", count)
 
 
 def suite_columns(suite: Path) -> list[str]:
@@ -250,24 +326,25 @@ def suite_columns(suite: Path) -> list[str]:
     return [f"{name}_accuracy" for name in find_sets(suite)]
 
 
-def train_in_child(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, str]:
+def train_in_child(config: Config, out: Path, conditions: Conditions) -> dict[str, str]:
     """Train in a child process, remove the run's folder, and return the run's figures as text.
 
     Each run has its own process because peak memory is a high-water mark. A figure is empty if the run lacks it, such
     as a TAR for which there are too few pairs.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
-        figures = pool.submit(_figures, config, out, workers, in_process, suite).result()
+        figures = pool.submit(_figures, config, out, conditions).result()
     shutil.rmtree(out)
     with suppress(OSError):  # the folder may hold other runs
         out.parent.rmdir()
+    suite = conditions.suite
     wanted = (*COLUMNS[2:], *(suite_columns(suite) if suite else ()), "images", "identities")
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
 
 
-def _figures(config: Config, out: Path, workers: int, in_process: bool, suite: Path | None) -> dict[str, float]:
-    figures = train(config, out, workers, in_process, overwrite=True)
-    recogniser = open_net(out)
+def _figures(config: Config, out: Path, conditions: Conditions) -> dict[str, float]:
+    figures = train(config, out, conditions.workers, conditions.in_process, overwrite=True)
+    recogniser, suite = open_net(out), conditions.suite
     results = verify_suite(recogniser.embed, suite, recogniser.net.input_size) if suite else {}
     return figures | {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
 
@@ -308,6 +385,45 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         table.append((name, str(len(runs)), *cells))
     return table
+
+
+def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a table, header first: how far each setting lies from a baseline, with 95 % intervals.
+
+    Runs of one seed and fold make a pair. The interval is Student's t of the pairs' differences, so it speaks of other
+    seeds on these data. It needs two pairs or more.
+
+    Raises:
+        UserError: no setting of the baseline's name has runs.
+    """
+    by_setting: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        by_setting.setdefault(row["setting"], {})[row["seed"], row.get("fold", "")] = row
+    if baseline not in by_setting:
+        raise UserError(f"--against {baseline}: no run of it; use one of {', '.join(by_setting)}")
+    base = by_setting.pop(baseline)
+    table: list[tuple[str, ...]] = [(f"against {baseline}", "pairs", *(heading(column) for column in columns))]
+    for name, runs in by_setting.items():
+        pairs, cells = sorted(set(runs) & set(base)), []
+        for column in columns:
+            _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
+            both = [(runs[key][column], base[key][column]) for key in pairs]
+            values = [factor * (float(own) - float(other)) for own, other in both if own and other]
+            if len(values) < 2:
+                cells.append("")
+                continue
+            mean, half = mean_interval(values)
+            cells.append(f"{mean:+.{digits}f} ({mean - half:+.{digits}f} … {mean + half:+.{digits}f})")
+        table.append((name, str(len(pairs)), *cells))
+    return table
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of two values or more, and the half-width of its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def heading(column: str) -> str:
