@@ -9,6 +9,7 @@ from tune_spaces.fields import Knob
 SPACES = {
     "attfc": attfc.SPACE,
     "fastface": fastface.SPACE,
+    "recurrence": fastface.RECURRENCE,
     "haar": fastface.HAAR,
     "bigface": bigface.SPACE,
     "distill": distill.SPACE,

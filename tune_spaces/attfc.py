@@ -1,6 +1,7 @@
 """Search space of AttFC (2025; docs/methods/attfc.md)."""
 
 from fr_core.config.methods import AttFC
+from fr_core.config.optim import Optimizer
 from tune_spaces.fields import Choice, Integers, LogUniform, Uniform, knob
 
 SPACE = (
@@ -10,4 +11,5 @@ SPACE = (
     knob(AttFC, "temperature", LogUniform(0.05, 2.0)),  # AttFC has none, which is 1
     knob(AttFC, "margin.m2", Uniform(0.1, 0.6)),  # AttFC: 0.5
     knob(AttFC, "margin.scale", LogUniform(16, 64)),  # AttFC: 64; small sets need less
+    knob(Optimizer, "lr", LogUniform(0.01, 0.5)),  # AttFC: 0.1 at batch 384
 )

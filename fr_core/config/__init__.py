@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from fr_core.config.methods import BigFace, Distill, Method
 from fr_core.config.nets import IResNetNet, Net
-from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule
+from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule, steps_of_epochs
 from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
@@ -253,3 +253,8 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Return the optimiser steps of the whole run."""
     steps = config.train.epochs * steps_per_epoch
     return min(steps, config.train.max_steps or steps)
+
+
+def warmup_steps(config: Config, steps_per_epoch: int) -> int:
+    """Return the optimiser steps of the warm-up."""
+    return steps_of_epochs(config.schedule.warmup_epochs, steps_per_epoch)

@@ -268,7 +268,21 @@ class FixedCentres(SectionMargin, BaseMethod):
     """Centres computed at once. None: as many as fit the cache or the card."""
 
 
-class AttFC(FixedCentres):
+class EncodedCentres(FixedCentres):
+    """Base of the methods whose momentum encoder makes the centres: θ_k ← γ_t·θ_k + (1 − γ_t)·θ_q at step t."""
+
+    encoder_momentum: Momentum
+    """γ: share of its old weights that the encoder keeps per step."""
+    encoder_warmup: bool = True
+    """Raise γ_t from 0.1: γ_t = min(γ, (1 + t)/(10 + t)). So the encoder never remembers more than the run so far.
+    false: γ from the first step, as in the papers."""
+
+    def momentum_at(self, step: int) -> float:
+        """Return γ_t of step t, counted from 0."""
+        return min(self.encoder_momentum, (1 + step) / (10 + step)) if self.encoder_warmup else self.encoder_momentum
+
+
+class AttFC(EncodedCentres):
     """A momentum class encoder, attention over class images, a queue (AttFC, 2025; docs/methods/attfc.md)."""
 
     kind: Literal["attfc"] = "attfc"
@@ -306,7 +320,7 @@ class AttFC(FixedCentres):
         return queue_slots(self.size_ratio * classes, global_batch, "method.size_ratio", classes)
 
 
-class DCQ(FixedCentres):
+class DCQ(EncodedCentres):
     """Dynamic Class Queue: one class image, no attention (Li et al., 2021; docs/methods/baselines.md)."""
 
     kind: Literal["dcq"] = "dcq"
@@ -327,7 +341,7 @@ class DCQ(FixedCentres):
         return queue_slots(self.queue_size, global_batch, "method.queue_size")
 
 
-class F2C(FixedCentres):
+class F2C(EncodedCentres):
     """Faster Face Classification: a pool of recent classes (Wang et al., 2022; docs/methods/baselines.md)."""
 
     kind: Literal["f2c"] = "f2c"

@@ -168,9 +168,36 @@ class MultiStep(Warmup):
 
 
 class FastFace(Warmup):
-    """The loss decides: the recurrence of FastFace's published code (FastFace, 2025; docs/methods/fastface.md)."""
+    """The loss decides, against its own mean fall in this run (after FastFace, 2025; docs/methods/fastface.md).
+
+    Shares are of the steps after the warm-up. So the rate changes at the same share of a short run and a long one, and
+    the scale of the loss does not matter.
+    """
 
     kind: Literal["fastface"] = "fastface"
+    window: Annotated[float, Field(gt=0, le=0.25)] = 0.05
+    """Length of each of two windows, whose mean losses are compared, as a share of the run."""
+    slope: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """κ: a step is stationary when the loss falls by less than this share of its mean fall in this run."""
+    patience: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """τ: consecutive stationary steps before a cut, as a share of the run."""
+    delta: Annotated[float, Field(gt=1)] = 2.0
+    """δ: a cut divides the rate by this number (FastFace, 2025)."""
+    max_cuts: Annotated[int, Field(ge=1)] = 8
+    """Most cuts of a run (FastFace's published code)."""
+    tail: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Last share of the run, in which the rate falls linearly to 0 as well. 0: no such tail."""
+
+    @property
+    def watches_loss(self) -> bool:
+        """Return True."""
+        return True
+
+
+class FastFaceRecurrence(Warmup):
+    """The loss decides: the recurrence of FastFace's published code (FastFace, 2025; docs/methods/fastface.md)."""
+
+    kind: Literal["fastface_recurrence"] = "fastface_recurrence"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """α: rate of the first moving average, of the loss's falls (FastFace, 2025)."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 1e-3
@@ -178,14 +205,14 @@ class FastFace(Warmup):
     threshold: Positive = 5e-5
     """λ: a step is stationary when the averaged loss falls by less (FastFace, 2025)."""
     patience: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """τ: consecutive stationary steps before a cut, as a share of all steps (FastFace, 2025)."""
+    """τ: consecutive stationary steps before a cut, as a share of the steps after the warm-up (FastFace, 2025)."""
     delta: Annotated[float, Field(gt=1)] = 2.0
     """δ: a cut divides the rate by this number (FastFace, 2025)."""
     max_cuts: Annotated[int, Field(ge=1)] = 8
     """Most cuts of a run (FastFace's published code)."""
-    start: Literal["published", "consistent"] = "published"
-    """First value of the recurrence. published: 0, which overshoots at first. consistent: that of the two moving
-    averages."""
+    start: Literal["published", "consistent"] = "consistent"
+    """First value of the recurrence. consistent: that of the two moving averages. published: 0, which overshoots at
+    first, so that it is only for long runs."""
     reference_batch: Annotated[int, Field(ge=1)] | None = None
     """Batch that alpha, beta and threshold are meant for; other batches scale them. None: as given."""
 
@@ -200,9 +227,9 @@ class FastFaceHaar(Warmup):
 
     kind: Literal["fastface_haar"] = "fastface_haar"
     m: Annotated[int, Field(ge=2)] | None = None
-    """Steps of the window. None: window of all steps."""
+    """Steps of the window. None: as window says."""
     window: Annotated[float, Field(gt=0, lt=1)] = 0.015
-    """Length of the window, as a share of all steps (FastFace, 2025)."""
+    """Length of the window, as a share of the steps after the warm-up (FastFace, 2025)."""
     threshold: Positive = 0.06
     """A step is stationary when the older half of the window exceeds the newer half by less (FastFace, 2025)."""
 
@@ -212,7 +239,10 @@ class FastFaceHaar(Warmup):
         return True
 
 
-Schedule = Annotated[Constant | Cosine | Polynomial | MultiStep | FastFace | FastFaceHaar, Field(discriminator="kind")]
+Schedule = Annotated[
+    Constant | Cosine | Polynomial | MultiStep | FastFace | FastFaceRecurrence | FastFaceHaar,
+    Field(discriminator="kind"),
+]
 
 
 def steps_of_epochs(epochs: float, steps_per_epoch: int) -> int:

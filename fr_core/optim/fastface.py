@@ -1,13 +1,20 @@
 """FastFace (TCSVT 2025; docs/methods/fastface.md): the loss decides the learning rate. No other schedule has a state.
 
-Both forms smooth the loss and measure how fast it falls. A step is stationary if the loss hardly falls. After a stretch
+All forms smooth the loss and measure how fast it falls. A step is stationary if the loss hardly falls. After a stretch
 of stationary steps, the rate is cut. A step that is not stationary ends the stretch.
+
+:class:`RunWindow` measures against the run itself, so its settings fit runs of any length and losses of any scale:
+
+- Smoothing: the means of two neighbouring windows of w losses.
+- Detector: the fall between them, over the run's mean fall in as many steps. A step is stationary if it is below κ.
+- A stretch is ⌊τ·T⌋ steps of T. After it the rate is divided by δ, at most ``max_cuts`` times.
+- It decides after 2w steps. Its state is 2w numbers and a few sums, so a step costs O(1).
 
 :class:`Recurrence` is the published code:
 
 - Smoothing: two exponential moving averages (EMAs), with rates α and β.
 - Detector: D, the fall of the loss per step. A step is stationary if D < λ.
-- A stretch is ⌊τ·T⌋ steps of T. After it the rate is divided by δ, at most ``max_cuts`` times.
+- A stretch and a cut are as above.
 - It decides from the second step on. Its state is seven numbers.
 
 :class:`HaarWindow` reproduces the published training log:
@@ -18,17 +25,123 @@ of stationary steps, the rate is cut. A step that is not stationary ends the str
 - A step that is not stationary also ends the row of cuts.
 - It decides after 2m steps. Its state is 2m numbers and a few running sums, so a step costs O(1).
 
-All ranks must pass the same loss, that of the global batch. Otherwise their rates drift apart. The state is float64
-(Python floats): in float32, the recurrence's double pole loses a fifth of D within 50,000 steps.
+No form sees the losses of the warm-up: T counts the steps after it. All ranks must pass the same loss, that of the
+global batch. Otherwise their rates drift apart. The state is float64 (Python floats): in float32, the recurrence's
+double pole loses a fifth of D within 50,000 steps.
 """
 
 from array import array
-from typing import Any, assert_never
+from typing import Any, Protocol, assert_never
 
-from fr_core.config.optim import Constant, Cosine, FastFace, FastFaceHaar, MultiStep, Polynomial, Schedule
+from fr_core.config.optim import (
+    Constant,
+    Cosine,
+    FastFace,
+    FastFaceHaar,
+    FastFaceRecurrence,
+    MultiStep,
+    Polynomial,
+    Schedule,
+)
 from fr_core.errors import UserError
 
 CUTS_IN_A_ROW = 3  # HaarWindow raises the rate instead of a further cut
+# Recurrence forgets its start in some 5/α steps. With fewer than α·T = 5 it judges nothing else; the published start
+# overshoots that long, and 50 leave it a tenth of the run.
+LEAST_SPAN = {"consistent": 5, "published": 50}
+
+
+class FastFaceWatcher(Protocol):
+    """Watches the loss of a run and decides the factor of its learning rate."""
+
+    factor: float
+    """Factor of the base rate for the next step."""
+    detector: float
+    """How fast the loss falls, as this form measures it."""
+    count: int
+    """Stationary steps in a row."""
+    cuts: int
+    """Cuts so far; of :class:`HaarWindow`, cuts in a row."""
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of the last step, and set ``factor`` for the next step.
+
+        Do not pass a loss that is not finite: its step was dropped.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, ready for JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        ...
+
+
+class RunWindow:
+    """detector_t = (older − newer) / (w · (first − newer) / (t − w)); older, newer and first are means of w losses.
+
+    ``newer`` is the mean of the last w losses, ``older`` of the w before, and ``first`` of the run's first w. So the
+    detector is 1 while the loss falls evenly, and a·L + b with a > 0 gives the same detector as L. While the loss is
+    not below its start, any fall counts as fast and a rise as stationary.
+
+    Raises:
+        UserError: the window or the stretch is too short for this run.
+    """
+
+    STATE = ("factor", "detector", "steps", "count", "cuts", "w", "first", "older", "newer")
+
+    def __init__(self, config: FastFace, steps: int) -> None:
+        self.config, self.w, self.patience = config, int(steps * config.window), int(steps * config.patience)
+        if self.w < 2:
+            raise UserError(
+                f"schedule.window = {config.window} of {steps} steps is less than 2 steps: "
+                "raise schedule.window, or train longer"
+            )
+        if self.patience == 0:
+            raise UserError(
+                f"schedule.patience = {config.patience} of {steps} steps is less than 1 step: "
+                "raise schedule.patience, or train longer"
+            )
+        self.factor, self.detector = 1.0, 1.0
+        self.steps = self.count = self.cuts = 0
+        self.losses = array("d", bytes(16 * self.w))  # a ring buffer of 2w losses
+        self.first = self.older = self.newer = 0.0  # sums of w losses
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of the last step, as :class:`FastFaceWatcher` says."""
+        w, at = self.w, self.steps % (2 * self.w)
+        middle = self.losses[at - w]  # leaves the newer window for the older one
+        self.older += middle - self.losses[at]
+        self.newer += loss - middle
+        self.losses[at] = loss
+        self.steps += 1
+        if self.steps == w:
+            self.first = self.newer
+        if self.steps < 2 * w:
+            return
+        fall, mean_fall = self.older - self.newer, (self.first - self.newer) * w / (self.steps - w)
+        self.detector = fall / mean_fall if mean_fall > 0 else float(fall > 0)
+        if self.detector >= self.config.slope:
+            self.count = 0
+        elif self.count < self.patience:
+            self.count += 1
+        else:
+            self.count = 0
+            if self.cuts < self.config.max_cuts:
+                self.cuts += 1
+                self.factor /= self.config.delta
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, ready for JSON. A run resumed with another length keeps its windows."""
+        return {name: getattr(self, name) for name in self.STATE} | {"losses": self.losses.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        self.losses = array("d", state["losses"])
 
 
 class Recurrence:
@@ -37,20 +150,14 @@ class Recurrence:
     ``start = "published"`` sets D_0 = 0, which overshoots at first. ``"consistent"`` sets D_0 = D_1. D is then exactly
     the EMA of the EMA of the falls of the loss.
 
-    Attributes:
-        factor: factor of the base rate for the next step.
-        detector: D.
-        count: stationary steps in a row.
-        cuts: cuts so far.
-
     Raises:
-        UserError: the run is so short that ⌊τ·T⌋ = 0, so that every stationary step would cut the rate. Or the batch is
-            so large that the scaled α or β reaches 1.
+        UserError: the run is so short that ⌊τ·T⌋ = 0, so that every stationary step would cut the rate. Or it is too
+            short for the averages. Or the batch is so large that the scaled α or β reaches 1.
     """
 
     STATE = ("factor", "detector", "before", "loss", "steps", "count", "cuts")
 
-    def __init__(self, config: FastFace, total_steps: int, global_batch: int) -> None:
+    def __init__(self, config: FastFaceRecurrence, steps: int, global_batch: int) -> None:
         ratio = global_batch / config.reference_batch if config.reference_batch else 1.0
         self.alpha, self.beta, self.threshold = config.alpha * ratio, config.beta * ratio, config.threshold * ratio
         if max(self.alpha, self.beta) >= 1:
@@ -59,20 +166,24 @@ class Recurrence:
                 f"to {self.alpha:g} and schedule.beta to {self.beta:g}, both must stay below 1: "
                 "raise schedule.reference_batch"
             )
-        self.config, self.patience = config, int(total_steps * config.patience)
+        self.config, self.patience = config, int(steps * config.patience)
         if self.patience == 0:
             raise UserError(
-                f"schedule.patience = {config.patience} of {total_steps} steps is less than 1 step: "
+                f"schedule.patience = {config.patience} of {steps} steps is less than 1 step: "
                 "raise schedule.patience, or train longer"
+            )
+        name, rate = min(("alpha", self.alpha), ("beta", self.beta), key=lambda pair: pair[1])
+        if steps * rate < LEAST_SPAN[config.start]:
+            longer = LEAST_SPAN[config.start] / steps
+            raise UserError(
+                f"schedule.{name} = {rate:g} averages over {1 / rate:,.0f} steps, too many for {steps:,} steps with "
+                f'schedule.start = "{config.start}": raise it to {longer:.2g}, or use schedule.kind = "fastface"'
             )
         self.factor, self.detector, self.before, self.loss = 1.0, 0.0, 0.0, 0.0
         self.steps = self.count = self.cuts = 0
 
     def observe(self, loss: float) -> None:
-        """Take the loss of the last step, and set ``factor`` for the next step.
-
-        Do not pass a loss that is not finite: its step was dropped.
-        """
+        """Take the loss of the last step, as :class:`FastFaceWatcher` says."""
         fall, self.loss, self.steps = self.loss - loss, loss, self.steps + 1
         if self.steps == 1:
             return
@@ -106,8 +217,7 @@ class Recurrence:
 class HaarWindow:
     """h_t = (sum of the older half − sum of the newer half of the last m means A) / m.
 
-    A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means. The attributes are those of
-    :class:`Recurrence`: ``detector`` is h, and ``cuts`` counts cuts in a row.
+    A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means.
 
     Raises:
         UserError: the window is shorter than two steps.
@@ -116,11 +226,11 @@ class HaarWindow:
     STATE = ("m", "factor", "detector", "steps", "count", "cuts", "sum", "older", "newer")
     RINGS = ("losses", "means")
 
-    def __init__(self, config: FastFaceHaar, total_steps: int) -> None:
-        self.config, self.m = config, config.m or int(total_steps * config.window)
+    def __init__(self, config: FastFaceHaar, steps: int) -> None:
+        self.config, self.m = config, config.m or int(steps * config.window)
         if self.m < 2:
             raise UserError(
-                f"schedule.window = {config.window} of {total_steps} steps is less than 2 steps: "
+                f"schedule.window = {config.window} of {steps} steps is less than 2 steps: "
                 "raise schedule.window, or give schedule.m"
             )
         self.factor, self.detector = 1.0, 0.0
@@ -129,7 +239,7 @@ class HaarWindow:
         self.sum = self.older = self.newer = 0.0
 
     def observe(self, loss: float) -> None:
-        """Take the loss of the last step, as :meth:`Recurrence.observe` does."""
+        """Take the loss of the last step, as :class:`FastFaceWatcher` says."""
         m, half, at = self.m, self.m // 2, self.steps % self.m
         self.sum += loss - self.losses[at]
         self.losses[at] = loss
@@ -164,13 +274,19 @@ class HaarWindow:
             setattr(self, name, array("d", state[name]))
 
 
-def watcher(schedule: Schedule, total_steps: int, global_batch: int) -> Recurrence | HaarWindow | None:
-    """Return the object that watches the loss for this schedule; None if the schedule is a function of the step."""
+def watcher(schedule: Schedule, steps: int, global_batch: int) -> FastFaceWatcher | None:
+    """Return the object that watches the loss for this schedule; None if the schedule is a function of the step.
+
+    Args:
+        steps: steps of the run after its warm-up.
+    """
     match schedule:
         case FastFace():
-            return Recurrence(schedule, total_steps, global_batch)
+            return RunWindow(schedule, steps)
+        case FastFaceRecurrence():
+            return Recurrence(schedule, steps, global_batch)
         case FastFaceHaar():
-            return HaarWindow(schedule, total_steps)
+            return HaarWindow(schedule, steps)
         case Constant() | Cosine() | Polynomial() | MultiStep():
             return None
         case _ as unknown:

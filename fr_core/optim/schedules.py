@@ -7,6 +7,7 @@ from fr_core.config.optim import (
     Cosine,
     FastFace,
     FastFaceHaar,
+    FastFaceRecurrence,
     MultiStep,
     Polynomial,
     Schedule,
@@ -24,8 +25,10 @@ def learning_rate(schedule: Schedule, step: int, total: int, steps_per_epoch: in
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     match schedule:
-        case Constant() | FastFace() | FastFaceHaar():  # the loop multiplies by FastFace's own factor
+        case Constant() | FastFaceRecurrence() | FastFaceHaar():  # the loop multiplies by FastFace's own factor
             return 1.0
+        case FastFace():
+            return min(1.0, (1 - done) / schedule.tail) if schedule.tail else 1.0
         case Cosine():
             low = schedule.final_ratio
             return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import Config, class_count, distillation, total_steps
+from fr_core.config import Config, class_count, distillation, total_steps, warmup_steps
 from fr_core.config.nets import Residual
 from fr_core.data.plan import Plan
 from fr_core.losses.ekd import Agreement
@@ -44,7 +44,8 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     state.teacher, state.adapter = teacher, adapter
     if agreement := config.method.agreement:
         state.agreement = Agreement(agreement).to(device)
-    state.watcher = watcher(config.schedule, total, config.train.global_batch)
+    after_warmup = total - warmup_steps(config, plan.steps_per_epoch)
+    state.watcher = watcher(config.schedule, after_warmup, config.train.global_batch)
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
     if config.method.facts.encoder != "none":

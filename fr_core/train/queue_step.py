@@ -43,6 +43,7 @@ def queue_step(
 
     Args:
         mix: makes centres [B, D] of faces [B, D] and the features of their class images [B, K, D].
+        encoder_momentum: γ_t, the share of its old weights that the encoder keeps in this step.
         order: when the centres of all ranks enter the queue. ``paper``: before the loss, so that a face's negatives
             include centres of its own batch. ``reference``: after the loss, as in the published code.
 

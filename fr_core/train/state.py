@@ -10,7 +10,7 @@ from fr_core.data.plan import Plan
 from fr_core.heads.head import Head
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
-from fr_core.optim.fastface import HaarWindow, Recurrence
+from fr_core.optim.fastface import FastFaceWatcher
 from fr_core.train.distill import Teacher
 
 
@@ -31,7 +31,7 @@ class TrainState:
     teacher: Teacher | None = None
     adapter: nn.Linear | None = None  # maps to the teacher's width; trained with the backbone, not shipped
     agreement: Agreement | None = None  # the loss between the pairs of a student and of its teacher
-    watcher: Recurrence | HaarWindow | None = None  # FastFace: cuts the learning rate
+    watcher: FastFaceWatcher | None = None  # FastFace: cuts the learning rate
     began: float = field(default_factory=time.monotonic)  # monotonic start in seconds, as if the run had never paused
     step: int = 0  # optimiser steps done
     loss_scale: float = 1.0

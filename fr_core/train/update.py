@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import Config
+from fr_core.config import Config, warmup_steps
 from fr_core.config.nets import MoENet
 from fr_core.nets.moe import take_balance
 from fr_core.nets.open import normalised
@@ -122,7 +122,7 @@ def update(
             _clip(head, metrics["head_grad_norm"], matrix.clip_head)
         for optimizer in state.optimizers.values():
             optimizer.step()
-        if state.watcher:
+        if state.watcher and state.step >= warmup_steps(config, state.plan.steps_per_epoch):
             state.watcher.observe(metrics["loss"])
         _after_good_step(config, state)
     else:

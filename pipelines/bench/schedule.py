@@ -4,25 +4,28 @@ import time
 
 import numpy as np
 
-from fr_core.config.optim import FastFace, FastFaceHaar
-from fr_core.optim.fastface import HaarWindow, Recurrence
+from fr_core.config.optim import FastFace, FastFaceHaar, FastFaceRecurrence
+from fr_core.optim.fastface import FastFaceWatcher, HaarWindow, Recurrence, RunWindow
 
 
 def bench_schedule(steps: int) -> dict[str, float]:
-    """Measure FastFace's time per step in microseconds: both forms, in short and long runs, and a naive window.
+    """Measure FastFace's time per step in microseconds: all forms, in short and long runs, and a naive window.
 
     Returns:
-        ``us_recurrence`` and ``us_haar`` (m = 4000), and ``_tenth`` of both for a tenth of the steps and of m.
+        ``us_run`` (windows of 4,000), ``us_recurrence`` and ``us_haar`` (m = 4,000), and ``_tenth`` of each for a tenth
+        of the steps and of the windows.
         ``us_naive``: NumPy recomputes the mean and the halves of the last m losses at each step.
     """
     losses = (5 + np.random.default_rng(0).normal(0, 0.5, steps)).tolist()
     m = 4000
-    long: dict[str, Recurrence | HaarWindow] = {
-        "us_recurrence": Recurrence(FastFace(), 10 * steps, 128),
+    long: dict[str, FastFaceWatcher] = {
+        "us_run": RunWindow(FastFace(), 20 * m),
+        "us_recurrence": Recurrence(FastFaceRecurrence(), 10 * steps, 128),
         "us_haar": HaarWindow(FastFaceHaar(m=m), steps),
     }
-    short: dict[str, Recurrence | HaarWindow] = {
-        "us_recurrence_tenth": Recurrence(FastFace(), steps, 128),
+    short: dict[str, FastFaceWatcher] = {
+        "us_run_tenth": RunWindow(FastFace(), 2 * m),
+        "us_recurrence_tenth": Recurrence(FastFaceRecurrence(), steps, 128),
         "us_haar_tenth": HaarWindow(FastFaceHaar(m=m // 10), steps),
     }
     figures: dict[str, float] = {"steps": steps}

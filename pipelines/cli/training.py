@@ -185,7 +185,7 @@ def plan(
 @app.command(rich_help_panel="Training")
 def replay(
     log: Annotated[Path, typer.Argument(help="CSV with columns step, loss, or last_step, mean_loss.")],
-    form: Annotated[str, typer.Option(help="Form of FastFace: recurrence or haar.")] = "recurrence",
+    form: Annotated[str, typer.Option(help="Form of FastFace: run, recurrence or haar.")] = "run",
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; repeatable.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Global batch of the logged run.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Base rate; default: the first rate in the log, else 0.1.")] = None,

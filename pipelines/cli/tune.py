@@ -10,12 +10,16 @@ from fr_core.data.store import to_path
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, Overrides, Recipe, any_output
 from pipelines.cli.output import command_line, show_line, show_table, write_json
+from tune_spaces import SPACES
 
 
 @app.command(rich_help_panel="Training")
 def tune(
     space: Annotated[
-        str, typer.Argument(help="Space: attfc, fastface, haar, bigface, distill, quantface; several: attfc+fastface.")
+        str,
+        typer.Argument(
+            help="Space: attfc, fastface, recurrence, haar, bigface, distill, quantface; several: attfc+fastface."
+        ),
     ],
     recipe: Recipe,
     overrides: Overrides = None,

@@ -10,11 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from fr_core.config.optim import FastFace, FastFaceHaar
+from fr_core.config.optim import FastFace, FastFaceHaar, FastFaceRecurrence
 from fr_core.errors import UserError
 from fr_core.optim.fastface import HaarWindow, watcher
 
-FORMS: dict[str, type[FastFace] | type[FastFaceHaar]] = {"recurrence": FastFace, "haar": FastFaceHaar}
+FORMS: dict[str, type[FastFace] | type[FastFaceRecurrence] | type[FastFaceHaar]] = {
+    "run": FastFace,
+    "recurrence": FastFaceRecurrence,
+    "haar": FastFaceHaar,
+}
 POINTS = 2000  # points of a curve in the picture
 
 
@@ -25,7 +29,7 @@ def replay(
 
     Args:
         log: CSV with columns step and loss, or last_step and mean_loss. A mean covers the steps since the row before.
-        form: recurrence or haar.
+        form: run, recurrence or haar.
         settings: ``name=value`` of the form's schedule section.
         batch: global batch of the log, for ``reference_batch``.
         lr: base rate. None takes the first rate in the log's column lr, else 0.1.
@@ -69,7 +73,8 @@ def replay(
         detector[step - 1] = fastface.detector
         if fastface.factor != before:
             changes.append({"step": step + 1, "factor": fastface.factor / before, "rate": base * fastface.factor})
-    return changes, len(losses), picture(losses, detector, base * factors, schedule.threshold)
+    limit = schedule.slope if isinstance(schedule, FastFace) else schedule.threshold
+    return changes, len(losses), picture(losses, detector, base * factors, limit)
 
 
 def as_options(message: str) -> str:
@@ -114,8 +119,8 @@ def read_log(path: Path) -> tuple[np.ndarray, float | None]:
     return np.array(losses), rate
 
 
-def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, threshold: float) -> Figure:
-    """Draw loss, detector with its threshold, and rate over the steps."""
+def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, limit: float) -> Figure:
+    """Draw loss, detector with its limit, and rate over the steps."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     steps = np.unique(np.linspace(0, len(losses) - 1, POINTS).astype(int))
@@ -123,9 +128,9 @@ def picture(losses: np.ndarray, detector: np.ndarray, rates: np.ndarray, thresho
         axes.plot(steps + 1, values[steps], linewidth=1)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    panels[1].axhline(threshold, color="grey", linestyle="--", linewidth=1)
+    panels[1].axhline(limit, color="grey", linestyle="--", linewidth=1)
     late = np.abs(detector[len(detector) // 10 :])
-    panels[1].set_ylim(-2 * threshold, max(4 * threshold, float(np.quantile(late, 0.98))))
+    panels[1].set_ylim(-2 * limit, max(4 * limit, float(np.quantile(late, 0.98))))
     panels[2].set_yscale("log")
     panels[2].set_xlabel("step")
     return figure

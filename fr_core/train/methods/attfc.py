@@ -17,4 +17,4 @@ from fr_core.train.state import TrainState
 def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
     """Train on one global batch by :func:`fr_core.train.queue_step.queue_step`, with attention over class images."""
     mix = partial(generative_centres, strategy=method.strategy, temperature=method.temperature)
-    return queue_step(config, state, batch, ranks, mix, method.order, method.encoder_momentum)
+    return queue_step(config, state, batch, ranks, mix, method.order, method.momentum_at(state.step))

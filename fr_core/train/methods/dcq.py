@@ -20,4 +20,4 @@ def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks
     There is one class image and no attention. Centres enter the queue after the loss.
     """
     first = partial(generative_centres, strategy="single")
-    return queue_step(config, state, batch, ranks, first, "reference", method.encoder_momentum)
+    return queue_step(config, state, batch, ranks, first, "reference", method.momentum_at(state.step))

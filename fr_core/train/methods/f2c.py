@@ -45,7 +45,7 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
     images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
     begin_step(config, state)
-    update_encoder(state.encoder, state.backbone, method.encoder_momentum)
+    update_encoder(state.encoder, state.backbone, method.momentum_at(state.step))
     faces_BD = embed(config, state, images_BHWC, ranks)
     centres_BD = generative_centres(faces_BD, encode_class_images(config, state, images_BHWC[:, None]), "single")
     (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
