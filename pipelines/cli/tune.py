@@ -15,12 +15,7 @@ from tune_spaces import SPACES
 
 @app.command(rich_help_panel="Training")
 def tune(
-    space: Annotated[
-        str,
-        typer.Argument(
-            help="Space: attfc, fastface, recurrence, haar, bigface, distill, quantface; several: attfc+fastface."
-        ),
-    ],
+    space: Annotated[str, typer.Argument(help=f"Space: {', '.join(SPACES)}; several: attfc+fastface.")],
     recipe: Recipe,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(parser=any_output, help="Folder or URL of the search.")] = "runs/tune",

@@ -43,7 +43,7 @@ def test_a_field_that_does_not_exist_fails_at_once():
     ("space", "recipe", "overrides"),
     [
         *(("attfc", name, []) for name in ("attfc_r50", "attfc_r50_wf4m", "attfc_r50_wf21m", "debug_attfc")),
-        *(("fastface", name, []) for name in ("fastface_r100_ms1mv3", "fastface_r100_wf12m", "debug_fastface")),
+        *(("recurrence", name, []) for name in ("fastface_r100_ms1mv3", "fastface_r100_wf12m", "debug_fastface")),
         *(("bigface", name, []) for name in ("bigface_r50", "bigface_small", "bigface_moe", "debug_bigface", "demo")),
         ("haar", "debug_bigface", ["schedule.kind=fastface_haar"]),
         ("attfc+fastface", "debug_attfc", ["schedule.kind=fastface"]),
@@ -78,15 +78,15 @@ def test_an_end_out_of_bounds_is_refused():
 
 def test_values_reach_their_fields_and_no_others():
     config = load_config("debug_attfc", ["schedule.kind=fastface"])
-    knobs = joined("attfc+fastface", "m2,alpha")
-    turned = with_values(config, knobs, {"m2": 0.25, "alpha": 0.125})
-    assert (turned.method.margin.m2, turned.schedule.alpha) == (0.25, 0.125)
-    assert with_values(turned, knobs, {"m2": 0.2, "alpha": config.schedule.alpha}) == config
+    knobs = joined("attfc+fastface", "m2,slope")
+    turned = with_values(config, knobs, {"m2": 0.25, "slope": 0.125})
+    assert (turned.method.margin.m2, turned.schedule.slope) == (0.25, 0.125)
+    assert with_values(turned, knobs, {"m2": 0.2, "slope": config.schedule.slope}) == config
 
 
 def test_spaces_join_and_lose_knobs():
     assert [k.name for k in joined("bigface+fastface")].count("lr") == 1
-    assert [k.name for k in joined("attfc+fastface", "alpha,size_ratio")] == ["alpha", "size_ratio"]
+    assert [k.name for k in joined("attfc+fastface", "slope,size_ratio")] == ["slope", "size_ratio"]
     with pytest.raises(UserError, match="no space 'atfc'"):
         joined("atfc")
     with pytest.raises(UserError, match="did you mean size_ratio"):

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fr_core.config.optim import FastFace, FastFaceHaar
+from fr_core.config.optim import FastFace, FastFaceHaar, FastFaceRecurrence
 from fr_core.errors import UserError
-from fr_core.optim.fastface import HaarWindow, Recurrence, watcher
+from fr_core.optim.fastface import HaarWindow, Recurrence, RunWindow, watcher
 from tests.helpers.machine import REAL_DATA, needs_real_data
 from tests.helpers.ranks import run_ranks
 
@@ -46,7 +46,7 @@ def test_the_window_form_replays_the_published_run(published):
 
 @needs_real_data
 def test_the_recurrence_replays_the_published_run(published):
-    found = changes(Recurrence(FastFace(), 202_320, 128), published)
+    found = changes(Recurrence(FastFaceRecurrence(start="published"), 202_320, 128), published)
     assert [factor for _, factor in found] == [0.5] * 6
     assert np.abs(np.array([step for step, _ in found]) - RECURRENCE_CHANGES).max() <= 3
 
@@ -71,15 +71,54 @@ def test_a_consistent_start_is_an_average_of_averages(seed):
         first += 1e-3 * (fall - first)
         second += 1e-3 * (first - second)
         expected.append(second)
-    found = detectors(Recurrence(FastFace(start="consistent"), 200_000, 128), losses)
+    found = detectors(Recurrence(FastFaceRecurrence(), 200_000, 128), losses)
     assert np.abs(found - expected).max() < 1e-9
 
 
 def test_the_published_start_overshoots():
     """After one fall of 0.5 and a constant loss, D is 0.184 at step 1000. With a consistent start, it stays small."""
     losses = [10.0] + [9.5] * 1000
-    assert detectors(Recurrence(FastFace(), 10_000, 128), losses)[-1] == pytest.approx(0.184, abs=5e-4)
-    assert abs(detectors(Recurrence(FastFace(start="consistent"), 10_000, 128), losses)[-1]) < 1e-3
+    published, consistent = (FastFaceRecurrence(start=start) for start in ("published", "consistent"))
+    assert detectors(Recurrence(published, 50_000, 128), losses)[-1] == pytest.approx(0.184, abs=5e-4)
+    assert abs(detectors(Recurrence(consistent, 50_000, 128), losses)[-1]) < 1e-3
+
+
+@needs_real_data
+@pytest.mark.parametrize("steps", [800, 3000, 202_320])
+def test_the_run_form_cuts_at_the_same_share_of_a_squeezed_run(published, steps):
+    """A row of the squeezed log is the mean of as many steps of the published run."""
+    each = len(published) // steps
+    losses = np.array(published[: each * steps]).reshape(steps, each).mean(1)
+    shares = [step / steps for step, _ in changes(RunWindow(FastFace(), steps), losses.tolist())]
+    assert 0.18 < shares[0] < 0.30
+    whole = changes(RunWindow(FastFace(), len(published)), published)
+    assert shares == pytest.approx([step / len(published) for step, _ in whole], abs=0.01)
+
+
+@pytest.mark.parametrize("w", [2, 5, 33])
+def test_the_run_form_equals_recomputed_windows(w):
+    losses = np.random.default_rng(w).normal(5, 1, 400) + np.linspace(9, 1, 400)
+    found = detectors(RunWindow(FastFace(window=w / 400), 400), losses)
+    assert (found[: 2 * w - 1] == 1).all()
+    for step in range(2 * w, 401):
+        older, newer = losses[step - 2 * w : step - w].mean(), losses[step - w : step].mean()
+        mean_fall = (losses[:w].mean() - newer) / (step - w)
+        expected = (older - newer) / w / mean_fall if mean_fall > 0 else float(older > newer)
+        assert found[step - 1] == pytest.approx(expected, abs=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.floats(-100, 100))
+def test_the_run_form_ignores_scale_and_offset_of_the_loss(seed, scale, offset):
+    losses = 10 * np.exp(-np.arange(1000) / 200) + np.random.default_rng(seed).normal(0, 0.3, 1000)
+    found = detectors(RunWindow(FastFace(), 1000), losses)
+    assert detectors(RunWindow(FastFace(), 1000), scale * losses + offset) == pytest.approx(found, rel=1e-4, abs=1e-5)
+
+
+def test_the_run_form_cuts_a_loss_that_rises_and_one_that_stays():
+    for losses in ([1.0] * 200, np.linspace(1, 2, 200)):
+        found = changes(RunWindow(FastFace(window=0.05, patience=0.1, max_cuts=2), 200), losses)
+        assert found == [(20 + 20 + 1 + k * 21, 0.5) for k in range(2)]  # two windows of 10, then 21 steps each
 
 
 @pytest.mark.parametrize("m", [2, 5, 8, 33])
@@ -94,14 +133,16 @@ def test_the_window_form_equals_recomputed_windows(m):
 
 
 def test_a_constant_loss_is_cut_at_even_steps_down_to_the_floor():
-    watching = Recurrence(FastFace(patience=0.01, max_cuts=3), 1000, 128)
+    watching = Recurrence(FastFaceRecurrence(alpha=0.1, beta=0.1, patience=0.01, max_cuts=3), 1000, 128)
     found = changes(watching, [1.0] * 200)
     assert found == [(13 + 11 * k, 0.5) for k in range(3)]  # 10 stationary steps from the second on; the next one cuts
     assert watching.factor == 1 / 8
 
 
 def test_a_falling_loss_is_never_cut():
-    assert changes(Recurrence(FastFace(patience=0.01), 1000, 128), np.linspace(9, 1, 1000)) == []
+    fast = FastFaceRecurrence(alpha=0.1, beta=0.1, patience=0.01)
+    assert changes(Recurrence(fast, 1000, 128), np.linspace(9, 1, 1000)) == []
+    assert changes(RunWindow(FastFace(patience=0.01), 1000), np.linspace(9, 1, 1000)) == []
     assert changes(HaarWindow(FastFaceHaar(m=10, threshold=0.01), 1000), np.linspace(9, 1, 1000)) == []
 
 
@@ -111,7 +152,11 @@ def test_a_constant_loss_restarts_the_window_form_each_fourth_time():
     assert np.diff([step for step, _ in found]).tolist() == [21] * 4  # more than 2m in a row
 
 
-@pytest.mark.parametrize("schedule", [FastFace(patience=0.02), FastFaceHaar(m=20)], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "schedule",
+    [FastFace(patience=0.02, window=0.02), FastFaceRecurrence(alpha=0.1, beta=0.1, patience=0.02), FastFaceHaar(m=20)],
+    ids=lambda s: s.kind,
+)
 @pytest.mark.parametrize("at", [1, 7, 55, 111])
 def test_state_goes_on_in_the_middle_of_a_stretch(schedule, at):
     losses = 3 + 1e-6 * np.random.default_rng(0).normal(0, 1, 300)
@@ -127,11 +172,12 @@ def test_state_goes_on_in_the_middle_of_a_stretch(schedule, at):
 
 def test_a_run_that_goes_on_with_another_length_keeps_its_stretch_under_the_new_patience():
     """The run had 5 stationary steps. A cut follows after 6, 10 or 20, as T is 60, 100 or 200."""
-    first = Recurrence(FastFace(patience=0.1), 100, 128)
+    config = FastFaceRecurrence(alpha=0.1, beta=0.1, patience=0.1)
+    first = Recurrence(config, 100, 128)
     changes(first, [1.0] * 6)
     assert (first.count, first.factor) == (5, 1.0)
     for total, cut in ((60, 9), (100, 13), (200, 23)):
-        longer = Recurrence(FastFace(patience=0.1), total, 128)
+        longer = Recurrence(config, total, 128)
         longer.load_state_dict(first.state_dict())
         assert [step + 6 for step, _ in changes(longer, [1.0] * 18)][:1] == [cut]
     window = HaarWindow(FastFaceHaar(window=0.1), 100)
@@ -144,15 +190,25 @@ def test_a_run_that_goes_on_with_another_length_keeps_its_stretch_under_the_new_
 
 def test_batch_size_rule():
     """Twice the batch means half the steps: the loss falls twice as much per step, and averages span half as many."""
-    scaled = Recurrence(FastFace(reference_batch=128), 1000, 256)
+    scaled = Recurrence(FastFaceRecurrence(reference_batch=128), 10_000, 256)
     assert (scaled.alpha, scaled.beta, scaled.threshold) == (2e-3, 2e-3, 1e-4)
     with pytest.raises(UserError, match="reference_batch = 1"):
-        Recurrence(FastFace(reference_batch=1), 1000, 1024)
+        Recurrence(FastFaceRecurrence(reference_batch=1), 10_000, 1024)
 
 
 def test_runs_too_short_to_decide_are_refused():
     with pytest.raises(UserError, match=r"patience = 0.05 of 19 steps"):
-        Recurrence(FastFace(), 19, 128)
+        Recurrence(FastFaceRecurrence(), 19, 128)
+    with pytest.raises(
+        UserError, match=r"alpha = 0.001 averages over 1,000 steps, too many for 4,000 .* raise it to 0.0013"
+    ):
+        Recurrence(FastFaceRecurrence(), 4000, 128)
+    with pytest.raises(UserError, match=r"beta = 0.001 .* 40,000 steps with schedule.start = \"published\""):
+        Recurrence(FastFaceRecurrence(alpha=0.002, start="published"), 40_000, 128)
+    with pytest.raises(UserError, match=r"window = 0.05 of 39 steps"):
+        RunWindow(FastFace(), 39)
+    with pytest.raises(UserError, match=r"patience = 0.01 of 99 steps"):
+        RunWindow(FastFace(patience=0.01), 99)
     with pytest.raises(UserError, match=r"window = 0.015 of 100 steps"):
         HaarWindow(FastFaceHaar(), 100)
 
@@ -160,7 +216,7 @@ def test_runs_too_short_to_decide_are_refused():
 def rates_of(ranks):
     """Return the rate of 2,000 steps. Losses differ between ranks, and each rank passes their mean."""
     random = np.random.default_rng(ranks.rank)
-    watching = Recurrence(FastFace(patience=0.1), 2000, 128)
+    watching = Recurrence(FastFaceRecurrence(alpha=0.01, beta=0.01, patience=0.1), 2000, 128)
     factors = []
     for loss in 5 + random.normal(0, 0.5, 2000):
         watching.observe(float(ranks.sum_(torch.tensor(loss)) / ranks.size))
