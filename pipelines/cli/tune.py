@@ -31,6 +31,10 @@ def tune(
     against: Annotated[
         str | None, typer.Option(help="Second objective: peak_memory_mib, seconds, nominal_mib …; needs --stop none.")
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, help="Verify on the training people: parts that are left out of training in turn."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search; the recipe has its own seed.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers of each trial.")] = 1,
     in_process: Annotated[
@@ -52,7 +56,8 @@ def tune(
     from tune_spaces import joined
 
     config = load_config(recipe, overrides or [])
-    wanted = Search(joined(space, only), config, trials, search, stop, objective, against, seed, workers, in_process)
+    knobs = joined(space, only)
+    wanted = Search(knobs, config, trials, search, stop, objective, against, seed, workers, in_process, folds)
     found, ended = run(wanted, to_path(out), at_once, minutes, resume)
     show_table(table(wanted, found), "Pareto front" if against else "best")
     figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in STATES}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fr_core import rng
+from fr_core.config import Config
 from fr_core.data.landmarks import LANDMARK_COLUMNS
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import AnyPath, remove_folder, write_text_atomically
@@ -69,10 +70,11 @@ class Fold:
     images: Path
     pairs: Path
 
-    @property
-    def overrides(self) -> list[str]:
-        """Return the overrides of a recipe that trains and verifies on this fold."""
-        return [f"data.path={self.train}", f"verify.images={self.images}", f"verify.pairs={self.pairs}"]
+    def of(self, config: Config) -> Config:
+        """Return the config of a run that trains and verifies on this fold."""
+        data = config.data.model_copy(update={"path": str(self.train)})
+        verify = config.verify.model_copy(update={"images": str(self.images), "pairs": str(self.pairs)})
+        return config.model_copy(update={"data": data, "verify": verify})
 
 
 def cut_folds(

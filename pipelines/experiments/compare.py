@@ -295,8 +295,7 @@ def list_runs(
     for seed in conditions.seeds:
         for fold in range(folds) if folds else (None,):
             for name, extra in settings.items():
-                given = [*overrides, *extra, f"seed={seed}"]
-                config = load_config(recipe, given)
+                config = load_config(recipe, [*overrides, *extra, f"seed={seed}"])
                 if fold is None:
                     if config.verify.pairs is None:
                         raise UserError(
@@ -310,7 +309,7 @@ def list_runs(
                         cut[config.data.path] = folds_of(
                             config.data.path, conditions.results.with_suffix("") / FOLDS, folds
                         )
-                    config = load_config(recipe, [*given, *cut[config.data.path][fold].overrides])
+                    config = cut[config.data.path][fold].of(config)
                 runs.append(Run(name, seed, fold, config, shlex.join([recipe, *overrides, *extra])))
     return runs
 

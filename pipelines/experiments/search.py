@@ -30,6 +30,7 @@ except ImportError:
     raise UserError("a search needs: pip install 'bigface[tune]'") from None
 
 WHOLE_RUN = "steps"  # figure that only the report of a whole run has
+FOLD = "-fold"  # between a trial's name and the number of a fold, in the name of a run
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Search:
     seed: int = 0
     workers: int = 1
     in_process: bool = False
+    folds: int | None = None  # parts of the training people to verify on in turn; None: the recipe's pairs
 
     @property
     def objectives(self) -> list[str]:
@@ -255,7 +257,8 @@ def deliver_trials(trials: Sequence[Trial], config: Config, out: AnyPath) -> Non
     try:
         client, _ = open_mlflow(config.tracking, out.parent)
         for path in find_paths(out / "trials", "*/run.json"):
-            run_id, state = json.loads(path.read_text())["run_id"], states.get(path.parent.name)
+            run_id, trial = json.loads(path.read_text())["run_id"], path.parent.name.partition(FOLD)[0]
+            state = states.get(trial)
             if run_id and (left := read_undelivered(path.parent, sys.maxsize)):
                 outbox = Outbox(config.tracking, partial(tuple, (client, run_id)), path.parent)
                 for letter in [*left, ["status", "FINISHED"]]:

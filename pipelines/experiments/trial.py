@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from fr_core.config import Config, total_steps
@@ -14,6 +15,8 @@ from fr_core.config.recipes import parse_config
 from fr_core.data.store import AnyPath, to_path, write_text_atomically
 from fr_core.errors import StorageError, UserError
 from fr_core.train.checkpoint import adopt_checkpoint
+from pipelines.datasets.split import Fold
+from pipelines.experiments.search import FOLD
 from pipelines.gauges import Gauges
 from pipelines.logs import log_event, start_logging
 from tune_spaces.fields import Knob, with_values
@@ -40,10 +43,13 @@ class Launch(TypedDict):
     cpus: float  # that each worker reserves
     at_once: int  # trials that run at once
     objectives: list[str]
+    folds: list[Fold]  # a trial trains once for each; empty: once, on the recipe's data
 
 
 def run_trial(values: dict[str, float], launch: Launch) -> None:
     """Train the recipe with a trial's values; every trial's process runs this.
+
+    With folds, a trial trains once for each, and its figures are means. After each fold, the scheduler may stop it.
 
     A trial continues from its newest checkpoint, or from the checkpoint that Ray Tune hands it (population-based
     training).
@@ -66,11 +72,18 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
         with donated.as_directory() as folder:
             adopt_checkpoint(Path(folder), out, run_id)
     try:
-        if launch["in_process"]:
-            figures = train_in_process(config, out, launch, total)
-        else:
-            with turn(launch["trials"], launch["at_once"]):
-                figures = train_on_workers(config, out, launch, total)
+        runs = [(fold.of(config), out.with_name(f"{name}{FOLD}{n}")) for n, fold in enumerate(launch["folds"])]
+        found: list[dict[str, float]] = []
+        for run_config, run_out in runs or [(config, out)]:
+            if launch["in_process"]:
+                found.append(train_in_process(run_config, run_out, launch, total))
+            else:
+                with turn(launch["trials"], launch["at_once"]):
+                    found.append(train_on_workers(run_config, run_out, launch, total))
+            figures = mean_figures(found)
+            if launch["judged"] and len(found) < len(runs):
+                judged = {objective: figures[objective] for objective in launch["objectives"] if objective in figures}
+                ray_tune.report({**judged, "step": len(found) * total})
         if isinstance(config.net, QuantisedNet):
             figures["nominal_mib"] = figures["backbone_parameters"] * config.net.weights / 8 / 2**20
         for name in launch["objectives"]:
@@ -82,7 +95,13 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out / MISTAKE, str(error))
         raise
+    total *= max(1, len(launch["folds"]))
     ray_tune.report({**figures, "step": total, "done": True})  # done: the scheduler does not pause the trial again
+
+
+def mean_figures(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure that all runs have."""
+    return {name: fmean(run[name] for run in found) for name in found[0] if all(name in run for run in found)}
 
 
 def goes_to_scheduler(metrics: dict[str, float], launch: Launch, total: int) -> bool:

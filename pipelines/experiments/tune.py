@@ -30,10 +30,11 @@ from fr_core.data.store import (
     write_text_atomically,
 )
 from fr_core.errors import UserError
-from fr_core.train.check import checked_plan, fitting_plan
+from fr_core.train.check import checked_plan, fitting_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pairs import read_pairs, resolved_fars
 from fr_core.verify.report import far_name, markdown
+from pipelines.datasets.split import Fold, cut_folds
 from pipelines.experiments.search import (
     Search,
     Trial,
@@ -136,14 +137,17 @@ def tune(
     out = out.resolve()
     refuse_job_folder(out)
     start_logging(run=out.name)
-    search, steps_per_epoch = check_search(replace(search, config=trackable(search.config, out)), out, at_once)
+    search = replace(search, config=trackable(search.config, out))
+    folds = folds_of_search(search, out)
+    search, steps_per_epoch = check_search(search, out, at_once, folds)
     start_ray(dashboard=not search.in_process)  # without it a second trial of Ray Train waits for ever
     cpus, gpus = capacity(cluster_machines())
     shared = share_cluster(cpus, gpus, search.workers, search.in_process, at_once)
     at_once = claim_folder(search, out, resume, shared.at_once, asked=at_once is not None)
     tracking = search.config.tracking
     parent = Comparison(tracking, out, anew=not resume) if tracking.uri != "off" else None
-    rung = max(1, math.ceil(total_steps(search.config, steps_per_epoch) / RUNGS))
+    steps = total_steps(search.config, steps_per_epoch)
+    rung = max(1, math.ceil(steps / RUNGS))
     base = trial_config(search, rung, parent)
     launch: Launch = {
         "config": base.model_dump(mode="json"),
@@ -157,10 +161,12 @@ def tune(
         "cpus": shared.cpus,
         "at_once": at_once,
         "objectives": search.objectives,
+        "folds": folds,
     }
     held = {"CPU": 1.0, "GPU": min(1.0, gpus)} if search.in_process else {"CPU": DRIVER}
     try:
-        tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, rung, resume)
+        judgements = (steps, len(folds)) if folds else (rung, RUNGS)
+        tuner = make_tuner(search, out, partial(run_trial, launch=launch), held, at_once, judgements, resume)
         with end_tune_early(minutes) as signals:
             trials = read_trials(tuner.fit(), search)
         files = write_results(search, trials, out)
@@ -179,13 +185,34 @@ def tune(
     return trials, signals[0] if signals else None
 
 
-def check_search(search: Search, out: AnyPath, at_once: int | None = None) -> tuple[Search, int]:
-    """Check a search, and return it with absolute paths, and the steps of an epoch.
+def folds_of_search(search: Search, out: AnyPath) -> list[Fold]:
+    """Cut the training people into the search's folds, which lie in its folder; none without ``--folds``.
+
+    Raises:
+        UserError: there are too few people, pairs are given too, or ``--stop`` or ``--out`` does not go with folds.
+    """
+    if search.folds is None:
+        return []
+    if search.config.verify.pairs:
+        raise UserError("--folds verifies on people of the training set: leave verify.pairs out")
+    if search.stop == "pbt":
+        raise UserError("--stop pbt moves checkpoints between trials, which folds forbid: use --stop asha")
+    if isinstance(out, RemotePath):
+        raise UserError(f"--folds writes datasets, and {out} is a URL: give a local --out that all machines share")
+    shards = open_training_data(with_absolute_paths(search.config)).root
+    return cut_folds(shards, out / "folds", search.folds)
+
+
+def check_search(
+    search: Search, out: AnyPath, at_once: int | None = None, folds: Sequence[Fold] = ()
+) -> tuple[Search, int]:
+    """Check a search, and return it with absolute paths, and the steps of an epoch, of the first fold if any.
 
     Raises:
         UserError: the recipe lacks or refuses a knob, or options contradict each other.
     """
-    config = with_absolute_paths(search.config)
+    whole = with_absolute_paths(search.config)
+    config = folds[0].of(whole) if folds else whole
     for wanted, given, known in (("--search", search.search, SEARCHES), ("--stop", search.stop, STOPS)):
         if given not in known:
             raise UserError(f"{wanted} {given}: use one of {', '.join(known)}")
@@ -199,7 +226,7 @@ def check_search(search: Search, out: AnyPath, at_once: int | None = None) -> tu
     if search.stop != "none" and (search.against or search.objective in ONLY_AT_THE_END):
         raise UserError(f"--stop {search.stop} compares trials by one figure of their verifications: use --stop none")
     if not config.verify.pairs and any(name not in ONLY_AT_THE_END for name in search.objectives):
-        raise UserError(f"--objective {search.objective}: give verify.images=DIR verify.pairs=FILE")
+        raise UserError(f"--objective {search.objective}: give verify.images=DIR verify.pairs=FILE, or --folds 3")
     if search.stop == "pbt":
         if not search.in_process or search.search != "random" or isinstance(out, RemotePath):
             raise UserError(
@@ -226,7 +253,7 @@ def check_search(search: Search, out: AnyPath, at_once: int | None = None) -> tu
         raise UserError(f"the grid has {points} points: use --trials {points}, or choose fewer knobs by --only")
     for end in check_knobs(config, knobs):
         fitting_plan(end, plan.dataset, search.workers)
-    return replace(search, config=config, knobs=knobs), plan.steps_per_epoch
+    return replace(search, config=whole, knobs=knobs), plan.steps_per_epoch
 
 
 @contextmanager
@@ -312,11 +339,11 @@ def claim_folder(search: Search, out: AnyPath, resume: bool, at_once: int, asked
 def trial_config(search: Search, rung: int, parent: Comparison | None) -> Config:
     """Return the config of all trials, before their values.
 
-    Trials save and verify every ``rung`` steps, when the scheduler compares them. In MLflow they are children of
-    ``parent``.
+    Trials save and verify every ``rung`` steps, when the scheduler compares them. With folds, it compares them at the
+    end of each fold. In MLflow they are children of ``parent``.
     """
     changes: dict[str, object] = {"save_every": rung, "log_every": min(rung, search.config.train.log_every)}
-    if search.stop != "none":
+    if search.stop != "none" and not search.folds:
         changes["verify_every"] = rung
     update: dict[str, object] = {"train": search.config.train.model_copy(update=changes)}
     if parent:
@@ -331,10 +358,14 @@ def make_tuner(
     trainable: Callable[[dict[str, float]], None],
     held: dict[str, float],
     at_once: int,
-    rung: int,
+    judgements: tuple[int, int],
     resume: bool,
 ) -> "Tuner":
-    """Return Ray Tune's Tuner for a search; Tune restores the searcher and callbacks of a resumed one."""
+    """Return Ray Tune's Tuner for a search; Tune restores the searcher and callbacks of a resumed one.
+
+    Args:
+        judgements: steps between two reports of a trial to the scheduler, and reports of a whole trial.
+    """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # end_tune_early listens
     if isinstance(out, Path):  # Tune restarts trials it has not saved; at a URL, saving this often costs too much
@@ -354,7 +385,7 @@ def make_tuner(
             param_space=space,
         )
     remove_folder(out / "ray")  # an earlier search may have ended before Tune saved its state
-    several, trial_scheduler = len(search.objectives) > 1, scheduler(search, space, rung)
+    several, trial_scheduler = len(search.objectives) > 1, scheduler(search, space, *judgements)
     return ray_tune.Tuner(
         trainable,
         param_space=space,
@@ -398,7 +429,7 @@ def searcher(search: Search, at_once: int) -> "Searcher | SearchAlgorithm":
     return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
 
 
-def scheduler(search: Search, space: dict[str, Any], rung: int) -> "TrialScheduler | None":
+def scheduler(search: Search, space: dict[str, Any], rung: int, rungs: int) -> "TrialScheduler | None":
     """Return the scheduler that stops trials, or None.
 
     It measures time in a run's steps, which a resumed trial goes on counting.
@@ -407,8 +438,9 @@ def scheduler(search: Search, space: dict[str, Any], rung: int) -> "TrialSchedul
 
     match search.stop:
         case "asha":
-            most = RUNGS * rung
-            return ASHAScheduler("step", grace_period=rung, max_t=most, reduction_factor=2, stop_last_trials=False)
+            return ASHAScheduler(
+                "step", grace_period=rung, max_t=rungs * rung, reduction_factor=2, stop_last_trials=False
+            )
         case "median":
             return MedianStoppingRule("step", grace_period=rung, min_samples_required=3)
         case "pbt":

@@ -5,12 +5,22 @@ import multiprocessing as mp
 import pytest
 
 from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from fr_core.verify.pairs import write_pairs
+from fr_core.verify.pairs import read_pairs, write_pairs
 from fr_core.verify.report import markdown
 from pipelines.experiments import compare
-from pipelines.experiments.compare import PUBLISHED, heads, named_settings, summary
+from pipelines.experiments.compare import (
+    PUBLISHED,
+    Conditions,
+    differences,
+    heads,
+    list_runs,
+    mean_interval,
+    named_settings,
+    summary,
+)
 from tests.helpers.commands import bigface
 
 
@@ -56,6 +66,56 @@ def test_a_comparison_goes_on_where_it_was_stopped(given, tmp_path, monkeypatch)
     assert "| --- |" in output
     with pytest.raises(UserError, match="full, seed 0 was run as"):
         compared([*given, "optim.lr=0.01"], tmp_path, "--seeds", 1)
+
+
+def test_folds_train_and_judge_by_other_people(dataset, grouped, tmp_path):
+    settings = {"flat": [], "grouped": [f"data.path={grouped}", "method={kind='dcq', queue_size=64}"]}
+    given = [f"data.path={dataset}", "tracking.uri=off"]
+    runs = list_runs("debug_bigface", settings, given, Conditions(tmp_path / "r.csv", [0, 1], folds=2))
+    assert [(run.setting, run.seed, run.fold) for run in runs[:4]] == [
+        *(("flat", 0, 0), ("grouped", 0, 0), ("flat", 0, 1), ("grouped", 0, 1)),
+    ]
+    assert len(runs) == 8
+    for run in runs:
+        trained = set(open_dataset(run.config.data.path).identity_names())
+        judged = {path.split("/")[0] for path in read_pairs(run.config.verify.pairs).paths}
+        assert trained
+        assert judged
+        assert not trained & judged
+    given += ["verify.images=x", "verify.pairs=x.csv"]
+    with pytest.raises(UserError, match="--folds verifies on people of the training set"):
+        list_runs("debug_bigface", settings, given, Conditions(tmp_path / "r.csv", [0], folds=2))
+
+
+def test_a_comparison_by_folds_writes_a_row_for_each(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "train_in_child", lambda *_: dict.fromkeys(("accuracy", "seconds"), "0.5"))
+    recipe, *overrides = given[:5]
+    fixed = ["--results", tmp_path / "r.csv", "--in-process", "--folds", 2, "--setting", "a: train.max_steps=1"]
+    output = bigface("compare", "settings", recipe, *fixed, *overrides)
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [(row["setting"], row["seed"], row["fold"]) for row in rows] == [("a", "0", "0"), ("a", "0", "1")]
+    assert "2 of 2 runs are finished" in output
+    again = bigface("compare", "settings", recipe, *fixed, "--setting", "b: train.max_steps=1", *overrides)
+    assert "against a" in again
+    assert "+0.00 (+0.00 … +0.00)" in again
+
+
+def test_differences_by_hand():
+    """Seeds 0 and 1 make pairs: 4 and 8 points apart. Student's t of one degree of freedom is 12.706."""
+    accuracies = {"a": (0.8, 0.7, 0.2), "b": (0.84, 0.78)}
+    rows = [
+        {"setting": name, "seed": str(seed), "accuracy": str(value)}
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    assert differences(rows, "a", ("accuracy",)) == [
+        ("against a", "pairs", "accuracy %"),
+        ("b", "2", "+6.00 (-19.41 … +31.41)"),
+    ]
+    mean, half = mean_interval([1.0, 2.0, 4.0, 7.0])
+    assert (mean, half) == pytest.approx((3.5, 4.2100), abs=1e-3)
+    with pytest.raises(UserError, match="--against c: no run of it; use one of a, b"):
+        differences(rows, "c", ("accuracy",))
 
 
 def test_summary_by_hand():

@@ -8,7 +8,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import read_pairs
 from pipelines.cli import data
-from pipelines.datasets.split import MIN_HELD_OUT, held_out_count, interval_of, split
+from pipelines.datasets.split import MIN_HELD_OUT, cut_folds, held_out_count, interval_of, split
 from tests.helpers.commands import bigface, figures
 from tests.helpers.datasets import write_dataset
 
@@ -47,6 +47,47 @@ def test_so_few_people_that_no_pairs_come_of_them_are_refused(tmp_path):
         split(write_dataset(tmp_path / "enough", 90, 9), tmp_path / "enough" / "sub")
     assert not (tmp_path / "enough" / "sub").exists()
     assert data.PEOPLE_TO_SPLIT == 2 * MIN_HELD_OUT
+
+
+def test_folds_hold_everybody_out_once_and_are_equal_in_both_layouts(tmp_path):
+    held = {}
+    for layout in ("flat", "grouped"):
+        shards = write_dataset(tmp_path / layout, 100, 25, layout=layout)
+        folds = cut_folds(shards, tmp_path / f"{layout}-folds", 3, pairs_per_fold=5)
+        names, counts = open_dataset(shards).identity_names(), open_dataset(shards).identity_counts()
+        held[layout] = [set(names) - set(open_dataset(fold.train).identity_names()) for fold in folds]
+        several = {name for name, count in zip(names, counts, strict=True) if count > 1}
+        assert set().union(*held[layout]) == several != set(names)
+        assert sum(map(len, held[layout])) == len(several)
+        for fold, people in zip(folds, held[layout], strict=True):
+            pairs = read_pairs(fold.pairs)
+            assert {path.split("/")[0] for path in pairs.paths} <= people
+            assert sum(images.is_dir() for images in fold.images.iterdir()) == len(people)
+            kept = [row for row in images_of(shards) if row[0] not in people]
+            assert images_of(fold.train) == kept
+    assert held["flat"] == held["grouped"]
+
+
+def test_folds_are_cut_once_and_again_after_a_stop(tmp_path):
+    shards = write_dataset(tmp_path / "shards", 100, 25)
+    [first, *_] = cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=5)
+    written = first.pairs.stat().st_mtime_ns
+    cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=5)
+    assert first.pairs.stat().st_mtime_ns == written
+    cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=6)
+    assert len(read_pairs(first.pairs).same) == 6 * 2 * 6  # 12 people make 6 parts
+
+
+def test_too_few_people_for_folds_are_refused(tmp_path):
+    shards = write_dataset(tmp_path / "shards", 70, 7)
+    with pytest.raises(UserError, match=r"7 people with two images or more are too few for 2 folds: 8 are needed"):
+        cut_folds(shards, tmp_path / "folds", 2)
+    assert not (tmp_path / "folds").exists()
+    enough = write_dataset(tmp_path / "enough", 100, 25)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        cut_folds(enough, tmp_path / "used", 2)
 
 
 def test_few_people_have_a_wide_interval():

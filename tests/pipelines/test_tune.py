@@ -32,6 +32,7 @@ from fr_core.train.initial import initial_state
 from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.train.outbox import UNDELIVERED
 from fr_core.verify.pairs import write_pairs
+from pipelines.experiments import trial as trial_module
 from pipelines.experiments import tune
 from pipelines.experiments.search import Search, Trial, best, deliver_trials, winner_recipe, write_results
 from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
@@ -154,7 +155,7 @@ def test_an_objective_that_the_pairs_do_not_resolve(small):
 def test_a_search_that_goes_on_judges_by_what_it_saw(dataset, tmp_path):
     """Tune pickles its scheduler as it was at first, and its callbacks' states as they are."""
     made = tune.make_tuner(
-        search(dataset, stop="asha"), tmp_path, partial(run_trial, launch={}), {"CPU": 1.0}, 1, 2, resume=False
+        search(dataset, stop="asha"), tmp_path, partial(run_trial, launch={}), {"CPU": 1.0}, 1, (2, 8), resume=False
     )
     inside = made._local_tuner.__getstate__()
     [judge, ended] = inside["_tune_config"].scheduler, *inside["_run_config"].callbacks
@@ -175,6 +176,44 @@ def test_schedulers_hear_of_figures_alone():
     assert not goes_to_scheduler({"step": 4}, launch, 8)  # a checkpoint for a drained node
     assert not goes_to_scheduler({"step": 8, "accuracy": 0.5}, launch, 8)
     assert not goes_to_scheduler({"step": 4, "accuracy": 0.5}, launch | {"judged": False}, 8)
+
+
+def test_a_trial_reports_the_means_of_its_folds(dataset, tmp_path, monkeypatch):
+    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off", "train.max_steps=4"])
+    folded = search(dataset, config=config, objective="accuracy", stop="asha", folds=2)
+    folds = tune.folds_of_search(folded, tmp_path)
+    assert tune.check_search(folded, tmp_path, folds=folds)[0].config.data.path == str(dataset)
+    trained, reports = [], []
+
+    def train(config, out, launch, total):
+        trained.append((config.data.path, config.verify.pairs, out.name, config.optim.lr))
+        return {"accuracy": 0.5 + 0.2 * len(trained), "steps": total}
+
+    monkeypatch.setattr(trial_module, "train_in_process", train)
+    monkeypatch.setattr(ray.tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "t"))
+    monkeypatch.setattr(ray.tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(ray.tune, "report", reports.append)
+    launch = {
+        **{"config": config.model_dump(mode="json"), "knobs": joined("bigface", "lr"), "trials": str(tmp_path)},
+        **{"steps_per_epoch": 8, "in_process": True, "judged": True, "objectives": ["accuracy"], "folds": folds},
+    }
+    run_trial({"lr": 0.07}, launch)
+    assert trained == [(str(f.train), str(f.pairs), f"t-fold{n}", 0.07) for n, f in enumerate(folds)]
+    assert reports == [
+        {"accuracy": pytest.approx(0.7), "step": 4},
+        {"accuracy": pytest.approx(0.8), "steps": 4, "step": 8, "done": True},
+    ]
+
+
+def test_folds_that_cannot_be(dataset, tmp_path):
+    for more, message in (
+        ({"folds": 2, "stop": "pbt"}, "--stop pbt moves checkpoints"),
+        ({"folds": 60}, "too few for 60 folds"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tune.folds_of_search(search(dataset, **more), tmp_path)
+    with pytest.raises(UserError, match="is a URL: give a local --out"):
+        tune.folds_of_search(search(dataset, folds=2), to_path("s3://bucket/search"))
 
 
 def test_mutations_stay_in_their_domains():

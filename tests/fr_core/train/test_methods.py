@@ -66,6 +66,23 @@ def one_and_two_ranks(grouped):
     return [run_ranks(size, fixed_statistics_runs, configs, 4) for size in (1, 2)]
 
 
+@pytest.mark.parametrize("method", ["attfc", "dcq", "f2c"])
+@pytest.mark.parametrize("warmup", ["true", "false"])
+def test_the_encoder_follows_faster_at_first(grouped, method, warmup):
+    """The reference moves one layer by hand, from the backbone's weights before each step."""
+    limit = 0.3
+    overrides = [f"method.encoder_warmup={warmup}", f"method.encoder_momentum={limit}"]
+    state, stream = started(config := config_of(grouped, method, *overrides), Ranks())
+    expected = state.encoder.fc.weight.double()
+    for step in range(6):
+        momentum = min(limit, (1 + step) / (10 + step)) if warmup == "true" else limit
+        expected = momentum * expected + (1 - momentum) * state.backbone.fc.weight.detach().double()
+        loop.step(config, state, next(stream), Ranks())
+    stream.close()
+    assert torch.allclose(state.encoder.fc.weight.double(), expected, atol=1e-6)
+    assert not torch.allclose(state.encoder.fc.weight, state.backbone.fc.weight, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_are_one_rank(one_and_two_ranks, method):
     """With the same global batch, losses are the same, and all ranks hold the same queue, pool or anchors.
