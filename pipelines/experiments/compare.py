@@ -379,7 +379,7 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
         cells = []
         for column in columns:
             _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
-            values = [factor * float(row[column]) for row in runs if row[column]]
+            values = [factor * float(row[column]) for row in runs if row.get(column)]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
         table.append((name, str(len(runs)), *cells))
@@ -406,7 +406,7 @@ def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str
         pairs, cells = sorted(set(runs) & set(base)), []
         for column in columns:
             _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
-            both = [(runs[key][column], base[key][column]) for key in pairs]
+            both = [(runs[key].get(column), base[key].get(column)) for key in pairs]
             values = [factor * (float(own) - float(other)) for own, other in both if own and other]
             if len(values) < 2:
                 cells.append("")
