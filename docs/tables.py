@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from pipelines.experiments.paired import mean_interval, paired_differences
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
 BEGIN, END = "<!-- table: {} -->", "<!-- end -->"
@@ -47,6 +49,16 @@ def cell(column: str, runs: list[dict[str, str]]) -> str:
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
 
 
+def apart(column: str, runs: list[dict[str, str]], base: list[dict[str, str]]) -> str:
+    """Write how far runs lie above those of another row, with the 95 % interval of the pairs."""
+    _, factor, form = COLUMNS[column]
+    values = [factor * value for value in paired_differences(runs, base, column)]
+    if len(values) < 2:
+        return ""
+    mean, half = mean_interval(values)
+    return f"{mean:+{form}} ({mean - half:+{form}} … {mean + half:+{form}})"
+
+
 def runs_of(spec: dict[str, Any], names: list[str]) -> list[dict[str, str]]:
     """Find the runs of one row; a name is ``SETTING`` of the table's file, or ``FILE:SETTING``.
 
@@ -68,11 +80,15 @@ def body(spec: dict[str, Any]) -> list[list[str]]:
     if "columns" not in spec:  # the file's columns are the table's
         rows = read(spec["csv"])
         return [list(rows[0]), *(list(row.values()) for row in rows)]
-    more = spec.get("more", {})
-    table = [[spec["title"], "runs", *(COLUMNS[column][0] for column in spec["columns"]), *more]]
+    more, against = spec.get("more", {}), spec.get("against")
+    headings = [COLUMNS[column][0] for column in spec["columns"]]
+    table = [[spec["title"], "runs", *headings, *([f"{headings[0]} against {against}"] if against else []), *more]]
     for label, *names in spec["rows"]:
         runs = runs_of(spec, names)
         cells = [cell(column, runs) for column in spec["columns"]]
+        if against:
+            base = next(given for name, *given in spec["rows"] if name == against)
+            cells.append("" if label == against else apart(spec["columns"][0], runs, runs_of(spec, base)))
         table.append([label, str(len(runs)), *cells, *(column.get(label, "") for column in more.values())])
     return table
 

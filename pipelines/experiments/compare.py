@@ -7,7 +7,6 @@ verified on that one, for each part in turn. So settings are chosen without a lo
 """
 
 import csv
-import math
 import os
 import re
 import shlex
@@ -35,6 +34,7 @@ from fr_core.verify.pairs import read_pairs
 from fr_core.verify.report import markdown
 from fr_core.verify.suites import find_sets, verify_suite
 from pipelines.datasets.split import Fold, cut_folds
+from pipelines.experiments.paired import mean_interval, paired_differences
 from pipelines.train import train
 
 COLUMNS = (
@@ -387,7 +387,7 @@ def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[st
 
 
 def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return a table, header first: how far each setting lies from a baseline, with 95 % intervals.
+    """Return a table, header first: how far each setting lies above a baseline, with 95 % intervals.
 
     Runs of one seed and fold make a pair. The interval is Student's t of the pairs' differences, so it speaks of other
     seeds on these data. It needs two pairs or more.
@@ -395,34 +395,26 @@ def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str
     Raises:
         UserError: no setting of the baseline's name has runs.
     """
-    by_setting: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
-    for row in rows:
-        by_setting.setdefault(row["setting"], {})[row["seed"], row.get("fold", "")] = row
-    if baseline not in by_setting:
-        raise UserError(f"--against {baseline}: no run of it; use one of {', '.join(by_setting)}")
-    base = by_setting.pop(baseline)
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    if baseline not in names:
+        raise UserError(f"--against {baseline}: no run of it; use one of {', '.join(names)}")
+    runs = {name: [row for row in rows if row["setting"] == name] for name in names}
     table: list[tuple[str, ...]] = [(f"against {baseline}", "pairs", *(heading(column) for column in columns))]
-    for name, runs in by_setting.items():
-        pairs, cells = sorted(set(runs) & set(base)), []
+    for name in names:
+        if name == baseline:
+            continue
+        cells, count = [], 0
         for column in columns:
             _, factor, digits = SHOWN.get(column, SHOWN["accuracy"])
-            both = [(runs[key].get(column), base[key].get(column)) for key in pairs]
-            values = [factor * (float(own) - float(other)) for own, other in both if own and other]
+            values = [factor * value for value in paired_differences(runs[name], runs[baseline], column)]
+            count = max(count, len(values))
             if len(values) < 2:
                 cells.append("")
                 continue
             mean, half = mean_interval(values)
             cells.append(f"{mean:+.{digits}f} ({mean - half:+.{digits}f} … {mean + half:+.{digits}f})")
-        table.append((name, str(len(pairs)), *cells))
+        table.append((name, str(count), *cells))
     return table
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of two values or more, and the half-width of its 95 % interval by Student's t."""
-    from scipy.stats import t
-
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def heading(column: str) -> str:

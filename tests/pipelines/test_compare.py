@@ -17,10 +17,10 @@ from pipelines.experiments.compare import (
     differences,
     heads,
     list_runs,
-    mean_interval,
     named_settings,
     summary,
 )
+from pipelines.experiments.paired import mean_interval
 from tests.helpers.commands import bigface
 
 
