@@ -1,0 +1,101 @@
+"""Overrides: fields that are given beside a recipe's file, and one rule for both of their spellings.
+
+``schedule.kind=constant`` and ``schedule={kind='constant'}`` mean the same: an override sets the fields that it names,
+and the recipe keeps the others. A new kind takes over those fields that mean the same in the old kind: a base class of
+both declares them, and neither declares them anew. The old kind's other fields are dropped.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from inspect import get_annotations
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from fr_core.config.mends import read_value
+from fr_core.config.reference import held_sections, kind_of
+from fr_core.config.sections import Section
+from fr_core.errors import UserError
+
+
+def read_overrides(overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """Return the fields of overrides as nested dictionaries; of one field, the last override counts.
+
+    Args:
+        overrides: ``key.path=value`` with values in TOML; a bare word is a string.
+        source: origin of the overrides in errors.
+
+    Raises:
+        UserError: an override is of another form.
+    """
+    return reduce(joined, (_read(override, source) for override in overrides), {})
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of two groups of overrides; where both set a field, the second counts."""
+    return dict(first) | {name: _joined_value(first.get(name), value) for name, value in second.items()}
+
+
+def overridden(section: type[Section], written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section of a recipe with overrides, not yet validated.
+
+    Args:
+        section: class of the section.
+        written: what the recipe says.
+        given: fields of the overrides.
+    """
+    fields = section.model_fields
+    return dict(written) | {
+        name: _overridden_value(fields[name], written.get(name), value) if name in fields else value
+        for name, value in given.items()
+    }
+
+
+def _read(override: str, source: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{source}: {override!r} is not of the form key.path=value")
+    tree: Any = read_value(text)
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _joined_value(first: object, second: object) -> object:
+    one, other = _table(first), _table(second)
+    if one is None or other is None or (isinstance(first, str) and isinstance(second, str)):
+        return second
+    return joined(one, other)
+
+
+def _overridden_value(field: FieldInfo, written: object, given: object) -> object:
+    held = held_sections(field.annotation)
+    if not held:
+        return given
+    if not field.discriminator:
+        old = written if isinstance(written, Mapping) else {}
+        return overridden(held[0], old, given) if isinstance(given, Mapping) else given
+    old, new = _table(written) or {}, _table(given)
+    if new is None:
+        return given
+    default = vars(field.default)["kind"] if isinstance(field.default, Section) else None
+    old_kind = old.get("kind", default)
+    kinds = {kind_of(section): section for section in held}
+    before, after = kinds.get(str(old_kind)), kinds.get(str(new.get("kind", old_kind)))
+    if after is None:
+        return joined(old, new)
+    kept = {name: value for name, value in old.items() if _declaring(before, name) in (None, _declaring(after, name))}
+    return overridden(after, kept, new)
+
+
+def _table(value: object) -> Mapping[str, Any] | None:
+    """Return a table, or for a word the table of this kind; None for any other value."""
+    if isinstance(value, str):
+        return {"kind": value}
+    return value if isinstance(value, Mapping) else None
+
+
+def _declaring(section: type[Section] | None, name: str) -> type | None:
+    """Return the class that declares a section's field, the section or one of its bases; None if there is none."""
+    bases = section.__mro__ if section else ()
+    return next((base for base in bases if name in get_annotations(base)), None)
