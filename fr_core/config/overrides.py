@@ -1,8 +1,8 @@
 """Overrides: fields that are given beside a recipe's file, and one rule for both of their spellings.
 
 ``schedule.kind=constant`` and ``schedule={kind='constant'}`` mean the same: an override sets the fields that it names,
-and the recipe keeps the others. A new kind takes over those fields that mean the same in the old kind: a base class of
-both declares them, and neither declares them anew. The old kind's other fields are dropped.
+and the recipe keeps the others. A new kind takes over the fields that mean the same in the old kind: one base class
+declares them for both. The old kind's other fields are dropped.
 """
 
 from collections.abc import Iterable, Mapping
