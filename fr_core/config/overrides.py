@@ -62,6 +62,7 @@ def _read(override: str, source: str) -> dict[str, Any]:
 
 
 def _joined_value(first: object, second: object) -> object:
+    """Return two values of a field as one: tables join, and a word beside a table is the table's kind."""
     one, other = _table(first), _table(second)
     if one is None or other is None or (isinstance(first, str) and isinstance(second, str)):
         return second
@@ -69,23 +70,28 @@ def _joined_value(first: object, second: object) -> object:
 
 
 def _overridden_value(field: FieldInfo, written: object, given: object) -> object:
+    """Return a field of a recipe with overrides; a section keeps what they do not name."""
     held = held_sections(field.annotation)
-    if not held:
+    table = _table(given) if field.discriminator else given
+    if not held or not isinstance(table, Mapping):
         return given
-    if not field.discriminator:
-        old = written if isinstance(written, Mapping) else {}
-        return overridden(held[0], old, given) if isinstance(given, Mapping) else given
-    old, new = _table(written) or {}, _table(given)
-    if new is None:
-        return given
+    if field.discriminator:
+        return _overridden_choice(field, _table(written) or {}, table)
+    return overridden(held[0], written if isinstance(written, Mapping) else {}, table)
+
+
+def _overridden_choice(field: FieldInfo, written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section of a recipe with overrides, which may change its kind."""
     default = vars(field.default)["kind"] if isinstance(field.default, Section) else None
-    old_kind = old.get("kind", default)
-    kinds = {kind_of(section): section for section in held}
-    before, after = kinds.get(str(old_kind)), kinds.get(str(new.get("kind", old_kind)))
-    if after is None:
-        return joined(old, new)
-    kept = {name: value for name, value in old.items() if _declaring(before, name) in (None, _declaring(after, name))}
-    return overridden(after, kept, new)
+    old = written.get("kind", default)
+    kinds = {kind_of(section): section for section in held_sections(field.annotation)}
+    before, after = kinds.get(str(old)), kinds.get(str(given.get("kind", old)))
+    if after is None:  # validation refuses this kind
+        return joined(written, given)
+    kept = {
+        name: value for name, value in written.items() if _declaring(before, name) in (None, _declaring(after, name))
+    }
+    return overridden(after, kept, given)
 
 
 def _table(value: object) -> Mapping[str, Any] | None:
