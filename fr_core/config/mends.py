@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
-from fr_core.config import Config
 from fr_core.config.nets import Residual
-from fr_core.config.reference import Knob, all_knobs, fields_named, held_sections, kind_of, knob_names
+from fr_core.config.reference import Knob, all_knobs, fields_named, knob_names
 from fr_core.config.sections import Section
 from fr_core.config.words import KINDS, MENDS
 
@@ -24,7 +23,7 @@ BACKBONE = re.compile(r"(?:i?_?resnet|ir_?se|ir|r)[-_]?(\d+)", re.IGNORECASE)
 # What to say of a missing field whose section cannot be given by one override.
 MISSING = {
     "net.net": "net.kind = quantised needs the float net that it quantises: to quantise a trained run use "
-    "bigface quantize RUN, or give the whole section: \"net={kind='quantised', net={kind='iresnet', depth=50}}\"",
+    "bigface quantize RUN, or write \"net={kind='quantised', net={kind='iresnet', depth=50}}\"",
 }
 # What a value must be, by pydantic's type of the error; names in braces are of the error's context.
 BOUNDS = {
@@ -57,42 +56,6 @@ def explain(mistake: Mapping[str, Any], in_file: bool = False) -> str:
     return _for_file(text) if in_file else text
 
 
-def explain_kind(
-    mistake: Mapping[str, Any], recipe: Mapping[str, Any], tree: Mapping[str, Any], keys: Sequence[str]
-) -> str | None:
-    """Explain an override that chooses a kind which lacks fields of the recipe; None for any other mistake.
-
-    Args:
-        mistake: an error as pydantic details it.
-        recipe: what the recipe's file says.
-        tree: the recipe with overrides.
-        keys: keys of the overrides.
-    """
-    parts = list(_fields(mistake["loc"]))
-    if mistake["type"] == "model_attributes_type" and isinstance(mistake["input"], str):
-        section, kind = ".".join(parts), mistake["input"]
-        given, keys, what = _section_at(recipe, section), (), f"{section} is a section, not {kind!r}"
-    elif (
-        mistake["type"] == "extra_forbidden" and mistake["loc"][:-1] and not _is_set(".".join(parts), keys, inner=True)
-    ):
-        section = ".".join(parts[:-1])
-        given, kind = _section_at(tree, section), str(_section_at(tree, section).get("kind"))
-        what = f"{section}.kind={kind}"
-    else:
-        return None
-    new, old = (_defaults(section, name) for name in (kind, _recipe_kind(recipe, section)))
-    lacking = [f"{section}.{name}" for name in given if name not in new and name != "kind"]
-    if not new or not lacking:
-        return None
-    kept = {
-        name: value
-        for name, value in given.items()
-        if name in new and (old.get(name) == new[name] or _is_set(f"{section}.{name}", keys, inner=True))
-    }
-    whole = f"{section}={_toml({'kind': kind} | kept | _head_rate(section, kind, tree, kept))}"
-    return f'{what}: the recipe sets {" and ".join(lacking)}, which {kind} lacks: write "{whole}"'
-
-
 def read_value(text: str) -> object:
     """Return the value of an override: TOML, or a bare word as a string."""
     try:
@@ -102,8 +65,17 @@ def read_value(text: str) -> object:
     return value if isinstance(value, str | int | float | list | dict) else text  # a folder may be named like a date
 
 
+def as_toml(value: object) -> str:
+    """Return a value as TOML; strings take single quotes, which a shell's double quotes keep."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}={as_toml(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return repr(value) if isinstance(value, str) else str(value).lower()
+
+
 def _explain(mistake: Mapping[str, Any], equals: str) -> str:
-    where, value = field_name(mistake["loc"]), mistake["input"]
+    where, value = ".".join(field_names(mistake["loc"])), mistake["input"]
     match mistake["type"]:
         case "extra_forbidden":
             return _unknown_key(where, value, mistake["loc"])
@@ -114,26 +86,28 @@ def _explain(mistake: Mapping[str, Any], equals: str) -> str:
             return f"{where}.kind is missing: give {where}.kind=…"
         case "missing" | "too_short" | "too_long" if isinstance(value, list | tuple):
             name = re.sub(r"\.\d+$", "", where)
-            return f"{name}{equals}{_toml(list(value))} must be {_knob(name, mistake['loc']).takes}"
+            return f"{name}{equals}{as_toml(list(value))} must be {_knob(name, mistake['loc']).takes}"
         case "missing":
             text = next((knob.description for knob in all_knobs() if knob.name == where), "")
             return MISSING.get(where) or f"{where} is missing: give {where}=… ({text})"
         case "model_type" | "model_attributes_type":
-            return f"{where} is a section, not {_show(value)!r}{_section_mend(where, value)}"
-    shown = re.sub(r"\.(\d+)$", r"[\1]", where) + equals + (repr(value) if isinstance(value, str) else _toml(value))
+            return f"{where} is a section, not {_show(value)!r}{_section_mend(where)}"
+    shown = re.sub(r"\.(\d+)$", r"[\1]", where) + equals + (repr(value) if isinstance(value, str) else as_toml(value))
     if bound := BOUNDS.get(mistake["type"]):
         context = {name: _limit(limit) for name, limit in mistake.get("ctx", {}).items()}
         return f"{shown} {bound.format(**context)}"
     typed = mistake["type"].partition("_")[0]
+    if typed in TYPES and isinstance(value, Mapping):
+        return f"{where} is a value, not a section: write {where}=…"
     if typed in TYPES:
         return f"{shown} is {TYPES[typed]}{_type_mend(typed, where, value, mistake['loc'])}"
     message = mistake["msg"].removeprefix("Value error, ")
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}"
 
 
-def field_name(loc: Sequence[str | int]) -> str:
-    """Return the dotted name of the field at which an error lies."""
-    return ".".join(_fields(loc))
+def field_names(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """Return the fields that lead to an error, without the kinds between them."""
+    return tuple(str(part) for part, is_kind in _marked(loc) if not is_kind)
 
 
 def recipe_mend(name: str, recipes: Sequence[str]) -> str:
@@ -167,10 +141,11 @@ def _unknown_key(key: str, value: object, loc: Sequence[str | int]) -> str:
     section, _, last = key.rpartition(".")
     kinds = [str(part) for part, is_kind in _marked(loc) if is_kind]
     if kinds and key in knob_names():
-        having = list(dict.fromkeys(kind for knob in all_knobs() if knob.name == key for _, kind in knob.choices[-1:]))
+        having = dict.fromkeys(choice for knob in all_knobs() if knob.name == key for choice in knob.choices[-1:])
+        named, (choice, kind) = ", ".join(kind for _, kind in having), next(iter(having))
         return (
-            f"unknown key {key}: kind {kinds[-1]} has no such key (kinds with it: {', '.join(having)}): leave it out, "
-            f"or give the whole section: \"{section}={{kind='…', …}}\""
+            f"unknown key {key}: kind {kinds[-1]} has no such key (kinds with it: {named}): leave it out, or write "
+            f"{choice}.kind={kind}"
         )
     word = last.replace("-", "_").lower()
     if words := [word] if word in MENDS else get_close_matches(word, MENDS, 1, cutoff=0.85):
@@ -204,19 +179,10 @@ def _known_kind(kind: str, kinds: str) -> str | None:
     return backbone and f"write {backbone}"
 
 
-def _section_mend(section: str, value: object) -> str:
+def _section_mend(section: str) -> str:
     """Say how to write a section that was given as a value."""
-    choice = next((knob for knob in all_knobs() if knob.name == f"{section}.kind"), None)
-    if choice and isinstance(value, str):
-        kinds = choice.type.removeprefix("one of ")
-        return f": write {section}.kind={value}" if value in kinds.split(", ") else _kind_mend(value, kinds)
     fields = [knob.name for knob in all_knobs() if knob.section == section]
     return f": write one of its fields, such as {next(iter(fields), section)}=…"
-
-
-def _fields(loc: Sequence[str | int]) -> Iterator[str]:
-    """Yield the fields that lead to an error."""
-    return (str(part) for part, is_kind in _marked(loc) if not is_kind)
 
 
 def _marked(loc: Sequence[str | int]) -> Iterator[tuple[str | int, bool]]:
@@ -242,15 +208,6 @@ def _show(value: object) -> str:
     if isinstance(value, str):
         return shlex.quote(value) if " " in value else value
     return str(value) if isinstance(value, int | float) else "…"
-
-
-def _toml(value: object) -> str:
-    """Return a value as TOML; strings take single quotes, which a shell's double quotes keep."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}={_toml(part)}" for name, part in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, str) else str(value).lower()
 
 
 def _limit(value: object) -> str:
@@ -291,43 +248,6 @@ def _lines(overrides: Iterable[str]) -> str:
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, name = key.rpartition(".")
-        value = text if text in PLACEHOLDERS else _toml(read_value(text)).replace("'", '"')
+        value = text if text in PLACEHOLDERS else as_toml(read_value(text)).replace("'", '"')
         by_section.setdefault(section, []).append(f"{name} = {value}")
     return ", ".join(f"{' and '.join(lines)} under [{section}]" for section, lines in by_section.items())
-
-
-def _section_at(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    """Return a section of nested dictionaries; an empty one if there is none."""
-    found: Any = tree
-    for part in section.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _recipe_kind(recipe: Mapping[str, Any], section: str) -> str:
-    """Return the kind of a section in a recipe."""
-    default = next((knob.default for knob in all_knobs() if knob.name == f"{section}.kind"), "")
-    return str(_section_at(recipe, section).get("kind", default))
-
-
-def _defaults(section: str, kind: str) -> dict[str, str]:
-    """Return the defaults of a kind's fields, by name; a field of another default means something else."""
-    return {
-        knob.name.rpartition(".")[2]: knob.default
-        for knob in all_knobs()
-        if knob.section == section and (section, kind) in knob.choices
-    }
-
-
-def _is_set(key: str, keys: Iterable[str], inner: bool = False) -> bool:
-    """Return whether an override sets a field, or, with ``inner``, a part of it."""
-    return any(f"{key}.".startswith(f"{set_key}.") or (inner and set_key.startswith(f"{key}.")) for set_key in keys)
-
-
-def _head_rate(section: str, kind: str, tree: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the class matrix's optimiser, if the optimiser of this kind needs a rate for it."""
-    if section != "optim" or "head" in kept or _recipe_kind(tree, "method") != "bigface":
-        return {}
-    optimisers = held_sections(Config.model_fields["optim"].annotation)
-    chosen: Any = next(optimiser for optimiser in optimisers if kind_of(optimiser) == kind)
-    return {"head": {"lr": 0.1}} if chosen().head_rate_unknown else {}

@@ -464,7 +464,7 @@ class QuantFace(TeacherSettings, BaseMethod):
     kind: Literal["quantface"] = "quantface"
     named: ClassVar[str] = "method.teacher"
     loss: AgreementLoss = EKD()
-    """Loss that compares student and teacher. A kind alone will do: method.loss=mse."""
+    """Loss that compares student and teacher."""
     labels: bool = True
     """Use identities as labels. false: only two views of one image make a positive pair (needs data.views = 2)."""
     cross_entropy: CrossEntropy | None = None
@@ -497,14 +497,6 @@ class QuantFace(TeacherSettings, BaseMethod):
     def width_mend(self) -> str | None:
         """Return the mend for embeddings of unequal widths, or None: pair losses compare cosines."""
         return "method.loss.kind=ekd, which compares cosines" if isinstance(self.loss, EmbeddingMSE) else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_loss_kind(cls, tree: object) -> object:
-        """Read a word as the loss's kind."""
-        if isinstance(tree, dict) and isinstance(tree.get("loss"), str):
-            tree = tree | {"loss": {"kind": tree["loss"]}}
-        return tree
 
     @model_validator(mode="after")
     def _check_labels(self) -> "QuantFace":

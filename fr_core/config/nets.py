@@ -11,7 +11,7 @@ MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)
 
 
 class BaseNet(Section):
-    """Base of the nets' sections; each also has ``input_size`` (pixels) and ``embedding`` (dimensions)."""
+    """Base of the nets' sections; each also has ``input_size`` and ``embedding``, the dimensions of the embedding."""
 
     kind: str
     """Name of the architecture."""
@@ -32,7 +32,14 @@ class BaseNet(Section):
         return True
 
 
-class Residual(BaseNet):
+class FloatNet(BaseNet):
+    """Base of the nets that training begins with."""
+
+    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112
+    """Side of the input, in pixels."""
+
+
+class Residual(FloatNet):
     """Base of the IR-ResNets: fields that the plain net and the mixture share."""
 
     depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
@@ -43,8 +50,6 @@ class Residual(BaseNet):
     """Channels of all four stages, for pruned nets. None: width and its doubles."""
     stem_stride: Literal[1, 2] = 1
     """Stride of the first convolution; 2 makes an image cost a quarter, for small machines."""
-    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112
-    """Side of the input, in pixels."""
     embedding: Annotated[int, Field(ge=2)] = 512
     """Dimensions of the embedding."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -103,12 +108,10 @@ class MoENet(Residual):
         return self
 
 
-class MobileFaceNetNet(BaseNet):
+class MobileFaceNetNet(FloatNet):
     """A small net for phones (MobileFaceNet, Chen et al., 2018)."""
 
     kind: Literal["mobilefacenet"] = "mobilefacenet"
-    input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
-    """Side of the input, in pixels."""
     embedding: Annotated[int, Field(ge=2)] = 128
     """Dimensions of the embedding (MobileFaceNet, 2018: 128)."""
     # The order: stem · E and O of stage 3 · E and O of stage 4 · first E, other E and O of stage 5 · last convolution.

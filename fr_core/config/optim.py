@@ -59,6 +59,8 @@ class LARS(Optimizer):
     """Layer-wise rates for large batches (You et al., 2017). Norm layers and biases neither adapt nor decay."""
 
     kind: Literal["lars"] = "lars"
+    lr: Positive = 0.1  # declared anew, since SGD's rate is no rate of LARS
+    """Base learning rate of LARS: a factor of the layer-wise rates; the schedule multiplies it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of LARS."""
     trust: Positive = 1e-3

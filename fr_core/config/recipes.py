@@ -2,15 +2,16 @@
 
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fr_core.config import Config
-from fr_core.config.mends import explain, explain_kind, field_name, read_value, recipe_mend
+from fr_core.config.mends import explain, field_names, recipe_mend
+from fr_core.config.nets import Net
+from fr_core.config.overrides import joined, overridden, read_overrides
 from fr_core.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -18,9 +19,13 @@ COMMAND_LINE = "command line"
 
 
 def load_config(
-    recipe: str | Path, overrides: Iterable[str] = (), setting: Iterable[str] = (), setting_source: str = COMMAND_LINE
+    recipe: str | Path,
+    overrides: Iterable[str] = (),
+    setting: Iterable[str] = (),
+    setting_source: str = COMMAND_LINE,
+    net: Net | None = None,
 ) -> Config:
-    """Return the config of a recipe with overrides.
+    """Return the config of a recipe with overrides; ``fr_core/config/overrides.py`` has their rule.
 
     An error names the origin of the mistake: the recipe's file, the command line or the setting.
 
@@ -29,6 +34,7 @@ def load_config(
         overrides: ``key.path=value`` with values in TOML; a bare word is a string.
         setting: further overrides, which come last.
         setting_source: origin of ``setting`` in errors.
+        net: net that the recipe is taken with. None: its own.
 
     Raises:
         UserError: no such recipe, bad TOML, an unknown key with its nearest neighbour, or a value out of bounds.
@@ -38,19 +44,17 @@ def load_config(
         written = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from None
-    shared = deepcopy(written)
-    keys = [_apply_override(shared, override, COMMAND_LINE) for override in overrides]
-    tree = deepcopy(shared)
-    setting_keys = [_apply_override(tree, override, setting_source) for override in setting]
+    written |= {"net": net.model_dump()} if net else {}
+    shared, own = read_overrides(overrides, COMMAND_LINE), read_overrides(setting, setting_source)
+    given = joined(shared, own)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(overridden(Config, written, given))
     except ValidationError as error:
         mistake = error.errors()[0]
-    all_keys = [*keys, *setting_keys]
-    if not all_keys or _stands_in(written, mistake, all_keys):
+    if not given or _stands_in(written, mistake, given):
         raise UserError(f"{path}: {explain(mistake, in_file=True)}")
-    source = COMMAND_LINE if not setting_keys or _stands_in(shared, mistake, setting_keys) else setting_source
-    raise UserError(f"{source}: {explain_kind(mistake, written, tree, all_keys) or explain(mistake)}")
+    in_shared = not own or _stands_in(overridden(Config, written, shared), mistake, own)
+    raise UserError(f"{COMMAND_LINE if in_shared else setting_source}: {explain(mistake)}")
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
@@ -95,28 +99,22 @@ def _find_recipe(name: str) -> Path:
     raise UserError(f"no recipe {name!r}: {recipe_mend(name, recipes())}")
 
 
-def _stands_in(written: Mapping[str, Any], mistake: Mapping[str, Any], keys: Iterable[str]) -> bool:
-    """Return whether the recipe's file makes a mistake by itself, at a field that no override sets."""
-    where = field_name(mistake["loc"])
-    if any(f"{where}.".startswith(f"{key}.") for key in keys):
+def _stands_in(tree: Mapping[str, Any], mistake: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Return whether a config makes a mistake before the overrides ``given``, at a field that none of them sets."""
+    where = field_names(mistake["loc"])
+    if _sets(given, where):
         return False
     try:
-        Config.model_validate(written)
+        Config.model_validate(tree)
     except ValidationError as error:
-        return any((own["loc"], own["msg"]) == (mistake["loc"], mistake["msg"]) for own in error.errors())
+        return any((field_names(own["loc"]), own["msg"]) == (where, mistake["msg"]) for own in error.errors())
     return False
 
 
-def _apply_override(tree: dict[str, Any], override: str, source: str) -> str:
-    """Set one field of a tree, and return its key."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{source}: {override!r} is not of the form key.path=value")
-    *parents, last = key.split(".")
-    for depth, parent in enumerate(parents):
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            section = ".".join(parents[: depth + 1])
-            raise UserError(f"{source}: {override}: {section} is a value, not a section")
-    tree[last] = read_value(text)
-    return key
+def _sets(given: object, where: Sequence[str]) -> bool:
+    """Return whether overrides set the whole field at a place, not only a part of it."""
+    for name in where:
+        if not isinstance(given, Mapping):
+            break
+        given = given.get(name, {})
+    return not isinstance(given, Mapping)

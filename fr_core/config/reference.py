@@ -29,8 +29,9 @@ Every field of a recipe. `bigface knobs --markdown docs/knobs.md` writes this pa
 
 - On the command line write `name=value`: `bigface train bigface_r50 optim.lr=0.2 net.depth=100`.
 - In a recipe write the same field in its table: `[optim]`, then `lr = 0.2`.
-- A knob with a kind in its heading exists only with this kind. To change a kind, give the whole section:
-  `"schedule={kind='multistep', milestones=[10, 15]}"`.
+- A table sets several knobs at once: `"schedule={kind='multistep', milestones=[10, 15]}"`. What it does not name stays.
+- A knob with a kind in its heading exists only with this kind. With another kind, the recipe's values of the knobs that
+  both kinds share stay ([Usage](usage.md#recipes-and-overrides)).
 - A default of "none" cannot be written: leave the knob out.
 - In the terminal, `bigface knobs method.attfc` prints one section; a kind may follow its section's name.
 """

@@ -29,14 +29,18 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_default_kinds(cls, tree: object) -> object:
-        """Give a choice that names no kind the default's kind."""
+    def _add_kinds(cls, tree: object) -> object:
+        """Give a choice that names no kind the default's kind, and read a word as a kind."""
         if not isinstance(tree, dict):
             return tree
         added: dict[str, object] = {}
         for name, value in tree.items():
             field = cls.model_fields.get(name)
-            if isinstance(value, dict) and field and field.discriminator and isinstance(field.default, Section):
+            if not (field and field.discriminator):
+                continue
+            if isinstance(value, str):
+                added[name] = {"kind": value}
+            elif isinstance(value, dict) and isinstance(field.default, Section):
                 added[name] = {"kind": vars(field.default)["kind"]} | value
         return tree | added
 

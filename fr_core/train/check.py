@@ -52,8 +52,8 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
     """Return the plan of a run, if config, data and all these numbers of workers fit together.
 
     Raises:
-        UserError: the workers, batch, centres, class images, learning rates or FastFace's stretch do not fit. Or a
-            quantised net has no trained net to start from.
+        UserError: the workers, batch, centres, class images, learning rates, warm-up or FastFace's stretch do not fit.
+            Or a quantised net has no trained net to start from.
     """
     if isinstance(config.net, QuantisedNet) and not config.init.backbone:
         raise UserError(
@@ -63,13 +63,28 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
     for number in workers:
         check_workers(config, plan, number)
     config.method.centres(class_count(config, dataset.manifest.identities), config.train.global_batch)
-    after_warmup = total_steps(config, plan.steps_per_epoch) - warmup_steps(config, plan.steps_per_epoch)
-    watcher(config.schedule, after_warmup, config.train.global_batch)
+    steps, warmup = total_steps(config, plan.steps_per_epoch), warmup_steps(config, plan.steps_per_epoch)
+    check_warmup(config, steps / plan.steps_per_epoch)
+    watcher(config.schedule, steps - warmup, config.train.global_batch)
     if config.optim.head_rate_unknown and config.method.class_matrix:
         raise UserError(
             f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
         )
     return plan
+
+
+def check_warmup(config: Config, epochs: float) -> None:
+    """Check that the warm-up ends before the run, which trains this many epochs; ``train.max_steps`` makes it shorter.
+
+    Raises:
+        UserError: no step follows the warm-up, so that the schedule would never begin.
+    """
+    warmup = config.schedule.warmup_epochs
+    if 0 < epochs <= warmup:
+        raise UserError(
+            f"schedule.warmup_epochs = {warmup:g} leaves no step after the warm-up, since the run ends after "
+            f"{epochs:.3g} epochs: give fewer, such as schedule.warmup_epochs={epochs / 10:.2g}"
+        )
 
 
 def check_pairs(config: Config) -> None:

@@ -49,7 +49,7 @@ def compare_schedules(
     """Compare a recipe in full with FastFace and cosine in fewer epochs: accuracy and time over seeds."""
     from pipelines.experiments.compare import Conditions, schedules
 
-    settings = schedules(load_config(recipe, overrides or []), epochs, fast_epochs, set_ or [])
+    settings = schedules(epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
     conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
     run_comparison("schedules", recipe, settings, overrides, conditions, columns, against, markdown, json)
@@ -83,7 +83,7 @@ def compare_heads(
     from fr_core.data.stream import make_plan
     from pipelines.experiments.compare import PUBLISHED, Conditions, heads
 
-    config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method={kind='bigface'}"])
+    config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method.kind=bigface"])
     flat_facts, grouped_facts = open_dataset(flat).manifest, open_dataset(grouped).manifest
     if (flat_facts.images, flat_facts.identities) != (grouped_facts.images, grouped_facts.identities):
         raise UserError(

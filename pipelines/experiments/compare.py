@@ -23,6 +23,8 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fr_core.config import Config
+from fr_core.config.mends import as_toml
+from fr_core.config.methods import DCQ, F2C, AttFC, BaseMethod, BigFace, Margin, VirtualFC
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import to_path
@@ -45,27 +47,21 @@ FACTS = ("images", "identities", "overrides", "commit")
 FOLDS = "folds"  # folder of the folds, in the comparison's folder
 
 
-def schedules(config: Config, epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
+def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
     """Return the overrides of each setting that FastFace (docs/methods/fastface.md) is compared with, by name.
 
     These are the recipe in full, cosine in fewer epochs, and FastFace in as few. All warm up as long as the recipe.
 
     Args:
-        config: config of the recipe.
         epochs: epochs of the recipe in full.
         fast_epochs: epochs of cosine and of FastFace.
         fastface: ``name=value`` of FastFace's schedule section.
     """
-    warmup = f"warmup_epochs={config.schedule.warmup_epochs}"
     fewer = f"train.epochs={fast_epochs}"
     return {
         "full": [f"train.epochs={epochs}"],
-        "cosine": [fewer, f"schedule={{kind='cosine', {warmup}}}"],
-        "fastface": [
-            fewer,
-            f"schedule={{kind='fastface', {warmup}}}",
-            *(f"schedule.{setting}" for setting in fastface),
-        ],
+        "cosine": [fewer, "schedule.kind=cosine"],
+        "fastface": [fewer, "schedule.kind=fastface", *(f"schedule.{setting}" for setting in fastface)],
     }
 
 
@@ -74,8 +70,8 @@ def heads(
 ) -> dict[str, dict[str, list[str]]]:
     """Return the overrides of each setting in tables 1 to 5 of AttFC (arXiv 2025; docs/methods/attfc.md), by table.
 
-    Every method keeps its published margin, and all share one scale. Virtual FC also trains on its class images, so it
-    takes half the batch for as many steps, with a warm-up of as many steps.
+    Every method keeps its published margin and its other defaults, and all share one scale. Virtual FC also trains on
+    its class images, so it takes half the batch for as many steps, with a warm-up of as many steps.
 
     Args:
         config: config of the recipe; all settings share its batch and epochs.
@@ -88,7 +84,8 @@ def heads(
         momentum: momentum of every momentum encoder.
 
     Raises:
-        UserError: the batch is odd, or the centres are no multiple of the batch or more than the classes.
+        UserError: the batch is odd, the centres are no multiple of the batch or more than the classes, or the class
+            matrix has a teacher.
     """
     batch = config.train.global_batch
     if batch % 2 or centres % batch or centres > classes:
@@ -96,19 +93,20 @@ def heads(
             f"--centres {centres} must be a multiple of train.global_batch = {batch}, an even number, and at most the "
             f"{classes} classes"
         )
-    arc, encoder = f"margin={{scale={scale}, m2=0.5, m3=0}}", f"encoder_momentum={momentum!r}"
+    if config.method.taught:
+        raise UserError("heads are compared without a teacher: take a recipe without method.distill")
+    arc = Margin(scale=scale, m2=0.5, m3=0)
 
-    def matrix(more: str = "") -> list[str]:
-        return [f"data.path={flat}", f"method={{kind='bigface', {arc}{more}}}"]
+    def on(shards: str, method: BaseMethod) -> list[str]:
+        return [f"data.path={shards}", f"method={as_toml(method.model_dump(exclude_none=True))}"]
 
-    def attfc(ratio: float = 0.3, count: int = 2, more: str = "") -> list[str]:
-        given = f"kind='attfc', {arc}, size_ratio={ratio!r}, class_images={count}, {encoder}{more}"
-        return [f"data.path={grouped}", f"method={{{given}}}"]
+    def attfc(ratio: float = 0.3, count: int = 2, strategy: str = "attention") -> list[str]:
+        fields = {"margin": arc, "size_ratio": ratio, "class_images": count, "strategy": strategy}
+        return on(grouped, AttFC.model_validate(fields | {"encoder_momentum": momentum}))
 
-    def other(kind: str, margin: str, size: str) -> list[str]:
-        given = f"kind='{kind}', margin={{scale={scale}, {margin}}}, {size}={centres}"
-        return [f"data.path={grouped}", f"method={{{given}}}"]
-
+    virtual_fc = VirtualFC(margin=arc, anchors=centres)
+    dcq = DCQ(margin=Margin(scale=scale, m2=0, m3=0.3), queue_size=centres, encoder_momentum=momentum)
+    f2c = F2C(margin=Margin(scale=scale, m2=0, m3=0.4), pool_size=centres, encoder_momentum=momentum)
     virtual = [
         f"train.global_batch={batch // 2}",
         f"train.max_steps={steps}",
@@ -116,20 +114,20 @@ def heads(
     ]
     return {
         "1, 2: size of the queue": {
-            "FC": matrix(),
+            "FC": on(flat, BigFace(margin=arc)),
             **{f"AttFC r={ratio}": attfc(ratio) for ratio in (0.1, 0.2, 0.3)},
         },
         "3: class images": {f"AttFC K={count}": attfc(count=count) for count in (2, 3, 4, 5)},
         "4: strategies": {
-            "AttFC single": attfc(more=", strategy='single'"),
-            "AttFC constant": attfc(more=", strategy='constant'"),
+            "AttFC single": attfc(strategy="single"),
+            "AttFC constant": attfc(strategy="constant"),
             "AttFC attention": attfc(),
         },
         "5: equal centres": {
-            f"PFC {centres}": matrix(f", sample_rate={centres / classes!r}"),
-            f"VFC {centres}": [*other("virtual_fc", "m2=0.5, m3=0", "anchors"), *virtual],
-            f"DCQ {centres}": other("dcq", "m2=0, m3=0.3", f"{encoder}, queue_size"),
-            f"F2C {centres}": other("f2c", "m2=0, m3=0.4", f"{encoder}, pool_size"),
+            f"PFC {centres}": on(flat, BigFace(margin=arc, sample_rate=centres / classes)),
+            f"VFC {centres}": [*on(grouped, virtual_fc), *virtual],
+            f"DCQ {centres}": on(grouped, dcq),
+            f"F2C {centres}": on(grouped, f2c),
             f"AttFC {centres}": attfc(centres / classes),
         },
     }

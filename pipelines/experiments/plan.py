@@ -8,7 +8,7 @@ from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.plan import check_lanes
 from fr_core.errors import UserError
-from fr_core.train.check import check_shares
+from fr_core.train.check import check_shares, check_warmup
 from fr_core.train.memory import memory
 
 GIB = 2**30
@@ -104,14 +104,16 @@ def duration(config: Config, images: int | None, images_per_second: float | None
         A line for people and the figures ``steps`` and ``hours``, those that are known.
 
     Raises:
-        UserError: the training set has fewer images than a batch.
+        UserError: the training set has fewer images than a batch, or no step follows the warm-up.
     """
     if images is None:
+        check_warmup(config, config.train.epochs)
         return "Steps and hours: give data.path=SHARDS or --images, and --images-per-second.", {}
     steps_per_epoch = images // step_rows(config)
     if not steps_per_epoch:
         raise UserError(f"{images:,} images are fewer than a batch of {step_rows(config):,}: lower train.global_batch")
     steps = total_steps(config, steps_per_epoch)
+    check_warmup(config, steps / steps_per_epoch)
     if images_per_second is None:
         line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports."
         return line, {"steps": steps}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet
-from fr_core.config.recipes import load_config, parse_config
+from fr_core.config.recipes import load_config
 from fr_core.data.store import AnyPath, atomic_file
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
@@ -102,8 +102,7 @@ def prune_and_tune(
             raise UserError(f"{override}: pruning decides this field: leave it out")
     whole, section = _open(ref, net, ratios, round_to)
     by_pruning = [f"{key}={json.dumps(value)}" for key, value in decided.items() if value]
-    config = load_config(recipe, [*overrides, *by_pruning])
-    config = parse_config(config.model_dump() | {"net": section.model_dump()}, recipe)
+    config = load_config(recipe, [*overrides, *by_pruning], net=section)
     if overwrite or not (out / "run.json").is_file():
         _write(whole, section, importance, out / WEIGHTS)
     run = train(config, out, workers, in_process, resume, overwrite)

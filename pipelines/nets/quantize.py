@@ -69,18 +69,20 @@ def quantised_config(
     given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
     given |= {"train.epochs": 0} if calibrate_only else {}
     written, section = load_config(recipe), float_net(ckpt, net).config
-    assert section is not None
+    assert isinstance(section, IResNetNet | MobileFaceNetNet)
     if written.method.kind != "quantface":
         raise UserError(f'{recipe}: not a recipe of a quantisation: take one with method.kind = "quantface"')
-    bits = written.net.model_dump(exclude={"net"}) if isinstance(written.net, QuantisedNet) else {"kind": "quantised"}
-    given = {"net": bits | {"net": section.model_dump()}} | given
-    options = [f"{name}={_toml(value)}" for name, value in given.items() if value is not None]
-    config = load_config(recipe, [*options, *overrides])
+    quantised = QuantisedNet(net=section)
+    if isinstance(written.net, QuantisedNet):
+        quantised = written.net.model_copy(update={"net": section})
+    options = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value is not None]
+    config = load_config(recipe, [*options, *overrides], net=quantised)
     if not 0 < data_share <= 1:
         raise UserError(f"a data share of {data_share:g} is not in 0 … 1: to train nothing, give --calibrate-only")
     if data_share < 1:
         steps = make_plan(config, open_dataset(config.data.path)).steps_per_epoch
-        config = load_config(recipe, [*options, f"train.max_steps={max(1, round(data_share * steps))}", *overrides])
+        options.append(f"train.max_steps={max(1, round(data_share * steps))}")
+        config = load_config(recipe, [*options, *overrides], net=quantised)
     return config
 
 
@@ -220,10 +222,3 @@ def table(figures: dict[str, float]) -> list[tuple[str, ...]]:
 def summarised() -> set[str]:
     """Return the names of the figures that :func:`table` shows."""
     return {name for names in COLUMNS.values() for name in names}
-
-
-def _toml(value: object) -> str:
-    """Write a value as TOML; parts of a table that are None are left out."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items() if part is not None) + "}"
-    return json.dumps(value, ensure_ascii=False)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from fr_core.config.recipes import SHIPPED
 from fr_core.data.crops import encode
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
@@ -226,6 +227,21 @@ def test_output_folders_are_guarded(photos, tmp_path):
 def test_launch_mistakes(dataset, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         bigface("train", "debug_bigface", f"data.path={dataset}", "--out", tmp_path / "run", *overrides)
+
+
+def test_a_table_on_the_command_line_keeps_the_rest_of_the_recipes_table(dataset, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    text = (SHIPPED / "debug_bigface.toml").read_text()
+    recipe.write_text(f"{text}\n[schedule]\nkind = 'multistep'\nmilestones = [3]\nwarmup_epochs = 0.01\n")
+    given = [
+        f"data.path={dataset}",
+        "train.max_steps=1",
+        "tracking.uri=off",
+        "schedule={kind='cosine',final_ratio=0.1}",
+    ]
+    bigface("train", recipe, *given, "--in-process", "--out", tmp_path / "run")
+    schedule = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["schedule"]
+    assert schedule == {"kind": "cosine", "final_ratio": 0.1, "warmup_epochs": 0.01}
 
 
 def test_a_damaged_shard_stops_the_launch(tmp_path):

@@ -18,6 +18,7 @@ from pipelines.experiments.compare import (
     heads,
     list_runs,
     named_settings,
+    schedules,
     summary,
 )
 from pipelines.experiments.paired import mean_interval
@@ -153,6 +154,32 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
     assert (virtual.train.global_batch, virtual.train.max_steps, virtual.schedule.warmup_epochs) == (64, 1800, 0.25)
     with pytest.raises(UserError, match="centres 500 must be a multiple"):
         heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32, momentum=0.99)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sample_rate = 0.5\nupdate = 'fused'\nmargin = { m1 = 2.0, gradient = 'straight_through' }",
+        "kind = 'attfc'\nstrategy = 'single'\norder = 'reference'\nmargin = { past_pi = 'wrap' }",
+    ],
+)
+def test_heads_take_no_field_from_the_recipes_method(method, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f"[method]\n{method}\n")
+    tables = heads(load_config("demo"), 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
+    for group in tables.values():
+        for overrides in group.values():
+            assert load_config(recipe, overrides).method == load_config("demo", overrides).method
+    with pytest.raises(UserError, match="without a teacher"):
+        heads(load_config("debug_distill"), 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
+
+
+def test_schedules_warm_up_as_long_as_the_recipe():
+    runs = {name: load_config("bigface_small", given) for name, given in schedules(16, 4, ["patience=0.2"]).items()}
+    assert [run.schedule.kind for run in runs.values()] == ["cosine", "cosine", "fastface"]
+    assert [run.train.epochs for run in runs.values()] == [16, 4, 4]
+    assert {run.schedule.warmup_epochs for run in runs.values()} == {1}
+    assert runs["fastface"].schedule.patience == 0.2
 
 
 def test_named_settings():

@@ -104,6 +104,10 @@ def test_hours_are_told_where_the_user_has_measured_a_rate():
     assert figures == {"steps": 10_800}
     assert "give --images-per-second" in line
     assert duration(config, None, 100)[1] == {}
+    warmup = load_config("bigface_r50", ["train.global_batch=100", "train.epochs=3", "schedule.warmup_epochs=3"])
+    for images in (None, 360_050):
+        with pytest.raises(UserError, match=r"schedule\.warmup_epochs = 3 leaves no step .* after 3 epochs"):
+            duration(warmup, images, None)
     with pytest.raises(UserError, match="99 images are fewer than a batch of 100"):
         duration(config, 99, None)
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 
 from fr_core.config.methods import DCQ, F2C, AttFC, BigFace, QuantFace, VirtualFC
-from fr_core.config.recipes import load_config
+from fr_core.config.recipes import load_config, recipes
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
-from fr_core.train.check import checked_plan, trained_people
+from fr_core.train.check import check_warmup, checked_plan, trained_people
 from fr_core.train.loop import train_loop
 from pipelines.train import train
 from tests.helpers.runs import config_of, state_and_batches
@@ -21,6 +21,7 @@ MISTAKES = {  # workers, overrides, message
     "a batch that two cannot share": (2, ["train.global_batch=33", "data.lanes=11"], "2 workers|lanes"),
     "ghosts that do not fill a share": (2, ["train.ghost_batch=12"], "train.ghost_batch = 12 does not divide the 16"),
     "a stretch too short to decide": (1, ["schedule={kind='fastface_haar', window=0.01}"], "is less than 2"),
+    "a warm-up to the end": (1, ["schedule.warmup_epochs=2"], "schedule.warmup_epochs = 2 leaves no step after"),
     "pairs that are not there": (1, ["verify.pairs=/none.csv", "verify.images=/none"], "/none.csv"),
     "a net made of nothing": (1, ["net={kind='quantised', net={kind='iresnet'}}"], "made of a trained net"),
     "a rate that SGD cannot take": (1, ["optim.kind=adamw"], "whose rate is not that of adamw: give optim.head.lr"),
@@ -39,6 +40,19 @@ def test_the_loop_refuses_what_the_command_line_refuses(dataset, tmp_path, mista
         train_loop(config, tmp_path / "run", Ranks(0, workers), blocks_in_process, lambda metrics, saved: None)
     assert str(launched.value).split(": ")[-1] == str(looped.value).split(": ")[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_up_leaves_a_step_to_the_schedule(dataset):
+    """The dataset has 46 steps an epoch; a run of 20 steps may warm up for 19 of them."""
+    plan = checked_plan(config_of(dataset, f"schedule.warmup_epochs={19.9 / 46}"), 1)
+    assert plan.steps_per_epoch == 46
+    with pytest.raises(UserError, match=r"the run ends after 0\.435 epochs: give fewer, such as .*=0\.043"):
+        checked_plan(config_of(dataset, f"schedule.warmup_epochs={20 / 46}"), 1)
+    checked_plan(config_of(dataset, "schedule.warmup_epochs=0.043"), 1)
+    for recipe in recipes():
+        config = load_config(recipe)
+        check_warmup(config, config.train.epochs)
+    check_warmup(load_config("debug_quantface", ["train.epochs=0"]), 0)
 
 
 def write_pairs(folder, *names):

@@ -214,7 +214,7 @@ def test_mistakes(grouped):
 
 
 def test_parts_of_a_margin_that_are_not_given_are_the_methods():
-    given = load_config("debug_attfc", ["method.margin={scale=10}"]).method.margin
+    given = load_config("bigface_r50", ["method.kind=attfc", "method.margin.scale=10"]).method.margin
     assert (given.scale, given.m2, given.m3) == (10, 0.5, 0)
-    given = load_config("debug_dcq", ["method.margin={m3=0.1}"]).method.margin
+    given = load_config("bigface_r50", ["method={kind='dcq', margin={m3=0.1}}"]).method.margin
     assert (given.scale, given.m2, given.m3) == (50, 0, 0.1)
