@@ -169,7 +169,27 @@ class MultiStep(Warmup):
         return self
 
 
-class FastFace(Warmup):
+class WatchedLoss(Warmup):
+    """Base of the schedules that the loss decides. They see no loss of the warm-up, and begin after it."""
+
+    @property
+    def watches_loss(self) -> bool:
+        """Return True."""
+        return True
+
+
+class CutRate(WatchedLoss):
+    """Base of the schedules that cut the rate after a stretch of stationary steps (FastFace, 2025)."""
+
+    patience: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """τ: consecutive stationary steps before a cut, as a share of the steps after the warm-up (FastFace, 2025)."""
+    delta: Annotated[float, Field(gt=1)] = 2.0
+    """δ: a cut divides the rate by this number (FastFace, 2025)."""
+    max_cuts: Annotated[int, Field(ge=1)] = 8
+    """Most cuts of a run (FastFace's published code)."""
+
+
+class FastFace(CutRate):
     """The loss decides, against its own mean fall in this run (after FastFace, 2025; docs/methods/fastface.md).
 
     Shares are of the steps after the warm-up. So the rate changes at the same share of a short run and a long one, and
@@ -181,22 +201,11 @@ class FastFace(Warmup):
     """Length of each of two windows, whose mean losses are compared, as a share of the run."""
     slope: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """κ: a step is stationary when the loss falls by less than this share of its mean fall in this run."""
-    patience: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """τ: consecutive stationary steps before a cut, as a share of the run."""
-    delta: Annotated[float, Field(gt=1)] = 2.0
-    """δ: a cut divides the rate by this number (FastFace, 2025)."""
-    max_cuts: Annotated[int, Field(ge=1)] = 8
-    """Most cuts of a run (FastFace's published code)."""
     tail: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Last share of the run, in which the rate falls linearly to 0 as well. 0: no such tail."""
 
-    @property
-    def watches_loss(self) -> bool:
-        """Return True."""
-        return True
 
-
-class FastFaceRecurrence(Warmup):
+class FastFaceRecurrence(CutRate):
     """The loss decides: the recurrence of FastFace's published code (FastFace, 2025; docs/methods/fastface.md)."""
 
     kind: Literal["fastface_recurrence"] = "fastface_recurrence"
@@ -206,25 +215,14 @@ class FastFaceRecurrence(Warmup):
     """β: rate of the second moving average, of the first one (FastFace, 2025)."""
     threshold: Positive = 5e-5
     """λ: a step is stationary when the averaged loss falls by less (FastFace, 2025)."""
-    patience: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """τ: consecutive stationary steps before a cut, as a share of the steps after the warm-up (FastFace, 2025)."""
-    delta: Annotated[float, Field(gt=1)] = 2.0
-    """δ: a cut divides the rate by this number (FastFace, 2025)."""
-    max_cuts: Annotated[int, Field(ge=1)] = 8
-    """Most cuts of a run (FastFace's published code)."""
     start: Literal["published", "consistent"] = "consistent"
     """First value of the recurrence. consistent: that of the two moving averages. published: 0, which overshoots at
     first, so that it is only for long runs."""
     reference_batch: Annotated[int, Field(ge=1)] | None = None
     """Batch that alpha, beta and threshold are meant for; other batches scale them. None: as given."""
 
-    @property
-    def watches_loss(self) -> bool:
-        """Return True."""
-        return True
 
-
-class FastFaceHaar(Warmup):
+class FastFaceHaar(WatchedLoss):
     """The loss decides: FastFace's window form, which also raises the rate again (FastFace, 2025)."""
 
     kind: Literal["fastface_haar"] = "fastface_haar"
@@ -234,11 +232,6 @@ class FastFaceHaar(Warmup):
     """Length of the window, as a share of the steps after the warm-up (FastFace, 2025)."""
     threshold: Positive = 0.06
     """A step is stationary when the older half of the window exceeds the newer half by less (FastFace, 2025)."""
-
-    @property
-    def watches_loss(self) -> bool:
-        """Return True."""
-        return True
 
 
 Schedule = Annotated[

@@ -389,13 +389,8 @@ def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str
 
     Runs of one seed and fold make a pair. The interval is Student's t of the pairs' differences, so it speaks of other
     seeds on these data. It needs two pairs or more.
-
-    Raises:
-        UserError: no setting of the baseline's name has runs.
     """
-    names = list(dict.fromkeys(row["setting"] for row in rows))
-    if baseline not in names:
-        raise UserError(f"--against {baseline}: no run of it; use one of {', '.join(names)}")
+    names = dict.fromkeys([baseline, *(row["setting"] for row in rows)])
     runs = {name: [row for row in rows if row["setting"] == name] for name in names}
     table: list[tuple[str, ...]] = [(f"against {baseline}", "pairs", *(heading(column) for column in columns))]
     for name in names:

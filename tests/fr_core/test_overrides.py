@@ -102,7 +102,12 @@ def test_the_last_override_of_a_field_counts():
             "warmup_epochs",
             "final_ratio",
         ),
-        ("[schedule]\nkind = 'fastface'\nthreshold = 0.3", "schedule.kind=fastface_haar", "", "threshold window"),
+        (
+            "[schedule]\nkind = 'fastface_recurrence'\nthreshold = 0.3",
+            "schedule.kind=fastface_haar",
+            "",
+            "threshold window",
+        ),
         ("[schedule]\nfinal_ratio = 0.3\nwarmup_epochs = 2", "schedule.kind=constant", "warmup_epochs", ""),
         ("[net]\ndepth = 18\nwidth = 16\ninput_size = 64", "net.kind=moe", "depth width input_size", "experts"),
         ("[net]\ndepth = 18\nembedding = 64\ninput_size = 64", "net.kind=mobilefacenet", "input_size", "embedding"),
