@@ -13,10 +13,11 @@ import fr_core.train.loop as loop
 import fr_core.train.update as update
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset, write_manifest
-from fr_core.data.stream import batches, blocks_in_process
+from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signed
 from fr_core.nets.open import open_net
+from fr_core.optim.fastface import RunWindow
 from fr_core.ranks import Ranks
 from fr_core.train.checkpoint import changed_settings, load_checkpoint, save_checkpoint
 from fr_core.train.methods.bigface import bigface_step
@@ -109,13 +110,32 @@ def test_the_fused_mode_trains_as_the_plain_one(dataset, tmp_path):
     assert torch.allclose(ours["head"], theirs["head"], atol=1e-4)
 
 
+RECURRENCE = "kind='fastface_recurrence', alpha=0.5, beta=0.5, threshold=99.0"  # every step is stationary
+
+
+def test_fastface_watches_the_loss_after_the_warmup_alone(dataset, tmp_path):
+    """The run's 20 steps have 8 of warm-up. Its windows of 2 steps are of the 12 others."""
+    warmup = 8 / make_plan(config_of(dataset), open_dataset(dataset)).steps_per_epoch
+    schedule = f"schedule={{kind='fastface', window=0.2, slope=0.99, patience=0.1, warmup_epochs={warmup}}}"
+    run(config := config_of(dataset, schedule), tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row["lr"] for row in rows[:8]] == pytest.approx([0.05 * (step + 1) / 8 for step in range(8)])
+    watched = RunWindow(config.schedule, 12)
+    for row in rows[8:]:
+        assert row["lr"] == pytest.approx(0.05 * watched.factor)
+        watched.observe(row["loss"])
+        assert row["detector"] == pytest.approx(watched.detector)
+    assert watched.cuts > 0
+    assert all(row["detector"] == 1 and row["stationary"] == 0 for row in rows[:11])
+
+
 def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path):
-    config = config_of(dataset, "schedule={kind='fastface', threshold=1.0, patience=0.25}")  # 5 of 20 steps
-    run(config, tmp_path)
+    """5 of 20 steps make a stretch."""
+    run(config_of(dataset, f"schedule={{{RECURRENCE}, patience=0.25}}"), tmp_path)
     rows = read_metrics(tmp_path)
     assert [row["lr"] for row in rows] == [0.05] * 7 + [0.025] * 6 + [0.0125] * 6 + [0.00625]
     assert [row["stationary"] for row in rows[:8]] == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert all(row["detector"] < 1 for row in rows)
+    assert all(row["detector"] < 99 for row in rows)
     assert (tmp_path / "pictures" / "curves.png").exists()
     assert "pictures/curves.png" in json.loads((tmp_path / "report.json").read_text())["pictures"]
 
@@ -129,7 +149,8 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
         [],
         ["method.sample_rate=0.5", "net.dropout=0.3"],
         ["train.ema=0.9", "data.augment.erase=0.5"],
-        ["method.update=fused", "schedule={kind='fastface', threshold=1.0, patience=0.2}"],
+        ["method.update=fused", f"schedule={{{RECURRENCE}, patience=0.2}}"],
+        ["schedule={kind='fastface', window=0.2, slope=0.99, patience=0.1, tail=0.5}", "schedule.warmup_epochs=0.05"],
         ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
         ["optim={kind='lars', lr=2.0, head={lr=0.05}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
@@ -241,8 +262,8 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     with pytest.raises(UserError, match=r"seed differs: 0 there, 1 now .others differ too, such as net.width: another"):
         run(config_of(dataset, "net.width=16", "seed=1"), tmp_path)
     with pytest.raises(UserError, match=r"schedule.kind differs: .* there, fastface now; use another"):
-        run(config_of(dataset, "schedule={kind='fastface', patience=0.2}"), tmp_path)
-    for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule={kind='fastface', patience=0.2}")):
+        run(config_of(dataset, "schedule={kind='fastface', window=0.2}"), tmp_path)
+    for kind, change in (("optim", "optim={kind='muon'}"), ("schedule", "schedule={kind='fastface', window=0.2}")):
         with pytest.raises(UserError, match=f"{kind}.kind differs"):
             run(config_of(dataset, change), tmp_path)
     others = write_dataset(tmp_path / "others", 1500, 40, seed=1)
