@@ -44,6 +44,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+CHUNK_IMAGES = 4  # images of a row of the grouped layout, unless ingest is told another number
 GROUP_IMAGES = 128  # images of a row group, up to a chunk more; half a megabyte of faces is the unit of reading
 
 
@@ -73,6 +74,7 @@ class Manifest(BaseModel):
     source: str
     rejects: dict[str, int]  # reason → images left out; rejects.csv lists each image
     warnings: dict[str, int]
+    chunk_images: int = 32  # images of a row of the grouped layout, at most; older manifests do not say it
 
 
 @dataclass(frozen=True, eq=False)

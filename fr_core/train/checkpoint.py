@@ -311,6 +311,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.views": (config.data.views, old.data.views),
         "data.lanes": (lane_count(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
+        "data.spread": (config.data.spread, old.data.spread),
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
         "schedule.kind": (config.schedule.kind, old.schedule.kind),

@@ -63,7 +63,9 @@ def split(
     kept = np.flatnonzero(~held_out)
     labels = np.full(len(names), -1)
     labels[kept] = np.arange(len(kept))
-    train = write_parts([Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress)
+    train = write_parts(
+        [Part(dataset, labels)], [names[i] for i in kept], out / "train", str(shards), seed, progress=progress
+    )
     images = _write_images(dataset, held_out, out / "verify")
     folds = min(FOLDS, wanted // PEOPLE_PER_FOLD)
     pairs, distinct_pairs = write_pairs(out / "verify", pairs_per_fold, seed, folds)  # drawn with replacement

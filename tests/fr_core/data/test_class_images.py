@@ -5,14 +5,16 @@ import pytest
 import torch
 
 from fr_core.config.recipes import load_config
-from fr_core.data.class_images import Pool
-from fr_core.data.plan import read_block
+from fr_core.data.class_images import Pool, row_groups
+from fr_core.data.plan import Block, read_block
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_by_ray, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 from pipelines.on_ray import start_ray
 from tests.helpers.datasets import write_dataset
+
+BLOCK = Block(epoch=0, number=0, rank=0, size=1)
 
 
 def config_of(root, *overrides):
@@ -28,12 +30,13 @@ def pool(grouped):
     config = config_of(grouped)
     plan = make_plan(config, open_dataset(grouped))
     with ThreadPoolExecutor(2) as threads:
-        return Pool.of(read_block(plan, 0, 0, 0, 1), threads), plan
+        held = row_groups(read_block(plan, BLOCK), 10**6, threads)
+    return Pool.of(held, plan.block_rows(BLOCK)), plan
 
 
 def test_the_pool_is_the_samples_of_the_plan_and_their_chunks(pool, grouped):
     pool, plan = pool
-    rows = plan.block_rows(0, 0, 0, 1)
+    rows = plan.block_rows(BLOCK)
     dataset = open_dataset(grouped)
     for position, (group, within) in zip(pool.order_Q, rows, strict=True):
         table = dataset.read_row_group(*plan.dataset.row_groups[group, :2].tolist())
