@@ -215,8 +215,9 @@ def spread(config: Config, identities: int) -> int:
     """
     if not config.method.facts.class_images:
         return 0
-    slots = config.method.centres(class_count(config, identities), config.train.global_batch)
-    return config.data.spread or min(slots, MOST_SPREAD)
+    if config.data.spread:
+        return config.data.spread
+    return min(MOST_SPREAD, config.method.centres(class_count(config, identities), config.train.global_batch))
 
 
 def step_rows(config: Config) -> int:

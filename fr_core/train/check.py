@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 import torch
 
-from fr_core.config import Config, step_images, total_steps, unlabelled_batch
+from fr_core.config import Config, class_count, step_images, total_steps, unlabelled_batch
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.plan import Plan
 from fr_core.data.schema import Dataset, open_dataset
@@ -62,6 +62,7 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
     plan = make_plan(config, dataset)
     for number in workers:
         check_workers(config, plan, number)
+    config.method.centres(class_count(config, dataset.manifest.identities), config.train.global_batch)
     watcher(config.schedule, total_steps(config, plan.steps_per_epoch), config.train.global_batch)
     if config.optim.head_rate_unknown and config.method.class_matrix:
         raise UserError(
