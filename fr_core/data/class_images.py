@@ -138,7 +138,7 @@ def pools(
     """
     held: dict[int, RowGroup] = {}
     for block in blocks:
-        if len(plan.fresh_groups(block)):
+        if plan.images_to_read(block):
             room = decoded - sum(len(group.images) for group in held.values() if group.decoded)
             held |= row_groups(next(tables), room, threads)
         yield block.epoch, Pool.of(held, plan.block_rows(block))

@@ -110,7 +110,7 @@ class Plan:
     @property
     def strands(self) -> int:
         """Return V, the strands of a lane."""
-        return min(self.dataset.manifest.chunk_images, MOST_STRANDS) if self.spread else 1
+        return strand_count(self.dataset.manifest.chunk_images) if self.spread else 1
 
     @property
     def lag(self) -> int:
@@ -150,6 +150,12 @@ class Plan:
         """Return the row groups of a block that its reader does not hold from the blocks before: int64 [groups]."""
         first = max(block.since, block.number - self.held_blocks)
         return np.setdiff1d(self.block_groups(block), self._groups_of(block, range(first, block.number)))
+
+    def images_to_read(self, block: Block) -> int:
+        """Return the number of images that a reader reads for a block."""
+        if self.dataset.manifest.layout == "grouped":
+            return int(self.dataset.row_groups[self.fresh_groups(block), 2].sum())
+        return (self._window(block.number)[2] - block.skip) * self.global_batch // block.size
 
     def held_groups(self, block: Block) -> np.ndarray:
         """Return the row groups that the next blocks need, and that a reader keeps after this block: int64 [groups]."""
@@ -265,13 +271,22 @@ def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
     return wanted if rows >= 2 * (strands - 1) * wanted else rows // strands
 
 
-def held_rows(rows: int, strands: int, spread: int, window: int) -> int:
-    """Return how many images the readers of all ranks hold at most: those between two strands, and two windows.
+def held_rows(rows: int, chunk: int, spread: int, window: int) -> int:
+    """Return how many images the readers of all ranks hold: those from the first strand to the last, and two windows.
 
     Args:
-        rows: as for :func:`lag_rows`, and so are the others.
+        rows: images of the dataset.
+        chunk: images of a chunk, at most.
+        spread: rows that two images of a chunk lie apart.
+        window: rows of a window over all lanes.
     """
+    strands = strand_count(chunk)
     return min(rows, (strands - 1) * lag_rows(rows, strands, spread, window) + 2 * window)
+
+
+def strand_count(chunk: int) -> int:
+    """Return V for chunks of at most ``chunk`` images."""
+    return min(chunk, MOST_STRANDS)
 
 
 def read_block(plan: Plan, block: Block) -> pa.Table:

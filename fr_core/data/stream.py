@@ -39,7 +39,7 @@ from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
 T = TypeVar("T")
-GROUP_ROWS = 32768  # rows that one rank reads in one Ray Data pipeline; at most three groups are in memory
+GROUP_ROWS = 32768  # images that one rank reads in one Ray Data pipeline; at most three groups are in memory
 DECODED_AHEAD = 3  # batches
 DECODERS = (2, 8)  # fewest and most decoding threads; between them, as many as PyTorch has
 
@@ -267,14 +267,11 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     context.raise_original_map_exception = True
     context.target_max_block_size = None  # never split a block
     read = partial(read_task, str(plan.dataset.root), plan.dataset.stamp, plan.arguments)
-    rows = plan.global_batch // ranks.size
-    blocks = [tuple(block) for block in _read_schedule(plan, ranks, step, stop)]
-    each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))
 
     def references() -> Iterator[list["ray.ObjectRef[pa.Table]"]]:
         """Yield references to the tables of each group of blocks."""
-        for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first block alone
-            group = ray.data.from_items(blocks[start:end], override_num_blocks=end - start)
+        for blocks in _grouped_schedule(plan, ranks, step, stop):
+            group = ray.data.from_items([tuple(block) for block in blocks], override_num_blocks=len(blocks))
             tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
             yield tables.to_arrow_refs()
 
@@ -341,6 +338,17 @@ def _block_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[
 
 def _read_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[Block]:
     """Yield the blocks for which a rank reads something."""
-    for block in _block_schedule(plan, ranks, step, stop):
-        if plan.dataset.manifest.layout == "flat" or len(plan.fresh_groups(block)):
-            yield block
+    return (block for block in _block_schedule(plan, ranks, step, stop) if plan.images_to_read(block))
+
+
+def _grouped_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[list[Block]]:
+    """Yield the blocks for which a rank reads something, the first alone, the others by about ``GROUP_ROWS`` images."""
+    group, images = [], GROUP_ROWS
+    for block in _read_schedule(plan, ranks, step, stop):
+        group.append(block)
+        images += plan.images_to_read(block)
+        if images >= GROUP_ROWS:
+            yield group
+            group, images = [], 0
+    if group:
+        yield group
