@@ -274,6 +274,8 @@ def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
 def held_rows(rows: int, chunk: int, spread: int, window: int) -> int:
     """Return how many images the readers of all ranks hold: those from the first strand to the last, and two windows.
 
+    Of a small dataset they hold all.
+
     Args:
         rows: images of the dataset.
         chunk: images of a chunk, at most.
@@ -281,7 +283,8 @@ def held_rows(rows: int, chunk: int, spread: int, window: int) -> int:
         window: rows of a window over all lanes.
     """
     strands = strand_count(chunk)
-    return min(rows, (strands - 1) * lag_rows(rows, strands, spread, window) + 2 * window)
+    lag = lag_rows(rows, strands, spread, window)
+    return rows if lag == rows // strands else (strands - 1) * lag + 2 * window
 
 
 def strand_count(chunk: int) -> int:
