@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
 from pipelines import train
