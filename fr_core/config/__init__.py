@@ -20,7 +20,7 @@ from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule
 from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
-MOST_SPREAD = 2**19  # images: with chunks of 4 some 9 GB of crops of 112×112 in the main memory
+MOST_SPREAD = 2**19  # images: with chunks of 6 some 17 GB of crops of 112×112 in main memory
 
 
 class Config(Section):

@@ -28,6 +28,7 @@ GPU = torch.device("cuda")
 CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
 LOGIT_TEMPORARIES = 3  # tensors of the size of a tile's logits at one time
 POOL_COPIES = 4  # copies of the pool: current, before the step, concatenated, sorted
+READ_WINDOWS = 3  # tables of a window at one time: being read, waiting, and being split
 PAIR_TEMPORARIES = 3  # tensors of the size of a global batch's pairs at one time
 
 
@@ -96,7 +97,7 @@ def class_image_bytes(config: Config, encoded: int, gpus: int) -> int:
 def host_bytes(
     config: Config, identities: int, images: int, chunk: int, image_bytes: float, gpus: int
 ) -> dict[str, int]:
-    """Return the bytes of grouped shards' images that all workers together hold in main memory.
+    """Return the bytes of grouped shards' images that all workers together hold in main memory, or have read ahead.
 
     Args:
         identities: identities of the training set.
@@ -108,10 +109,13 @@ def host_bytes(
     Returns:
         encoded and decoded; both 0 with flat shards.
     """
-    apart = spread(config, identities)
-    held = held_rows(images, chunk, apart, config.data.shuffle_window) if apart else 0
-    pixels = 3 * config.net.input_size**2
-    return {"encoded": int(held * image_bytes), "decoded": min(held * pixels, config.data.decoded_mib * 2**20 * gpus)}
+    apart, window = spread(config, identities), config.data.shuffle_window
+    if not apart:
+        return {"encoded": 0, "decoded": 0}
+    held = held_rows(images, chunk, apart, window)
+    encoded = int((held + min(images, READ_WINDOWS * window)) * image_bytes)
+    decoded = min(held * 3 * config.net.input_size**2, config.data.decoded_mib * 2**20 * gpus)
+    return {"encoded": encoded, "decoded": decoded}
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:
