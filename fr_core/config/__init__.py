@@ -198,8 +198,8 @@ def balance(config: Config) -> Balanced | None:
 def lane_count(config: Config) -> int:
     """Return the lanes that the data is dealt to (``fr_core/data/plan.py``).
 
-    The default is the batch's largest divisor up to 64. With class images the limit is 16: at the ends of a lane's
-    strands, whole row groups are held although only a part of them is needed. The lanes also divide the groups of a
+    The default is the batch's largest divisor up to 64. With class images the limit is 16, because a reader holds
+    whole row groups at the ends of each lane's strands. The lanes also divide the groups of a
     batch, so that each lane has equally many groups.
     """
     most = MAX_LANES // 4 if config.method.facts.class_images else MAX_LANES

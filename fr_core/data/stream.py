@@ -63,8 +63,8 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
     """Make the plan of a run.
 
     Raises:
-        UserError: the shards have the other layout, no identity has as many class images, the centres are fewer than a
-            batch needs, or the batch is larger than the dataset.
+        UserError: the shards have the other layout, no identity has as many class images, or the batch is larger than
+            the dataset. Or the method's centres are fewer than a batch needs.
     """
     kind, wanted, count = config.method.kind, config.method.facts.layout, config.method.facts.class_images
     if dataset.manifest.layout != wanted:
