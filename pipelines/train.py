@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fr_core.config import Config, total_steps
 from fr_core.data.listing import is_image
-from fr_core.data.schema import Dataset
+from fr_core.data.plan import MOST_STRANDS
+from fr_core.data.schema import CHUNK_IMAGES, Dataset
 from fr_core.data.store import (
     AnyPath,
     RemotePath,
@@ -139,7 +140,20 @@ def refuse_data_folder(out: AnyPath) -> None:
 
 
 def log_doubts(config: Config, dataset: Dataset) -> None:
-    """Warn before a training if people of the verification pairs are trained on."""
+    """Warn before a training if people of the verification pairs are trained on, or if chunks have a poor size."""
+    chunk, wanted = dataset.manifest.chunk_images, config.method.facts.class_images
+    if wanted and chunk > MOST_STRANDS:
+        log.warning(
+            "%s has chunks of %d images, which come in %d parts: the method's centres are of fewer people. "
+            "`bigface merge %s --out NEW --chunk %d` cuts them",
+            *(dataset.root, chunk, MOST_STRANDS, dataset.root, max(wanted + 1, CHUNK_IMAGES)),
+        )
+    if wanted >= chunk:
+        log.warning(
+            "method.class_images = %d, but the chunks of %s have at most %d images: class images repeat. Ingest the "
+            "photos with --chunk %d or more",
+            *(wanted, dataset.root, chunk, wanted + 1),
+        )
     known, people = trained_people(config, dataset)
     if known:
         log.warning(

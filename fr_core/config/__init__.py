@@ -20,6 +20,7 @@ from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule, step
 from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
+MOST_SPREAD = 2**19  # images: with chunks of 6 some 17 GB of crops of 112×112 in main memory
 
 
 class Config(Section):
@@ -197,13 +198,26 @@ def balance(config: Config) -> Balanced | None:
 def lane_count(config: Config) -> int:
     """Return the lanes that the data is dealt to (``fr_core/data/plan.py``).
 
-    The default is the batch's largest divisor up to 64. With class images the limit is 16: at the ends of a lane's
-    window, whole chunks are decoded although only a part of them is needed. The lanes also divide the groups of a
+    The default is the batch's largest divisor up to 64. With class images the limit is 16, because a reader holds
+    whole row groups at the ends of each lane's strands. The lanes also divide the groups of a
     batch, so that each lane has equally many groups.
     """
     most = MAX_LANES // 4 if config.method.facts.class_images else MAX_LANES
     shared = math.gcd(step_rows(config), group_count(config))
     return config.data.lanes or max(n for n in range(1, min(most, shared) + 1) if shared % n == 0)
+
+
+def spread(config: Config, identities: int) -> int:
+    """Return the samples that lie between two images of a chunk (``fr_core/data/plan.py``); 0: flat shards.
+
+    Raises:
+        UserError: the method's centres are fewer than a batch needs.
+    """
+    if not config.method.facts.class_images:
+        return 0
+    if config.data.spread:
+        return config.data.spread
+    return min(MOST_SPREAD, config.method.centres(class_count(config, identities), config.train.global_batch))
 
 
 def step_rows(config: Config) -> int:

@@ -69,6 +69,20 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {explain(error.errors()[0])}") from None
 
 
+def stored_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Return the config that a run stored; that of an earlier version means what it meant then.
+
+    Raises:
+        UserError: as :func:`parse_config`.
+    """
+    schedule, method = dict(tree["schedule"]), dict(tree["method"])
+    if schedule["kind"] == "fastface" and "alpha" in schedule:  # it had the published recurrence alone
+        schedule["kind"] = "fastface_recurrence"
+    if "encoder_momentum" in method:  # encoders had no warm-up
+        method = {"encoder_warmup": False} | method
+    return parse_config({**tree, "schedule": schedule, "method": method}, source)
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dotted names."""
     names: dict[str, Any] = {}

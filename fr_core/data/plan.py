@@ -5,7 +5,10 @@ Each lane is shuffled window by window. Step t takes G/L rows from every lane, l
 L/R neighbouring lanes. So the global batch of a step, even its order, does not depend on R, and a rank reads only its
 lanes. A *block* is one window of a rank's lanes: a whole number of steps, and the unit of reading.
 
-In the grouped layout, the rows of this plan are still single images, but whole chunks of an identity are read.
+In the grouped layout, the rows of this plan are still single images, but whole chunks of an identity are read. The
+images of a chunk must lie apart, or a queue of recent classes holds few people. So the rows of a lane are dealt to V
+*strands* in turn, as many as a chunk has images. Each strand runs a fixed number of rows behind the one before, round
+the end of the epoch. A reader keeps a row group until its last strand has passed.
 
 Balanced batches shuffle the windows of all lanes together, because labels decide which images come side by side. So
 every rank reads the labels of the whole window, but only the images of its lanes.
@@ -13,24 +16,35 @@ every rank reads the labels of the whole window, but only the images of its lane
 This module does not import PyTorch, so that processes that only read start quickly.
 
 Legend: G rows of a step over all ranks, L lanes, g = G/L rows per lane and step. N rows of a window over all lanes, T
-steps of a window.
+steps of a window. V strands of a lane.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fr_core import rng
-from fr_core.data.schema import Dataset, open_dataset
+from fr_core.data.schema import SCHEMAS, Dataset, open_dataset
 from fr_core.data.store import prefetch
 from fr_core.errors import UserError
 
 COLUMNS = ["sample_id", "label", "image", "landmarks"]
-CHUNK_COLUMNS = ["label", "sample_ids", "images", "landmarks"]
+MOST_STRANDS = 8  # of larger chunks, several images lie in one strand
+
+
+class Block(NamedTuple):
+    """One window of a rank's lanes."""
+
+    epoch: int
+    number: int  # of the block in the epoch
+    rank: int
+    size: int  # number of ranks
+    skip: int = 0  # leading steps that are left out
+    since: int = 0  # first block of the epoch that this reader read
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +62,7 @@ class Plan:
     shuffle_window: int  # rows over all lanes
     groups: int = 0  # groups of images of one identity in a step; a multiple of the lanes
     group_images: int = 1  # images of a group
+    spread: int = 0  # rows over all lanes between two images of a chunk; 0: chunks are not spread
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -59,7 +74,8 @@ class Plan:
     @property
     def arguments(self) -> tuple[int, ...]:
         """Return the arguments that make this plan again from the same dataset."""
-        return self.seed, self.global_batch, self.lanes, self.shuffle_window, self.groups, self.group_images
+        balanced = (self.groups, self.group_images)
+        return self.seed, self.global_batch, self.lanes, self.shuffle_window, *balanced, self.spread
 
     @cached_property
     def rows(self) -> int:
@@ -86,6 +102,26 @@ class Plan:
         """Return the number of steps in a block. The last block of an epoch may have fewer."""
         return max(1, self.shuffle_window // self.global_batch)
 
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Return the number of blocks in an epoch."""
+        return -(-self.steps_per_epoch // self.steps_per_block)
+
+    @property
+    def strands(self) -> int:
+        """Return V, the strands of a lane."""
+        return strand_count(self.dataset.manifest.chunk_images) if self.spread else 1
+
+    @property
+    def lag(self) -> int:
+        """Return the rows of a strand, in one lane, by which each strand runs behind the one before."""
+        return lag_rows(self.rows, self.strands, self.spread, self.shuffle_window) // (self.lanes * self.strands)
+
+    @property
+    def held_blocks(self) -> int:
+        """Return the number of blocks in which a strand has come to where the one before it was."""
+        return self.lag * self.strands // (self.steps_per_block * self.rows_per_step) + 1
+
     def lanes_of(self, rank: int, size: int) -> range:
         """Return the lanes that a rank of ``size`` owns.
 
@@ -96,23 +132,40 @@ class Plan:
         each = self.lanes // size
         return range(rank * each, (rank + 1) * each)
 
-    def block_rows(self, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> np.ndarray:
+    def block_rows(self, block: Block) -> np.ndarray:
         """Return the positions of a block's rows in the dataset, in the order in which the rank's steps take them.
-
-        Args:
-            epoch: epoch of the run.
-            block: number of the block in the epoch.
-            rank: rank that owns the block.
-            size: number of ranks.
-            skip_steps: leading steps of the block that are left out.
 
         Returns:
             int64 [rows, 2]: row group (index into ``dataset.row_groups``), row within it.
         """
-        lanes = self.lanes_of(rank, size)
         order = self._balanced_positions if self.groups else self._shuffled_positions
-        positions_TLg = order(epoch, block, lanes)
-        return self._rows_at(epoch, positions_TLg[skip_steps:].ravel())
+        positions_TLg = order(block.epoch, block.number, self.lanes_of(block.rank, block.size))
+        return self._rows_at(block.epoch, positions_TLg[block.skip :].ravel())
+
+    def block_groups(self, block: Block) -> np.ndarray:
+        """Return the row groups that hold a block's rows, in ascending order: int64 [groups]."""
+        return _groups_of_block(self, block._replace(skip=0, since=0))
+
+    def fresh_groups(self, block: Block) -> np.ndarray:
+        """Return the row groups of a block that its reader does not hold from the blocks before: int64 [groups]."""
+        first = max(block.since, block.number - self.held_blocks)
+        return np.setdiff1d(self.block_groups(block), self._groups_of(block, range(first, block.number)))
+
+    def images_to_read(self, block: Block) -> int:
+        """Return the number of images that a reader reads for a block."""
+        if self.dataset.manifest.layout == "grouped":
+            return int(self.dataset.row_groups[self.fresh_groups(block), 2].sum())
+        return (self._window(block.number)[2] - block.skip) * self.global_batch // block.size
+
+    def held_groups(self, block: Block) -> np.ndarray:
+        """Return the row groups that the next blocks need, and that a reader keeps after this block: int64 [groups]."""
+        last = min(block.number + self.held_blocks, self.blocks_per_epoch - 1)
+        return self._groups_of(block, range(block.number + 1, last + 1))
+
+    def _groups_of(self, block: Block, numbers: range) -> np.ndarray:
+        """Return the row groups of several blocks of the same epoch and rank."""
+        groups = [self.block_groups(block._replace(number=number)) for number in numbers]
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *groups]))
 
     def _window(self, block: int) -> tuple[int, int, int]:
         """Return a block's first row within a lane, its rows within a lane, and its steps."""
@@ -130,8 +183,19 @@ class Plan:
         for lane in lanes:
             shuffled = rng.generator(self.seed, "window", epoch, block, lane).permutation(window)
             taken = shuffled[: steps * self.rows_per_step]
-            by_lane.append((lane * self.lane_rows + start + taken).reshape(shape))
+            by_lane.append(self._positions(lane, start + taken).reshape(shape))
         return np.stack(by_lane, axis=1)
+
+    def _positions(self, lanes: int | np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Return where the rows that lanes take at some times lie in the epoch's sequence of rows.
+
+        Args:
+            lanes: number of each time's lane.
+            times: rows that the lane took before in the epoch.
+        """
+        strand, turn = times % self.strands, times // self.strands
+        length = (self.lane_rows - strand + self.strands - 1) // self.strands
+        return lanes * self.lane_rows + (turn - strand * self.lag) % length * self.strands + strand
 
     def _balanced_positions(self, epoch: int, block: int, lanes: range) -> np.ndarray:
         """Arrange the windows of all lanes together, and return some lanes' share as :meth:`_shuffled_positions`."""
@@ -190,16 +254,53 @@ def balanced_order(
     return order.reshape(shape)
 
 
-def read_block(plan: Plan, epoch: int, block: int, rank: int, size: int, skip_steps: int = 0) -> pa.Table:
-    """Read a rank's rows of one block in step order, or its chunks in the grouped layout. No images are decoded.
+def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
+    """Return the rows, over all lanes, by which each strand runs behind the one before.
+
+    Images are shuffled within a window. So the lag is a window more than the rows that two images of a chunk lie apart.
+    A reader reads ``strands - 1`` lags twice in an epoch. Where that is half of the dataset, the lag grows to an equal
+    share of the epoch for each strand: the reader then keeps all it has read, and reads nothing twice.
+
+    Args:
+        rows: images of the dataset.
+        strands: V.
+        spread: rows that two images of a chunk lie apart.
+        window: rows of a window over all lanes.
+    """
+    wanted = spread + window
+    return wanted if rows >= 2 * (strands - 1) * wanted else rows // strands
+
+
+def held_rows(rows: int, chunk: int, spread: int, window: int) -> int:
+    """Return how many images the readers of all ranks hold: those from the first strand to the last, and two windows.
+
+    Of a small dataset they hold all.
+
+    Args:
+        rows: images of the dataset.
+        chunk: images of a chunk, at most.
+        spread: rows that two images of a chunk lie apart.
+        window: rows of a window over all lanes.
+    """
+    strands = strand_count(chunk)
+    lag = lag_rows(rows, strands, spread, window)
+    return rows if lag == rows // strands else (strands - 1) * lag + 2 * window
+
+
+def strand_count(chunk: int) -> int:
+    """Return V for chunks of at most ``chunk`` images."""
+    return min(chunk, MOST_STRANDS)
+
+
+def read_block(plan: Plan, block: Block) -> pa.Table:
+    """Read a rank's rows of one block in step order, or its fresh chunks in the grouped layout. No images are decoded.
 
     Raises:
         UserError: a shard is damaged; names it.
     """
-    rows = plan.block_rows(epoch, block, rank, size, skip_steps)
     if plan.dataset.manifest.layout == "grouped":
-        return read_chunks(plan.dataset, rows)
-    return read_rows(plan.dataset, rows, COLUMNS)
+        return read_chunks(plan.dataset, plan.fresh_groups(block))
+    return read_rows(plan.dataset, plan.block_rows(block), COLUMNS)
 
 
 def read_task(root: str, stamp: str, arguments: tuple[int, ...], block: tuple[int, ...]) -> pa.Table:
@@ -209,43 +310,38 @@ def read_task(root: str, stamp: str, arguments: tuple[int, ...], block: tuple[in
         root: folder of the dataset.
         stamp: stamp of the dataset at the run's start.
         arguments: :attr:`Plan.arguments`.
-        block: epoch, block, rank, size, skip_steps.
+        block: fields of :class:`Block`.
 
     Raises:
         UserError: the folder now holds another dataset.
     """
-    return read_block(_plan_of(root, stamp, arguments), *block)
+    return read_block(_plan_of(root, stamp, arguments), Block(*block))
 
 
 def read_rows(dataset: Dataset, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
     """Read rows in the order that :meth:`Plan.block_rows` gives. Every row group is read once."""
-    table, positions = _read_groups(dataset, rows, columns)
-    return table.take(pa.array(positions))
+    groups, inverse = np.unique(rows[:, 0], return_inverse=True)
+    sizes = dataset.row_groups[groups, 2]
+    starts = np.cumsum(sizes) - sizes
+    return pa.concat_tables(_read_groups(dataset, groups, columns)).take(pa.array(starts[inverse] + rows[:, 1]))
 
 
-def read_chunks(dataset: Dataset, rows: np.ndarray) -> pa.Table:
-    """Read the whole chunks that hold the images which :meth:`Plan.block_rows` gives.
+def read_chunks(dataset: Dataset, groups: np.ndarray) -> pa.Table:
+    """Read all chunks of row groups.
 
     Returns:
-        label, sample_ids, images, landmarks, and turns: each image's place in the order of ``rows``, or -1.
+        label, sample_ids, images, landmarks, and group: the row group of each chunk.
     """
-    table, positions = _read_groups(dataset, rows, CHUNK_COLUMNS)
-    ends = np.cumsum(pc.list_value_length(table["sample_ids"]).to_numpy())
-    turns = np.full(ends[-1], -1, np.int32)
-    turns[positions] = np.arange(len(rows))
-    needed = np.unique(np.searchsorted(ends, positions, side="right"))
-    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
-    return table.append_column("turns", pa.ListArray.from_arrays(offsets, pa.array(turns))).take(pa.array(needed))
+    tables = _read_groups(dataset, groups, SCHEMAS["grouped"].names)
+    numbers = np.repeat(groups, [table.num_rows for table in tables])
+    return pa.concat_tables(tables).append_column("group", pa.array(numbers))
 
 
-def _read_groups(dataset: Dataset, rows: np.ndarray, columns: list[str] | None) -> tuple[pa.Table, np.ndarray]:
-    """Read the row groups that hold ``rows``; return their table and each row's position among their images."""
-    groups, inverse = np.unique(rows[:, 0], return_inverse=True)
-    places = dataset.row_groups[groups]
-    starts = np.cumsum(places[:, 2]) - places[:, 2]
-    reads = (partial(dataset.read_row_group, shard, group, columns) for shard, group in places[:, :2].tolist())
-    tables = [read() for read in (reads if isinstance(dataset.root, Path) else prefetch(reads))]
-    return pa.concat_tables(tables), starts[inverse] + rows[:, 1]
+def _read_groups(dataset: Dataset, groups: np.ndarray, columns: list[str] | None) -> list[pa.Table]:
+    """Read row groups."""
+    places = dataset.row_groups[groups, :2].tolist()
+    reads = (partial(dataset.read_row_group, shard, group, columns) for shard, group in places)
+    return [read() for read in (reads if isinstance(dataset.root, Path) else prefetch(reads))]
 
 
 @lru_cache(maxsize=4)
@@ -263,6 +359,15 @@ def _epoch_order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     groups = plan.dataset.row_groups
     order = rng.generator(plan.seed, "row groups", epoch).permutation(len(groups))
     return order, np.cumsum(groups[order, 2])
+
+
+@lru_cache(maxsize=128)
+def _groups_of_block(plan: Plan, block: Block) -> np.ndarray:
+    """Return :meth:`Plan.block_groups`, which the blocks around ask for again."""
+    start, window, _ = plan._window(block.number)
+    lanes = np.array(plan.lanes_of(block.rank, block.size))
+    positions = plan._positions(lanes[:, None], start + np.arange(window))
+    return np.unique(plan._rows_at(block.epoch, positions.ravel())[:, 0])
 
 
 def check_lanes(lanes: int, workers: int) -> None:

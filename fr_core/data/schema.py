@@ -44,6 +44,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+CHUNK_IMAGES = 6  # images of a row of the grouped layout, unless ingest is told another number
 GROUP_IMAGES = 128  # images of a row group, up to a chunk more; half a megabyte of faces is the unit of reading
 
 
@@ -73,6 +74,7 @@ class Manifest(BaseModel):
     source: str
     rejects: dict[str, int]  # reason → images left out; rejects.csv lists each image
     warnings: dict[str, int]
+    chunk_images: int = 32  # images of a row of the grouped layout, at most; older manifests do not say it
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,10 +200,7 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
     images = np.ones(table.num_rows, np.int64)
     if layout == "grouped":
         images = pc.list_value_length(table["sample_ids"]).to_numpy().astype(np.int64)
-    begun = np.cumsum(images) - images
-    starts = [0]
-    while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < table.num_rows:
-        starts.append(int(later))
+    starts = group_starts(images)
     with atomic_file(path) as part:
         with pq.ParquetWriter(
             part,
@@ -220,6 +219,15 @@ def write_shard(path: AnyPath, table: pa.Table, layout: Layout) -> Shard:
             bytes=part.stat().st_size,
             sha256=sha256(part),
         )
+
+
+def group_starts(images: np.ndarray) -> list[int]:
+    """Return the first row of each row group of a shard, from the number of images in each row: int64 [rows]."""
+    begun = np.cumsum(images) - images
+    starts = [0]
+    while (later := np.searchsorted(begun, begun[starts[-1]] + GROUP_IMAGES)) < len(images):
+        starts.append(int(later))
+    return starts
 
 
 def write_manifest(root: AnyPath, manifest: Manifest, names: list[str], counts: np.ndarray) -> None:

@@ -19,18 +19,27 @@ import torch
 from torch import Tensor
 
 from fr_core import rng
-from fr_core.config import Config, distillation, group_count, image_side, lane_count, step_rows, unlabelled_batch
-from fr_core.data.class_images import Pool
+from fr_core.config import (
+    Config,
+    distillation,
+    group_count,
+    image_side,
+    lane_count,
+    spread,
+    step_rows,
+    unlabelled_batch,
+)
+from fr_core.data.class_images import Pool, pools
 from fr_core.data.decode import augment_draws, augmented_batch, class_image_draws, decode_all, second_view_draws
 from fr_core.data.masks import class_image_mask_draws, mask_draws, mask_function, second_view_mask_draws
-from fr_core.data.plan import Plan, read_block, read_task
+from fr_core.data.plan import Block, Plan, read_block, read_task
 from fr_core.data.schema import Dataset, open_dataset, points_of
 from fr_core.data.virtual import displacements, variants
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 
 T = TypeVar("T")
-GROUP_ROWS = 32768  # rows that one rank reads in one Ray Data pipeline; at most three groups are in memory
+GROUP_ROWS = 32768  # images that one rank reads in one Ray Data pipeline; at most three groups are in memory
 DECODED_AHEAD = 3  # batches
 DECODERS = (2, 8)  # fewest and most decoding threads; between them, as many as PyTorch has
 
@@ -55,7 +64,7 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
 
     Raises:
         UserError: the shards have the other layout, no identity has as many class images, or the batch is larger than
-            the dataset.
+            the dataset. Or the method's centres are fewer than a batch needs.
     """
     kind, wanted, count = config.method.kind, config.method.facts.layout, config.method.facts.class_images
     if dataset.manifest.layout != wanted:
@@ -71,7 +80,8 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
         )
     lanes, groups = lane_count(config), group_count(config)
     together = config.data.balanced.images if config.data.balanced else 1
-    return Plan(dataset, config.seed, step_rows(config), lanes, config.data.shuffle_window, groups, together)
+    apart = spread(config, dataset.manifest.identities)
+    return Plan(dataset, config.seed, step_rows(config), lanes, config.data.shuffle_window, groups, together, apart)
 
 
 def unlabelled(config: Config) -> tuple[Config, Plan] | None:
@@ -137,14 +147,16 @@ def batches(
 
         def decoded() -> Iterator[Batch]:
             """Yield the batches of all blocks."""
-            tables = zip(_block_schedule(plan, step, stop), blocks(plan, ranks, step, stop), strict=False)
-            known = ((epoch, _check_labels(plan, table)) for (epoch, _, _), table in tables)
+            tables = (_check_labels(plan, table) for table in blocks(plan, ranks, step, stop))
+            schedule = _block_schedule(plan, ranks, step, stop)
             if plan.dataset.manifest.layout == "flat":
-                for epoch, rows in known:
-                    yield from _flat_batches(config, epoch, rows, each, threads)
+                for block, rows in zip(schedule, tables, strict=False):
+                    yield from _flat_batches(config, block.epoch, rows, each, threads)
                 return
-            with closing(ahead(((epoch, Pool.of(chunks, threads)) for epoch, chunks in known), 1)) as pools:
-                for epoch, pool in pools:
+            side = plan.dataset.manifest.image_size
+            decoded = config.data.decoded_mib * 2**20 // (3 * side**2)
+            with closing(ahead(pools(plan, schedule, tables, decoded, threads), 1)) as made:
+                for epoch, pool in made:
                     yield from _grouped_batches(config, epoch, pool, each, threads)
 
         with closing(ahead(decoded(), DECODED_AHEAD)) as stream:
@@ -233,13 +245,15 @@ def _check_labels(plan: Plan, table: pa.Table) -> pa.Table:
 
 
 def blocks_in_process(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """Yield a rank's blocks of steps [step, stop), read by PyArrow in a thread of this process."""
-    blocks = _block_schedule(plan, step, stop)
-    yield from ahead((read_block(plan, epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in blocks), 1)
+    """Yield a rank's blocks of steps [step, stop), read by PyArrow in a thread of this process.
+
+    In the grouped layout, blocks without fresh row groups are left out.
+    """
+    yield from ahead((read_block(plan, block) for block in _read_schedule(plan, ranks, step, stop)), 1)
 
 
 def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa.Table]:
-    """Yield a rank's blocks of steps [step, stop), read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
+    """Yield what :func:`blocks_in_process` yields, read by Ray Data tasks anywhere in the cluster. Needs a running Ray.
 
     Blocks are read group by group, one group ahead of the consumer. One pipeline over all blocks would stay at its
     memory limit for most of the run. Ray Data's executor spins at this limit and took half a core from every worker.
@@ -253,14 +267,11 @@ def blocks_by_ray(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[pa
     context.raise_original_map_exception = True
     context.target_max_block_size = None  # never split a block
     read = partial(read_task, str(plan.dataset.root), plan.dataset.stamp, plan.arguments)
-    rows = plan.global_batch // ranks.size
-    blocks = [(epoch, block, ranks.rank, ranks.size, skip) for epoch, block, skip in _block_schedule(plan, step, stop)]
-    each = max(1, GROUP_ROWS // (rows * plan.steps_per_block))
 
     def references() -> Iterator[list["ray.ObjectRef[pa.Table]"]]:
         """Yield references to the tables of each group of blocks."""
-        for start, end in itertools.pairwise([0, *range(1, len(blocks), each), len(blocks)]):  # the first block alone
-            group = ray.data.from_items(blocks[start:end], override_num_blocks=end - start)
+        for blocks in _grouped_schedule(plan, ranks, step, stop):
+            group = ray.data.from_items([tuple(block) for block in blocks], override_num_blocks=len(blocks))
             tables = group.map_batches(lambda b: read(tuple(map(int, b["item"][0]))), batch_size=1, num_cpus=0.5)
             yield tables.to_arrow_refs()
 
@@ -314,10 +325,30 @@ def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         thread.join()
 
 
-def _block_schedule(plan: Plan, step: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (epoch, block, leading steps to skip) of each block that holds some of the steps [step, stop)."""
+def _block_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[Block]:
+    """Yield a rank's blocks that hold some of the steps [step, stop)."""
+    since = step
     while step < stop:
         epoch, within = divmod(step, plan.steps_per_epoch)
-        block, skip = divmod(within, plan.steps_per_block)
-        yield epoch, block, skip
-        step += min(plan.steps_per_block, plan.steps_per_epoch - block * plan.steps_per_block) - skip
+        number, skip = divmod(within, plan.steps_per_block)
+        first = max(0, since - epoch * plan.steps_per_epoch) // plan.steps_per_block
+        yield Block(epoch, number, ranks.rank, ranks.size, skip, first)
+        step += min(plan.steps_per_block, plan.steps_per_epoch - number * plan.steps_per_block) - skip
+
+
+def _read_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[Block]:
+    """Yield the blocks for which a rank reads something."""
+    return (block for block in _block_schedule(plan, ranks, step, stop) if plan.images_to_read(block))
+
+
+def _grouped_schedule(plan: Plan, ranks: Ranks, step: int, stop: int) -> Iterator[list[Block]]:
+    """Yield the blocks for which a rank reads something, the first alone, the others by about ``GROUP_ROWS`` images."""
+    group, images = [], GROUP_ROWS
+    for block in _read_schedule(plan, ranks, step, stop):
+        group.append(block)
+        images += plan.images_to_read(block)
+        if images >= GROUP_ROWS:
+            yield group
+            group, images = [], 0
+    if group:
+        yield group

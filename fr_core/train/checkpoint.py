@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, lane_count
-from fr_core.config.recipes import flat, parse_config
+from fr_core.config.recipes import flat, stored_config
 from fr_core.data.store import AnyPath, atomic_file, find_paths, remove_folder
 from fr_core.data.stream import unlabelled
 from fr_core.errors import UserError
@@ -227,6 +227,7 @@ def _summary(config: Config, state: TrainState, parts: list[Any]) -> Summary:
         "epoch": state.step / state.plan.steps_per_epoch,
         "ranks": len(parts),
         "lanes": state.plan.lanes,
+        "spread": state.plan.spread,
         "identities": manifest.identities,
         "images": manifest.images,
         "data": state.plan.dataset.stamp,
@@ -301,7 +302,7 @@ MOVABLE = {"method.teacher"} | {
 
 
 def _check_same_run(config: Config, state: TrainState, summary: Summary, folder: AnyPath) -> None:
-    old = parse_config(summary["config"], str(folder))  # a field that an older config lacks had its default
+    old = stored_config(summary["config"], str(folder))  # a field that an older config lacks had its default
     now, then = config.model_dump(mode="json"), old.model_dump(mode="json")
     facts: dict[str, tuple[object, object]] = {
         "seed": (config.seed, old.seed),
@@ -311,6 +312,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.views": (config.data.views, old.data.views),
         "data.lanes": (lane_count(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
+        "data.spread": (state.plan.spread, summary.get("spread", 0)),  # earlier versions spread no chunks
         "data.variants": (config.data.variants, old.data.variants),
         "optim.kind": (config.optim.kind, old.optim.kind),
         "schedule.kind": (config.schedule.kind, old.schedule.kind),
@@ -356,7 +358,7 @@ def changed_settings(config: Config, out: AnyPath) -> list[str]:
 
 def _changes(config: Config, summary: Summary, folder: AnyPath, names: tuple[str, ...] = RESUMABLE) -> list[str]:
     now = flat(config.model_dump(mode="json"))
-    then = flat(parse_config(summary["config"], str(folder)).model_dump(mode="json"))
+    then = flat(stored_config(summary["config"], str(folder)).model_dump(mode="json"))
     different = [name for name in now | then if now.get(name) != then.get(name)]
     return [f"{name}={now.get(name)} (was {then.get(name)})" for name in different if name.startswith(names)]
 

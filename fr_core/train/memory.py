@@ -1,4 +1,4 @@
-"""The memory that a run needs on one GPU, part by part, computed without a GPU and without allocating it.
+"""The memory that a run needs, part by part, computed without a GPU and without allocating it.
 
 Legend: B batch, C channels, H W pixels.
 """
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from fr_core.config import Config, class_count, step_images
+from fr_core.config import Config, class_count, spread, step_images
 from fr_core.config.methods import BigFace, FixedCentres, PairLoss
 from fr_core.config.nets import Net
 from fr_core.config.optim import AdamW
+from fr_core.data.plan import held_rows
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.iresnet import Stage, recompute
@@ -27,6 +28,7 @@ GPU = torch.device("cuda")
 CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
 LOGIT_TEMPORARIES = 3  # tensors of the size of a tile's logits at one time
 POOL_COPIES = 4  # copies of the pool: current, before the step, concatenated, sorted
+READ_WINDOWS = 3  # tables of a window at one time: being read, waiting, and being split
 PAIR_TEMPORARIES = 3  # tensors of the size of a global batch's pairs at one time
 
 
@@ -90,6 +92,30 @@ def class_image_bytes(config: Config, encoded: int, gpus: int) -> int:
     """
     pixels = 3 * config.net.input_size**2
     return pixels * (config.method.facts.class_images * config.train.global_batch // gpus + FLOAT * encoded)
+
+
+def host_bytes(
+    config: Config, identities: int, images: int, chunk: int, image_bytes: float, gpus: int
+) -> dict[str, int]:
+    """Return the bytes of grouped shards' images that all workers together hold in main memory, or have read ahead.
+
+    Args:
+        identities: identities of the training set.
+        images: images of the training set.
+        chunk: images of a chunk, at most.
+        image_bytes: mean bytes of an encoded image.
+        gpus: workers.
+
+    Returns:
+        encoded and decoded; both 0 with flat shards.
+    """
+    apart, window = spread(config, identities), config.data.shuffle_window
+    if not apart:
+        return {"encoded": 0, "decoded": 0}
+    held = held_rows(images, chunk, apart, window)
+    encoded = int((held + min(images, READ_WINDOWS * window)) * image_bytes)
+    decoded = min(held * 3 * config.net.input_size**2, config.data.decoded_mib * 2**20 * gpus)
+    return {"encoded": encoded, "decoded": decoded}
 
 
 def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> dict[str, int]:

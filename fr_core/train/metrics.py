@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fr_core.config.recipes import parse_config
+from fr_core.config.recipes import stored_config
 from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 from fr_core.losses.ekd import THRESHOLDS
@@ -82,7 +82,7 @@ def report_figures(out: AnyPath) -> dict[str, float]:
         raise UserError(f"{path}: no report of a finished training") from None
     if PARAMETERS in figures:
         return figures
-    return figures | parameter_figures(parse_config(config, str(path)), identities)
+    return figures | parameter_figures(stored_config(config, str(path)), identities)
 
 
 def plot_curves(rows: list[dict[str, float]]) -> Figure:

@@ -50,7 +50,7 @@ def bench_grouped(flat: str, grouped: str, epochs: int) -> dict[str, float]:
     use_processor(torch.get_num_threads())
     configs = {
         "flat": load_config("bigface_r50", [f"data.path={flat}"]),
-        "grouped": load_config("attfc_r50", [f"data.path={grouped}", "train.global_batch=128"]),
+        "grouped": load_config("attfc_r50", [f"data.path={grouped}", "train.global_batch=128", "data.spread=8192"]),
     }
     rates: dict[str, list[float]] = {name: [] for name in configs}
     for _ in range(3):

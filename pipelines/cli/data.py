@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fr_core.data.schema import Dataset, Layout, Manifest, open_dataset
+from fr_core.data.schema import CHUNK_IMAGES, Dataset, Layout, Manifest, open_dataset
 from fr_core.data.store import RemotePath, explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
@@ -119,6 +119,10 @@ def ingest(
         typer.Option("--unlabelled", help="Take all images below the folder, of unknown people, for distillation."),
     ] = False,
     size: Annotated[int, typer.Option(min=16, help="Side of the crops in pixels.")] = 112,
+    chunk: Annotated[
+        int,
+        typer.Option(min=2, max=32, help="Images of a person in a row of grouped shards: class images come from them."),
+    ] = CHUNK_IMAGES,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
@@ -140,6 +144,7 @@ def ingest(
             not in_process,
             align=align,
             unlabelled=unlabelled,
+            chunk=chunk,
             progress=growing(advance),
         )
     seconds = time.monotonic() - started
@@ -335,6 +340,10 @@ def merge(
         Path | None,
         typer.Option(parser=local, help="CSV of sample_id to leave out, such as clean.csv; for one dataset."),
     ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=2, help="Cut the rows of grouped shards to so many images; default: as they are."),
+    ] = None,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
     json: Json = None,
@@ -352,6 +361,7 @@ def merge(
             overlap,
             without,
             not in_process,
+            chunk=chunk,
             progress=growing(advance),
         )
     shared_names = int(figures.pop("shared_names"))

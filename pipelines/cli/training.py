@@ -159,27 +159,30 @@ def plan(
     json: Json = None,
 ) -> None:
     """Say before a run whether it fits its cards, which knob to turn first if not, and how long it takes."""
-    from pipelines.experiments.plan import batch_text, duration
+    from pipelines.experiments.plan import batch_text, duration, main_memory
     from pipelines.experiments.plan import plan as run
 
-    config = load_config(recipe, overrides or [])
+    config, manifest = load_config(recipe, overrides or []), None
     if identities is None:
         if not config.data.path:
             raise UserError("unknown number of identities: give --identities N, or data.path=SHARDS with a manifest")
         manifest = open_dataset(config.data.path).manifest
         identities, images = manifest.identities, images or manifest.images
     rows, advice, memory_figures = run(config, identities, gpus, gpu_gib)
+    host_text, host_figures = main_memory(config, identities, images, gpus, manifest)
     time_text, time_figures = duration(config, images, images_per_second)
     show_line(f"{recipe}: {identities:,} identities, {gpus} × {gpu_gib:g} GiB")
     show_line(batch_text(config, gpus))
     show_table(rows, "GiB per card")
     show_line(advice)
+    if host_text:
+        show_line(host_text)
     show_line(time_text)
     auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
     show_line(f"Memory is computed, not yet checked on a card.{auto}")
     batch = config.train.global_batch
     sizes = {"identities": identities, "cards": gpus, "global_batch": batch, "images_per_card": batch // gpus}
-    write_json("plan", sizes | memory_figures | time_figures, json)
+    write_json("plan", sizes | memory_figures | host_figures | time_figures, json)
 
 
 @app.command(rich_help_panel="Training")

@@ -25,6 +25,7 @@ from fr_core.data.detect import detector, find_face
 from fr_core.data.landmarks import match_landmarks, read_landmarks
 from fr_core.data.listing import Listing, is_image, read_image
 from fr_core.data.schema import (
+    CHUNK_IMAGES,
     GROUP_IMAGES,
     SCHEMA_VERSION,
     FlatRow,
@@ -52,7 +53,6 @@ from pipelines.on_ray import map_rows, start_ray
 
 IMAGES_PER_SHARD = 8192
 MIN_SHARDS = 8  # small datasets are cut finer, so that all cores have work
-IMAGES_PER_CHUNK = 32  # a row of the grouped layout holds at most this many images of one identity
 MAX_REJECTED_SHARE = 0.5
 STARTED = "ingest.json"  # identifies the job that an unfinished folder belongs to
 OTHER_IMAGE_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff", ".webp")
@@ -110,6 +110,7 @@ def ingest(
     seed: int = 0,
     align: bool = False,
     unlabelled: bool = False,
+    chunk: int = CHUNK_IMAGES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Make a dataset of a source, or continue a stopped ingest.
@@ -123,6 +124,7 @@ def ingest(
         on_ray: whether Ray tasks do the work; otherwise this process does.
         unlabelled: whether all images below the folder ``source`` become one identity.
         align: whether a detector finds the points of each face to align by. Images without a face are left out.
+        chunk: images of one identity in a row of the grouped layout, at most.
         progress: called with the images done and the total.
 
     Raises:
@@ -140,7 +142,7 @@ def ingest(
     scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for Parquet sources only
     listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
-    job = plan_job(listing, points, align, out, layout, image_size, seed)
+    job = plan_job(listing, points, align, out, layout, image_size, seed, chunk)
     begin_job(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
     existing = {file.name for file in out.iterdir()}
     finished = [number for number in range(job.shard_count) if _result_file(out, number).name in existing]
@@ -180,6 +182,7 @@ def ingest(
         source=str(source.resolve()),
         rejects=dict(reasons),
         warnings={name: count for name, count in warnings.items() if count},
+        chunk_images=chunk if layout == "grouped" else 1,
     )
     write_manifest(out, manifest, listing.names, counts)
     (out / STARTED).unlink()
@@ -219,6 +222,7 @@ def plan_job(
     layout: Layout,
     image_size: int,
     seed: int,
+    chunk: int,
 ) -> Job:
     """Cut a listing into shards: single images (flat) or identity chunks (grouped), shuffled once.
 
@@ -229,7 +233,7 @@ def plan_job(
     if layout == "grouped":
         images = np.lexsort((rng.generator(seed, "chunks").random(total), labels))
     identity_starts = np.flatnonzero(np.diff(labels, prepend=-1))
-    starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total)
+    starts = np.arange(total) if layout == "flat" else chunk_starts(identity_starts, total, chunk)
     order = rng.generator(seed, "ingest").permutation(len(starts))
     lengths = np.diff(starts, append=total)[order]
     ends = np.cumsum(lengths)
@@ -251,17 +255,17 @@ def plan_job(
     )
 
 
-def chunk_starts(identity_starts: np.ndarray, total: int) -> np.ndarray:
-    """Cut identities into nearly equal chunks of at most ``IMAGES_PER_CHUNK`` images.
+def chunk_starts(run_starts: np.ndarray, total: int, chunk: int) -> np.ndarray:
+    """Cut runs of images of one identity into nearly equal chunks of at most ``chunk`` images.
 
     Returns:
         int64, the position where each chunk begins.
     """
-    parts = []
-    for start, end in zip(identity_starts, np.append(identity_starts[1:], total), strict=True):
-        chunks = -(-(end - start) // IMAGES_PER_CHUNK)
-        parts.append(np.linspace(start, end, chunks + 1)[:-1])
-    return np.concatenate(parts).astype(np.int64)
+    lengths = np.diff(run_starts, append=total)
+    counts = -(-lengths // chunk)
+    starts, lengths, cuts = (np.repeat(per_run, counts) for per_run in (run_starts, lengths, counts))
+    number = np.arange(len(starts)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return starts + number * lengths // cuts
 
 
 def write_one(job: Job, number: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from fr_core.errors import UserError
 from fr_core.verify.identities import nearest_centres
 from pipelines.datasets.clean import identity_centres
 from pipelines.datasets.embed import embed
-from pipelines.datasets.ingest import IMAGES_PER_SHARD, MIN_SHARDS
+from pipelines.datasets.ingest import IMAGES_PER_SHARD, MIN_SHARDS, chunk_starts
 
 STARTED, EMBEDDINGS = "merge.json", "embeddings"
 OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "identity_map.csv*")
@@ -66,6 +66,7 @@ def merge(
     without: Path | None = None,
     on_ray: bool = True,
     overwrite: bool = False,
+    chunk: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Make one dataset of several, or copy one dataset without the images of a list.
@@ -80,6 +81,7 @@ def merge(
         overlap: cosine.
         without: CSV with a column ``sample_id``, such as ``clean.csv`` of ``bigface clean``; for one dataset only.
             If the CSV has a column ``identity``, its names must match the dataset's.
+        chunk: as for :func:`write_parts`.
 
     Returns:
         images, identities, joined (identities that joined one of an earlier dataset), left_out (images), and
@@ -117,7 +119,7 @@ def merge(
             rows = zip(own_names, own_labels.tolist(), own_cosines.tolist(), strict=True)
             for name, label, cosine in rows:
                 writer.writerow((path, name, titles[label], "" if np.isnan(cosine) else f"{cosine:.4f}"))
-    manifest = write_parts(parts, titles, out, " + ".join(map(str, datasets)), progress=progress)
+    manifest = write_parts(parts, titles, out, " + ".join(map(str, datasets)), chunk=chunk, progress=progress)
     (out / STARTED).unlink()
     before = sum(dataset.manifest.images for dataset in opened)
     return {
@@ -135,18 +137,21 @@ def write_parts(
     out: Path,
     source: str,
     seed: int = 0,
+    chunk: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Write the parts as one dataset, with one shard in memory at a time.
 
     Args:
         names: names of the result's identities.
+        chunk: images of one identity in a row of the grouped layout, at most; larger chunks are cut. None: as they are.
 
     Raises:
         UserError: parts of different layout or image size, no images left, or a list of another dataset's images.
     """
     layout, image_size = common_form([part.dataset for part in parts])
     total = sum(part.dataset.manifest.images for part in parts)
+    chunk = chunk or max(part.dataset.manifest.chunk_images for part in parts)
     per_shard = min(IMAGES_PER_SHARD, max(GROUP_IMAGES, -(-total // MIN_SHARDS)))
     number = -(-total // per_shard)
     shares = [np.array_split(part.dataset.row_groups, number) for part in parts]
@@ -154,14 +159,14 @@ def write_parts(
     for shard in range(number):
         chunks: list[list[FlatRow]] = []
         for part, groups in zip(parts, shares, strict=True):
-            for part_shard, group, images in groups[shard].tolist():
+            for part_shard, group, count in groups[shard].tolist():
                 kept, dropped = _relabelled_chunks(part, part_shard, group, layout)
-                chunks += kept
+                chunks += itertools.chain.from_iterable(_cut(images, chunk) for images in kept)
                 left_out += dropped
-                done += images
+                done += count
             progress(done, total)
-        for chunk in chunks:
-            counts[chunk[0][1]] += len(chunk)
+        for images in chunks:
+            counts[images[0][1]] += len(images)
         shuffled = [chunks[i] for i in rng.generator(seed, "merge", shard).permutation(len(chunks))]
         if shuffled:
             table = flat_table(itertools.chain(*shuffled)) if layout == "flat" else grouped_table(shuffled)
@@ -183,6 +188,7 @@ def write_parts(
         source=source,
         rejects={},
         warnings={"identities_without_images": empty} if empty else {},
+        chunk_images=chunk,
     )
     write_manifest(out, manifest, names, counts)
     return manifest
@@ -239,6 +245,12 @@ def _relabelled_chunks(part: Part, shard: int, group: int, layout: Layout) -> tu
         if rows:
             kept.append(rows)
     return kept, left_out
+
+
+def _cut(images: list[FlatRow], chunk: int) -> list[list[FlatRow]]:
+    """Cut the images of a chunk into nearly equal chunks."""
+    starts = chunk_starts(np.zeros(1, np.int64), len(images), chunk).tolist()
+    return [images[start:end] for start, end in itertools.pairwise([*starts, len(images)])]
 
 
 def _number_identities(names: list[list[str]]) -> list[np.ndarray]:

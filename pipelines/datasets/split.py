@@ -154,7 +154,8 @@ def hold_out(
     labels = np.full(len(names), -1)
     labels[kept] = np.arange(len(kept))
     part = Part(dataset, labels)
-    train = write_parts([part], [names[i] for i in kept], out / "train", str(dataset.root), seed, progress)
+    kept_names = [names[i] for i in kept]
+    train = write_parts([part], kept_names, out / "train", str(dataset.root), seed, progress=progress)
     images = _write_images(dataset, held_out_N, out / "verify")
     folds = min(FOLDS, int(held_out_N.sum()) // PEOPLE_PER_FOLD)
     pairs, distinct_pairs = write_pairs(out / "verify", pairs_per_fold, seed, folds)  # drawn with replacement

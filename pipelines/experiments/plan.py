@@ -1,17 +1,20 @@
 """``bigface plan``: computes whether a run fits its cards, which knob to turn first if not, and how long it takes."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 
 from fr_core.config import Config, class_count, lane_count, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.plan import check_lanes
+from fr_core.data.schema import CHUNK_IMAGES, Manifest
 from fr_core.errors import UserError
 from fr_core.train.check import check_shares, check_warmup
-from fr_core.train.memory import memory
+from fr_core.train.memory import host_bytes, memory
 
 GIB = 2**30
+CROP_BYTES = 6144  # of a crop of 112×112 as JPEG; assumed where no shards are given
 Changes = dict[str, dict[str, object]]  # fields by section
 FUSED, WHOLE = {"update": "fused"}, {"accumulate": 1, "precision": "bfloat16"}
 
@@ -89,6 +92,33 @@ def batch_text(config: Config, gpus: int) -> str:
     if unlabelled := unlabelled_batch(config):
         text += f", and {unlabelled // gpus:,} unlabelled images"
     return text
+
+
+def main_memory(
+    config: Config, identities: int, images: int | None, gpus: int, manifest: Manifest | None
+) -> tuple[str, dict[str, float]]:
+    """Compute the main memory for images of grouped shards (``fr_core/data/plan.py``).
+
+    Args:
+        identities: identities of the training set.
+        images: images of the training set, if known. Otherwise the set counts as large.
+        gpus: workers.
+        manifest: manifest of the training set, if known. Otherwise its chunks and images have the usual size.
+
+    Returns:
+        A line for people and the figures ``encoded_gib`` and ``decoded_gib``. Both are empty for flat shards.
+    """
+    if not config.method.facts.class_images:
+        return "", {}
+    chunk, each = CHUNK_IMAGES, float(CROP_BYTES)
+    if manifest:
+        chunk, each = manifest.chunk_images, sum(shard.bytes for shard in manifest.shards) / manifest.images
+    held = host_bytes(config, identities, images or sys.maxsize, chunk, each, gpus)
+    line = (
+        f"Main memory of all workers: {gib(held['encoded'])} GiB of images in chunks of {chunk} (data.spread), "
+        f"{gib(held['decoded'])} GiB of decoded ones (data.decoded_mib)."
+    )
+    return line, {f"{name}_gib": size / GIB for name, size in held.items()}
 
 
 def duration(config: Config, images: int | None, images_per_second: float | None) -> tuple[str, dict[str, float]]:

@@ -61,6 +61,7 @@ def write_dataset(
         source="test",
         rejects={},
         warnings={},
+        chunk_images=chunk,
     )
     write_manifest(root, manifest, [f"id{i}" for i in range(identities)], np.bincount(labels, minlength=identities))
     return root

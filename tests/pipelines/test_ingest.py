@@ -1,3 +1,5 @@
+import math
+import re
 import shutil
 import tarfile
 import zipfile
@@ -13,7 +15,8 @@ from fr_core.data.detect import find_face
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
-from pipelines.datasets.ingest import ingest
+from pipelines.datasets.ingest import chunk_starts, ingest
+from pipelines.datasets.merge import merge
 from tests.helpers.commands import bigface
 from tests.helpers.machine import REAL_DATA, needs_detector, needs_real_data
 
@@ -68,6 +71,45 @@ def test_another_job_does_not_go_on_where_this_one_was_stopped(faces, tmp_path):
     manifest = ingest(faces, tmp_path / "a", "grouped", 16, on_ray=False, overwrite=True)
     assert manifest.images == 640
     assert not list((tmp_path / "a").glob("shard-*.json"))
+
+
+def test_identities_are_cut_into_nearly_equal_chunks():
+    """Against a loop. A chunk of one image is left only where the identity has one."""
+    for chunk in (2, 3, 4, 6, 32):
+        counts = np.arange(1, 80)
+        starts = chunk_starts(np.cumsum(counts) - counts, int(counts.sum()), chunk)
+        sizes = np.diff(starts, append=counts.sum()).tolist()
+        for count in counts.tolist():
+            own = [sizes.pop(0) for _ in range(math.ceil(count / chunk))]
+            assert sum(own) == count
+            assert max(own) <= chunk
+            assert max(own) - min(own) <= 1
+            assert min(own) > 1 or count == 1 or chunk == 2
+        assert not sizes
+
+
+def test_grouped_rows_have_as_many_images_as_asked(faces, tmp_path):
+    """And merge cuts the rows of an older dataset, whose manifest does not say how large they are."""
+    for chunk in (5, 32):
+        manifest = ingest(faces, tmp_path / f"{chunk}", "grouped", 16, on_ray=False, chunk=chunk)
+        assert manifest.chunk_images == chunk
+        assert set(row_sizes(tmp_path / f"{chunk}")) == ({4} if chunk == 5 else {16})
+    path = tmp_path / "32" / "manifest.json"
+    path.write_text(re.sub(r',\s*"chunk_images": 32', "", path.read_text()))
+    assert "chunk_images" not in path.read_text()
+    assert open_dataset(tmp_path / "32").manifest.chunk_images == 32
+    merge([tmp_path / "32"], tmp_path / "kept")
+    assert (open_dataset(tmp_path / "kept").manifest.chunk_images, set(row_sizes(tmp_path / "kept"))) == (32, {16})
+    bigface("merge", tmp_path / "32", "--out", tmp_path / "cut", "--chunk", 6, "--in-process")
+    cut = open_dataset(tmp_path / "cut")
+    assert (cut.manifest.chunk_images, cut.manifest.images) == (6, 640)
+    assert set(row_sizes(tmp_path / "cut")) == {5, 6}
+
+
+def row_sizes(root):
+    opened = open_dataset(root)
+    tables = [opened.read_row_group(shard, group) for shard, group, _ in opened.row_groups.tolist()]
+    return [len(ids) for table in tables for ids in table["sample_ids"].to_pylist()]
 
 
 def test_a_zip_of_the_folder_makes_the_same_shards(faces, tmp_path):

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
-from pipelines.experiments.plan import batch_text, duration, plan
+from pipelines.experiments.plan import batch_text, duration, main_memory, plan
 from tests.helpers.commands import bigface
 
 R50 = ["train.global_batch=384"]
@@ -92,6 +93,34 @@ def test_methods_with_class_images_are_planned_as_bigface_is(recipe):
     kept = [figures[f"{name}_gib"] for name in ("backbone", "backbone_optimizer", "activations", "class_images")]
     assert figures["total_gib"] > sum(kept)
     assert f"{images} images on each card, with {count} class image" in batch_text(config, 2)
+
+
+def test_main_memory_is_that_of_the_images_between_the_strands(grouped, dataset):
+    """By hand: 308,736 slots and a window between two images, times five between six, and five windows."""
+    config = load_config("attfc_r50")
+    line, figures = main_memory(config, 1_029_950, 21_170_000, 2, None)
+    held = 5 * (308_736 + 16_384) + 5 * 16_384
+    assert figures == {"encoded_gib": held * 6144 / 2**30, "decoded_gib": 2.0}
+    assert "9.77 GiB of images in chunks of 6 (data.spread), 2.00 GiB of decoded ones" in line
+    assert main_memory(config, 1_029_950, None, 2, None)[1] == figures
+    near = load_config("attfc_r50", ["data.spread=16384", "data.decoded_mib=0"])
+    fewer = main_memory(near, 1_029_950, None, 2, None)[1]
+    assert fewer == {"encoded_gib": (5 * 32_768 + 5 * 16_384) * 6144 / 2**30, "decoded_gib": 0}
+    most = load_config("attfc_r50", ["method.size_ratio=1"])
+    bounded = main_memory(most, 10**7, None, 2, None)[1]["encoded_gib"]
+    assert bounded == (5 * (2**19 + 16_384) + 5 * 16_384) * 6144 / 2**30
+    manifest = open_dataset(grouped).manifest
+    whole = main_memory(load_config("debug_attfc"), 60, 600, 1, manifest)[1]
+    assert whole["encoded_gib"] == 2 * sum(shard.bytes for shard in manifest.shards) / 2**30
+    assert whole["decoded_gib"] == 600 * 3 * 32 * 32 / 2**30
+    assert main_memory(load_config("bigface_r50"), 1000, 10_000, 1, open_dataset(dataset).manifest) == ("", {})
+
+
+def test_the_command_says_the_main_memory_of_grouped_shards(grouped, dataset, tmp_path):
+    shown = bigface("plan", "debug_attfc", f"data.path={grouped}", "--json", tmp_path / "p.json")
+    assert "GiB of images in chunks of 6" in shown
+    assert json.loads((tmp_path / "p.json").read_text())["figures"]["encoded_gib"] > 0
+    assert "chunks" not in bigface("plan", "debug_bigface", f"data.path={dataset}")
 
 
 def test_hours_are_told_where_the_user_has_measured_a_rate():

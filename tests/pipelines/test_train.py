@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from fr_core.config.recipes import load_config
+from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import write_pairs
 from pipelines import train
@@ -50,6 +52,27 @@ def test_doubts_about_the_pairs_are_said(dataset, tmp_path, caplog, monkeypatch)
     assert f"unreadable images of verify.pairs: 1, pairs left out: {left_out};" in caplog.text
     assert f"its threshold from the other {scored} pairs" in caplog.text
     assert "resuming with other settings: optim.lr=0.02 (was 0.05), train.max_steps=3 (was 2)" in caplog.text
+
+
+def test_doubts_about_chunks_are_said(grouped, dataset, caplog):
+    opened = open_dataset(grouped)
+
+    def said(chunk, count):
+        caplog.clear()
+        manifest = opened.manifest.model_copy(update={"chunk_images": chunk})
+        config = load_config("debug_attfc", [f"method.class_images={count}"])
+        train.log_doubts(config, type(opened)(opened.root, manifest))
+        return caplog.messages
+
+    assert said(6, 5) == said(8, 2) == []
+    (large,) = said(32, 2)
+    assert "has chunks of 32 images, which come in 8 parts" in large
+    assert f"`bigface merge {grouped} --out NEW --chunk 6` cuts them" in large
+    assert "--chunk 10`" in said(32, 9)[0]
+    (small,) = said(4, 4)
+    assert "at most 4 images: class images repeat. Ingest the photos with --chunk 5 or more" in small
+    train.log_doubts(load_config("debug_bigface"), open_dataset(dataset))
+    assert len(caplog.messages) == 1
 
 
 def test_many_dropped_steps_are_the_last_word(caplog):

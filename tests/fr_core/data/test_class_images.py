@@ -5,14 +5,18 @@ import pytest
 import torch
 
 from fr_core.config.recipes import load_config
-from fr_core.data.class_images import Pool
-from fr_core.data.plan import read_block
+from fr_core.data import class_images, schema, stream
+from fr_core.data.class_images import Pool, row_groups
+from fr_core.data.plan import Block, read_block
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_by_ray, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
 from pipelines.on_ray import start_ray
 from tests.helpers.datasets import write_dataset
+
+BLOCK = Block(epoch=0, number=0, rank=0, size=1)
+APART = ["data.spread=4", "data.shuffle_window=32"]  # a strand is 36 rows behind the one before, and 600 are enough
 
 
 def config_of(root, *overrides):
@@ -28,12 +32,13 @@ def pool(grouped):
     config = config_of(grouped)
     plan = make_plan(config, open_dataset(grouped))
     with ThreadPoolExecutor(2) as threads:
-        return Pool.of(read_block(plan, 0, 0, 0, 1), threads), plan
+        held = row_groups(read_block(plan, BLOCK), 10**6, threads)
+    return Pool.of(held, plan.block_rows(BLOCK)), plan
 
 
 def test_the_pool_is_the_samples_of_the_plan_and_their_chunks(pool, grouped):
     pool, plan = pool
-    rows = plan.block_rows(0, 0, 0, 1)
+    rows = plan.block_rows(BLOCK)
     dataset = open_dataset(grouped)
     for position, (group, within) in zip(pool.order_Q, rows, strict=True):
         table = dataset.read_row_group(*plan.dataset.row_groups[group, :2].tolist())
@@ -62,8 +67,9 @@ def test_draws_differ_between_epochs_and_reach_every_other_image(pool):
     assert len(seen) == 5
 
 
-def test_batches_do_not_depend_on_the_ranks_or_on_where_a_run_was_resumed(grouped):
-    config = config_of(grouped, "data.augment.rotate=10")
+@pytest.mark.parametrize("order", [[], APART], ids=["held whole", "in strands"])
+def test_batches_do_not_depend_on_the_ranks_or_on_where_a_run_was_resumed(grouped, order):
+    config = config_of(grouped, "data.augment.rotate=10", *order)
     alone = batches_of(config, Ranks(), 0, 30)
     shared = [batches_of(config, Ranks(rank, 2), 13, 30) for rank in range(2)]
     for whole, *parts in zip(alone[13:], *shared, strict=True):
@@ -87,9 +93,8 @@ def test_a_sample_alone_is_its_own_class_image_under_another_flip(tmp_path):
     config = config_of(root, "train.global_batch=8", "data.augment.flip=0.5")
     plan = make_plan(config.model_copy(update={"method": load_config("debug_bigface").method}), relaid(dataset))
     plan = type(plan)(dataset, plan.seed, plan.global_batch, plan.lanes, plan.shuffle_window)
-    stream = batches(config, plan, Ranks(), 0, 7, blocks_in_process)
     same = flipped = 0
-    for batch in stream:
+    for batch in batches(config, plan, Ranks(), 0, 7, blocks_in_process):
         for image, others in zip(batch.images_BHWC, batch.class_images_BKHWC, strict=True):
             for other in others:
                 same += torch.equal(other, image)
@@ -121,10 +126,57 @@ def test_mistakes_name_the_mend(grouped, dataset, tmp_path):
         batches_of(config_of(root), Ranks(), 0, 1)
 
 
+def test_as_many_images_are_decoded_once_as_the_memory_may_hold(grouped, monkeypatch):
+    """Batches are the same with any number of them."""
+    decoded, held = [], []
+
+    def counted(jpegs, threads, decode_all=class_images.decode_all):
+        decoded.append(len(jpegs))
+        return decode_all(jpegs, threads)
+
+    def watched(groups, rows, of=Pool.of):
+        held.append(sum(len(group.images) for group in groups.values() if group.decoded))
+        return of(groups, rows)
+
+    monkeypatch.setattr(class_images, "decode_all", counted)
+    monkeypatch.setattr(Pool, "of", watched)
+    found = {}
+    for mebibytes in (0, 1, 100):  # 0, 341 and all images of 32×32
+        decoded.clear(), held.clear()
+        found[mebibytes] = batches_of(config_of(grouped, f"data.decoded_mib={mebibytes}", *APART), Ranks(), 5, 30)
+        assert max(held) <= mebibytes * 2**20 // (3 * 32 * 32)
+        assert (sum(decoded) > 0) == (mebibytes > 0)
+    assert max(held) > 341
+    for whole, *others in zip(*found.values(), strict=True):
+        for other in others:
+            assert torch.equal(other.images_BHWC, whole.images_BHWC)
+            assert torch.equal(other.class_images_BKHWC, whole.class_images_BKHWC)
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
+def test_a_row_group_is_read_when_a_reader_does_not_hold_it(grouped, monkeypatch, ranks):
+    """Batches hold whole chunks, or the pool would miss some; and no row group of an epoch is read in each block."""
+    read = []
+    original = schema.Dataset.read_row_group
+    monkeypatch.setattr(
+        schema.Dataset, "read_row_group", lambda self, s, g, c=None: read.append((s, g)) or original(self, s, g, c)
+    )
+    config = config_of(grouped, *APART)
+    plan = make_plan(config, open_dataset(grouped))
+    batches_of(config, ranks, 4, 18)
+    planned = [plan.fresh_groups(Block(0, number, ranks.rank, ranks.size, 0, 4)) for number in range(4, 18)]
+    wanted = [tuple(plan.dataset.row_groups[group, :2].tolist()) for group in np.concatenate(planned)]
+    assert read == wanted
+    needed = [plan.block_groups(Block(0, number, ranks.rank, ranks.size)) for number in range(4, 18)]
+    assert len(read) < 0.7 * sum(map(len, needed))
+
+
 @pytest.mark.ray
-def test_ray_reads_the_same_chunks_as_this_process(grouped):
+@pytest.mark.parametrize("order", [[], APART], ids=["held whole", "in strands"])
+def test_ray_reads_the_same_chunks_as_this_process(grouped, order, monkeypatch):
     start_ray()
-    plan = make_plan(config_of(grouped), open_dataset(grouped))
+    monkeypatch.setattr(stream, "GROUP_ROWS", 200)
+    plan = make_plan(config_of(grouped, *order), open_dataset(grouped))
     here = list(blocks_in_process(plan, Ranks(1, 2), 5, 40))
     there = list(blocks_by_ray(plan, Ranks(1, 2), 5, 40))
     assert len(here) == len(there) > 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fr_core.data import decode, schema
-from fr_core.data.plan import Plan, balanced_order, read_rows, read_task
+from fr_core.data.plan import Block, Plan, balanced_order, read_rows, read_task
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
@@ -53,7 +53,7 @@ def test_epochs_and_seeds_differ_and_batches_are_mixed(plan):
 
 
 def test_rows_are_read_in_the_order_of_the_plan(plan):
-    rows = plan.block_rows(0, 1, 1, 3)
+    rows = plan.block_rows(Block(0, 1, 1, 3))
     table = read_rows(plan.dataset, rows)
     groups = plan.dataset.row_groups
     starts = np.array([500 * shard + 128 * group for shard, group, _ in groups])
@@ -72,7 +72,9 @@ def test_skipping_reads_no_pixels_and_only_the_last_block(plan, monkeypatch):
     )
     steps = plan.steps_per_epoch
     next(blocks_in_process(plan, Ranks(), 5 * steps - 1, 5 * steps))
-    needed = {tuple(plan.dataset.row_groups[g, :2]) for g in np.unique(plan.block_rows(4, steps // 4, 0, 1)[:, 0])}
+    needed = {
+        tuple(plan.dataset.row_groups[g, :2]) for g in np.unique(plan.block_rows(Block(4, steps // 4, 0, 1))[:, 0])
+    }
     assert set(read) <= needed
     assert len(read) == len(set(read))
 

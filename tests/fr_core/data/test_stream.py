@@ -52,7 +52,7 @@ def test_grouped_shards_are_refused_with_the_mend(dataset):
 @pytest.mark.parametrize("layout", ["flat", "grouped"])
 def test_masks_are_put_on_where_the_landmarks_say(layout, tmp_path, monkeypatch):
     """Every masked image, and no other, is changed; its own points are used, by ranks as by one process."""
-    root = write_dataset(tmp_path / "shards", 300, 20, layout=layout, points=True)
+    root = write_dataset(tmp_path / "shards", 300, 40, layout=layout, points=True)
     recipe = "debug_bigface" if layout == "flat" else "debug_attfc"
     given = [f"data.path={root}", "data.augment.flip=0", "net.input_size=32", "train.global_batch=32"]
     dataset, points, asked = open_dataset(root), {}, []
