@@ -201,8 +201,8 @@ class FastFace(CutRate):
     """Length of each of two windows, whose mean losses are compared, as a share of the run."""
     slope: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """κ: a step is stationary when the loss falls by less than this share of its mean fall in this run."""
-    tail: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Last share of the run, in which the rate falls linearly to 0 as well. 0: no such tail."""
+    tail: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Last share of the run, in which the rate falls linearly to 0 as well. 0: none, for runs long enough to be cut."""
 
 
 class FastFaceRecurrence(CutRate):

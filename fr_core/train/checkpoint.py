@@ -312,8 +312,8 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "data.views": (config.data.views, old.data.views),
         "data.lanes": (lane_count(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),
-        "data.spread": (state.plan.spread, summary.get("spread", 0)),  # earlier versions spread no chunks
         "data.variants": (config.data.variants, old.data.variants),
+        "data.spread": (state.plan.spread, summary.get("spread", 0)),  # earlier versions spread no chunks
         "optim.kind": (config.optim.kind, old.optim.kind),
         "schedule.kind": (config.schedule.kind, old.schedule.kind),
         "data.variant_strength": (config.data.variant_strength, old.data.variant_strength),
