@@ -9,6 +9,7 @@ of stationary steps, the rate is cut. A step that is not stationary ends the str
 - Detector: the fall between them, over the run's mean fall in as many steps. A step is stationary if it is below κ.
 - A stretch is ⌊τ·T⌋ steps of T. After it the rate is divided by δ, at most ``max_cuts`` times.
 - It decides after 2w steps. Its state is 2w numbers and a few sums, so a step costs O(1).
+- Its tail is a function of the step alone (``fr_core/optim/schedules.py``).
 
 :class:`Recurrence` is the published code:
 

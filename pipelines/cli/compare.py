@@ -63,9 +63,6 @@ def compare_heads(
     results: Results,
     centres: Annotated[int, typer.Option(min=2, help="Class centres of every method in table 5.")] = 512,
     scale: Annotated[float, typer.Option(min=1, help="Scale of every margin.")] = 64,
-    momentum: Annotated[
-        float, typer.Option(min=0, max=0.9999, help="Momentum of every momentum encoder; lower it for a short run.")
-    ] = 0.999,
     tables: Annotated[str, typer.Option(help="Tables of AttFC's paper: any of 1, 3, 4, 5.")] = "1345",
     seeds: Seeds = 1,
     folds: Folds = None,
@@ -94,7 +91,7 @@ def compare_heads(
         raise UserError(f"--tables {tables}: give any of 1, 3, 4, 5, such as 15")
     steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
     steps = steps * (folds - 1) // folds if folds else steps
-    by_table = heads(config, steps, class_count(config, flat_facts.identities), flat, grouped, centres, scale, momentum)
+    by_table = heads(config, steps, class_count(config, flat_facts.identities), flat, grouped, centres, scale)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
     conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)

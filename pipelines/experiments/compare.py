@@ -66,12 +66,12 @@ def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, l
 
 
 def heads(
-    config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float, momentum: float
+    config: Config, steps: int, classes: int, flat: str, grouped: str, centres: int, scale: float
 ) -> dict[str, dict[str, list[str]]]:
     """Return the overrides of each setting in tables 1 to 5 of AttFC (arXiv 2025; docs/methods/attfc.md), by table.
 
     Every method keeps its published margin and its other defaults, and all share one scale. Virtual FC also trains on
-    its class images, so it takes half the batch for as many steps, with a warm-up of as many steps.
+    its class images, so it takes half the batch at the same rate for as many steps, with a warm-up of as many steps.
 
     Args:
         config: config of the recipe; all settings share its batch and epochs.
@@ -81,7 +81,6 @@ def heads(
         grouped: grouped shards of the same faces, for the other methods.
         centres: class centres of every method in table 5.
         scale: scale s of every margin.
-        momentum: momentum of every momentum encoder.
 
     Raises:
         UserError: the batch is odd, the centres are no multiple of the batch or more than the classes, or the class
@@ -102,15 +101,16 @@ def heads(
 
     def attfc(ratio: float = 0.3, count: int = 2, strategy: str = "attention") -> list[str]:
         fields = {"margin": arc, "size_ratio": ratio, "class_images": count, "strategy": strategy}
-        return on(grouped, AttFC.model_validate(fields | {"encoder_momentum": momentum}))
+        return on(grouped, AttFC.model_validate(fields))
 
     virtual_fc = VirtualFC(margin=arc, anchors=centres)
-    dcq = DCQ(margin=Margin(scale=scale, m2=0, m3=0.3), queue_size=centres, encoder_momentum=momentum)
-    f2c = F2C(margin=Margin(scale=scale, m2=0, m3=0.4), pool_size=centres, encoder_momentum=momentum)
+    dcq = DCQ(margin=Margin(scale=scale, m2=0, m3=0.3), queue_size=centres)
+    f2c = F2C(margin=Margin(scale=scale, m2=0, m3=0.4), pool_size=centres)
     virtual = [
         f"train.global_batch={batch // 2}",
         f"train.max_steps={steps}",
         f"schedule.warmup_epochs={config.schedule.warmup_epochs / 2}",
+        *([f"optim.reference_batch={meant_for // 2}"] if (meant_for := config.optim.reference_batch) else []),
     ]
     return {
         "1, 2: size of the queue": {

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fr_core.config.optim import FastFace, FastFaceHaar, FastFaceRecurrence
 from fr_core.errors import UserError
 from fr_core.optim.fastface import HaarWindow, watcher
+from fr_core.optim.schedules import learning_rate
 
 FORMS: dict[str, type[FastFace] | type[FastFaceRecurrence] | type[FastFaceHaar]] = {
     "run": FastFace,
@@ -35,8 +36,8 @@ def replay(
         lr: base rate. None takes the first rate in the log's column lr, else 0.1.
 
     Returns:
-        The changes of the rate, the number of steps, and a picture. A change has ``step`` (counted from 1, the first
-        step at the new rate), ``factor`` and ``rate``.
+        The changes of the rate that the loss decides, the number of steps, and a picture. A change has ``step``
+        (counted from 1, the first step at the new rate), ``factor`` and ``rate``.
 
     Raises:
         UserError: the log cannot be read, a loss is not finite, or the form or a setting is unknown or unusable.
@@ -74,7 +75,8 @@ def replay(
         if fastface.factor != before:
             changes.append({"step": step + 1, "factor": fastface.factor / before, "rate": base * fastface.factor})
     limit = schedule.slope if isinstance(schedule, FastFace) else schedule.threshold
-    return changes, len(losses), picture(losses, detector, base * factors, limit)
+    tail = np.array([learning_rate(schedule, step, len(losses), len(losses)) for step in range(len(losses))])
+    return changes, len(losses), picture(losses, detector, base * factors * tail, limit)
 
 
 def as_options(message: str) -> str:

@@ -150,7 +150,7 @@ def test_summary_by_hand():
 
 def test_every_head_of_the_papers_tables_is_a_valid_run():
     config = load_config("demo", ["train.epochs=3"])
-    tables = heads(config, 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
+    tables = heads(config, 1800, 10_177, "flat", "grouped", centres=512, scale=32)
     assert [len(group) for group in tables.values()] == [4, 4, 3, 5]
     for group in tables.values():
         for name, overrides in group.items():
@@ -165,8 +165,9 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
     assert [run.method.centres(10_177, run.train.global_batch) for run in runs] == [0, *[512] * 4]
     virtual = load_config("demo", equal["VFC 512"])
     assert (virtual.train.global_batch, virtual.train.max_steps, virtual.schedule.warmup_epochs) == (64, 1800, 0.25)
+    assert virtual.optim.reference_batch == config.optim.reference_batch // 2
     with pytest.raises(UserError, match="centres 500 must be a multiple"):
-        heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32, momentum=0.99)
+        heads(config, 1800, 10_177, "flat", "grouped", centres=500, scale=32)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +180,12 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
 def test_heads_take_no_field_from_the_recipes_method(method, tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(f"[method]\n{method}\n")
-    tables = heads(load_config("demo"), 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
+    tables = heads(load_config("demo"), 1800, 10_177, "flat", "grouped", centres=512, scale=32)
     for group in tables.values():
         for overrides in group.values():
             assert load_config(recipe, overrides).method == load_config("demo", overrides).method
     with pytest.raises(UserError, match="without a teacher"):
-        heads(load_config("debug_distill"), 1800, 10_177, "flat", "grouped", centres=512, scale=32, momentum=0.99)
+        heads(load_config("debug_distill"), 1800, 10_177, "flat", "grouped", centres=512, scale=32)
 
 
 def test_schedules_warm_up_as_long_as_the_recipe():

@@ -29,7 +29,7 @@ METHODS = {
 }
 SCHEDULES = {
     "cosine": ["schedule.kind=cosine"],
-    "fastface": ["schedule={kind='fastface',window=0.25,patience=0.9}"],
+    "fastface": ["schedule={kind='fastface',window=0.25,patience=0.9,tail=0}"],
 }
 MASKS = {"plain": 0.0, "masked": 1.0}
 STEPS = 5

@@ -116,7 +116,7 @@ RECURRENCE = "kind='fastface_recurrence', alpha=0.5, beta=0.5, threshold=99.0"  
 def test_fastface_watches_the_loss_after_the_warmup_alone(dataset, tmp_path):
     """The run's 20 steps have 8 of warm-up. Its windows of 2 steps are of the 12 others."""
     warmup = 8 / make_plan(config_of(dataset), open_dataset(dataset)).steps_per_epoch
-    schedule = f"schedule={{kind='fastface', window=0.2, slope=0.99, patience=0.1, warmup_epochs={warmup}}}"
+    schedule = f"schedule={{kind='fastface', window=0.2, slope=0.99, patience=0.1, tail=0, warmup_epochs={warmup}}}"
     run(config := config_of(dataset, schedule), tmp_path)
     rows = read_metrics(tmp_path)
     assert [row["lr"] for row in rows[:8]] == pytest.approx([0.05 * (step + 1) / 8 for step in range(8)])
