@@ -197,7 +197,7 @@ class FastFace(CutRate):
     """
 
     kind: Literal["fastface"] = "fastface"
-    window: Annotated[float, Field(gt=0, le=0.25)] = 0.05
+    window: Annotated[float, Field(gt=0, le=0.5)] = 0.05
     """Length of each of two windows, whose mean losses are compared, as a share of the run."""
     slope: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """κ: a step is stationary when the loss falls by less than this share of its mean fall in this run."""

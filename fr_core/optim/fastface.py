@@ -97,12 +97,12 @@ class RunWindow:
         self.config, self.w, self.patience = config, int(steps * config.window), int(steps * config.patience)
         if self.w < 2:
             raise UserError(
-                f"schedule.window = {config.window} of {steps} steps is less than 2 steps: "
+                f"schedule.window = {config.window} of {steps} steps after the warm-up is less than 2 steps: "
                 "raise schedule.window, or train longer"
             )
         if self.patience == 0:
             raise UserError(
-                f"schedule.patience = {config.patience} of {steps} steps is less than 1 step: "
+                f"schedule.patience = {config.patience} of {steps} steps after the warm-up is less than 1 step: "
                 "raise schedule.patience, or train longer"
             )
         self.factor, self.detector = 1.0, 1.0
@@ -170,15 +170,16 @@ class Recurrence:
         self.config, self.patience = config, int(steps * config.patience)
         if self.patience == 0:
             raise UserError(
-                f"schedule.patience = {config.patience} of {steps} steps is less than 1 step: "
+                f"schedule.patience = {config.patience} of {steps} steps after the warm-up is less than 1 step: "
                 "raise schedule.patience, or train longer"
             )
         name, rate = min(("alpha", self.alpha), ("beta", self.beta), key=lambda pair: pair[1])
         if steps * rate < LEAST_SPAN[config.start]:
             longer = LEAST_SPAN[config.start] / steps
             raise UserError(
-                f"schedule.{name} = {rate:g} averages over {1 / rate:,.0f} steps, too many for {steps:,} steps with "
-                f'schedule.start = "{config.start}": raise it to {longer:.2g}, or use schedule.kind = "fastface"'
+                f"schedule.{name} = {rate:g} averages over {1 / rate:,.0f} steps, too many for the {steps:,} after the "
+                f'warm-up with schedule.start = "{config.start}": raise it to {longer:.2g}, or use '
+                'schedule.kind = "fastface"'
             )
         self.factor, self.detector, self.before, self.loss = 1.0, 0.0, 0.0, 0.0
         self.steps = self.count = self.cuts = 0
@@ -231,7 +232,7 @@ class HaarWindow:
         self.config, self.m = config, config.m or int(steps * config.window)
         if self.m < 2:
             raise UserError(
-                f"schedule.window = {config.window} of {steps} steps is less than 2 steps: "
+                f"schedule.window = {config.window} of {steps} steps after the warm-up is less than 2 steps: "
                 "raise schedule.window, or give schedule.m"
             )
         self.factor, self.detector = 1.0, 0.0

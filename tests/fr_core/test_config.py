@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fr_core.config import Config, lane_count, total_steps
-from fr_core.config.recipes import SHIPPED, load_config, parse_config, recipes
+from fr_core.config.recipes import SHIPPED, load_config, parse_config, recipes, stored_config
 from fr_core.config.reference import knob_names
 from fr_core.config.words import KINDS, MENDS
 from fr_core.errors import UserError
@@ -19,6 +19,19 @@ def test_recipes_load_and_say_what_they_need(recipe):
     header = (SHIPPED / f"{recipe}.toml").read_text().split("\n[")[0]
     for word in ("command", "hardware", "time", "expect"):
         assert f"#   {word}" in header
+
+
+def test_a_stored_config_means_what_it_meant():
+    """FastFace had one form, the published recurrence, and encoders had no warm-up."""
+    tree = load_config("debug_attfc", ["schedule.kind=fastface_recurrence", "schedule.start=published"]).model_dump()
+    assert stored_config(tree, "run").model_dump() == tree
+    old = {**tree, "schedule": tree["schedule"] | {"kind": "fastface"}, "method": dict(tree["method"])}
+    del old["method"]["encoder_warmup"]
+    then = stored_config(old, "run")
+    assert then.schedule.model_dump() == tree["schedule"]
+    assert then.method.momentum_at(0) == tree["method"]["encoder_momentum"]
+    new = load_config("debug_fastface", ["schedule.kind=fastface"]).model_dump()
+    assert stored_config(new, "run").schedule.kind == "fastface"
 
 
 def test_overrides_take_toml_values_and_bare_words():

@@ -29,7 +29,7 @@ METHODS = {
 }
 SCHEDULES = {
     "cosine": ["schedule.kind=cosine"],
-    "fastface": ["schedule={kind='fastface',window=0.25,patience=0.9,tail=0}"],
+    "fastface": ["schedule={kind='fastface',window=0.4,patience=0.9,tail=0}"],
 }
 MASKS = {"plain": 0.0, "masked": 1.0}
 STEPS = 5
@@ -143,5 +143,5 @@ def test_what_would_be_ignored_is_refused_in_one_line(places, method, overrides,
 
 def test_a_run_too_short_for_fastface_is_refused(places, tmp_path):
     config = config_of(places, "bigface", "schedule.kind=fastface")
-    with pytest.raises(UserError, match=r"patience = 0\.05 of 5 steps is less than 1 step: raise schedule\.patience"):
+    with pytest.raises(UserError, match=r"window = 0\.05 of 5 steps after the warm-up .*: raise schedule\.window"):
         resume_or_init(config, tmp_path, Ranks(), blocks_in_process)

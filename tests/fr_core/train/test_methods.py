@@ -10,7 +10,7 @@ from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.errors import UserError
-from fr_core.nets.checkpoint_files import checkpoints
+from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signed
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state, parameter_figures
@@ -192,6 +192,16 @@ def test_another_number_of_variants_is_another_run(grouped, tmp_path):
     run(config_of(grouped, "attfc", "data.variants=2", "train.max_steps=2", "train.save_every=1"), tmp_path)
     with pytest.raises(UserError, match=r"data.variants differs: 2 there, 3 now"):
         run(config_of(grouped, "attfc", "data.variants=3", "train.max_steps=4"), tmp_path)
+
+
+def test_grouped_runs_of_versions_with_another_order_are_not_resumed(grouped, tmp_path):
+    run(config_of(grouped, "attfc", "train.max_steps=2"), tmp_path)
+    [folder] = checkpoints(tmp_path)
+    summary = read_summary(folder)
+    del summary["spread"]
+    write_signed(folder, summary)
+    with pytest.raises(UserError, match=r"data.spread differs: 0 there, 64 now"):
+        run(config_of(grouped, "attfc", "train.max_steps=3"), tmp_path)
 
 
 def test_mistakes(grouped):
