@@ -57,7 +57,9 @@ def explain(mistake: Mapping[str, Any], in_file: bool = False) -> str:
 
 
 def read_value(text: str) -> object:
-    """Return the value of an override: TOML, or a bare word as a string."""
+    """Return the value of an override: TOML, None for the bare word none, or another bare word as a string."""
+    if text == "none":
+        return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -22,7 +22,7 @@ def read_overrides(overrides: Iterable[str], source: str) -> dict[str, Any]:
     """Return the fields of overrides as nested dictionaries; of one field, the last override counts.
 
     Args:
-        overrides: ``key.path=value`` with values in TOML; a bare word is a string.
+        overrides: ``key.path=value`` with values in TOML; a bare word is a string, and none is None.
         source: origin of the overrides in errors.
 
     Raises:

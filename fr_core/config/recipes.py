@@ -31,7 +31,7 @@ def load_config(
 
     Args:
         recipe: a TOML file, or the name of a shipped recipe (``fr_core/recipes/NAME.toml``).
-        overrides: ``key.path=value`` with values in TOML; a bare word is a string.
+        overrides: ``key.path=value`` with values in TOML; a bare word is a string, and none is None.
         setting: further overrides, which come last.
         setting_source: origin of ``setting`` in errors.
         net: net that the recipe is taken with. None: its own.

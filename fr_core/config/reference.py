@@ -32,7 +32,7 @@ Every field of a recipe. `bigface knobs --markdown docs/knobs.md` writes this pa
 - A table sets several knobs at once: `"schedule={kind='multistep', milestones=[10, 15]}"`. What it does not name stays.
 - A knob with a kind in its heading exists only with this kind. With another kind, the recipe's values of the knobs that
   both kinds share stay ([Usage](usage.md#recipes-and-overrides)).
-- A default of "none" cannot be written: leave the knob out.
+- Where the default is none, `name=none` on the command line takes a recipe's value away. A recipe leaves the knob out.
 - In the terminal, `bigface knobs method.attfc` prints one section; a kind may follow its section's name.
 """
 

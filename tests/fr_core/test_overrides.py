@@ -188,3 +188,12 @@ def test_a_mistyped_field_of_the_recipe_is_not_dropped_with_the_old_kind(recipe_
     recipe = recipe_of("[schedule]\nkind = 'multistep'\nmilestones = [3]\nwarmup_epoch = 1\n")
     with pytest.raises(UserError, match=r"mine\.toml: unknown key schedule\.warmup_epoch: "):
         load_config(recipe, ["schedule.kind=cosine"])
+
+
+def test_none_takes_a_value_of_the_recipe_away():
+    config = load_config("bigface_distill_r240", ["optim.head.lr=none", "method.distill=none"])
+    assert config.optim.head.lr is None
+    assert config.method.distill is None
+    with pytest.raises(UserError, match=r"optim.lr.*none"):
+        load_config("demo", ["optim.lr=none"])
+    assert load_config("demo", ["data.path='none'"]).data.path == "none"
