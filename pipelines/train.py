@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import Config, total_steps
+from fr_core.config import Config, rate_scale, total_steps
 from fr_core.data.listing import is_image
 from fr_core.data.plan import MOST_STRANDS
 from fr_core.data.schema import CHUNK_IMAGES, Dataset
@@ -104,7 +104,9 @@ def train(
         write_text_atomically(probe, "")
         probe.unlink()
     total = total_steps(config, plan.steps_per_epoch)
-    log.info("training", extra={"facts": {"method": config.method.kind, "steps": total, "workers": workers}})
+    rate = f"{config.optim.lr * rate_scale(config):.4g}"
+    facts = {"method": config.method.kind, "steps": total, "rate": rate, "workers": workers}
+    log.info("training", extra={"facts": facts})
     with progress_line(out, total):
         if in_process:
             use_processor(torch.get_num_threads())  # OMP_NUM_THREADS, or all cores of this process
@@ -142,7 +144,7 @@ def refuse_data_folder(out: AnyPath) -> None:
 def log_doubts(config: Config, dataset: Dataset) -> None:
     """Warn before a training if people of the verification pairs are trained on, or if chunks have a poor size."""
     chunk, wanted = dataset.manifest.chunk_images, config.method.facts.class_images
-    if wanted and chunk > MOST_STRANDS:
+    if wanted and chunk > max(MOST_STRANDS, wanted + 1):
         log.warning(
             "%s has chunks of %d images, which come in %d parts: the method's centres are of fewer people. "
             "`bigface merge %s --out NEW --chunk %d` cuts them",

@@ -269,6 +269,11 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
+def rate_scale(config: Config) -> float:
+    """Return what the global batch multiplies learning rates by (Goyal et al., 2017); 1 without a reference batch."""
+    return config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
+
+
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
     """Return the optimiser steps of the warm-up."""
     return steps_of_epochs(config.schedule.warmup_epochs, steps_per_epoch)

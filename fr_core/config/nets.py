@@ -35,7 +35,7 @@ class BaseNet(Section):
 class FloatNet(BaseNet):
     """Base of the nets that training begins with."""
 
-    input_size: Annotated[int, Field(ge=32, multiple_of=16)] = 112
+    input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
     """Side of the input, in pixels."""
 
 

@@ -61,6 +61,8 @@ class LARS(Optimizer):
     kind: Literal["lars"] = "lars"
     lr: Positive = 0.1  # declared anew, since SGD's rate is no rate of LARS
     """Base learning rate of LARS: a factor of the layer-wise rates; the schedule multiplies it."""
+    reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """Batch that LARS's lr is meant for: lr is multiplied by global_batch / reference_batch. None: lr as given."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of LARS."""
     trust: Positive = 1e-3
@@ -78,6 +80,8 @@ class AdamW(Optimizer):
     kind: Literal["adamw"] = "adamw"
     lr: Positive = 1e-3
     """Base learning rate of AdamW; the schedule multiplies it."""
+    reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """Batch that AdamW's lr is meant for: lr is multiplied by global_batch / reference_batch. None: lr as given."""
     weight_decay: NonNegative = 0.05
     """Decoupled weight decay: a step multiplies weights by 1 − lr · weight_decay."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -108,6 +112,8 @@ class Muon(Optimizer):
     kind: Literal["muon"] = "muon"
     lr: Positive = 0.02
     """Base learning rate of Muon; the schedule multiplies it."""
+    reference_batch: Annotated[int, Field(ge=1)] | None = None
+    """Batch that Muon's lr is meant for: lr is multiplied by global_batch / reference_batch. None: lr as given."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay: a step multiplies weights by 1 − lr · weight_decay."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95

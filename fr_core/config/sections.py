@@ -132,10 +132,11 @@ class Data(Section):
     shuffle_window: Annotated[int, Field(ge=1)] = 16384
     """Images that are shuffled together, over all lanes."""
     spread: Annotated[int, Field(ge=1)] | None = None
-    """Images that lie between two images of a chunk of grouped shards; in the main memory for the time between. None:
-    as many as the method's queue has slots, up to 524,288. With fewer, the queue holds a person several times."""
+    """Images, about, that lie between two images of a chunk of grouped shards; in the main memory for the time between.
+    None: as many as the method's queue has slots, up to 524,288. With fewer, the queue holds a person several times."""
     decoded_mib: Annotated[int, Field(ge=0)] = 1024
-    """Mebibytes of decoded images of grouped shards that a worker keeps. Other images are decoded at each use."""
+    """Mebibytes of decoded images of grouped shards that a worker keeps; for a moment twice as many where a new epoch
+    begins. Other images are decoded at each use."""
     check_sha256: bool = True
     """Check every shard's SHA-256 once before the run. Sizes are always checked."""
     augment: Augment = Augment()

@@ -257,14 +257,15 @@ def balanced_order(
 def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
     """Return the rows, over all lanes, by which each strand runs behind the one before.
 
-    Images are shuffled within a window. So the lag is a window more than the rows that two images of a chunk lie apart.
+    Images are shuffled within a window. So the lag is a window more than the rows that two images of a chunk lie apart
+    on the whole; a few per cent lie nearer, by less than a window.
     A reader reads ``strands - 1`` lags twice in an epoch. Where that is half of the dataset, the lag grows to an equal
     share of the epoch for each strand: the reader then keeps all it has read, and reads nothing twice.
 
     Args:
         rows: images of the dataset.
         strands: V.
-        spread: rows that two images of a chunk lie apart.
+        spread: rows that two images of a chunk lie apart, about.
         window: rows of a window over all lanes.
     """
     wanted = spread + window
@@ -361,7 +362,7 @@ def _epoch_order(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.cumsum(groups[order, 2])
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=4096)  # of many small blocks, all that are held
 def _groups_of_block(plan: Plan, block: Block) -> np.ndarray:
     """Return :meth:`Plan.block_groups`, which the blocks around ask for again."""
     start, window, _ = plan._window(block.number)

@@ -177,8 +177,8 @@ class Recurrence:
         if steps * rate < LEAST_SPAN[config.start]:
             longer = LEAST_SPAN[config.start] / steps
             raise UserError(
-                f"schedule.{name} = {rate:g} averages over {1 / rate:,.0f} steps, too many for the {steps:,} after the "
-                f'warm-up with schedule.start = "{config.start}": raise it to {longer:.2g}, or use '
+                f"schedule.{name} = {rate:g} averages over {1 / rate:,.0f} steps, too many for {steps:,} steps after "
+                f'the warm-up with schedule.start = "{config.start}": raise it to {longer:.2g}, or use '
                 'schedule.kind = "fastface"'
             )
         self.factor, self.detector, self.before, self.loss = 1.0, 0.0, 0.0, 0.0

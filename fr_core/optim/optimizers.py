@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.optimizer import ParamsT
 
-from fr_core.config import Config
+from fr_core.config import Config, rate_scale
 from fr_core.config.methods import BigFace
 from fr_core.config.optim import LARS, SGD, AdamW, Muon
 from fr_core.device import multiplies_bfloat16
@@ -144,7 +144,7 @@ def make_optimizers(
     Raises:
         ValueError: the head's parameters and ``sharded`` differ, or the method states no class matrix for them.
     """
-    optim, scale = config.optim, config.train.global_batch / (config.optim.reference_batch or config.train.global_batch)
+    optim, scale = config.optim, rate_scale(config)
     trained = [p for p in backbone.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay}
     vectors: dict[str, object] = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}

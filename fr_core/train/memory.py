@@ -95,7 +95,7 @@ def class_image_bytes(config: Config, encoded: int, gpus: int) -> int:
 
 
 def host_bytes(
-    config: Config, identities: int, images: int, chunk: int, image_bytes: float, gpus: int
+    config: Config, identities: int, images: int, chunk: int, image_bytes: float, side: int, gpus: int
 ) -> dict[str, int]:
     """Return the bytes of grouped shards' images that all workers together hold in main memory, or have read ahead.
 
@@ -104,6 +104,7 @@ def host_bytes(
         images: images of the training set.
         chunk: images of a chunk, at most.
         image_bytes: mean bytes of an encoded image.
+        side: side of an image in the shards, in pixels.
         gpus: workers.
 
     Returns:
@@ -114,7 +115,7 @@ def host_bytes(
         return {"encoded": 0, "decoded": 0}
     held = held_rows(images, chunk, apart, window)
     encoded = int((held + min(images, READ_WINDOWS * window)) * image_bytes)
-    decoded = min(held * 3 * config.net.input_size**2, config.data.decoded_mib * 2**20 * gpus)
+    decoded = min(held * 3 * side**2, config.data.decoded_mib * 2**20 * gpus)
     return {"encoded": encoded, "decoded": decoded}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fr_core.config.recipes import load_config, recipes
-from fr_core.data.store import explain_disk_errors
+from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, Workers, local, output
@@ -78,6 +78,7 @@ def compare_heads(
     from fr_core.config import class_count, total_steps
     from fr_core.data.schema import open_dataset
     from fr_core.data.stream import make_plan
+    from pipelines.datasets.split import folds_of
     from pipelines.experiments.compare import PUBLISHED, Conditions, heads
 
     config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method.kind=bigface"])
@@ -89,12 +90,14 @@ def compare_heads(
         )
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: give any of 1, 3, 4, 5, such as 15")
-    steps = total_steps(config, make_plan(config, open_dataset(flat)).steps_per_epoch)
-    steps = steps * (folds - 1) // folds if folds else steps
-    by_table = heads(config, steps, class_count(config, flat_facts.identities), flat, grouped, centres, scale)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
+    trained = [fold.train for fold in folds_of(to_path(flat), conditions.folder, folds)] if folds else [flat]
+    plans = [make_plan(config, open_dataset(shards)) for shards in trained]
+    classes = min(class_count(config, plan.dataset.manifest.identities) for plan in plans)
+    steps = min(total_steps(config, plan.steps_per_epoch) for plan in plans)
+    by_table = heads(config, steps, classes, flat, grouped, centres, scale)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
-    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
     run_comparison("heads", recipe, settings, overrides, conditions, columns, against, markdown, json, PUBLISHED)
 
 

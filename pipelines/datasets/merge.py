@@ -249,6 +249,8 @@ def _relabelled_chunks(part: Part, shard: int, group: int, layout: Layout) -> tu
 
 def _cut(images: list[FlatRow], chunk: int) -> list[list[FlatRow]]:
     """Cut the images of a chunk into nearly equal chunks."""
+    if len(images) <= chunk:
+        return [images]
     starts = chunk_starts(np.zeros(1, np.int64), len(images), chunk).tolist()
     return [images[start:end] for start, end in itertools.pairwise([*starts, len(images)])]
 

@@ -88,7 +88,7 @@ def cut_folds(
     """Cut the people of a dataset into equal folds, and write each fold as :func:`split` does.
 
     Everyone with two images or more is held out once. People are dealt by name, so flat and grouped shards of the same
-    faces have equal folds. Folds that ``out`` already holds are taken as they are.
+    faces have equal folds. Whole folds that ``out`` holds are taken as they are; after a stop, all are cut again.
 
     Args:
         count: folds, 2 or more.
@@ -102,7 +102,7 @@ def cut_folds(
     folders = [out / f"fold-{number}" for number in range(count)]
     folds = [Fold(path / "train", path / "verify" / "images", path / "verify" / "pairs.csv") for path in folders]
     marker = out / "folds.json"
-    if marker.is_file() and json.loads(marker.read_text()) == facts:
+    if marker.is_file() and json.loads(marker.read_text()) == facts | {"whole": True}:
         return folds
     names = dataset.identity_names()
     by_name = np.argsort(names, kind="stable")
@@ -114,13 +114,34 @@ def cut_folds(
         )
     if not marker.is_file():
         refuse_used_folder(dataset, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(marker, json.dumps(facts | {"whole": False}) + "\n")
     dealt = rng.generator(seed, "folds").permutation(several)
     for number, folder in enumerate(folders):
         remove_folder(folder)
         held_out = np.isin(np.arange(len(names)), dealt[number::count])
         hold_out(dataset, held_out, folder, pairs_per_fold, seed, progress)
-    write_text_atomically(marker, json.dumps(facts) + "\n")
+    write_text_atomically(marker, json.dumps(facts | {"whole": True}) + "\n")
     return folds
+
+
+def folds_of(shards: AnyPath, out: Path, count: int) -> list[Fold]:
+    """Cut a dataset into folds in a folder below ``out`` that its contents and ``count`` name, or find them there."""
+    return cut_folds(shards, out / f"{shards.name}-{open_dataset(shards).stamp[:8]}-{count}", count)
+
+
+def refuse_pairs(config: Config) -> None:
+    """Refuse a recipe that names pairs to verify on, beside folds.
+
+    Raises:
+        UserError: it does.
+    """
+    if config.verify.pairs is not None:
+        more = " train.verify_every=none" if config.train.verify_every else ""
+        raise UserError(
+            "--folds verifies on people of the training set: leave the pairs out, with verify.images=none "
+            f"verify.pairs=none{more} if the recipe names them"
+        )
 
 
 def refuse_used_folder(dataset: Dataset, out: Path) -> None:

@@ -26,16 +26,14 @@ from fr_core.config import Config
 from fr_core.config.mends import as_toml
 from fr_core.config.methods import DCQ, F2C, AttFC, BaseMethod, BigFace, Margin, VirtualFC
 from fr_core.config.recipes import load_config
-from fr_core.data.schema import open_dataset
-from fr_core.data.store import to_path
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
-from fr_core.train.check import checked_plan
+from fr_core.train.check import checked_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pairs import read_pairs
 from fr_core.verify.report import markdown
 from fr_core.verify.suites import find_sets, verify_suite
-from pipelines.datasets.split import Fold, cut_folds
+from pipelines.datasets.split import Fold, folds_of, refuse_pairs
 from pipelines.experiments.paired import mean_interval, paired_differences
 from pipelines.train import train
 
@@ -44,7 +42,6 @@ COLUMNS = (
     *("images_per_second", "peak_memory_mib", "classes_mib"),
 )
 FACTS = ("images", "identities", "overrides", "commit")
-FOLDS = "folds"  # folder of the folds, in the comparison's folder
 
 
 def schedules(epochs: int, fast_epochs: int, fastface: list[str]) -> dict[str, list[str]]:
@@ -75,8 +72,8 @@ def heads(
 
     Args:
         config: config of the recipe; all settings share its batch and epochs.
-        steps: steps of a run with this batch and these epochs.
-        classes: classes of the dataset.
+        steps: steps of a run with this batch and these epochs; with folds, of the shortest.
+        classes: classes of the dataset; with folds, of the smallest.
         flat: flat shards, for FC and Partial FC.
         grouped: grouped shards of the same faces, for the other methods.
         centres: class centres of every method in table 5.
@@ -97,7 +94,8 @@ def heads(
     arc = Margin(scale=scale, m2=0.5, m3=0)
 
     def on(shards: str, method: BaseMethod) -> list[str]:
-        return [f"data.path={shards}", f"method={as_toml(method.model_dump(exclude_none=True))}"]
+        absent = [f"method.{name}=none" for name, value in method.model_dump().items() if value is None]
+        return [f"data.path={shards}", f"method={as_toml(method.model_dump(exclude_none=True))}", *absent]
 
     def attfc(ratio: float = 0.3, count: int = 2, strategy: str = "attention") -> list[str]:
         fields = {"margin": arc, "size_ratio": ratio, "class_images": count, "strategy": strategy}
@@ -183,6 +181,11 @@ class Conditions:
     suite: Path | None = None
     """Folder of sets of pairs. Every run's accuracy on each set becomes a column, NAME_accuracy."""
 
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the folds, which stays after the comparison."""
+        return self.results.with_suffix("") / "folds"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -190,25 +193,25 @@ class Run:
 
     setting: str
     seed: int
-    fold: int | None
+    fold: str  # number of the fold and of all folds, such as 0/3; "": no folds
     config: Config
     overrides: str  # recipe and overrides of the setting, as the results name them
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Return what names the run among those of its comparison."""
-        return self.setting, str(self.seed), "" if self.fold is None else str(self.fold)
+        return self.setting, str(self.seed), self.fold
 
     @property
     def name(self) -> str:
         """Return the name of the run's folder and of its MLflow run."""
-        fold = "" if self.fold is None else f"-fold{self.fold}"
+        fold = f"-fold{self.fold}" if self.fold else ""
         return re.sub(r"[^\w.=-]+", "-", f"{self.setting}-seed{self.seed}{fold}")
 
     @property
     def title(self) -> str:
         """Return the run's name for people."""
-        return f"{self.setting}, seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
+        return f"{self.setting}, seed {self.seed}" + (f", fold {self.fold}" if self.fold else "")
 
 
 def compare(
@@ -289,33 +292,21 @@ def list_runs(
     Raises:
         UserError: there are no pairs to verify on, or folds and pairs, or too few people for the folds.
     """
-    runs, cut, folds = [], dict[str, list[Fold]](), conditions.folds
+    runs, cut, count = [], dict[str, list[Fold]](), conditions.folds
     for seed in conditions.seeds:
-        for fold in range(folds) if folds else (None,):
+        for number in range(count or 1):
             for name, extra in settings.items():
                 config = load_config(recipe, [*overrides, *extra, f"seed={seed}"])
-                if fold is None:
-                    if config.verify.pairs is None:
-                        raise UserError(
-                            "no pairs to compare runs by: give verify.images=DIR verify.pairs=FILE, or --folds 3"
-                        )
-                else:
-                    assert folds
-                    if config.verify.pairs is not None:
-                        raise UserError("--folds verifies on people of the training set: leave verify.pairs out")
+                if count is None and config.verify.pairs is None:
+                    raise UserError("no pairs to compare by: give verify.images=DIR verify.pairs=FILE, or --folds 3")
+                if count:
+                    refuse_pairs(config)
                     if config.data.path not in cut:
-                        cut[config.data.path] = folds_of(
-                            config.data.path, conditions.results.with_suffix("") / FOLDS, folds
-                        )
-                    config = cut[config.data.path][fold].of(config)
-                runs.append(Run(name, seed, fold, config, shlex.join([recipe, *overrides, *extra])))
+                        cut[config.data.path] = folds_of(open_training_data(config).root, conditions.folder, count)
+                    config = cut[config.data.path][number].of(config)
+                given = shlex.join([recipe, *overrides, *extra])
+                runs.append(Run(name, seed, f"{number}/{count}" if count else "", config, given))
     return runs
-
-
-def folds_of(path: str, folder: Path, count: int) -> list[Fold]:
-    """Cut a dataset into folds in a folder that its contents name, or find them there."""
-    shards = to_path(path)
-    return cut_folds(shards, folder / f"{shards.name}-{open_dataset(shards).stamp[:8]}-{count}", count)
 
 
 def suite_columns(suite: Path) -> list[str]:
@@ -370,7 +361,7 @@ SHOWN = {  # column -> heading, factor, digits
 
 
 def summary(rows: list[dict[str, str]], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return a table, header first: each setting's runs, and mean ± standard deviation over seeds of each column."""
+    """Return a table, header first: each setting's runs, and mean ± standard deviation over them of each column."""
     table: list[tuple[str, ...]] = [("setting", "runs", *(heading(column) for column in columns))]
     for name in dict.fromkeys(row["setting"] for row in rows):
         runs = [row for row in rows if row["setting"] == name]

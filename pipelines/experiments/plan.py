@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from fr_core.config import Config, class_count, lane_count, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
+from fr_core.data.crops import TEMPLATE_SIZE
 from fr_core.data.plan import check_lanes
 from fr_core.data.schema import CHUNK_IMAGES, Manifest
 from fr_core.errors import UserError
@@ -103,17 +104,20 @@ def main_memory(
         identities: identities of the training set.
         images: images of the training set, if known. Otherwise the set counts as large.
         gpus: workers.
-        manifest: manifest of the training set, if known. Otherwise its chunks and images have the usual size.
+        manifest: manifest of the training set, if known. Otherwise its chunks and images have the usual size, as have
+            the chunks of flat shards.
 
     Returns:
         A line for people and the figures ``encoded_gib`` and ``decoded_gib``. Both are empty for flat shards.
     """
     if not config.method.facts.class_images:
         return "", {}
-    chunk, each = CHUNK_IMAGES, float(CROP_BYTES)
+    chunk, each, side = CHUNK_IMAGES, float(CROP_BYTES), TEMPLATE_SIZE
     if manifest:
-        chunk, each = manifest.chunk_images, sum(shard.bytes for shard in manifest.shards) / manifest.images
-    held = host_bytes(config, identities, images or sys.maxsize, chunk, each, gpus)
+        each, side = sum(shard.bytes for shard in manifest.shards) / manifest.images, manifest.image_size
+    if manifest and manifest.layout == "grouped":
+        chunk = manifest.chunk_images
+    held = host_bytes(config, identities, images or sys.maxsize, chunk, each, side, gpus)
     line = (
         f"Main memory of all workers: {gib(held['encoded'])} GiB of images in chunks of {chunk} (data.spread), "
         f"{gib(held['decoded'])} GiB of decoded ones (data.decoded_mib)."

@@ -82,8 +82,9 @@ def replay(
 def as_options(message: str) -> str:
     """Return an error about fields of the schedule section as one about ``--set``, by which replay sets them.
 
-    ``schedule.patience = 0.05 …`` becomes ``--set patience=0.05 …``.
+    ``schedule.patience = 0.05 …`` becomes ``--set patience=0.05 …``. A log has no warm-up.
     """
+    message = message.replace('schedule.kind = "fastface"', "--form run").replace(" after the warm-up", "")
     return re.sub(r"schedule\.(\w+)", r"--set \1=…", re.sub(r"schedule\.(\w+) = ", r"--set \1=", message))
 
 

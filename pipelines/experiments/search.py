@@ -173,7 +173,9 @@ def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list
     if winners := best(search, trials):
         winner = winners[0]
         config = with_values(search.config, search.knobs, winner.values)
+        judge = "means over the folds" if search.folds else "on the pairs"
         scores = ", ".join(f"{name} {winner.figures[name]:.6g}" for name in search.objectives)
+        scores += f"; one seed, {judge} that chose this trial"
         files.append(out / "winner.toml")
         with explain_disk_errors(files[-1]):
             write_text_atomically(
@@ -191,7 +193,7 @@ def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyP
 
     Args:
         config: the recipe with the winner's values.
-        scores: its objectives, as text.
+        scores: its objectives, and what they were measured on.
         name: the winning trial.
         trials: number of trials.
         out: folder of the search.
@@ -200,7 +202,7 @@ def winner_recipe(config: Config, scores: str, name: str, trials: int, out: AnyP
     lines = [
         f"# The best of {trials} trials: {name} in {out}",
         "#   command    bigface train winner.toml",
-        f"#   score      {scores}; one seed, on the pairs that chose this trial",
+        f"#   score      {scores}",
     ]
     if moved:
         lines.append("#              after a schedule of values (ray/pbt_*), of which these are the last")
@@ -264,7 +266,7 @@ def deliver_trials(trials: Sequence[Trial], config: Config, out: AnyPath) -> Non
                 for letter in [*left, ["status", "FINISHED"]]:
                     outbox.post(letter)
                 outbox.close()
-            if run_id and state != "finished":
+            if run_id and state != "finished" and not (path.parent / "report.json").is_file():
                 client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
     except Exception as error:  # MLflow passes on any error of its database or store
         log.warning("MLflow does not know how the trials ended: %s", first_line(error))

@@ -74,12 +74,13 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
     try:
         runs = [(fold.of(config), out.with_name(f"{name}{FOLD}{n}")) for n, fold in enumerate(launch["folds"])]
         found: list[dict[str, float]] = []
+        inside: Launch = {**launch, "judged": launch["judged"] and not runs}  # of folds, the scheduler hears the means
         for run_config, run_out in runs or [(config, out)]:
             if launch["in_process"]:
-                found.append(train_in_process(run_config, run_out, launch, total))
+                found.append(train_in_process(run_config, run_out, inside, total))
             else:
                 with turn(launch["trials"], launch["at_once"]):
-                    found.append(train_on_workers(run_config, run_out, launch, total))
+                    found.append(train_on_workers(run_config, run_out, inside, total))
             figures = mean_figures(found)
             if launch["judged"] and len(found) < len(runs):
                 judged = {objective: figures[objective] for objective in launch["objectives"] if objective in figures}

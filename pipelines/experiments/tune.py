@@ -34,7 +34,7 @@ from fr_core.train.check import checked_plan, fitting_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pairs import read_pairs, resolved_fars
 from fr_core.verify.report import far_name, markdown
-from pipelines.datasets.split import Fold, cut_folds
+from pipelines.datasets.split import Fold, folds_of, refuse_pairs
 from pipelines.experiments.search import (
     Search,
     Trial,
@@ -193,14 +193,13 @@ def folds_of_search(search: Search, out: AnyPath) -> list[Fold]:
     """
     if search.folds is None:
         return []
-    if search.config.verify.pairs:
-        raise UserError("--folds verifies on people of the training set: leave verify.pairs out")
+    refuse_pairs(search.config)
     if search.stop == "pbt":
         raise UserError("--stop pbt moves checkpoints between trials, which folds forbid: use --stop asha")
     if isinstance(out, RemotePath):
         raise UserError(f"--folds writes datasets, and {out} is a URL: give a local --out that all machines share")
     shards = open_training_data(with_absolute_paths(search.config)).root
-    return cut_folds(shards, out / "folds", search.folds)
+    return folds_of(shards, out / "folds", search.folds)
 
 
 def check_search(

@@ -200,11 +200,12 @@ def test_runs_too_short_to_decide_are_refused():
     with pytest.raises(UserError, match=r"patience = 0.05 of 19 steps"):
         Recurrence(FastFaceRecurrence(), 19, 128)
     with pytest.raises(
-        UserError, match=r"alpha = 0.001 averages over 1,000 steps, too many for the 4,000 after .* raise it to 0.0013"
+        UserError,
+        match=r"alpha = 0.001 averages over 1,000 steps, too many for 4,000 steps after .* raise it to 0.0013",
     ):
         Recurrence(FastFaceRecurrence(), 4000, 128)
     with pytest.raises(
-        UserError, match=r"beta = 0.001 .* 40,000 after the warm-up with schedule.start = \"published\""
+        UserError, match=r"beta = 0.001 .* 40,000 steps after the warm-up with schedule.start = \"published\""
     ):
         Recurrence(FastFaceRecurrence(alpha=0.002, start="published"), 40_000, 128)
     with pytest.raises(UserError, match=r"window = 0.05 of 39 steps"):
