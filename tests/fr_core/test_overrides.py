@@ -86,14 +86,14 @@ def test_the_last_override_of_a_field_counts():
 @pytest.mark.parametrize(
     ("text", "override", "kept", "default"),
     [
-        (OPTIM, "optim.kind=muon", "clip reference_batch shard_state head", "lr weight_decay momentum"),
-        (OPTIM, "optim.kind=adamw", "clip reference_batch shard_state head", "lr weight_decay"),
-        (OPTIM, "optim.kind=lars", "weight_decay clip reference_batch shard_state head", "lr momentum"),
+        (OPTIM, "optim.kind=muon", "clip shard_state head", "lr reference_batch weight_decay momentum"),
+        (OPTIM, "optim.kind=adamw", "clip shard_state head", "lr reference_batch weight_decay"),
+        (OPTIM, "optim.kind=lars", "weight_decay clip shard_state head", "lr reference_batch momentum"),
         (
             OPTIM + "kind = 'lars'",
             "optim.kind=sgd",
-            "weight_decay clip reference_batch shard_state head",
-            "lr momentum",
+            "weight_decay clip shard_state head",
+            "lr reference_batch momentum",
         ),
         (OPTIM, "optim.kind=sgd", "lr weight_decay momentum clip reference_batch shard_state head", ""),
         (

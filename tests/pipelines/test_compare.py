@@ -86,7 +86,7 @@ def test_folds_train_and_judge_by_other_people(dataset, grouped, tmp_path):
     given = [f"data.path={dataset}", "tracking.uri=off"]
     runs = list_runs("debug_bigface", settings, given, Conditions(tmp_path / "r.csv", [0, 1], folds=2))
     assert [(run.setting, run.seed, run.fold) for run in runs[:4]] == [
-        *(("flat", 0, 0), ("grouped", 0, 0), ("flat", 0, 1), ("grouped", 0, 1)),
+        *(("flat", 0, "0/2"), ("grouped", 0, "0/2"), ("flat", 0, "1/2"), ("grouped", 0, "1/2")),
     ]
     assert len(runs) == 8
     for run in runs:
@@ -106,13 +106,17 @@ def test_a_comparison_by_folds_writes_a_row_for_each(given, tmp_path, monkeypatc
     fixed = ["--results", tmp_path / "r.csv", "--in-process", "--folds", 2, "--setting", "a: train.max_steps=1"]
     output = bigface("compare", "settings", recipe, *fixed, *overrides)
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
-    assert [(row["setting"], row["seed"], row["fold"]) for row in rows] == [("a", "0", "0"), ("a", "0", "1")]
+    assert [(row["setting"], row["seed"], row["fold"]) for row in rows] == [("a", "0", "0/2"), ("a", "0", "1/2")]
     assert "2 of 2 runs are finished" in output
     again = bigface("compare", "settings", recipe, *fixed, "--setting", "b: train.max_steps=1", *overrides)
     assert "against a" in again
     assert "+0.00 (+0.00 … +0.00)" in again
     with pytest.raises(UserError, match="--against c: no such setting: use one of a"):
         bigface("compare", "settings", recipe, *fixed, "--against", "c", *overrides)
+    fixed[fixed.index("--folds") + 1] = 3
+    assert "3 of 3 runs are finished" in bigface("compare", "settings", recipe, *fixed, *overrides)
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert sum(row["fold"].endswith("/3") for row in rows) == 3  # folds of another cut are other runs
 
 
 def test_differences_by_hand():
@@ -175,6 +179,7 @@ def test_every_head_of_the_papers_tables_is_a_valid_run():
     [
         "sample_rate = 0.5\nupdate = 'fused'\nmargin = { m1 = 2.0, gradient = 'straight_through' }",
         "kind = 'attfc'\nstrategy = 'single'\norder = 'reference'\nmargin = { past_pi = 'wrap' }",
+        "clip_head = 1.0\ntile = 64",
     ],
 )
 def test_heads_take_no_field_from_the_recipes_method(method, tmp_path):
@@ -211,7 +216,7 @@ def test_named_settings():
 
 
 def test_mistakes(given, tmp_path):
-    with pytest.raises(UserError, match="no pairs to compare runs by"):
+    with pytest.raises(UserError, match="no pairs to compare by"):
         compared(given[:4], tmp_path)
     (tmp_path / "r.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="not a results file"):

@@ -1,5 +1,6 @@
 import csv
 import shlex
+from functools import partial
 
 import pytest
 
@@ -8,6 +9,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
 from fr_core.verify.pairs import read_pairs
 from pipelines.cli import data
+from pipelines.datasets import split as split_module
 from pipelines.datasets.split import MIN_HELD_OUT, cut_folds, held_out_count, interval_of, split
 from tests.helpers.commands import bigface, figures
 from tests.helpers.datasets import write_dataset
@@ -68,14 +70,29 @@ def test_folds_hold_everybody_out_once_and_are_equal_in_both_layouts(tmp_path):
     assert held["flat"] == held["grouped"]
 
 
-def test_folds_are_cut_once_and_again_after_a_stop(tmp_path):
+def test_folds_are_cut_once_and_again_after_a_stop(tmp_path, monkeypatch):
     shards = write_dataset(tmp_path / "shards", 100, 25)
-    [first, *_] = cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=5)
+    cut, whole = partial(cut_folds, shards, tmp_path / "folds", 2), split_module.hold_out
+
+    def stopped(dataset, held_out_N, out, *more):
+        if out.name == "fold-1":
+            raise KeyboardInterrupt
+        return whole(dataset, held_out_N, out, *more)
+
+    monkeypatch.setattr(split_module, "hold_out", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cut(pairs_per_fold=5)
+    monkeypatch.setattr(split_module, "hold_out", whole)
+    [first, second] = cut(pairs_per_fold=5)
     written = first.pairs.stat().st_mtime_ns
-    cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=5)
+    cut(pairs_per_fold=5)
     assert first.pairs.stat().st_mtime_ns == written
-    cut_folds(shards, tmp_path / "folds", 2, pairs_per_fold=6)
-    assert len(read_pairs(first.pairs).same) == 6 * 2 * 6  # 12 people make 6 parts
+    monkeypatch.setattr(split_module, "hold_out", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cut(pairs_per_fold=6)
+    monkeypatch.setattr(split_module, "hold_out", whole)
+    cut(pairs_per_fold=5)  # not the folds of which one is of the other cut
+    assert [len(read_pairs(fold.pairs).same) for fold in (first, second)] == [5 * 2 * 6] * 2  # 12 people make 6 parts
 
 
 def test_too_few_people_for_folds_are_refused(tmp_path):
