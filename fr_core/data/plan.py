@@ -257,8 +257,8 @@ def balanced_order(
 def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
     """Return the rows, over all lanes, by which each strand runs behind the one before.
 
-    Images are shuffled within a window. So the lag is a window more than the rows that two images of a chunk lie apart
-    on the whole; a few per cent lie nearer, by less than a window.
+    Images are shuffled within a window, so the lag is a window more than the rows between two images of a chunk. A few
+    per cent of them still lie nearer, by less than a window.
     A reader reads ``strands - 1`` lags twice in an epoch. Where that is half of the dataset, the lag grows to an equal
     share of the epoch for each strand: the reader then keeps all it has read, and reads nothing twice.
 

@@ -68,7 +68,7 @@ def heads(
     """Return the overrides of each setting in tables 1 to 5 of AttFC (arXiv 2025; docs/methods/attfc.md), by table.
 
     Every method keeps its published margin and its other defaults, and all share one scale. Virtual FC also trains on
-    its class images, so it takes half the batch at the same rate for as many steps, with a warm-up of as many steps.
+    its class images, so it takes half the batch. Its rate, steps and warm-up are those of the others.
 
     Args:
         config: config of the recipe; all settings share its batch and epochs.

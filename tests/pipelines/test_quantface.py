@@ -44,7 +44,7 @@ def test_no_epoch_takes_a_moment(dataset, teacher, tmp_path):
 
 def test_mistakes_before_the_run(dataset, teacher, tmp_path):
     for args, message in (
-        (["method.teacher=none"], "no such run, checkpoint or weights file"),
+        (["method.teacher=nobody"], "no such run, checkpoint or weights file"),
         (["net.embedding=16", "method.loss=mse"], r"net\.embedding=32, or method\.loss\.kind=ekd"),
     ):
         with pytest.raises(UserError, match=message):

@@ -134,11 +134,11 @@ def test_a_folder_belongs_to_one_search(dataset, tmp_path, monkeypatch):
 
 
 def test_every_end_of_a_domain_is_a_run_that_can_be(grouped, dataset):
-    """20 steps: a stretch of FastFace, a share of them, would have none."""
+    """60 steps: the shortest of the windows to search, a share of them, would have one."""
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off", "schedule.kind=fastface"])
-    steps = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})})
-    with pytest.raises(UserError, match="patience"):
-        checked(replace(search(dataset), knobs=joined("fastface", "patience"), config=steps))
+    steps = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 60})})
+    with pytest.raises(UserError, match=r"schedule\.window = 0\.02 of 60 steps"):
+        checked(replace(search(dataset), knobs=joined("fastface", "window"), config=steps))
     config = load_config("debug_attfc", [f"data.path={grouped}", "tracking.uri=off"])
     few = replace(search(grouped), config=config)
     with pytest.raises(UserError, match="no identity"):

@@ -200,7 +200,7 @@ def test_grouped_runs_of_versions_with_another_order_are_not_resumed(grouped, tm
     summary = read_summary(folder)
     del summary["spread"]
     write_signed(folder, summary)
-    with pytest.raises(UserError, match=r"data.spread differs: 0 there, 64 now"):
+    with pytest.raises(UserError, match=r"data.spread differs: 0 there, 32 now"):
         run(config_of(grouped, "attfc", "train.max_steps=3"), tmp_path)
 
 
