@@ -37,6 +37,7 @@ from typing import Any, Protocol, assert_never
 from fr_core.config.optim import (
     Constant,
     Cosine,
+    CutRate,
     FastFace,
     FastFaceHaar,
     FastFaceRecurrence,
@@ -80,7 +81,36 @@ class FastFaceWatcher(Protocol):
         ...
 
 
-class RunWindow:
+class Stretch:
+    """The cuts of :class:`RunWindow` and :class:`Recurrence`: more than ⌊τ·T⌋ stationary steps in a row cut the rate.
+
+    Raises:
+        UserError: ⌊τ·T⌋ = 0, so that every stationary step would cut the rate.
+    """
+
+    def __init__(self, config: CutRate, steps: int) -> None:
+        self.delta, self.max_cuts, self.patience = config.delta, config.max_cuts, int(steps * config.patience)
+        if self.patience == 0:
+            raise UserError(
+                f"schedule.patience = {config.patience} of {steps} steps after the warm-up is less than 1 step: "
+                "raise schedule.patience, or train longer"
+            )
+        self.factor, self.count, self.cuts = 1.0, 0, 0
+
+    def judge(self, stationary: bool) -> None:
+        """Count a stationary step, cut the rate after a stretch of them, or end the stretch."""
+        if not stationary:
+            self.count = 0
+        elif self.count < self.patience:
+            self.count += 1
+        else:
+            self.count = 0
+            if self.cuts < self.max_cuts:
+                self.cuts += 1
+                self.factor /= self.delta
+
+
+class RunWindow(Stretch):
     """detector_t = (older − newer) / (w · (first − newer) / (t − w)); older, newer and first are means of w losses.
 
     ``newer`` is the mean of the last w losses, ``older`` of the w before, and ``first`` of the run's first w. So the
@@ -94,19 +124,14 @@ class RunWindow:
     STATE = ("factor", "detector", "steps", "count", "cuts", "w", "first", "older", "newer")
 
     def __init__(self, config: FastFace, steps: int) -> None:
-        self.config, self.w, self.patience = config, int(steps * config.window), int(steps * config.patience)
+        self.config, self.w = config, int(steps * config.window)
         if self.w < 2:
             raise UserError(
                 f"schedule.window = {config.window} of {steps} steps after the warm-up is less than 2 steps: "
                 "raise schedule.window, or train longer"
             )
-        if self.patience == 0:
-            raise UserError(
-                f"schedule.patience = {config.patience} of {steps} steps after the warm-up is less than 1 step: "
-                "raise schedule.patience, or train longer"
-            )
-        self.factor, self.detector = 1.0, 1.0
-        self.steps = self.count = self.cuts = 0
+        super().__init__(config, steps)
+        self.detector, self.steps = 1.0, 0
         self.losses = array("d", bytes(16 * self.w))  # a ring buffer of 2w losses
         self.first = self.older = self.newer = 0.0  # sums of w losses
 
@@ -124,15 +149,7 @@ class RunWindow:
             return
         fall, mean_fall = self.older - self.newer, (self.first - self.newer) * w / (self.steps - w)
         self.detector = fall / mean_fall if mean_fall > 0 else float(fall > 0)
-        if self.detector >= self.config.slope:
-            self.count = 0
-        elif self.count < self.patience:
-            self.count += 1
-        else:
-            self.count = 0
-            if self.cuts < self.config.max_cuts:
-                self.cuts += 1
-                self.factor /= self.config.delta
+        self.judge(self.detector < self.config.slope)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, ready for JSON. A run resumed with another length keeps its windows."""
@@ -145,7 +162,7 @@ class RunWindow:
         self.losses = array("d", state["losses"])
 
 
-class Recurrence:
+class Recurrence(Stretch):
     """D_t = (2−α−β)·D_{t−1} − (1−α)(1−β)·D_{t−2} + αβ·(L_{t−1} − L_t), with D_1 = α(L_0 − L_1).
 
     ``start = "published"`` sets D_0 = 0, which overshoots at first. ``"consistent"`` sets D_0 = D_1. D is then exactly
@@ -167,12 +184,8 @@ class Recurrence:
                 f"to {self.alpha:g} and schedule.beta to {self.beta:g}, both must stay below 1: "
                 "raise schedule.reference_batch"
             )
-        self.config, self.patience = config, int(steps * config.patience)
-        if self.patience == 0:
-            raise UserError(
-                f"schedule.patience = {config.patience} of {steps} steps after the warm-up is less than 1 step: "
-                "raise schedule.patience, or train longer"
-            )
+        super().__init__(config, steps)
+        self.config = config
         name, rate = min(("alpha", self.alpha), ("beta", self.beta), key=lambda pair: pair[1])
         if steps * rate < LEAST_SPAN[config.start]:
             longer = LEAST_SPAN[config.start] / steps
@@ -181,8 +194,7 @@ class Recurrence:
                 f'the warm-up with schedule.start = "{config.start}": raise it to {longer:.2g}, or use '
                 'schedule.kind = "fastface"'
             )
-        self.factor, self.detector, self.before, self.loss = 1.0, 0.0, 0.0, 0.0
-        self.steps = self.count = self.cuts = 0
+        self.detector, self.before, self.loss, self.steps = 0.0, 0.0, 0.0, 0
 
     def observe(self, loss: float) -> None:
         """Take the loss of the last step, as :class:`FastFaceWatcher` says."""
@@ -196,15 +208,7 @@ class Recurrence:
             a, b = self.alpha, self.beta
             now = (2 - a - b) * self.detector - (1 - a) * (1 - b) * self.before + a * b * fall
             self.before, self.detector = self.detector, now
-        if self.detector >= self.threshold:
-            self.count = 0
-        elif self.count < self.patience:
-            self.count += 1
-        else:
-            self.count = 0
-            if self.cuts < self.config.max_cuts:
-                self.cuts += 1
-                self.factor /= self.config.delta
+        self.judge(self.detector < self.threshold)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, ready for JSON. A run resumed with another length keeps its rate and its stretch."""
