@@ -36,7 +36,8 @@ from pipelines.experiments import trial as trial_module
 from pipelines.experiments import tune
 from pipelines.experiments.search import Search, Trial, best, deliver_trials, winner_recipe, write_results
 from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
-from pipelines.experiments.tune import DRIVER, claim_folder, clip_to_domains, end_tune_early, share_cluster
+from pipelines.experiments.tune import DRIVER, claim_folder, end_tune_early, share_cluster
+from pipelines.experiments.tuner import clip_to_domains, make_tuner
 from pipelines.on_ray import start_ray
 from pipelines.train import train
 from tests.helpers.commands import bigface
@@ -154,7 +155,7 @@ def test_an_objective_that_the_pairs_do_not_resolve(small):
 
 def test_a_search_that_goes_on_judges_by_what_it_saw(dataset, tmp_path):
     """Tune pickles its scheduler as it was at first, and its callbacks' states as they are."""
-    made = tune.make_tuner(
+    made = make_tuner(
         search(dataset, stop="asha"), tmp_path, partial(run_trial, launch={}), {"CPU": 1.0}, 1, (2, 8), resume=False
     )
     inside = made._local_tuner.__getstate__()
