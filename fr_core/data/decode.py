@@ -55,6 +55,7 @@ def augmented_batch(
         part = slice(start, start + _CHUNK)
         rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
         rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
+        rows = [averaged(row, size) for row in rows]
         shapes = [row.shape[:2] for row in rows]
         matrices: Iterable[np.ndarray | None] = itertools.repeat(None)
         if moved or set(shapes) != {(size, size)}:
@@ -100,14 +101,22 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize an image to the net's input size, uint8 [size, size, 3]: training's warp without its random part.
-
-    Images more than twice as large are averaged first.
-    """
+    """Resize an image to the net's input size, uint8 [size, size, 3]: training's warp without its random part."""
+    image = averaged(image, size)
     if image.shape[:2] == (size, size):
         return image
     (matrix,) = _warps(np.array([image.shape[:2]]), size)
     return warped(image, matrix, size)
+
+
+def averaged(image: np.ndarray, size: int) -> np.ndarray:
+    """Shrink an image whose longer side exceeds ``size`` pixels to that side, by area averages, which do not alias."""
+    height, width = image.shape[:2]
+    shrink = max(height, width) / size
+    if shrink <= 1:
+        return image
+    shape = max(1, round(width / shrink)), max(1, round(height / shrink))
+    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
 
 
 _DRAWS = 19  # uniform numbers per image

@@ -28,6 +28,17 @@ def test_without_augmentation_a_batch_is_the_resized_images(faces):
     assert np.array_equal(batch(faces, OFF, size=112), np.stack([decode(face) for face in faces]))
 
 
+@pytest.mark.parametrize("augment", [OFF, Augment(flip=0, shift=0.1)], ids=["still", "moved"])
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_a_fine_pattern_becomes_grey_and_no_coarser_pattern(augment, size):
+    """Bilinear shrinking alone turns lines of one pixel into stripes: their deviation is 63 and more at these sizes."""
+    lines = np.zeros((112, 112, 3), np.uint8)
+    lines[:, ::2] = 255
+    inner = batch([lines], augment, size=size)[0, 8:-8, 8:-8].astype(float)
+    assert inner.std() < 20
+    assert abs(inner.mean() - 127.5) < 4
+
+
 def test_flip_is_exact_and_about_half(faces):
     plain, flipped = batch(faces, OFF, size=112), batch(faces, Augment(flip=0.5), size=112)
     turned = [np.array_equal(b, a[:, ::-1]) for a, b in zip(plain, flipped, strict=True)]
