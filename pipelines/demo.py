@@ -83,7 +83,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
 
 def faces_figure(images: Path, identities: int = 8, shots: int = 12) -> Figure:
     """Draw a contact sheet with one identity a row."""
-    from fr_core.data.crops import read_rgb
+    from fr_core.data.photos import read_rgb
 
     folders = sorted(p for p in images.iterdir() if p.is_dir())[:identities]
     faces = [read_rgb(p.read_bytes()) for folder in folders for p in sorted(folder.iterdir())[:shots]]

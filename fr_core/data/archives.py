@@ -13,7 +13,7 @@ from fr_core.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before the bytes of each zip member
 LOCAL_MAGIC = b"PK\3\4"
-ENCRYPTED, CHECKSUM_BEHIND = 0x1, 0x8  # flags of the local header
+ENCRYPTED, CHECKSUM_BEHIND, UTF8 = 0x1, 0x8, 0x800  # flags of a header
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,15 @@ class Member:
     length: int  # bytes in the archive
 
 
-def zip_members(path: Path) -> Iterator[Member]:
-    """Yield the files of a zip archive, from its central directory.
+def zip_members(path: Path, names_in: str | None = None) -> Iterator[Member]:
+    """Yield the files of a zip archive, from its central directory. Backslashes in names become slashes.
+
+    Args:
+        path: the archive.
+        names_in: encoding of names that the archive does not mark as UTF-8.
 
     Raises:
-        UserError: the file is unreadable or no zip archive.
+        UserError: the file is unreadable or no zip archive, or the encoding of a name is not known.
     """
     try:
         size = path.stat().st_size
@@ -37,10 +41,24 @@ def zip_members(path: Path) -> Iterator[Member]:
             for info in archive.infolist():
                 if not 0 <= info.header_offset <= size or not 0 <= info.compress_size <= size:
                     raise ValueError(f"{info.filename!r} lies outside the file")
-                if not info.is_dir():
-                    yield Member(info.filename, info.header_offset, info.compress_size)
+                if not info.filename.endswith(("/", "\\")):
+                    yield Member(_zip_name(path, info, names_in), info.header_offset, info.compress_size)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
         raise UserError(f"{path}: not a readable zip archive: {_first_line(error)}") from None
+
+
+def _zip_name(path: Path, info: zipfile.ZipInfo, names_in: str | None) -> str:
+    """Return the name of a zip member; a name that is not marked as UTF-8 may still be."""
+    name = info.filename
+    if not info.flag_bits & UTF8 and not name.isascii():
+        try:
+            name = name.encode("cp437").decode(names_in or "utf-8")
+        except UnicodeError:
+            mend = f"they are not {names_in}" if names_in else "give --names-in gbk, shift_jis, cp1252 or the like"
+            raise UserError(f"{path}: its names are in no stated encoding; {mend}") from None
+        except LookupError:
+            raise UserError(f"--names-in {names_in}: no encoding of this name; use gbk, shift_jis or cp1252") from None
+    return name.replace("\\", "/")
 
 
 def tar_members(path: Path) -> Iterator[Member]:

@@ -4,47 +4,30 @@ A crop is `size`×`size` RGB. Its five points lie on the template that the field
 is such a crop already keeps its bytes. All other images are decoded, aligned or resized, and encoded once.
 """
 
-import io
-import stat
-import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
 
-from fr_core.data.store import AnyPath
+from fr_core.data.photos import RejectedImage, read_photo
 
 TEMPLATE = np.array([(38.29, 51.70), (73.53, 51.50), (56.03, 71.74), (41.55, 92.37), (70.73, 92.20)], np.float32)
 TEMPLATE_SIZE = 112  # side of the crop that TEMPLATE refers to, pixels
 ALIGNED_WITHIN = 1 / 6  # share of the side: an aligned crop's points lie nearer to the template on average
-MAX_PIXELS = 64_000_000  # larger images are refused by their header
-LONGEST = 64 * 2**20  # bytes of an encoded image, at most
+FARTHEST = 15  # root mean square distance of a face's points from the template after the fit, pixels of 112
+SMALLEST_FACE = 8  # side of the square in the image that becomes the crop, pixels
 QUALITY = 95  # JPEG quality of encoded crops
-UPRIGHT, ORIENTATION = 1, 0x0112  # Exif: value for upright, tag of the orientation
 
 
-class RejectedImage(Exception):
-    """An image that cannot be used. The message is one of a few constant reasons, so that they can be counted."""
+class Crop(NamedTuple):
+    """The crop of an image."""
 
-
-def read_file(path: AnyPath) -> bytes:
-    """Read the bytes of an image file.
-
-    Raises:
-        OSError: the file is missing or unreadable.
-        RejectedImage: the path is invalid, the file is no regular file, or it has more than 64 MiB.
-    """
-    try:
-        status = path.stat()
-    except ValueError:  # a NUL byte
-        raise RejectedImage("no path") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise RejectedImage("no regular file")
-    if status.st_size > LONGEST:
-        raise RejectedImage("too large")
-    return path.read_bytes()
+    jpeg: bytes
+    landmarks: np.ndarray | None  # float32 [5, 2], in pixels of the crop; None if unknown
+    not_square: bool  # the image was not square, and its central square was taken
+    repaired: bool  # the image was a JPEG without end marker, or with extra bytes
 
 
 def make_crop(
@@ -52,25 +35,22 @@ def make_crop(
     size: int,
     landmarks: np.ndarray | None = None,
     find: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> tuple[bytes, np.ndarray | None, bool]:
+) -> Crop:
     """Make the aligned crop of an image, as JPEG bytes.
 
     Without landmarks, the image is taken for a crop: its central square is resized.
 
     Args:
-        data: bytes of a JPEG or PNG file.
+        data: bytes of an image file.
         size: side of the crop, pixels.
         landmarks: float32 [5, 2], the five points in pixels of the upright image, or None.
         find: finds the five points in an image, uint8 [H, W, 3] RGB; called if ``landmarks`` is None.
 
-    Returns:
-        The JPEG, the landmarks in its pixels (None if unknown), and whether the image was not square.
-
     Raises:
-        RejectedImage: the image is empty, corrupt, truncated, CMYK, 16-bit, too large, or neither JPEG nor PNG. Also
-            what ``find`` raises.
+        RejectedImage: as :func:`fr_core.data.photos.read_photo` and ``find``, or the landmarks are not those of a face
+            in the image.
     """
-    image = read_rgb(data)
+    image, as_stored, repaired = read_photo(data)
     height, width = image.shape[:2]
     if landmarks is None and find is not None:
         landmarks = find(image)
@@ -79,36 +59,49 @@ def make_crop(
         is_crop = height == width == size and _template_distance(landmarks, size) <= ALIGNED_WITHIN * size
         if not is_crop:
             matrix = similarity(landmarks, size)
-            return encode(warped(image, matrix, size)), landmarks @ matrix[:, :2].T + matrix[:, 2], False
-    if height == width == size and data[:2] == b"\xff\xd8" and orientation(data) == UPRIGHT:
-        return data, landmarks, False
-    return encode(square(image, size)), landmarks, height != width
+            refuse_absurd(landmarks, matrix, (height, width), size)
+            moved = landmarks @ matrix[:, :2].T + matrix[:, 2]
+            return Crop(encode(warped(image, matrix, size)), moved, False, repaired)
+    if height == width == size and as_stored:
+        return Crop(data, landmarks, False, False)
+    return Crop(encode(square(image, size)), landmarks, height != width, repaired)
 
 
-def read_rgb(data: bytes) -> np.ndarray:
-    """Decode a JPEG or PNG strictly, turned upright by its Exif orientation: uint8 [H, W, 3], RGB.
+def refuse_absurd(landmarks: np.ndarray, matrix: np.ndarray, shape: tuple[int, int], size: int) -> None:
+    """Reject landmarks that no face in the image has.
+
+    Args:
+        landmarks: float32 [5, 2], pixels.
+        matrix: float32 [2, 3], the similarity that carries them onto the template.
+        shape: height and width of the image.
+        size: side of the crop, pixels.
 
     Raises:
-        RejectedImage: as :func:`make_crop`.
+        RejectedImage: their middle lies outside of the image, the face would be a few pixels wide, or they do not fit
+            the template.
     """
-    if not data:
-        raise RejectedImage("empty file")
-    if data[:2] == b"\xff\xd8":
-        return _read_jpeg(data)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _read_png(data)
-    raise RejectedImage("neither JPEG nor PNG")
+    x, y = landmarks.mean(0)
+    if not (0 <= x <= shape[1] and 0 <= y <= shape[0]):
+        raise RejectedImage("landmarks outside the image")
+    if size / np.hypot(matrix[0, 0], matrix[1, 0]) < SMALLEST_FACE:
+        raise RejectedImage("landmarks of a face of a few pixels")
+    if misfits(landmarks[None])[0] > FARTHEST:
+        raise RejectedImage("landmarks not of a face")
 
 
-def orientation(data: bytes) -> int:
-    """Return the Exif orientation of a JPEG, or 1 (upright) if there is none."""
-    if b"Exif\0\0" not in data[: 2**16]:
-        return UPRIGHT
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return int(image.getexif().get(ORIENTATION, UPRIGHT))
-    except (OSError, ValueError, TypeError, SyntaxError, struct.error):  # Pillow's errors for damaged Exif
-        return UPRIGHT
+def misfits(points_N52: np.ndarray) -> np.ndarray:
+    """Return how far each five points are from the template after the best similarity.
+
+    Returns:
+        float64 [N], root mean square distance in pixels of the 112×112 crop; 23.2, the template's extent, at most.
+    """
+    plane = np.array([1, 1j])
+    source_N5, target_5 = points_N52.astype(np.float64) @ plane, TEMPLATE.astype(np.float64) @ plane
+    source_N5 = source_N5 - source_N5.mean(1, keepdims=True)
+    target_5 = target_5 - target_5.mean()
+    spread_N1 = np.maximum((np.abs(source_N5) ** 2).sum(1, keepdims=True), 1e-12)
+    turn_N1 = (source_N5.conj() @ target_5)[:, None] / spread_N1
+    return np.sqrt((np.abs(turn_N1 * source_N5 - target_5) ** 2).mean(1))
 
 
 def central_square(image: np.ndarray) -> np.ndarray:
@@ -167,52 +160,6 @@ def warped(image: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray:
         shift = matrix[:, :2] @ ((scale - 1) / 2) + matrix[:, 2]
         matrix = np.column_stack([matrix[:, :2] * scale, shift])
     return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)
-
-
-def _read_jpeg(data: bytes) -> np.ndarray:
-    """Decode a JPEG strictly and turn it upright."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        raise RejectedImage("corrupt or truncated") from None
-    if colours in ("CMYK", "YCCK"):
-        raise RejectedImage("CMYK")
-    _refuse_huge(height, width)
-    try:
-        image = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-    except ValueError:
-        raise RejectedImage("corrupt or truncated") from None
-    if orientation(data) == UPRIGHT:
-        return image
-    turned = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if turned is None:
-        raise RejectedImage("corrupt or truncated")
-    return turned
-
-
-def _read_png(data: bytes) -> np.ndarray:
-    """Decode a PNG, refusing a truncated one."""
-    try:
-        width, height, depth = struct.unpack(">IIB", data[16:25])
-    except struct.error:
-        raise RejectedImage("corrupt or truncated") from None
-    if depth > 8:
-        raise RejectedImage("16-bit")
-    _refuse_huge(height, width)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:
-        image = None
-    # OpenCV returns the readable part of a truncated PNG, but a complete PNG ends in an IEND chunk.
-    if image is None or b"IEND" not in data[-16:]:
-        raise RejectedImage("corrupt or truncated")
-    return image
-
-
-def _refuse_huge(height: int, width: int) -> None:
-    """Reject an image by the size in its header, before any pixel is decoded."""
-    if height * width > MAX_PIXELS:
-        raise RejectedImage(f"more than {MAX_PIXELS // 1_000_000} megapixels")
 
 
 def _template_distance(landmarks: np.ndarray, size: int) -> float:

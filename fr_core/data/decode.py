@@ -16,7 +16,8 @@ import simplejpeg
 
 from fr_core import rng
 from fr_core.config.sections import Augment
-from fr_core.data.crops import read_rgb, warped
+from fr_core.data.crops import warped
+from fr_core.data.photos import read_rgb
 
 _CHUNK = 16  # images per task of a thread
 

@@ -10,7 +10,8 @@ from importlib import resources
 import cv2
 import numpy as np
 
-from fr_core.data.crops import RejectedImage, similarity, warped
+from fr_core.data.crops import similarity, warped
+from fr_core.data.photos import RejectedImage
 from fr_core.errors import UserError
 
 WEIGHTS = "face_detection_yunet_2023mar.onnx"

@@ -3,11 +3,9 @@
 :func:`read_image` reads an image's bytes from the source, in any process and in any order.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
 from typing import Literal, assert_never
 
 import numpy as np
@@ -15,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fr_core.data.archives import read_zip_member
-from fr_core.data.crops import LONGEST, RejectedImage, read_file
+from fr_core.data.folders import why_passed
+from fr_core.data.photos import LONGEST, RejectedImage, read_file
 from fr_core.data.recordio import image_of, read_record
 from fr_core.data.store import AnyPath, LocalBytes, RemoteBytes, RemotePath, to_path
 from fr_core.errors import UserError
 
 Kind = Literal["files", "plain", "zip", "rec"]  # plain: uncompressed in a tar or a scratch file
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 UNLABELLED = "(unlabelled)"  # name of the only identity of an unlabelled set
 COLUMNS = pa.schema(
     [
@@ -43,6 +41,8 @@ class Listing:
     names: list[str]  # identities, by label
     files: list[str]  # files that hold the images; for loose images, their folder
     images: pa.Table  # with COLUMNS
+    passed: dict[str, int] = field(default_factory=dict)  # reason → files of the source that are no images of people
+    notes: tuple[str, ...] = ()  # how the source was read, for the user
 
     @property
     def labels(self) -> np.ndarray:
@@ -56,9 +56,8 @@ class Listing:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name has an image's suffix and is no file that macOS adds (``__MACOSX/``, ``._1.jpg``)."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and "__MACOSX" not in path.parts
+    """Return whether a name has an image's suffix and is not hidden."""
+    return why_passed(name) is None
 
 
 def read_image(kind: Kind, file: str, path: str, start: int, length: int) -> bytes:
@@ -92,6 +91,8 @@ def make_listing(
     paths: list[str],
     owners: Sequence[str] | np.ndarray,
     places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    passed: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Listing:
     """Make a listing: number the identities by name, and sort the images by identity but not within one.
 
@@ -102,9 +103,12 @@ def make_listing(
         paths: name of each image.
         owners: identity of each image.
         places: for each image its file, start and length; None for loose images.
+        passed: number of files that are passed over, by reason.
+        notes: how the source was read, for the user.
 
     Raises:
-        UserError: there is only one identity, or only one image per identity, or a name is not UTF-8.
+        UserError: there is only one identity, or only one image per identity, or a name is not UTF-8, or two names
+            differ in case alone.
     """
     try:
         coded, named = pa.array(owners).dictionary_encode(), pa.array(paths, pa.string())
@@ -117,33 +121,27 @@ def make_listing(
         raise UserError(f"{root}: only one identity, {names[0]!r}; give the folder that holds one folder per person")
     if len(names) == len(paths) and names != [UNLABELLED]:
         raise UserError(f"{root}: one image per identity; training needs two or more images of a person")
+    refuse_other_case(root, names)
     order = np.argsort(labels, kind="stable")
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
     columns = [named.take(pa.array(order)), labels[order], *where[order].T]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
-    return Listing(root, kind, names, files, table)
+    return Listing(root, kind, names, files, table, dict(sorted((passed or {}).items())), tuple(notes))
 
 
-def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) -> Listing:
-    """List loose files that a table names with their identities.
-
-    Args:
-        table: the table, for error messages.
-        root: folder that the paths are relative to; no path may lead out of it.
-        rows: (path, identity) of each image.
+def refuse_other_case(root: AnyPath, names: Sequence[str]) -> None:
+    """Refuse names that differ in case alone.
 
     Raises:
-        UserError: there are no rows, a path leads out of ``root`` or comes twice, or as :func:`make_listing`.
+        UserError: there are such names.
     """
-    for path, _ in rows:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
-    paths, owners = [path for path, _ in rows], [owner for _, owner in rows]
-    if not paths:
-        raise UserError(f"{table}: names no images; give a path and an identity for each")
-    if len(set(paths)) < len(paths):
-        raise UserError(f"{table}: {Counter(paths).most_common(1)[0][0]} is listed twice; remove one")
-    return make_listing(root, "files", [str(root.resolve())], paths, owners)
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(
+                f"{root}: {other} and {name} differ in case alone; rename one, or put their images together"
+            )
 
 
 def _slice(data: LocalBytes | RemoteBytes, start: int, length: int) -> bytes:

@@ -24,7 +24,8 @@ import numpy as np
 from fr_core import rng
 from fr_core.config import Config
 from fr_core.config.sections import Masks
-from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, RejectedImage, similarity
+from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, similarity
+from fr_core.data.photos import RejectedImage
 
 KINDS = ("surgical", "kn95", "cloth", "dark")
 PER_KIND = 16  # textures of a kind

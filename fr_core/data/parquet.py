@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fr_core.data.crops import LONGEST
+from fr_core.data.photos import LONGEST
 from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 

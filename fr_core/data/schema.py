@@ -74,6 +74,8 @@ class Manifest(BaseModel):
     source: str
     rejects: dict[str, int]  # reason → images left out; rejects.csv lists each image
     warnings: dict[str, int]
+    passed: dict[str, int] = {}  # reason → files of the source that are no images of people
+    notes: tuple[str, ...] = ()  # how the source was read
     chunk_images: int = 32  # images of a row of the grouped layout, at most; older manifests do not say it
 
 

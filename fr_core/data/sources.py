@@ -1,35 +1,45 @@
 """Lists the sources that people already have: identity folders, archives, RecordIO, Parquet, lists of files."""
 
-import csv
-import itertools
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from shlex import quote
 
 import numpy as np
 
-from fr_core.data.archives import Member, tar_members, zip_members
-from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
+from fr_core.data.archives import tar_members, zip_members
+from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
+from fr_core.data.labels import read_labels
+from fr_core.data.listing import UNLABELLED, Listing, make_listing
 from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import list_records
-from fr_core.data.store import AnyPath, LocalBytes, RemotePath, find_paths, local_copy, to_path
+from fr_core.data.resolve import is_below, resolve
+from fr_core.data.store import AnyPath, local_copy, to_path
+from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
-IDENTITY_COLUMNS = ("identity", "label", "name")  # columns of a CSV list that may name the identity
-LONGEST_CLASS = 1000  # bytes read of a .cls file
+WRAPPERS = 3  # folders around the files of a source that are looked through
 
 
-def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scratch: Path | None = None) -> Listing:
+def list_source(
+    source: str | AnyPath,
+    labels: str | AnyPath | None = None,
+    scratch: Path | None = None,
+    level: int | None = None,
+    names_in: str | None = None,
+) -> Listing:
     """List the images of a source of any known kind, local or at a URL.
 
     Args:
         source: a folder of identity folders, a ``.zip`` or ``.tar`` of them, a ``.rec``, or a Parquet file. Also a
-            folder that holds files of one of these kinds. Or a list of files with their identities: ``path identity``
-            on each line, or a CSV with these columns.
+            folder that holds files of one of these kinds. Or a list of files with their identities
+            (:mod:`fr_core.data.labels`).
         labels: such a list, for a folder of loose images.
         scratch: folder for the unpacked images of Parquet files; files unpacked before are used again.
+        level: which folder below the source is the person, counted from 1; None finds it.
+        names_in: encoding of the file names in zips that state none.
 
     Raises:
         UserError: there is no readable source, no image, only one identity, or only one image per identity.
@@ -38,36 +48,13 @@ def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scra
     if labels is not None:
         return list_files(to_path(labels), source)
     if source.is_dir():
-        inside = [entry for entry in find_paths(source, "*") if entry.is_file()]
-        records = [entry for entry in inside if entry.suffix == ".rec"]
-        zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
-        compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
-        parquets = [entry for entry in inside if entry.suffix == ".parquet"]
-        if parquets and (source / "manifest.json").exists():
-            raise UserError(
-                f"{source}: already a dataset; bigface merge copies it, bigface unpack turns it into images"
-            )
-        folders = [entry for entry in source.iterdir() if entry.is_dir()]
-        kinds = [kind[0] for kind in (records, zips, tars, compressed, parquets) if kind]
-        if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
-            beside = [path.name for path in (*records, *kinds, *folders)][:3]
-            names = ", ".join(dict.fromkeys(beside))
-            raise UserError(f"{source}: holds several kinds of sources, {names}; give the path of one of them")
-        if compressed:
-            raise UserError(f"{compressed[0]}: decompress it first, since images do not compress further")
-        if records:
-            return list_rec(records[0])
-        if zips or tars:
-            return list_archives(source, zips or tars)
-        if parquets:
-            return list_parquet(source, parquets, scratch)
-        return list_folder(source)
+        return _list_dir(source, scratch, level, names_in)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if source.suffix == ".rec":
         return list_rec(source)
     if source.suffix == ".zip" or ".tar" in source.suffixes or source.suffix == ".tgz":
-        return list_archives(source, [source])
+        return list_archives(source, [source], level, names_in)
     if source.suffix == ".parquet":
         return list_parquet(source, [source], scratch)
     if source.suffix in LISTS:
@@ -79,8 +66,52 @@ def list_source(source: str | AnyPath, labels: str | AnyPath | None = None, scra
     raise UserError(f"{source}: unknown kind of source; give a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
 
 
-def list_folder(root: str | AnyPath) -> Listing:
+def _list_dir(
+    source: AnyPath, scratch: Path | None, level: int | None, names_in: str | None, depth: int = 0
+) -> Listing:
+    """List a folder: of identity folders, of files of one kind, or around such a folder."""
+    visible = [entry for entry in source.iterdir() if why_passed(f"{entry.name}/x.jpg") is None]
+    inside = sorted((entry for entry in visible if entry.is_file()), key=str)
+    records = [entry for entry in inside if entry.suffix == ".rec"]
+    zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
+    compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
+    parquets = [entry for entry in inside if entry.suffix == ".parquet"]
+    if parquets and (source / "manifest.json").exists():
+        raise UserError(f"{source}: already a dataset; bigface merge copies it, bigface unpack turns it into images")
+    folders = [entry for entry in visible if entry.is_dir()]
+    kinds = [kind[0] for kind in (records, zips, tars, compressed, parquets) if kind]
+    if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
+        beside = [path.name for path in (*records, *kinds, *folders)][:3]
+        names = ", ".join(dict.fromkeys(beside))
+        raise UserError(f"{source}: holds several kinds of sources, {names}; give the path of one of them")
+    if compressed:
+        raise UserError(f"{compressed[0]}: decompress it first, since images do not compress further")
+    if records:
+        return list_rec(records[0])
+    if zips or tars:
+        return list_archives(source, zips or tars, level, names_in)
+    if parquets:
+        return list_parquet(source, parquets, scratch)
+    if len(folders) == 1 and depth < WRAPPERS and _holds_files(folders[0]):
+        return _list_dir(folders[0], scratch, level, names_in, depth + 1)
+    return list_folder(source, level)
+
+
+def _holds_files(folder: AnyPath) -> bool:
+    """Return whether a folder, or the only folder in it, holds archives, records or tables instead of images."""
+    entries: list[AnyPath] = list(folder.iterdir())
+    if any({".rec", ".zip", ".tar", ".tgz", ".parquet"} & set(entry.suffixes) for entry in entries):
+        return True
+    folders = [entry for entry in entries if entry.is_dir()]
+    return len(folders) == 1 and _holds_files(folders[0])
+
+
+def list_folder(root: str | AnyPath, level: int | None = None) -> Listing:
     """List the images in ``root/IDENTITY/…``, at any depth below; identities and images are sorted by name.
+
+    Args:
+        root: the folder.
+        level: which folder below it is the person, counted from 1; None: :func:`fr_core.data.folders.owners_of`.
 
     Raises:
         UserError: the folder is missing, unreadable, without images or without identity folders, or has only one image
@@ -89,30 +120,28 @@ def list_folder(root: str | AnyPath) -> Listing:
     root = to_path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    if isinstance(root, RemotePath):  # one listing of all, not one per identity
-        found = (path.relative_to(root) for path in root.rglob("*") if is_image(path.name) and path.is_file())
-        paths = sorted(str(path) for path in found if len(path.parts) > 1)
-    else:
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
-        paths = [path for folder in folders for path in sorted(_images_below(folder, root))]
+    files = sorted(find_files(root))
+    found, passed = images_of(files)
+    images = [files[i] for i in found]
+    owners, notes = owners_of(images, root, level)
+    paths = [path for path, owner in zip(images, owners, strict=True) if owner]
+    if loose := len(images) - len(paths):
+        passed[LOOSE] = loose
     if not paths:
-        loose = any(is_image(p.name) for p in root.iterdir())
-        hint = "the images lie loose: give each person a folder" if loose else "expected IDENTITY/*.jpg or *.png"
-        raise UserError(f"{root}: no identity folders with images; {hint}")
-    return make_listing(root, "files", [str(root.resolve())], paths, [path.partition("/")[0] for path in paths])
+        raise UserError(f"{root}: no identity folders with images; {_seen(passed)}")
+    kept = [owner for owner in owners if owner]
+    return make_listing(root, "files", [str(root.resolve())], paths, kept, passed=passed, notes=notes)
 
 
-def _images_below(folder: Path, root: Path) -> Iterator[str]:
-    """Yield the images at any depth below a folder, as paths relative to ``root``."""
-
-    def refuse(error: OSError) -> None:
-        """Raise on an unreadable folder, which os.walk would skip."""
-        raise UserError(
-            f"{error.filename}: {error.strerror}; make the folder readable, or its images would be missing"
-        ) from None
-
-    for below, _, names in os.walk(folder, onerror=refuse):
-        yield from (str((Path(below) / name).relative_to(root)) for name in names if is_image(name))
+def _seen(passed: Mapping[str, int]) -> str:
+    """Return what a folder without images of people holds, and the mend."""
+    if LOOSE in passed:
+        return "the images lie loose: give each person a folder, or a list by --labels"
+    if not passed:
+        return "it holds no files: expected IDENTITY/*.jpg"
+    most = sorted(passed.items(), key=lambda item: -item[1])[:3]
+    seen = ", ".join(f"{reason} ({count:,})" for reason, count in most)
+    return f"it holds {seen}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:
@@ -122,39 +151,78 @@ def list_unlabelled(root: str | AnyPath) -> Listing:
         UserError: the folder is missing, or has no images.
     """
     place = to_path(root)
-    found = [path for path in place.rglob("*") if is_image(path.name) and path.is_file()] if place.is_dir() else []
+    files = sorted(find_files(place)) if place.is_dir() else []
+    found, passed = images_of(files)
     if not found:
         raise UserError(f"{root}: no images in it" if place.is_dir() else f"{root}: no such folder")
-    paths = sorted("/".join(path.parts[len(place.parts) :]) for path in found)
-    return make_listing(place, "files", [str(place.resolve())], paths, [UNLABELLED] * len(paths))
+    paths, owners = [files[i] for i in found], [UNLABELLED] * len(found)
+    return make_listing(place, "files", [str(place.resolve())], paths, owners, passed=passed)
 
 
-def list_archives(root: AnyPath, archives: Sequence[AnyPath]) -> Listing:
+def list_archives(
+    root: AnyPath, archives: Sequence[AnyPath], level: int | None = None, names_in: str | None = None
+) -> Listing:
     """List the images in archives, all zip or all tar, each a tree of identity folders.
 
-    The identity is the first folder below the folders that all images of an archive share. In an archive without
-    folders, the archive itself is the identity. In a WebDataset tar, ``KEY.cls`` beside ``KEY.jpg`` names the identity.
-    Archives may share identities, by name.
+    Folders count as in a folder of photos. In archives without folders, each archive is an identity. In a WebDataset
+    tar, files beside the images name the identities (:mod:`fr_core.data.webdataset`). Archives may share identities, by
+    name.
 
     Raises:
-        UserError: an image lacks its ``.cls`` while others have one, or as :func:`list_folder`.
+        UserError: an image lacks its label while others have one, the archives may be shards or people, or as
+            :func:`list_folder`.
     """
     zipped = archives[0].suffix == ".zip"
     paths: list[str] = []
-    owners: list[str] = []
+    owners: list[str | None] = []
     places: list[tuple[int, int, int]] = []
+    passed: Counter[str] = Counter()
+    notes: list[str] = []
+    unlabelled = []
     for number, path in enumerate(archives):
         with local_copy(path) as file:
-            found = sorted((zip_members if zipped else tar_members)(file), key=lambda member: member.name)
-            members = [member for member in found if is_image(member.name)]
-            classes = [member for member in found if member.name.endswith(".cls") and not zipped]
-            owners += _by_cls(file, members, classes) if classes else _by_folder(members, path.stem)
-        paths += [member.name if len(archives) == 1 else f"{path.name}/{member.name}" for member in members]
-        places += [(number, member.start, member.length) for member in members]
-    if not paths:
-        raise UserError(f"{root}: holds no JPEG or PNG files")
-    files = [str(path.resolve()) for path in archives]
-    return make_listing(root, "zip" if zipped else "plain", files, paths, owners, places)
+            members = sorted(zip_members(file, names_in) if zipped else tar_members(file), key=lambda m: m.name)
+            found, others = images_of([member.name for member in members])
+            images = [members[i] for i in found]
+            names = [member.name for member in images]
+            of_folders, said = owners_of(names, path, level)
+            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, all(of_folders))
+        if labels is None and not any(of_folders) and level is None:
+            labels = [path.stem] * len(images)
+            unlabelled.append(path.stem)
+        owners += of_folders if labels is None else labels
+        paths += names if len(archives) == 1 else [f"{path.name}/{name}" for name in names]
+        places += [(number, member.start, member.length) for member in images]
+        passed += others - images_of(sorted(beside))[1]
+        notes += said if len(archives) == 1 else []
+    if len(unlabelled) > 1 and _running_numbers(unlabelled):
+        raise UserError(
+            f"{root}: {unlabelled[0]} and the others have neither folders nor labels: unpack each into a folder if it "
+            "holds one person, or add KEY.cls files if they are shards"
+        )
+    if loose := owners.count(None):
+        passed[LOOSE] = loose
+    kept = [i for i, owner in enumerate(owners) if owner]
+    if not kept:
+        raise UserError(f"{root}: holds no images of people" + (f", but {_seen(passed)}" if passed else ""))
+    return make_listing(
+        root,
+        "zip" if zipped else "plain",
+        [str(path.resolve()) for path in archives],
+        [paths[i] for i in kept],
+        [str(owners[i]) for i in kept],
+        [places[i] for i in kept],
+        passed,
+        notes,
+    )
+
+
+def _running_numbers(names: Sequence[str]) -> bool:
+    """Return whether names end in numbers that run on by one, as shards have them."""
+    numbers = [re.search(r"(\d+)$", name) for name in names]
+    ends = sorted(int(number[1]) for number in numbers if number)
+    starts = {name[: number.start()] for name, number in zip(names, numbers, strict=True) if number}
+    return len(ends) == len(names) and len(starts) == 1 and ends == list(range(ends[0], ends[0] + len(ends)))
 
 
 def list_rec(path: AnyPath) -> Listing:
@@ -190,65 +258,24 @@ def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) 
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:
-    """List the images that a file names with their identities: ``path identity`` on each line, or CSV with a header.
+    """List the images that a file names with their identities (:mod:`fr_core.data.labels`).
 
     Args:
         table: the list.
-        root: folder that the paths are relative to; no path may lead out of it.
+        root: folder that the images lie below; paths of another machine are found in it by their last folders.
 
     Raises:
-        UserError: the list is unreadable, a line has no identity, or a path leads out of ``root`` or comes twice.
+        UserError: the list is unreadable, a line has no identity, a path leads out of ``root``, or an image is listed
+            twice with different identities.
     """
-    rows: list[tuple[str, str]] = []
-    try:
-        with local_copy(table) as local, local.open(newline="") as file:
-            for number, row in _rows_of(table, file):
-                if len(row) != 2 or not all(row):
-                    raise UserError(f"{table}: line {number}: expected a path and an identity")
-                rows.append((row[0], row[1]))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table}: {error}") from None
-    return list_rows(table, root, rows)
-
-
-def _by_folder(members: list[Member], archive: str) -> list[str]:
-    """Return each member's identity: its first folder below the folders that surround all identities."""
-    folders = [PurePosixPath(member.name).parts[:-1] for member in members]
-    around = sorted({folder[:-1] for folder in folders})
-    first, last = (around[0], around[-1]) if around else ((), ())
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return [folder[shared] if len(folder) > shared else archive for folder in folders]
-
-
-def _by_cls(path: Path, members: list[Member], classes: list[Member]) -> list[str]:
-    """Return each member's identity: the text of the ``.cls`` file beside it in a WebDataset tar."""
-    data = LocalBytes(path)
-    said = {_webdataset_key(m.name): bytes(data[m.start : m.start + min(m.length, LONGEST_CLASS)]) for m in classes}
-    try:
-        return [said[_webdataset_key(member.name)].decode().strip() for member in members]
-    except KeyError as error:
-        raise UserError(
-            f"{path}: {error.args[0]} has no .cls file beside its image; add it, or remove all .cls files"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: a .cls file is not UTF-8 text; write the identity's name into it") from None
-
-
-def _webdataset_key(name: str) -> str:
-    """Return WebDataset's key of a member: its name without the suffix."""
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _rows_of(table: AnyPath, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, [path, identity]) of a CSV, or of lines cut at their last tab, else at their last space."""
-    if table.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        identity = next((name for name in IDENTITY_COLUMNS if name in (reader.fieldnames or ())), None)
-        if identity is None or "path" not in (reader.fieldnames or ()):
-            raise UserError(f"{table}: expected the columns path and {' or '.join(IDENTITY_COLUMNS)}")
-        for row in reader:
-            yield reader.line_num, [row["path"] or "", row[identity] or ""]
-        return
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, [part.strip() for part in (line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1))]
+    said: dict[str, str] = {}
+    twice = 0
+    rows = read_labels(table)
+    for path, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
+        if not is_below(path):
+            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
+        if said.setdefault(path, identity) != identity:
+            raise UserError(f"{table}: {path} is listed twice, as {said[path]} and as {identity}; remove one")
+        twice += 1
+    passed = {"lines that repeat another": twice - len(said)} if twice > len(said) else None
+    return make_listing(root, "files", [str(root.resolve())], list(said), list(said.values()), passed=passed)

@@ -17,7 +17,8 @@ from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import UserError
 from fr_core.optim.fastface import watcher
 from fr_core.train.distill import open_teacher
-from fr_core.verify.pairs import Pairs, read_pairs
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import Pairs
 
 
 def checked_plan(config: Config, *workers: int) -> Plan:

@@ -31,7 +31,8 @@ from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
 from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes
-from fr_core.verify.pairs import read_images, read_pairs, verify_embeddings
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import read_images, verify_embeddings
 from fr_core.verify.report import make_report, roc_figure, score_figure, verification_figures, write_report
 
 Blocks = Callable[[Plan, Ranks, int, int], Iterator[pa.Table]]

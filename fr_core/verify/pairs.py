@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fr_core import rng
-from fr_core.data.crops import RejectedImage, central_square, read_file, read_rgb
+from fr_core.data.crops import central_square
 from fr_core.data.decode import resized
+from fr_core.data.photos import RejectedImage, read_file, read_rgb
+from fr_core.data.resolve import resolve
 from fr_core.data.sources import list_folder
 from fr_core.errors import UserError
-from fr_core.verify.bins import read_bin
 from fr_core.verify.bootstrap import accuracy_interval, tar_intervals
 
 FOLDS = 10
@@ -53,53 +54,6 @@ class Verification:
     tar_intervals: dict[float, tuple[float, float]]  # FAR -> 95 % interval of TAR, by the same bootstrap
 
 
-def read_pairs(path: str | Path) -> Pairs:
-    """Read a list of pairs: a CSV (``image_a,image_b,same[,fold]``), LFW's ``pairs.txt``, or a ``.bin`` with images.
-
-    LFW's format begins with ``FOLDS N``. Each fold has N lines ``name i j`` and N lines ``name i name j``, and image i
-    of a person is ``name/name_000i.jpg``. A list without folds gets ten: same pairs and different pairs are dealt out
-    in turn. The folds of a ``.bin`` are ten neighbouring parts.
-
-    Raises:
-        UserError: The list is unreadable, has another format, or has a bad line, which the message names.
-    """
-    path = Path(path)
-    if path.suffix == ".bin":
-        contents, flags = read_bin(path)
-        left = np.arange(len(flags)) * 2
-        fold = np.arange(len(flags)) * FOLDS // len(flags)
-        names = [f"{path.name}[{i}]" for i in range(len(contents))]
-        return Pairs(names, left, left + 1, np.array(flags), fold, contents)
-    if path.is_dir():
-        mend = f"give {path / 'pairs.csv'}" if (path / "pairs.csv").is_file() else "give a file of pairs"
-        raise UserError(f"{path} is a folder, not a list of pairs: {mend}")
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such list of pairs: correct the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: not readable as a list of pairs: {reason}") from None
-    header = lines[0].strip() if lines else ""
-    if header.startswith("image_a"):
-        rows = _csv_rows(path, lines)
-    elif header.replace("\t", " ").replace(" ", "").isdigit():
-        rows = _lfw_rows(path, lines)
-    else:
-        raise UserError(f"{path}: neither a CSV with columns image_a,image_b,same nor in the format of LFW's pairs.txt")
-    if not rows:
-        raise UserError(f"{path}: no pairs: add lines below the first")
-    index: dict[str, int] = {}
-    left = np.array([index.setdefault(row[0], len(index)) for row in rows])
-    right = np.array([index.setdefault(row[1], len(index)) for row in rows])
-    same = np.array([row[2] for row in rows])
-    fold = np.array([row[3] for row in rows])
-    if (fold < 0).any():
-        for value in (False, True):
-            fold[same == value] = np.arange((same == value).sum()) % FOLDS
-    return Pairs(list(index), left, right, same, fold)
-
-
 class Crops(NamedTuple):
     """Face crops in the size of a net's input."""
 
@@ -130,9 +84,10 @@ def read_images(root: str | Path | None, pairs: Pairs, size: int, part: Sequence
 def read_crops(root: Path, paths: Sequence[str], size: int, contents: Sequence[bytes] | None = None) -> Crops:
     """Read face crops from files below ``root`` or from encoded ``contents``, and resize them once to ``size``."""
     crops = Crops(np.zeros((len(paths), size, size, 3), np.uint8), {}, [])
-    for i, path in enumerate(paths):
+    files = paths if contents else resolve(paths, root)
+    for i, (path, file) in enumerate(zip(paths, files, strict=True)):
         try:
-            image = read_rgb(contents[i] if contents else read_file(root / path))
+            image = read_rgb(contents[i] if contents else read_file(root / file))
             crops.images[i] = resized(central_square(image), size)
             if image.shape[0] != image.shape[1]:
                 crops.not_square.append(path)
@@ -296,47 +251,3 @@ def make_pairs(labels: np.ndarray, per_fold: int, seed: int, folds: int = FOLDS)
             rows.append((random.choice(members[one]), random.choice(members[other]), False, fold))
     left, right, same, fold_of = (np.array(column) for column in zip(*rows, strict=True))
     return left, right, same, fold_of
-
-
-def _csv_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
-    """Read the rows of a CSV; fold −1: it has no folds."""
-    rows = []
-    for number, row in enumerate(csv.DictReader(lines), 2):
-        try:
-            same, fold = int(row["same"]), int(row["fold"]) if "fold" in row else -1
-            if same not in (0, 1) or not row["image_a"] or not row["image_b"]:
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: line {number}: expected image_a,image_b,same(0 or 1)[,fold]") from None
-        rows.append((row["image_a"], row["image_b"], bool(same), fold))
-    return rows
-
-
-def _lfw_rows(path: Path, lines: list[str]) -> list[tuple[str, str, bool, int]]:
-    """Read the lines of LFW's format; fold −1: it has no folds."""
-    header = [int(part) for part in lines[0].split()]
-    per_fold = header[1] if len(header) == 2 else None
-    rows: list[tuple[str, str, bool, int]] = []
-    for number, line in enumerate(lines[1:], 2):
-        words = line.split()
-        if not words:
-            continue
-        try:
-            if len(words) == 3:
-                (a, i, j), b = words, words[0]
-            else:
-                a, i, b, j = words
-            fold = len(rows) // (2 * per_fold) if per_fold else -1
-            rows.append((_lfw_path(a, int(i)), _lfw_path(b, int(j)), len(words) == 3, fold))
-        except ValueError:
-            raise UserError(f"{path}: line {number}: expected 'name i j' or 'name i name j'") from None
-    if per_fold and len(rows) != header[0] * 2 * per_fold:
-        raise UserError(
-            f"{path}: {len(rows)} pairs, its first line says {header[0]} folds of {2 * per_fold}: get the whole file"
-        )
-    return rows
-
-
-def _lfw_path(name: str, number: int) -> str:
-    """Return the path of a person's image in LFW."""
-    return f"{name}/{name}_{number:04d}.jpg"

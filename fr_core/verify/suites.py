@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import RejectedImage, central_square, read_rgb, similarity, warped
+from fr_core.data.crops import central_square, similarity, warped
 from fr_core.data.decode import resized
 from fr_core.data.detect import detector, find_face
+from fr_core.data.photos import RejectedImage, read_rgb
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.nets.verifications import Verified
-from fr_core.verify.pairs import Pairs, Verification, people, read_images, read_pairs, verify_embeddings
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import Pairs, Verification, people, read_images, verify_embeddings
 from fr_core.verify.report import det_figure, roc_figure, score_figure, verification_figures
 
 TABLE_FAR = 1e-3

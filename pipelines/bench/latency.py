@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
-from fr_core.data.crops import encode, read_rgb, similarity, warped
+from fr_core.data.crops import encode, similarity, warped
+from fr_core.data.photos import read_rgb
 from fr_core.data.synthetic import render_face
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.fold_bn import folded

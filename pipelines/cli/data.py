@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrit
 from pipelines.cli.output import bar, command_line, growing, show, show_line
 from pipelines.datasets.unpack import Form
 
+SHOWN_NAMES = 5  # at each end of the list
 PEOPLE_TO_SPLIT = 8  # bigface split refuses fewer people
 MANY_LISTED = 0.1  # share of the images: if clean lists more, the net is the likelier culprit
 # The first recipe that fits the number of people and images is proposed.
@@ -98,9 +100,7 @@ def _check_pairs(identities: int, shots: int, pairs: int) -> None:
 def ingest(
     src: Annotated[
         str,
-        typer.Argument(
-            help="Folder of PERSON/photo.jpg or .png; a .rec, .zip, .tar or .parquet; a list of files; or a URL."
-        ),
+        typer.Argument(help="Folder of PERSON/photo.jpg; a .rec, .zip, .tar or .parquet; a list of files; or a URL."),
     ],
     out: Annotated[str, typer.Option(parser=any_output, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
     layout: Annotated[
@@ -108,12 +108,21 @@ def ingest(
     ] = "flat",
     landmarks: Annotated[
         str | None,
-        typer.Option(help="CSV of 5 or 68 points per image to align by: path,left_eye_x … or path,x_0 …."),
+        typer.Option(help="Table of 5 or 68 points per image to align by; left is the left of the image."),
     ] = None,
     align: Annotated[
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
-    labels: Annotated[str | None, typer.Option(help="List of 'path person', for a folder of loose images.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="List of images and their people, for a folder of loose images.")
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(min=1, help="Which folder below SRC is a person: 1 is the first. Left out: found by the layout."),
+    ] = None,
+    names_in: Annotated[
+        str | None, typer.Option(help="Encoding of a zip's file names, if the zip states none: gbk, shift_jis ….")
+    ] = None,
     unlabelled: Annotated[
         bool,
         typer.Option("--unlabelled", help="Take all images below the folder, of unknown people, for distillation."),
@@ -129,7 +138,6 @@ def ingest(
 ) -> None:
     """Turn faces into Parquet shards with a manifest; rejects.csv lists the images left out and why."""
     from pipelines.datasets.ingest import ingest as run
-    from pipelines.datasets.ingest import unread_images
 
     started = time.monotonic()
     with bar("ingest", None) as advance:
@@ -145,6 +153,8 @@ def ingest(
             align=align,
             unlabelled=unlabelled,
             chunk=chunk,
+            level=level,
+            names_in=names_in,
             progress=growing(advance),
         )
     seconds = time.monotonic() - started
@@ -158,14 +168,16 @@ def ingest(
         "images_per_second": manifest.images / seconds,
     }
     show("ingest", figures, json)
-    counts = open_dataset(out).identity_counts()
-    if not (unlabelled or labels):
-        for suffix, number in unread_images(src).items():
-            if suffix:
-                show_line(f"not read: {count_of(number, f'{suffix} file')}: convert to JPEG or PNG", "yellow")
-            else:
-                loose = count_of(number, "photo in no person's folder", "photos in no person's folder")
-                show_line(f"not read: {loose}: give each person a folder", "yellow")
+    dataset = open_dataset(out)
+    counts = dataset.identity_counts()
+    for note in manifest.notes:
+        show_line(f"read as: {note}", "yellow")
+    for reason, number in manifest.passed.items():
+        show_line(f"passed over: {reason}: {number:,}", "yellow")
+    if repaired := manifest.warnings.get("repaired", 0):
+        show_line(f"repaired: {count_of(repaired, 'JPEG')} without an end, or with extra bytes", "yellow")
+    if not unlabelled:
+        show_line(f"people: {_first_and_last(dataset.identity_names())}")
     if not_square:
         show_line(
             f"warning: {count_of(not_square, 'image is', 'images are')} not square; the central square was taken for "
@@ -183,6 +195,13 @@ def ingest(
         )
     show_line(_ingest_summary(manifest, out, unlabelled))
     show_line(f"next: {_after_ingest(out, unlabelled, int((counts > 1).sum()))}")
+
+
+def _first_and_last(names: Sequence[str]) -> str:
+    """Return the five first and the five last names, so that a user sees what became a person."""
+    if len(names) <= 2 * SHOWN_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:SHOWN_NAMES])} … {', '.join(names[-SHOWN_NAMES:])}"
 
 
 def _ingest_summary(manifest: Manifest, out: str, unlabelled: bool) -> str:

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from fr_core import rng
-from fr_core.data.crops import RejectedImage, make_crop
+from fr_core.data.crops import make_crop
 from fr_core.data.detect import detector, find_face
 from fr_core.data.landmarks import match_landmarks, read_landmarks
-from fr_core.data.listing import Listing, is_image, read_image
+from fr_core.data.listing import Listing, read_image
+from fr_core.data.photos import RejectedImage
 from fr_core.data.schema import (
     CHUNK_IMAGES,
     GROUP_IMAGES,
@@ -55,7 +55,6 @@ IMAGES_PER_SHARD = 8192
 MIN_SHARDS = 8  # small datasets are cut finer, so that all cores have work
 MAX_REJECTED_SHARE = 0.5
 STARTED = "ingest.json"  # identifies the job that an unfinished folder belongs to
-OTHER_IMAGE_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff", ".webp")
 OWN_FILES = (STARTED, "shard-*.parquet", "shard-*.part", "shard-*.json*", "manifest.json*", "identities.parquet")
 
 
@@ -111,6 +110,8 @@ def ingest(
     align: bool = False,
     unlabelled: bool = False,
     chunk: int = CHUNK_IMAGES,
+    level: int | None = None,
+    names_in: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Make a dataset of a source, or continue a stopped ingest.
@@ -125,6 +126,8 @@ def ingest(
         unlabelled: whether all images below the folder ``source`` become one identity.
         align: whether a detector finds the points of each face to align by. Images without a face are left out.
         chunk: images of one identity in a row of the grouped layout, at most.
+        level: which folder below the source is the person, counted from 1; None finds it.
+        names_in: encoding of the file names in zips that state none.
         progress: called with the images done and the total.
 
     Raises:
@@ -140,8 +143,8 @@ def ingest(
     source, out = to_path(source), to_path(out).resolve()
     refuse_nested(source, out)
     scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for Parquet sources only
-    listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
-    points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
+    listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch, level, names_in)
+    points, notes = match_landmarks(listing.paths, read_landmarks(landmarks)) if landmarks else (None, [])
     job = plan_job(listing, points, align, out, layout, image_size, seed, chunk)
     begin_job(out, STARTED, job.stamp, (*OWN_FILES, "rejects.csv*"), overwrite)
     existing = {file.name for file in out.iterdir()}
@@ -152,7 +155,7 @@ def ingest(
     shards: list[Shard] = []
     rejects: list[tuple[str, str]] = []
     counts = np.zeros(len(listing.names), np.int64)
-    not_square = done = 0
+    not_square = repaired = done = 0
     for result in itertools.chain(earlier, new):
         if result["shard"]:
             shards.append(Shard.model_validate(result["shard"]))
@@ -160,6 +163,7 @@ def ingest(
         numbers, images = np.array(result["labels"], np.int64).reshape(2, -1)
         counts[numbers] += images
         not_square += result["not_square"]
+        repaired += result["repaired"]
         done += result["images"]
         progress(done, listing.images.num_rows)
     _write_rejects(out, sorted(rejects))
@@ -171,7 +175,8 @@ def ingest(
             f"({min(rejects)[1]}); see {out / 'rejects.csv'}"
         )
     reasons = Counter(sorted(reason for _, reason in rejects))
-    warnings = {"not_square": not_square, "identities_without_images": int((counts == 0).sum())}
+    empty = int((counts == 0).sum())
+    warnings = {"not_square": not_square, "identities_without_images": empty, "repaired": repaired}
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         layout=layout,
@@ -181,6 +186,8 @@ def ingest(
         shards=tuple(sorted(shards, key=lambda shard: shard.file)),
         source=str(source.resolve()),
         rejects=dict(reasons),
+        passed=listing.passed,
+        notes=(*listing.notes, *notes),
         warnings={name: count for name, count in warnings.items() if count},
         chunk_images=chunk if layout == "grouped" else 1,
     )
@@ -196,22 +203,6 @@ def refuse_nested(source: AnyPath, out: AnyPath) -> None:
     a, b = source.resolve(), out.resolve()
     if a in (b, *b.parents) or b in a.parents:
         raise UserError(f"{out} and {source} lie in each other: name another folder for the shards")
-
-
-def unread_images(source: str | AnyPath) -> dict[str, int]:
-    """Count the files below a local folder that ingest does not read although they look like photos.
-
-    Returns:
-        Suffix → number of files, for formats other than JPEG and PNG. The empty suffix counts photos that lie in no
-        identity folder.
-    """
-    folder = to_path(source)
-    if not isinstance(folder, Path) or not folder.is_dir():
-        return {}
-    suffixes = (Path(name).suffix.lower() for _, _, names in os.walk(folder) for name in names)
-    counts = Counter(suffix for suffix in suffixes if suffix in OTHER_IMAGE_FORMATS)
-    loose = sum(is_image(entry.name) for entry in folder.iterdir() if entry.is_file())
-    return dict(sorted(counts.items())) | ({"": loose} if loose else {})
 
 
 def plan_job(
@@ -272,7 +263,8 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
     """Read, check and crop the images of a shard, write the shard, then write its result file.
 
     Returns:
-        shard (None without usable images), rejects [[path, reason]], labels [[label], [images]], not_square, images.
+        shard (None without usable images), rejects [[path, reason]], labels [[label], [images]], not_square, repaired,
+        images.
 
     Raises:
         UserError: the shard cannot be written.
@@ -287,15 +279,16 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         reads = prefetch(reads)
     rows: list[FlatRow] = []
     kept: list[int] = []
-    rejects, not_square = [], 0
+    rejects, not_square, repaired = [], 0, 0
     images = zip(sample_ids.tolist(), chunks.tolist(), places, reads, points, strict=False)
     for sample_id, chunk, place, read, image_points in images:
         try:
             if image_points is not None and np.isnan(image_points).any():
                 raise RejectedImage("no landmarks")
-            jpeg, crop_points, cut = make_crop(read(), job.image_size, image_points, find)
-            not_square += cut
-            rows.append((sample_id, place["label"], jpeg, crop_points))
+            crop = make_crop(read(), job.image_size, image_points, find)
+            not_square += crop.not_square
+            repaired += crop.repaired
+            rows.append((sample_id, place["label"], crop.jpeg, crop.landmarks))
             kept.append(chunk)
         except RejectedImage as error:
             rejects.append([place["path"], str(error)])
@@ -312,6 +305,7 @@ def write_one(job: Job, number: int) -> dict[str, Any]:
         "rejects": rejects,
         "labels": [labels.astype(int).tolist(), counts.tolist()],
         "not_square": not_square,
+        "repaired": repaired,
         "images": len(sample_ids),
     }
     with explain_disk_errors(job.out):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fr_core.data.crops import RejectedImage, read_rgb, square
+from fr_core.data.crops import square
+from fr_core.data.photos import RejectedImage, read_rgb
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import AnyPath
 from fr_core.verify.report import contact_sheet

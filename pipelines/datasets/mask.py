@@ -10,12 +10,14 @@ import numpy as np
 
 from fr_core import rng
 from fr_core.config.sections import Masks
-from fr_core.data.crops import TEMPLATE_SIZE, RejectedImage, encode, make_crop, read_file, read_rgb, square
-from fr_core.data.landmarks import read_landmarks
+from fr_core.data.crops import TEMPLATE_SIZE, encode, make_crop, square
+from fr_core.data.landmarks import match_landmarks, read_landmarks
 from fr_core.data.masks import DRAWS, choose, masked
+from fr_core.data.photos import RejectedImage, read_file, read_rgb
 from fr_core.data.sources import list_unlabelled
 from fr_core.errors import UserError
-from fr_core.verify.pairs import Pairs, read_pairs
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import Pairs
 from fr_core.verify.report import contact_sheet
 
 PAIR_SETS = {  # name → folder of the first and of the second image of a pair
@@ -63,10 +65,10 @@ def mask(
     outside = [path for path in paths if PurePath(path).is_absolute() or ".." in PurePath(path).parts]
     if outside:
         raise UserError(f"{pairs_file}: {outside[0]} leads out of {source}: name images below that folder")
-    points = read_landmarks(landmarks) if landmarks else {}
-    points_by_path = {path: points.get(path, points.get(f"{source.name}/{path}")) for path in paths}
-    if points and all(image_points is None for image_points in points_by_path.values()):
-        raise UserError(f"{landmarks}: names none of the images: it needs paths such as {paths[0]}")
+    points_by_path: dict[str, np.ndarray | None] = dict.fromkeys(paths)
+    if landmarks:
+        points, _ = match_landmarks(paths, read_landmarks(landmarks))
+        points_by_path |= {path: five for path, five in zip(paths, points, strict=True) if not np.isnan(five).any()}
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies in {source}: name another folder")
     if out.exists() and any(out.iterdir()):
@@ -80,7 +82,7 @@ def mask(
         """Return the tool and the kind of the mask (empty: unmasked), or why the image was left out."""
         u = rng.generator(seed, f"mask {path}").random(1 + DRAWS)
         try:
-            jpeg, face, cut = make_crop(read_file(source / path), TEMPLATE_SIZE, points_by_path[path])
+            jpeg, face, cut, _ = make_crop(read_file(source / path), TEMPLATE_SIZE, points_by_path[path])
         except (RejectedImage, OSError) as error:
             return str(error) if isinstance(error, RejectedImage) else "missing"
         if cut:

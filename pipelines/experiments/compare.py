@@ -30,7 +30,7 @@ from fr_core.errors import UserError
 from fr_core.nets.open import open_net
 from fr_core.train.check import checked_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
-from fr_core.verify.pairs import read_pairs
+from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.report import markdown
 from fr_core.verify.suites import find_sets, verify_suite
 from pipelines.datasets.split import Fold, folds_of, refuse_pairs

@@ -25,7 +25,8 @@ from fr_core.data.store import (
 from fr_core.errors import UserError
 from fr_core.train.check import checked_plan, fitting_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
-from fr_core.verify.pairs import read_pairs, resolved_fars
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import resolved_fars
 from fr_core.verify.report import far_name, markdown
 from pipelines.datasets.split import Fold, folds_of, refuse_pairs
 from pipelines.experiments.search import Search, Trial, deliver_trials, read_trials, table, write_results

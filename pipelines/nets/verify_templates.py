@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fr_core.data.crops import RejectedImage, read_file, read_rgb, similarity, warped
+from fr_core.data.crops import similarity, warped
+from fr_core.data.photos import RejectedImage, read_file, read_rgb
 from fr_core.errors import UserError
 from fr_core.nets.open import Recogniser
 from fr_core.verify.ijb import IMAGES, read_faces, read_search, read_template_pairs

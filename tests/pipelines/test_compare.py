@@ -8,7 +8,8 @@ from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
-from fr_core.verify.pairs import read_pairs, write_pairs
+from fr_core.verify.pair_lists import read_pairs
+from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
 from pipelines.experiments import compare
 from pipelines.experiments.compare import (

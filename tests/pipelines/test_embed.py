@@ -217,7 +217,7 @@ def test_of_three_datasets_a_person_is_one_by_name_and_by_centre(tmp_path, net, 
 
 
 def test_split_holds_identities_out_with_pairs_of_them(tmp_path, dataset):
-    from fr_core.verify.pairs import read_pairs
+    from fr_core.verify.pair_lists import read_pairs
 
     found = split(dataset, tmp_path / "out", share=0.5, pairs_per_fold=6)
     train = contents(tmp_path / "out" / "train")

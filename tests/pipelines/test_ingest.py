@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_sample_images
 
-from fr_core.data.crops import TEMPLATE, encode, read_rgb, similarity
+from fr_core.data.crops import TEMPLATE, encode, similarity
 from fr_core.data.detect import find_face
+from fr_core.data.photos import read_rgb
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
@@ -260,7 +261,10 @@ def test_the_end_of_an_ingest_tells_what_became_of_the_photos_and_what_to_do_nex
     shutil.copytree(faces, photos)
     (photos / "id00" / "broken.jpg").write_bytes(b"no image")
     (photos / "id00" / "empty.png").touch()
-    (photos / "id01" / "new.WEBP").touch()
+    (photos / "id01" / "notes.txt").touch()
+    (photos / ".ipynb_checkpoints").mkdir()
+    shutil.copy(photos / "id01" / "00.jpg", photos / ".ipynb_checkpoints" / "00.jpg")
+    (photos / "id03" / "01.jpg").write_bytes((photos / "id03" / "01.jpg").read_bytes()[:-2])
     shutil.copy(photos / "id01" / "00.jpg", photos / "loose.jpg")
     for path in sorted((photos / "id02").iterdir())[1:]:
         path.unlink()
@@ -268,11 +272,13 @@ def test_the_end_of_an_ingest_tells_what_became_of_the_photos_and_what_to_do_nex
     printed = bigface("ingest", photos, "--out", out, "--size", 16, "--in-process")
     lines = printed.splitlines()
     assert lines[-1] == f"next: bigface split '{out}' --out '{out}-split'"
-    reasons = f"1 empty file, 1 neither JPEG nor PNG; listed in {out / 'rejects.csv'}"
+    reasons = f"1 empty file, 1 unknown image format; listed in {out / 'rejects.csv'}"
     assert lines[-2] == f"{out}: 625 images of 40 people; 2 images left out: {reasons}"
     assert "warning: 1 person has one image only" in lines[-3]
-    assert "not read: 1 .webp file: convert to JPEG or PNG" in lines
-    assert "not read: 1 photo in no person's folder: give each person a folder" in lines
+    for reason in (".txt files", "files in hidden, @ and trash folders", "photos in no person's folder"):
+        assert f"passed over: {reason}: 1" in lines
+    assert "repaired: 1 JPEG without an end, or with extra bytes" in lines
+    assert "people: id00, id01, id02, id03, id04 … id35, id36, id37, id38, id39" in lines
     assert sum("figure" in line for line in lines) == 1
 
 

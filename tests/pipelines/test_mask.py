@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from fr_core.config.sections import Masks
-from fr_core.data.crops import TEMPLATE, encode, read_rgb
+from fr_core.data.crops import TEMPLATE, encode
 from fr_core.data.landmarks import LANDMARK_COLUMNS
+from fr_core.data.photos import read_rgb
 from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
-from fr_core.verify.pairs import read_pairs
+from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.suites import find_sets
 from pipelines.datasets.mask import mask
 from tests.helpers.commands import bigface
@@ -95,7 +96,7 @@ def test_what_cannot_be_masked_is_listed(photos, tmp_path):
     assert "left out: 2 images" in output
     assert json.loads((tmp_path / "m.json").read_text())["figures"] == {"images": 30, "masked": 28, "rejected": 2}
     listed = {row["path"]: row["reason"] for row in rows_of(tmp_path / "out" / "rejects.csv")}
-    assert listed == {"person0/0.jpg": "neither JPEG nor PNG", "person0/1.jpg": "no square crop"}
+    assert listed == {"person0/0.jpg": "unknown image format", "person0/1.jpg": "no square crop"}
     out = read_rgb((tmp_path / "out" / "person0" / "2.jpg").read_bytes()).astype(int)
     assert np.abs(out - out.mean(2, keepdims=True)).max() <= 3
 

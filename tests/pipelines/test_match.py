@@ -220,7 +220,8 @@ def test_pytorch_files_name_their_conversion(tmp_path):
 
 def test_uncropped_photos_are_aligned_and_photos_without_a_face_refused(run, photos, tmp_path, monkeypatch):
     """The face lies somewhere on a large canvas; its points are known to a detector that stands in for YuNet."""
-    from fr_core.data.crops import TEMPLATE, RejectedImage, read_rgb
+    from fr_core.data.crops import TEMPLATE
+    from fr_core.data.photos import RejectedImage, read_rgb
     from fr_core.verify import suites
 
     crop = read_rgb((photos / "person0" / "0.jpg").read_bytes())

@@ -7,7 +7,7 @@ import pytest
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
-from fr_core.verify.pairs import read_pairs
+from fr_core.verify.pair_lists import read_pairs
 from pipelines.cli import data
 from pipelines.datasets import split as split_module
 from pipelines.datasets.split import MIN_HELD_OUT, cut_folds, held_out_count, interval_of, split

@@ -68,7 +68,11 @@ def test_templates_without_a_readable_image_are_left_out_and_counted(ijb):
         (ijb / "loose_crop" / f"{i}.jpg").write_bytes(b"broken")
     (ijb / "loose_crop" / "2.jpg").unlink()  # one of template 101's three
     result = verify_templates(Pixels(), ijb)
-    assert result.failed == {"0.jpg": "neither JPEG nor PNG", "1.jpg": "neither JPEG nor PNG", "2.jpg": "missing"}
+    assert result.failed == {
+        "0.jpg": "unknown image format",
+        "1.jpg": "unknown image format",
+        "2.jpg": "missing",
+    }
     assert (result.pairs, result.skipped) == (55, 11)
     assert result.search["gallery_g1"].mated == 3  # its person is still looked for, and missed
     assert result.search["gallery_g1"].at_rank == {1: pytest.approx(2 / 3)}

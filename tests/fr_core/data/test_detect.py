@@ -6,8 +6,8 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from fr_core.data import detect
-from fr_core.data.crops import RejectedImage
 from fr_core.data.detect import find_face, main_face, search
+from fr_core.data.photos import RejectedImage
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from tests.helpers.machine import needs_detector

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fr_core.data.archives import tar_members, zip_members
-from fr_core.data.crops import RejectedImage
 from fr_core.data.listing import read_image
+from fr_core.data.photos import RejectedImage
 from fr_core.data.schema import open_dataset
 from fr_core.data.sources import list_source
 from fr_core.errors import UserError

@@ -5,9 +5,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from fr_core.data.crops import LONGEST, RejectedImage
+from fr_core.data.crops import TEMPLATE
 from fr_core.data.landmarks import DENSE_COLUMNS, LANDMARK_COLUMNS, match_landmarks, read_landmarks
 from fr_core.data.listing import read_image
+from fr_core.data.photos import LONGEST, RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 from tests.helpers.packed import make_tar, make_zip
@@ -53,10 +54,10 @@ def test_a_folder_that_cannot_be_read_is_named(photos, monkeypatch):
 
 def test_landmarks_match_with_and_without_the_folder_name(photos, tmp_path):
     table = tmp_path / "points.csv"
-    numbers = ",".join(str(n) for n in range(10))
+    numbers = ",".join(str(n) for n in TEMPLATE.ravel())
     table.write_text(f"{HEADER}\nperson0/0.jpg,{numbers}\npeople/person0/1.jpg,{numbers}\n")
-    points = match_landmarks(list_folder(photos), read_landmarks(table))
-    assert np.array_equal(points[0], np.arange(10).reshape(5, 2))
+    points, _ = match_landmarks(list_folder(photos).paths, read_landmarks(table))
+    assert np.allclose(points[0], TEMPLATE)
     assert np.array_equal(points[1], points[0])
     assert np.isnan(points[2]).all()
 
@@ -92,7 +93,7 @@ def test_bad_landmark_tables_name_the_line(tmp_path, text, message):
 
 def test_a_table_of_other_images_is_refused(photos):
     with pytest.raises(UserError, match=r"names none of the images, such as person0/0\.jpg"):
-        match_landmarks(list_folder(photos), {"x.jpg": np.zeros((5, 2))})
+        match_landmarks(list_folder(photos).paths, {"x.jpg": np.zeros((5, 2))})
 
 
 def content(listing):
@@ -174,7 +175,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         ("a.tar.gz", b"\x1f\x8b", "decompress it first"),
         ("a.bin", b"", "a set of pairs for verification"),
         ("a.mat", b"", "unknown kind of source"),
-        ("b.csv", b"x,y\n", "expected the columns path and identity or label or name"),
+        ("b.csv", b"path,y\na.jpg,1\n", "no column identity; rename one of its columns path, y"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
@@ -210,7 +211,7 @@ def test_webdataset_tars_by_their_classes(tmp_path):
     make_tar(tmp_path / "1.tar", {"./x/3.jpg": b"c", "./x/3.cls": b"7"})
     assert content(list_source(tmp_path)) == {"7": [b"a", b"c"], "8": [b"b"]}
     make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7", "x/4.jpg": b"d"})
-    with pytest.raises(UserError, match=r"x/4 has no \.cls file"):
+    with pytest.raises(UserError, match=r"x/4\.jpg has no \.cls or \.json beside it"):
         list_source(tmp_path)
 
 

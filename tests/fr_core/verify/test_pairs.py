@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from fr_core.data.decode import resized
 from fr_core.errors import UserError
 from fr_core.verify.baselines import colour_histogram, raw_pixels
+from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import (
     Pairs,
     best_threshold,
     make_pairs,
     read_crops,
     read_images,
-    read_pairs,
     score_pairs,
     tars,
     verify_embeddings,
@@ -118,14 +118,14 @@ def test_lfw_pairs(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "neither a CSV"),
+        ("", "no pairs"),
         ("what,ever\n1,2\n", "neither a CSV"),
         ("image_a,image_b,same\na,b,2\n", "line 2"),
         ("image_a,image_b,same\na,b,1\na\n", "line 3"),
         ("image_a,image_b,same\n", "no pairs"),
         ("10\t300\nAnn\tx\t2\n", "line 2"),
         ("10\t300\nAnn\t1\n", "line 2"),
-        ("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nBob\t1\t2\n", "3 pairs, its first line says 2 folds of 2"),
+        ("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nBob\t1\t2\n", "3 pairs, but its first line says 2 folds of 2"),
     ],
 )
 def test_bad_pairs_files_name_the_line(tmp_path, text, message):

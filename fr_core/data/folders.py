@@ -1,0 +1,133 @@
+"""Which files of a source are images, and whom they show: by their folders (docs/data.md)."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from fr_core.data.photos import SUFFIXES
+from fr_core.data.store import AnyPath, RemotePath
+from fr_core.errors import UserError
+
+SPLITS = {
+    *("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "query"),
+}
+SYSTEM = {"__macosx", "#recycle", "$recycle.bin", "lost+found", "system volume information", "trash"}
+HIDDEN = "files in hidden, @ and trash folders"
+LOOSE = "photos in no person's folder"
+GROUPS, IN_A_GROUP = 20, 20  # at most so many folders of at least so many folders may be groups of people
+
+
+def why_passed(path: str) -> str | None:
+    """Return why a file of a source is passed over, or None for an image."""
+    parts = path.split("/")
+    if any((part[:1] in (".", "@") and part not in (".", "..")) or part.casefold() in SYSTEM for part in parts):
+        return HIDDEN
+    suffix = PurePosixPath(path).suffix.lower()
+    return None if suffix in SUFFIXES else f"{suffix} files" if suffix else "files without suffix"
+
+
+def images_of(paths: Sequence[str]) -> tuple[list[int], Counter[str]]:
+    """Return the positions of the images, and how many of the other files are passed over by reason."""
+    reasons = [why_passed(path) for path in paths]
+    images = [i for i, reason in enumerate(reasons) if reason is None]
+    return images, Counter(reason for reason in reasons if reason is not None)
+
+
+def find_files(root: AnyPath) -> Iterator[str]:
+    """Yield the paths of all files below a folder, relative to it. Links are followed, except into a folder above.
+
+    Raises:
+        UserError: a folder is unreadable, so its images would be missing.
+    """
+    if isinstance(root, RemotePath):
+        yield from (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        return
+    yield from _walk(root, "", ())
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the files below a folder, with ``prefix`` before their paths.
+
+    Args:
+        above: device and inode of the folders that lead here.
+    """
+    try:
+        status = folder.stat()
+        here = status.st_dev, status.st_ino
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if here not in above else []
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; make the folder readable, or its images would be missing"
+        ) from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def owners_of(paths: Sequence[str], source: object, level: int | None = None) -> tuple[list[str | None], list[str]]:
+    """Return the identity of each image, and notes for the user.
+
+    The identity is the first folder below the folders that all images share. Folders of splits, such as ``train`` and
+    ``val``, are looked through: a name in both is one person.
+
+    Args:
+        paths: images relative to the source.
+        source: the source, for messages.
+        level: which folder is the person, counted from 1; None finds it.
+
+    Returns:
+        Identities, None for an image without such a folder; notes.
+
+    Raises:
+        UserError: the first folders may be people or groups of people.
+    """
+    folders = [[part for part in path.split("/")[:-1] if part not in ("", ".")] for path in paths]
+    if level is not None:
+        return [parts[level - 1] if len(parts) >= level else None for parts in folders], []
+    deep = [parts for parts in folders if parts] or [[]]
+    shared = _common(min(deep), max(deep))
+    if all(len(parts) <= len(shared) for parts in folders):
+        shared = shared[:-1]
+    notes = [f"people are the folders of {'/'.join(shared)}"] if shared else []
+    below = [parts[len(shared) :] for parts in folders]
+    firsts = {parts[0] for parts in below if parts}
+    if firsts and all(name.casefold() in SPLITS for name in firsts) and any(len(parts) > 1 for parts in below):
+        people = {first: {parts[1] for parts in below if parts[:1] == [first] and len(parts) > 1} for first in firsts}
+        several = sum(map(len, people.values())) - len(set().union(*people.values()))
+        splits = ", ".join(f"{first} ({len(people[first]):,} people)" for first in sorted(firsts))
+        notes.append(f"{splits} are splits of one set" + (f"; {several:,} people are in several" if several else ""))
+        below = [parts[1:] for parts in below]
+    else:
+        refuse_groups(below, source)
+    return [parts[0] if parts else None for parts in below], notes
+
+
+def _common(first: Sequence[str], last: Sequence[str]) -> list[str]:
+    """Return the folders that two paths share at their beginning."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return [folder for folder, _ in pairs]
+
+
+def refuse_groups(folders: Sequence[Sequence[str]], source: object) -> None:
+    """Refuse first folders that may be groups of people: a few, each of many folders and without photos of its own.
+
+    Raises:
+        UserError: the first folders may be people or groups.
+    """
+    inside: dict[str, set[str]] = {}
+    for parts in folders:
+        if len(parts) == 1:
+            return  # a photo lies in a first folder itself, so this is a person
+        if parts:
+            inside.setdefault(parts[0], set()).add(parts[1])
+    if not 2 <= len(inside) <= GROUPS or min(map(len, inside.values())) < IN_A_GROUP:
+        return
+    first, deeper = min(inside.items())
+    raise UserError(
+        f"{source}: {first} holds {len(deeper):,} folders of photos: give --level 1 if {first} is a person, or "
+        "--level 2 if each of them is"
+    )

@@ -1,0 +1,162 @@
+"""Reads lists of pairs in the forms that the field writes (docs/verification.md).
+
+- CSV with a header, columns in any order: ``image_a,image_b,same[,fold]`` and other names of these.
+- LFW's ``pairs.txt``, with or without its first line: ``name i j`` and ``name i name j``.
+- ``path path 0``, ``path path 1`` or ``path path -1`` on each line.
+- ``.bin``, which holds the images.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fr_core.data.photos import SUFFIXES
+from fr_core.data.tables import Table, read_table
+from fr_core.errors import UserError
+from fr_core.verify.bins import read_bin
+from fr_core.verify.pairs import FOLDS, Pairs
+
+LEFT, RIGHT = (
+    tuple(stem + end for stem in ("image", "img", "path", "file") for end in ends)
+    for ends in (("_a", "_1", "1"), ("_b", "_2", "2"))
+)
+SAME = ("same", "is_same", "issame", "label", "match", "is_match", "target", "genuine")
+FOLD = ("fold", "fold_id", "split")
+MEANING = {
+    **dict.fromkeys(("1", "true", "yes", "same", "genuine", "1.0"), True),
+    **dict.fromkeys(("0", "-1", "false", "no", "different", "impostor", "0.0", "-1.0"), False),
+}
+NO_FOLD = -1
+_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
+_TRIPLE = re.compile(rf"(.+?(?:{_SUFFIX}))\s+(.+?(?:{_SUFFIX}))\s+(\S+)", re.IGNORECASE)  # paths may hold blanks
+_ONE = re.compile(r"(.+?)\s+(\d+)\s+(\d+)")
+_TWO = re.compile(r"(.+?)\s+(\d+)\s+(.+?)\s+(\d+)")
+
+Row = tuple[str, str, bool, int]  # two paths, whether they show one person, fold
+
+
+def read_pairs(path: str | Path) -> Pairs:
+    """Read a list of pairs; image i of a person in LFW's form is ``name/name_000i.jpg``.
+
+    A list without folds gets ten: same pairs and different pairs are dealt out in turn. The folds of a ``.bin`` are ten
+    neighbouring parts.
+
+    Raises:
+        UserError: The list is unreadable, has another format, or has a bad line, which the message names.
+    """
+    path = Path(path)
+    if path.suffix == ".bin":
+        contents, flags = read_bin(path)
+        left = np.arange(len(flags)) * 2
+        fold = np.arange(len(flags)) * FOLDS // len(flags)
+        names = [f"{path.name}[{i}]" for i in range(len(contents))]
+        return Pairs(names, left, left + 1, np.array(flags), fold, contents)
+    if path.is_dir():
+        mend = f"give {path / 'pairs.csv'}" if (path / "pairs.csv").is_file() else "give a file of pairs"
+        raise UserError(f"{path} is a folder, not a list of pairs: {mend}")
+    if not path.exists():
+        raise UserError(f"{path}: no such list of pairs: correct the path")
+    table = read_table(path, {*LEFT, *RIGHT})
+    rows = _by_header(table) if table.header else _by_form(table)
+    if not rows:
+        raise UserError(f"{path}: no pairs: add lines below the first")
+    index: dict[str, int] = {}
+    left = np.array([index.setdefault(row[0], len(index)) for row in rows])
+    right = np.array([index.setdefault(row[1], len(index)) for row in rows])
+    same = np.array([row[2] for row in rows])
+    fold = np.array([row[3] for row in rows])
+    if (fold == NO_FOLD).all():
+        for value in (False, True):
+            fold[same == value] = np.arange((same == value).sum()) % FOLDS
+    elif (fold < 0).any():
+        raise table.bad_line(int(np.argmax(fold < 0)), "it has no fold, but others do: give it one, or drop the column")
+    return Pairs(list(index), left, right, same, fold)
+
+
+def _by_header(table: Table) -> list[Row]:
+    """Read the rows of a list whose header names the columns."""
+    columns = [table.column(names) for names in (LEFT, RIGHT, SAME)]
+    if None in columns:
+        lacks = ("image_a", "image_b", "same")[columns.index(None)]
+        raise UserError(f"{table.path}: no column {lacks}; it needs image_a,image_b,same[,fold]")
+    a, b, same = (column for column in columns if column is not None)
+    fold = table.column(FOLD)
+    rows = []
+    for number, row in enumerate(table.rows):
+        try:
+            of_fold = int(float(row[fold])) if fold is not None and row[fold] else NO_FOLD
+            rows.append((row[a], row[b], MEANING[row[same].lower()], of_fold))
+            if not row[a] or not row[b] or of_fold < NO_FOLD:
+                raise ValueError
+        except (IndexError, KeyError, ValueError, OverflowError):
+            raise table.bad_line(number, "expected image_a,image_b,same(0 or 1)[,fold]") from None
+    return rows
+
+
+def _by_form(table: Table) -> list[Row]:
+    """Read the rows of a list without a header: paths and a flag, or names and numbers as LFW has them."""
+    lines = [row if table.delimiter else [" ".join(row)] for row in table.rows]
+    counts = _lfw_counts(lines[0]) if lines else []
+    body = lines[1:] if counts else lines
+    triples = [] if counts else [_triple(row) for row in body]
+    if triples and triples[0] is not None:
+        return [_flagged(table, number, triple) for number, triple in enumerate(triples)]
+    if not counts and body and _names(body[0]) is None:
+        raise UserError(
+            f"{table.path}: neither a CSV with columns image_a,image_b,same, LFW's pairs.txt, nor lines 'a.jpg b.jpg 1'"
+        )
+    return _lfw_rows(table, body, counts)
+
+
+def _triple(row: list[str]) -> tuple[str, ...] | None:
+    """Return two paths and a flag, or None."""
+    if len(row) == 1:
+        found = _TRIPLE.fullmatch(row[0])
+        return found.groups() if found else None
+    return tuple(row) if len(row) == 3 and not (row[1].isdigit() and row[2].isdigit()) else None
+
+
+def _flagged(table: Table, number: int, triple: tuple[str, ...] | None) -> Row:
+    """Return the row of a line 'path path flag'."""
+    if triple is None or not triple[0] or not triple[1] or triple[2].lower() not in MEANING:
+        raise table.bad_line(number, "expected 'path path 0', 'path path 1' or 'path path -1'")
+    return triple[0], triple[1], MEANING[triple[2].lower()], NO_FOLD
+
+
+def _lfw_counts(row: list[str]) -> list[int]:
+    """Return the numbers of LFW's first line: folds and pairs of each kind in a fold, or the latter alone."""
+    words = row[0].split() if len(row) == 1 else row
+    return [int(word) for word in words] if len(words) in (1, 2) and all(map(str.isdecimal, words)) else []
+
+
+def _names(row: list[str]) -> tuple[str, int, str, int] | None:
+    """Return two names and the numbers of their images, or None."""
+    if len(row) == 1:
+        one, two = _ONE.fullmatch(row[0]), _TWO.fullmatch(row[0])
+        found = one or two
+        row = list(found.groups()) if found else row
+    if len(row) == 3 and row[1].isdecimal() and row[2].isdecimal():
+        return row[0], int(row[1]), row[0], int(row[2])
+    if len(row) == 4 and row[1].isdecimal() and row[3].isdecimal():
+        return row[0], int(row[1]), row[2], int(row[3])
+    return None
+
+
+def _lfw_rows(table: Table, lines: list[list[str]], counts: list[int]) -> list[Row]:
+    """Read the lines of LFW's form."""
+    per_fold = counts[1] if len(counts) == 2 else None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, len(table.rows) - len(lines)):
+        names = _names(line)
+        if names is None:
+            raise table.bad_line(number, "expected 'name i j' or 'name i name j'")
+        a, i, b, j = names
+        fold = len(rows) // (2 * per_fold) if per_fold else NO_FOLD
+        rows.append((f"{a}/{a}_{i:04d}.jpg", f"{b}/{b}_{j:04d}.jpg", a == b, fold))
+    if per_fold and len(rows) != counts[0] * 2 * per_fold:
+        raise UserError(
+            f"{table.path}: {len(rows)} pairs, but its first line says {counts[0]} folds of {2 * per_fold}: "
+            "get the whole file"
+        )
+    return rows
