@@ -74,8 +74,8 @@ def _rows_with_blanks(table: Table) -> list[list[str]]:
             rows.append(row if len(row) == 2 else [" ".join(row[:-1]), *row[-1:]])
             continue
         after = found["after"].split()
-        numbers = all(WHOLE_NUMBER.fullmatch(cell) for cell in after)
-        rows.append([*found["before"].split(), found["path"], *(after if numbers or not after else [" ".join(after)])])
+        cells = all(WHOLE_NUMBER.fullmatch(cell) or names_image(cell) for cell in after)
+        rows.append([*found["before"].split(), found["path"], *(after if cells else [" ".join(after)])])
     return rows
 
 

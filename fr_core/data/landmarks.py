@@ -120,7 +120,7 @@ def match_landmarks(paths: Sequence[str], table: Mapping[str, np.ndarray]) -> tu
         float32 [images, 5, 2], NaN for images that are not in the table; notes for the user.
 
     Raises:
-        UserError: the table names none of the images, or the points of most images fit no face.
+        UserError: the table names none of the images, or the points of most images fit no upright face.
     """
     named = dict(zip(resolve(list(table), known=paths), table.values(), strict=True))
     none = np.full((5, 2), np.nan, np.float32)
@@ -129,11 +129,12 @@ def match_landmarks(paths: Sequence[str], table: Mapping[str, np.ndarray]) -> tu
     if not known.any():
         raise UserError(f"the landmark table names none of the images, such as {paths[0]}: give paths as in the source")
     off, off_mirrored = misfits(points[known]), misfits(points[known][:, MIRRORED])
-    if np.mean((off > FARTHEST) & (off_mirrored <= FARTHEST)) >= ALIKE:
+    upright = np.median(points[known, 3:, 1].mean(1) - points[known, :2, 1].mean(1)) > 0
+    if upright and np.mean((off > FARTHEST) & (off_mirrored <= FARTHEST)) >= ALIKE:
         note = "left and right of the landmarks are the subject's: exchanged, so that they are the image's"
         return points[:, MIRRORED], [note]
-    if np.mean(off > FARTHEST) >= ALIKE:
+    if not upright or np.mean(off > FARTHEST) >= ALIKE:
         raise UserError(
-            f"the landmarks fit no face: give {', '.join(POINTS)}, left as seen in the image, in pixels of the image"
+            f"the landmarks fit no upright face: give {', '.join(POINTS)}, left as seen in the image, in its pixels"
         )
     return points, []

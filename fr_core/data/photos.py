@@ -98,8 +98,8 @@ def orientation(data: bytes) -> int:
 def _read_jpeg(data: bytes) -> Photo:
     """Decode a JPEG, repaired if need be, and turn it upright."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # KeyError: simplejpeg's, for a header without colours
         raise RejectedImage("corrupt or truncated") from None
     _refuse_huge(height, width)
     rgb, fault = _decode(data)

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 import numpy as np
@@ -271,7 +271,8 @@ def list_files(table: AnyPath, root: AnyPath) -> Listing:
     said: dict[str, str] = {}
     twice = 0
     rows = read_labels(table)
-    for path, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
+    for found, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
+        path = str(PurePosixPath(found))
         if not is_below(path):
             raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
         if said.setdefault(path, identity) != identity:

@@ -198,6 +198,9 @@ def verify_embeddings(
     usable = pairs.keep(np.array([path not in failed for path in pairs.paths]))
     if not len(usable.same):
         raise UserError(f"none of the {len(pairs.same)} pairs has both images: check the images' folder")
+    if len(set(pairs.same)) == 2 and len(set(usable.same)) == 1:
+        kind, absent = "different" if usable.same.all() else "same", next(iter(failed.items()))
+        raise UserError(f"no {kind} pair has both images; {absent[0]} is {absent[1]}: check the images' folder")
     scores = cosines(embeddings_ND, usable)
     return score_pairs(scores, usable), scores, usable
 

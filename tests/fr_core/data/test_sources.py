@@ -2,19 +2,13 @@ import os
 import tarfile
 import zipfile
 
-import numpy as np
 import pytest
 
-from fr_core.data.crops import TEMPLATE
-from fr_core.data.landmarks import DENSE_COLUMNS, LANDMARK_COLUMNS, match_landmarks, read_landmarks
 from fr_core.data.listing import read_image
 from fr_core.data.photos import LONGEST, RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 from tests.helpers.packed import make_tar, make_zip
-
-HEADER = ",".join(("path", *LANDMARK_COLUMNS))
-DENSE_HEADER = ",".join(("path", *DENSE_COLUMNS))
 
 
 def test_identities_and_images_are_listed_by_name(photos):
@@ -50,50 +44,6 @@ def test_a_folder_that_cannot_be_read_is_named(photos, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match="person3: Permission denied; make the folder readable"):
         list_folder(photos)
-
-
-def test_landmarks_match_with_and_without_the_folder_name(photos, tmp_path):
-    table = tmp_path / "points.csv"
-    numbers = ",".join(str(n) for n in TEMPLATE.ravel())
-    table.write_text(f"{HEADER}\nperson0/0.jpg,{numbers}\npeople/person0/1.jpg,{numbers}\n")
-    points, _ = match_landmarks(list_folder(photos).paths, read_landmarks(table))
-    assert np.allclose(points[0], TEMPLATE)
-    assert np.array_equal(points[1], points[0])
-    assert np.isnan(points[2]).all()
-
-
-def test_68_points_become_the_five_of_the_template(tmp_path):
-    """A face drawn in iBUG's order; OpenFace writes all x first, a blank after each comma, and columns of its own."""
-    points = np.full((68, 2), -1.0)
-    points[36:42] = [(36, 52), (38, 50), (40, 50), (42, 52), (40, 54), (38, 54)]  # left in the image: the right eye
-    points[42:48] = points[36:42] + np.array([34, 1])
-    points[30], points[48], points[54] = (56, 72), (42, 92), (71, 93)
-    table = tmp_path / "points.csv"
-    header = ["path", "confidence", *(f"x_{i}" for i in range(68)), *(f"y_{i}" for i in range(68))]
-    table.write_text(", ".join(header) + "\n" + ", ".join(["a.jpg", "0.98", *map(str, points.T.ravel())]) + "\n")
-    assert read_landmarks(table)["a.jpg"].tolist() == [[39, 52], [73, 53], [56, 72], [42, 92], [71, 93]]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("path,x\n", "no column left_eye_x"),
-        (f"{HEADER}\na.jpg,1,2\n", "line 2: not 10 numbers"),
-        (f"{HEADER}\na.jpg,1,2,3,4,5,6,7,8,9,x\n", "line 2: not 10 numbers"),
-        ("path, x_0, y_0\n", "no column x_1"),
-        (f"{DENSE_HEADER}\na.jpg,1,2\n", "line 2: not 136 numbers"),
-    ],
-)
-def test_bad_landmark_tables_name_the_line(tmp_path, text, message):
-    path = tmp_path / "points.csv"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_landmarks(path)
-
-
-def test_a_table_of_other_images_is_refused(photos):
-    with pytest.raises(UserError, match=r"names none of the images, such as person0/0\.jpg"):
-        match_landmarks(list_folder(photos).paths, {"x.jpg": np.zeros((5, 2))})
 
 
 def content(listing):
@@ -212,6 +162,67 @@ def test_webdataset_tars_by_their_classes(tmp_path):
     assert content(list_source(tmp_path)) == {"7": [b"a", b"c"], "8": [b"b"]}
     make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7", "x/4.jpg": b"d"})
     with pytest.raises(UserError, match=r"x/4\.jpg has no \.cls or \.json beside it"):
+        list_source(tmp_path)
+
+
+def test_webdataset_tars_by_texts_and_json(tmp_path):
+    files = {"a.b.jpg": b"a", "a.b.json": b'{"caption": "x", "label": 7}', "c.img.jpg": b"c", "c.json": b'{"label": 7}'}
+    make_tar(tmp_path / "0.tar", files)
+    make_tar(tmp_path / "1.tar", {"d.jpg": b"d", "d.cls.txt": b"8", "d.txt": b"a face", "e.jpg": b"e", "e.txt": b"8"})
+    listing = list_source(tmp_path)
+    assert content(listing) == {"7": [b"a", b"c"], "8": [b"d", b"e"]}
+    assert listing.passed == {".txt files": 1}
+    make_tar(tmp_path / "1.tar", {"d.jpg": b"d", "d.json": b'{"caption": "x", "score": 1}'})
+    with pytest.raises(UserError, match=r"d\.json names no identity; its fields are caption, score: rename one"):
+        list_source(tmp_path)
+    make_tar(tmp_path / "1.tar", {f"{who}/{i}.jpg": b"d" for who in "xy" for i in "12"} | {"x/1.json": b"{}"})
+    assert set(content(list_source(tmp_path / "1.tar"))) == {"x", "y"}
+
+
+def test_tars_without_folders_and_labels_may_be_shards_or_people(tmp_path):
+    for number in range(3):
+        make_tar(tmp_path / f"faces-{number:04d}.tar", {"1.jpg": b"a", "2.jpg": b"b"})
+    with pytest.raises(UserError, match=r"have neither folders nor labels: unpack each into a folder if it holds one"):
+        list_source(tmp_path)
+    (tmp_path / "faces-0001.tar").rename(tmp_path / "ben.tar")
+    assert len(content(list_source(tmp_path))) == 3
+
+
+def test_names_in_zips(photos, tmp_path):
+    def renamed(name):
+        return name.replace("person", "\u5f20")
+
+    files = {renamed(name): data for name, data in files_of(photos, "").items()}
+    whole = {renamed(name): images for name, images in content(list_source(photos)).items()}
+    with pytest.raises(UserError, match="its names are in no stated encoding; give --names-in gbk"):
+        list_source(named_in(tmp_path / "a.zip", files, "gbk"))
+    assert content(list_source(named_in(tmp_path / "a.zip", files, "gbk"), names_in="gbk")) == whole
+    assert content(list_source(named_in(tmp_path / "a.zip", files, "utf-8"))) == whole
+
+
+def named_in(path, files, encoding):
+    """A zip whose names are bytes of an encoding that it does not state, with backslashes between folders."""
+    named = {name.replace("/", "\\").encode(encoding): data for name, data in files.items()}
+    make_zip(path, {f"{number:03d}".ljust(len(name), "_"): data for number, (name, data) in enumerate(named.items())})
+    raw = path.read_bytes()
+    for number, name in enumerate(named):
+        raw = raw.replace(f"{number:03d}".ljust(len(name), "_").encode(), name)
+    path.write_bytes(raw)
+    return path
+
+
+def test_a_folder_around_tables_or_archives_is_looked_through(photos, tmp_path):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "README.md").touch()
+    (tmp_path / "hub" / ".cache").mkdir()
+    make_zip(tmp_path / "hub" / "data" / "a.zip", files_of(photos, ""))
+    assert content(list_source(tmp_path / "hub")) == content(list_source(photos))
+
+
+def test_what_a_folder_without_images_holds_is_said(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number}.tfr").touch()
+    with pytest.raises(UserError, match=r"it holds \.tfr files \(12\): expected IDENTITY"):
         list_source(tmp_path)
 
 

@@ -1,5 +1,3 @@
-import contextlib
-
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 from fr_core.data.decode import resized
 from fr_core.errors import UserError
 from fr_core.verify.baselines import colour_histogram, raw_pixels
-from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import (
     Pairs,
     best_threshold,
@@ -87,69 +84,6 @@ def test_tar_is_given_only_for_rates_that_the_impostors_resolve():
 def test_what_cannot_be_scored_is_refused(scores, same, fold, message):
     with pytest.raises(UserError, match=message):
         score_pairs(np.array(scores, float), pairs_of(same, fold))
-
-
-def test_our_csv_with_and_without_folds(tmp_path):
-    path = tmp_path / "pairs.csv"
-    path.write_text("image_a,image_b,same,fold\na.jpg,b.jpg,1,3\nb.jpg,c.jpg,0,4\n")
-    pairs = read_pairs(path)
-    assert pairs.paths == ["a.jpg", "b.jpg", "c.jpg"]
-    assert (pairs.left.tolist(), pairs.right.tolist()) == ([0, 1], [1, 2])
-    assert (pairs.same.tolist(), pairs.fold.tolist()) == ([True, False], [3, 4])
-    path.write_text("image_a,image_b,same\n" + "a.jpg,b.jpg,1\na.jpg,c.jpg,0\n" * 12)
-    pairs = read_pairs(path)
-    assert np.bincount(pairs.fold[pairs.same]).tolist() == [2, 2] + [1] * 8
-    assert np.array_equal(pairs.fold[pairs.same], pairs.fold[~pairs.same])
-
-
-def test_lfw_pairs(tmp_path):
-    path = tmp_path / "pairs.txt"
-    lines = ["2\t2", "Ann\t1\t4", "Bob\t2\t3", "Ann\t1\tBob\t12", "Eve_X\t3\tAnn\t1"]
-    lines += ["Cy\t1\t2", "Cy\t1\t3", "Cy\t1\tDee\t1", "Dee\t2\tCy\t1"]
-    path.write_text("\n".join(lines) + "\n")
-    pairs = read_pairs(path)
-    names = [(pairs.paths[a], pairs.paths[b]) for a, b in zip(pairs.left, pairs.right, strict=True)]
-    assert names[0] == ("Ann/Ann_0001.jpg", "Ann/Ann_0004.jpg")
-    assert names[2] == ("Ann/Ann_0001.jpg", "Bob/Bob_0012.jpg")
-    assert pairs.same.tolist() == [True, True, False, False] * 2
-    assert pairs.fold.tolist() == [0] * 4 + [1] * 4
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no pairs"),
-        ("what,ever\n1,2\n", "neither a CSV"),
-        ("image_a,image_b,same\na,b,2\n", "line 2"),
-        ("image_a,image_b,same\na,b,1\na\n", "line 3"),
-        ("image_a,image_b,same\n", "no pairs"),
-        ("10\t300\nAnn\tx\t2\n", "line 2"),
-        ("10\t300\nAnn\t1\n", "line 2"),
-        ("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nBob\t1\t2\n", "3 pairs, but its first line says 2 folds of 2"),
-    ],
-)
-def test_bad_pairs_files_name_the_line(tmp_path, text, message):
-    path = tmp_path / "pairs"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_pairs(path)
-
-
-def test_a_folder_or_an_absent_list_names_the_mend(tmp_path):
-    with pytest.raises(UserError, match="no such list of pairs: correct the path"):
-        read_pairs(tmp_path / "absent.csv")
-    (tmp_path / "pairs.csv").touch()
-    with pytest.raises(UserError, match=r"is a folder, not a list of pairs: give .*pairs\.csv"):
-        read_pairs(tmp_path)
-
-
-@pytest.mark.fuzz
-@given(st.text(alphabet="image_ab,same0123 \t\n\r\"'é", max_size=200))
-def test_any_text_is_read_or_refused(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("fuzz") / "pairs"
-    path.write_text(text)
-    with contextlib.suppress(UserError):
-        assert len(read_pairs(path).same) > 0
 
 
 def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tmp_path):
