@@ -341,6 +341,40 @@ def clean(
 
 
 @app.command(rich_help_panel="Faces and datasets")
+def overlap(
+    shards: Annotated[str, typer.Argument(help="The training set: shards from bigface ingest.")],
+    verify: Annotated[
+        Path, typer.Argument(parser=local, help="The verification set: a folder of people, a list of pairs, or a .bin.")
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(parser=output, help="Folder for overlap.csv and the embeddings.")],
+    net: NetName = None,
+    images: Annotated[
+        Path | None, typer.Option(parser=local, help="Folder that the pairs' paths are relative to.")
+    ] = None,
+    least: Annotated[
+        float, typer.Option(min=-1, max=1, help="Two people at this cosine of centres or more are one person.")
+    ] = 0.6,
+    in_process: InProcess = False,
+    json: Json = None,
+) -> None:
+    """List training images of people whom a verification set shows too, by names and faces; delete nothing."""
+    from torch import device
+
+    from fr_core.nets.open import open_net
+    from pipelines.datasets.overlap import overlap as run
+    from pipelines.nets.match import poor_net
+
+    if poor := poor_net(open_net(model, net, device("cpu")).verified):
+        show_line(f"caution: {poor}", "yellow")
+    with bar("embed", None) as advance, explain_disk_errors(out):
+        figures = run(to_path(shards), verify, model, out, net, images, least, not in_process, growing(advance))
+    show("overlap", figures, json)
+    if figures["identities"]:
+        show_line(f"leave them out: {command_line('merge', shards, '--without', out / 'overlap.csv', '--out', 'NEW')}")
+
+
+@app.command(rich_help_panel="Faces and datasets")
 def merge(
     datasets: Annotated[list[str], typer.Argument(help="Shards from bigface ingest, all flat or all grouped.")],
     out: Annotated[Path, typer.Option(parser=output, help="Folder for the new shards.")],
