@@ -6,6 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Literal, assert_never
 
 import numpy as np
@@ -16,6 +17,7 @@ from fr_core.data.archives import read_zip_member
 from fr_core.data.folders import why_passed
 from fr_core.data.photos import LONGEST, RejectedImage, read_file
 from fr_core.data.recordio import image_of, read_record
+from fr_core.data.resolve import is_below, resolve
 from fr_core.data.store import AnyPath, LocalBytes, RemoteBytes, RemotePath, to_path
 from fr_core.errors import UserError
 
@@ -142,6 +144,31 @@ def refuse_other_case(root: AnyPath, names: Sequence[str]) -> None:
             raise UserError(
                 f"{root}: {other} and {name} differ in case alone; rename one, or put their images together"
             )
+
+
+def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) -> Listing:
+    """List loose files that a table names with their identities.
+
+    Args:
+        table: the table, for error messages.
+        root: folder that the images lie below; paths of another machine are found in it by their last folders.
+        rows: (path, identity) of each image.
+
+    Raises:
+        UserError: there are no rows, a path leads out of ``root``, or an image has two identities; or as
+            :func:`make_listing`.
+    """
+    if not rows:
+        raise UserError(f"{table}: names no images; give a path and an identity for each")
+    said: dict[str, str] = {}
+    for found, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
+        path = str(PurePosixPath(found))
+        if not is_below(path):
+            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
+        if said.setdefault(path, identity) != identity:
+            raise UserError(f"{table}: {path} is listed twice, as {said[path]} and as {identity}; remove one")
+    passed = {"lines that repeat another": len(rows) - len(said)} if len(rows) > len(said) else None
+    return make_listing(root, "files", [str(root.resolve())], list(said), list(said.values()), passed=passed)
 
 
 def _slice(data: LocalBytes | RemoteBytes, start: int, length: int) -> bytes:

@@ -12,8 +12,8 @@ PROBES = 100  # paths that are looked up first; if all exist, the folder is not 
 def resolve(paths: Sequence[str], root: AnyPath | None = None, known: Sequence[str] | None = None) -> list[str]:
     """Return the files that a list of paths means; a path that fits no file stays as it is.
 
-    In turn, a path is taken as it is, with slashes for backslashes, without its first folders (absolute paths of
-    another machine), with another suffix (``.png`` for ``.jpg``), and by its letters and digits alone.
+    A path is taken as it is, then with slashes for backslashes, then without its first folders, which may be those of
+    another machine. Last, its suffix may be another, then only its letters and digits count.
 
     Args:
         paths: the list.

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from shlex import quote
 
 import numpy as np
@@ -11,10 +11,9 @@ import numpy as np
 from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
 from fr_core.data.labels import read_labels
-from fr_core.data.listing import UNLABELLED, Listing, make_listing
+from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
 from fr_core.data.parquet import unpack_parquet
 from fr_core.data.recordio import list_records
-from fr_core.data.resolve import is_below, resolve
 from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
@@ -262,21 +261,9 @@ def list_files(table: AnyPath, root: AnyPath) -> Listing:
 
     Args:
         table: the list.
-        root: folder that the images lie below; paths of another machine are found in it by their last folders.
+        root: folder that the images lie below.
 
     Raises:
-        UserError: the list is unreadable, a line has no identity, a path leads out of ``root``, or an image is listed
-            twice with different identities.
+        UserError: as :func:`fr_core.data.labels.read_labels` and :func:`fr_core.data.listing.list_rows`.
     """
-    said: dict[str, str] = {}
-    twice = 0
-    rows = read_labels(table)
-    for found, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
-        path = str(PurePosixPath(found))
-        if not is_below(path):
-            raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
-        if said.setdefault(path, identity) != identity:
-            raise UserError(f"{table}: {path} is listed twice, as {said[path]} and as {identity}; remove one")
-        twice += 1
-    passed = {"lines that repeat another": twice - len(said)} if twice > len(said) else None
-    return make_listing(root, "files", [str(root.resolve())], list(said), list(said.values()), passed=passed)
+    return list_rows(table, root, read_labels(table))
