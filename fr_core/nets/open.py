@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import assert_never
 
 import numpy as np
 import torch
@@ -17,64 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
+from fr_core.nets.build import build_float_net, build_net, on_device
 from fr_core.nets.checkpoint_files import BACKBONE, find_checkpoint, weights_file
-from fr_core.nets.iresnet import IResNet, Stage
+from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.names import NAMES, article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 from fr_core.nets.verifications import Verified, verification_of
-
-
-def build_net(config: Net) -> Backbone:
-    """Build the untrained backbone of a section."""
-    match config:
-        case MoENet():
-            net = build_residual(config)
-            assert isinstance(net.layer4, Stage)
-            net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
-            return net
-        case QuantisedNet():
-            from fr_core.nets.quantised import Quantised
-
-            return Quantised(build_float_net(config.net), config)
-        case IResNetNet() | MobileFaceNetNet():
-            return build_float_net(config)
-        case _ as unknown:
-            assert_never(unknown)
-
-
-def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
-    """Build an untrained net of a kind that can be quantised and pruned."""
-    match config:
-        case IResNetNet():
-            return build_residual(config)
-        case MobileFaceNetNet():
-            return MobileFaceNet(config.input_size, config.embedding, config.channels)
-        case _ as unknown:
-            assert_never(unknown)
-
-
-def build_residual(config: Residual) -> IResNet:
-    """Build the untrained IR-ResNet of a section, for a mixture of experts its plain net."""
-    sizes = (config.stem_stride, config.input_size, config.embedding, config.dropout)
-    return IResNet(config.depth, config.channels, *sizes)
-
-
-def on_device(net: Backbone, device: torch.device) -> Backbone:
-    """Move a net to a device, in channels-last order, in which bf16 convolutions run fastest."""
-    return net.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
-
-
-def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
-    """Return uint8 RGB [B, H, W, 3] as float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels-last."""
-    return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
 
 
 @dataclass
@@ -122,7 +77,7 @@ class Recogniser:
         embeddings = np.empty((len(images_NHWC), self.net.embedding), np.float32)
         for start in range(0, len(images_NHWC), batch):
             chunk = np.stack([resized(image, self.net.input_size) for image in images_NHWC[start : start + batch]])
-            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net.input_std)
+            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net)
             out_BD = self.net(x_BCHW)
             if flip:
                 out_BD = out_BD + self.net(x_BCHW.flip(3))

@@ -14,9 +14,9 @@ from torch import nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.errors import UserError
+from fr_core.nets.build import build_float_net
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.nets.open import build_float_net
 
 FEWEST = 8  # channels that pruning leaves in a layer, at least
 STAGES = {"iresnet": (1, 1, 1, 1), "mobilefacenet": (3, 2, 4)}  # kind -> number of ``widths`` in each stage

@@ -19,9 +19,9 @@ from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import normalised, open_net
+from fr_core.nets.open import open_net
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Teacher:
     def targets(self, batch: Batch, images_AXHWC: list[Tensor]) -> list[Tensor]:
         """Return the teacher's embeddings of each micro-batch of :func:`micro_batches`: [X, E], not normalised."""
         if self.net is not None:
-            size, std = self.net.input_size, self.net.input_std
-            return [self.net(normalised(resized(images_XHWC, size), std)) for images_XHWC in images_AXHWC]
+            net = self.net
+            return [net(normalised(resized(images_XHWC, net.input_size), net)) for images_XHWC in images_AXHWC]
         assert self.labelled is not None
         known_BE, more_UE = torch.from_numpy(self.labelled(batch.sample_ids)), None
         if self.unlabelled is not None and batch.unlabelled is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fr_core.config import Config
 from fr_core.data.stream import Batch
-from fr_core.nets.open import normalised
+from fr_core.nets.backbone import normalised
 from fr_core.ranks import Ranks
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
@@ -52,7 +52,7 @@ def measure_last_norm(config: Config, state: TrainState, faces: Iterable[Batch],
     with norm.register_forward_pre_hook(add):
         for batch in faces:
             with autocast(config, state.device):
-                net(normalised(batch.images_BHWC.to(state.device), net.input_std))
+                net(normalised(batch.images_BHWC.to(state.device), net))
     count_D, sum_D, squares_D = ranks.sum_(moments_MD)
     mean_D = sum_D / count_D
     mean.copy_(mean_D)

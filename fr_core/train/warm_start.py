@@ -15,8 +15,9 @@ from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD, ShardedFC
+from fr_core.nets.backbone import normalised
 from fr_core.nets.checkpoint_files import find_checkpoint, known_rows, read_identities, weights_file
-from fr_core.nets.open import load_weights, normalised, open_float
+from fr_core.nets.open import load_weights, open_float
 from fr_core.ranks import Ranks
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
@@ -57,7 +58,7 @@ def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Ba
     assert isinstance(net, Quantised)
 
     def images() -> Iterator[Tensor]:
-        return (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start())
+        return (normalised(batch.images_BHWC.to(state.device), net) for batch in start())
 
     calibrated(net, images, ranks, config.net)
     _copy_weights(state)
@@ -90,7 +91,7 @@ def set_prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ra
     state.backbone.eval()
     for batch in epoch:
         with autocast(config, state.device):
-            x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone.input_std))
+            x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone))
         x_GD, labels_G = ranks.gather(F.normalize(x_BD.float())), ranks.gather(batch.labels_B.to(state.device))
         own_G = (labels_G >= head.lo) & (labels_G < head.hi)
         sums_SD.index_add_(0, labels_G[own_G] - head.lo, x_GD[own_G])

@@ -22,9 +22,10 @@ from fr_core.data.store import AnyPath
 from fr_core.data.stream import make_plan
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
+from fr_core.nets.backbone import normalised
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, write_onnx
-from fr_core.nets.open import Recogniser, normalised, open_float, open_net
+from fr_core.nets.open import Recogniser, open_float, open_net
 from fr_core.train.mlflow_runs import log_verification
 from fr_core.verify.report import verification_figures, write_report
 from fr_core.verify.suites import verify
@@ -198,7 +199,7 @@ def timed(net: Recogniser, int8: Path) -> dict[str, float]:
         float_file_mib, float_ms, int8_ms, and speedup: the median over turns of float_ms / int8_ms.
     """
     face_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.net.input_size)[0]]))
-    x_BCHW = normalised(face_BHWC, net.net.input_std)
+    x_BCHW = normalised(face_BHWC, net.net)
     with one_thread(), TemporaryDirectory(prefix="bigface-") as folder:
         write_onnx(folded(net.net), Path(folder) / "float.onnx")
         files = {"float": Path(folder) / "float.onnx", "int8": int8}

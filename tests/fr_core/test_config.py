@@ -273,7 +273,7 @@ def test_config_survives_json():
 def test_progressive_sizes_end_in_the_same_feature_map(net, least):
     import torch
 
-    from fr_core.nets.open import build_net
+    from fr_core.nets.build import build_net
 
     given = ["net.input_size=64", net] if "kind" not in net else [net]
     for size, fits in ((least - 1, False), (least, True), (63, True), (64, False)):

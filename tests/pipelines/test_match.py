@@ -16,8 +16,9 @@ from fr_core.data.crops import encode
 from fr_core.data.schema import sha256
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.checkpoint_files import FORMAT, write_signed
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.nets.verifications import (
     VERIFICATIONS,
     Verified,

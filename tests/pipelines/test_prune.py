@@ -11,7 +11,8 @@ from torch import nn
 import pipelines.nets.prune as pipeline
 from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
-from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.nets.build import build_net
+from fr_core.nets.open import Recogniser, open_net
 from tests.helpers.commands import bigface, figures
 
 pytest.importorskip("torch_pruning")

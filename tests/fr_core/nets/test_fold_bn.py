@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from tests.helpers.machine import REAL_DATA, needs_real_data
 from tests.helpers.nets import NORMS, random_net
 

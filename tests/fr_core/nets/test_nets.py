@@ -11,11 +11,12 @@ import fr_core
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.data.crops import read_rgb
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.checkpoint_files import BACKBONE, FORMAT, step_name, write_signed, write_tensors
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet, from_mxnet
 from fr_core.nets.names import parse_name
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.verify.pairs import cosines, read_pairs, score_pairs
 from tests.helpers.machine import REAL_DATA, needs_real_data
 

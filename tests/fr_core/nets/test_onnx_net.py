@@ -9,9 +9,10 @@ from onnx import TensorProto, helper
 from fr_core.config.nets import IResNetNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
+from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, write_onnx
-from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.nets.open import Recogniser, open_net
 from fr_core.nets.verifications import Verified
 from tests.helpers.datasets import put
 

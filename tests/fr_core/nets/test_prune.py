@@ -6,10 +6,10 @@ from torch import nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.nets.open import build_net
 from fr_core.nets.prune import narrower, pruned
 
 pytest.importorskip("torch_pruning")

@@ -13,11 +13,13 @@ from torch import nn
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
+from fr_core.nets.build import build_net
 from fr_core.nets.calibration import calibrate
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, saturates, write_onnx
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.nets.qdq import qdq_model
-from fr_core.nets.quantised import QuantAdd, QuantConv, Quantised, QuantPReLU
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import QuantAdd, QuantConv, QuantPReLU
 from fr_core.nets.verifications import Verified
 from fr_core.ranks import Ranks
 

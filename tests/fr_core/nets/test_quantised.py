@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.calibration import SHARES, calibrate, least_error
-from fr_core.nets.open import build_net
-from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import ActQuant, QuantPReLU, Weighted
 from fr_core.ranks import Ranks
 from tests.helpers.nets import random_net
 from tests.helpers.ranks import run_ranks

@@ -9,8 +9,8 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
+from fr_core.nets.build import build_net
 from fr_core.nets.iresnet import recompute
-from fr_core.nets.open import build_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state
 from fr_core.train.memory import backbone_bytes, memory, saved_bytes
