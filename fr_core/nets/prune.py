@@ -95,6 +95,8 @@ def pruned(
     names = {module: name for name, module in net.named_modules()}
     groups = list(graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]))
     worth = [scores[importance](group) for group in groups]  # before any group is pruned
+    # The channels inside squeeze and excitation have no norm that could tell their worth.
+    worth = [scores["l1"](group) if of is None else of for group, of in zip(groups, worth, strict=True)]
     for group, worth_C in zip(groups, worth, strict=True):
         conv = target.get_submodule(names[group[0].dep.target.module])
         assert isinstance(conv, nn.Conv2d)

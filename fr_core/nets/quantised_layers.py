@@ -23,7 +23,7 @@ except ImportError:
 
 LARGEST_BIAS = 2**30  # largest code of a bias
 SMALLEST = 1e-8  # least scale; values that are all 0 have it
-GATE = torch.tensor(1 / 255)  # scale of the gates of squeeze and excitation, which lie in (0, 1)
+GATE = 2.0**-8  # scale of the gates of squeeze and excitation; 1/2, the gate of a channel of zeros, is a code
 
 
 class _OnGrid(torch.autograd.Function):
@@ -222,7 +222,7 @@ class QuantPReLU(IntegerLayer):
 class QuantSE(IntegerLayer):
     """Squeeze and excitation with float weights, and the quantiser of its output.
 
-    In scheme ``integer`` the gates have 8 bits: codes of 1 / 255.
+    In scheme ``integer`` the gates have 8 bits.
     """
 
     zero_point: Tensor
@@ -240,7 +240,8 @@ class QuantSE(IntegerLayer):
                 gate_BC11 = torch.fake_quantize_per_tensor_affine(gate_BC11.float(), GATE, self.zero_point, 0, 255)
             return self.out(x_BCHW * gate_BC11)
         (source,) = self.inputs
-        return self.output().from_sums(source.codes(x_BCHW) * (gate_BC11 / GATE).round(), source.scale * GATE)
+        gate_codes_BC11 = (gate_BC11 / GATE).round().clamp(max=255)
+        return self.output().from_sums(source.codes(x_BCHW) * gate_codes_BC11, source.scale * GATE)
 
 
 class QuantAdd(IntegerLayer):

@@ -21,10 +21,12 @@ from fr_core.train.memory import backbone_bytes, memory, saved_bytes
     ("net", "segment"),
     [
         (IResNetNet(depth=18, width=16, input_size=64), None),
+        (IResNetNet(depth=18, width=16, input_size=64, se=True, inner_norm=False, shortcut="pool"), None),
+        (IResNetNet(depth=18, width=16, input_size=64, se=True, shortcut="pool"), 1),
         (MobileFaceNetNet(input_size=64), None),
         (MoENet(depth=18, width=16, input_size=64, experts=2), 2),
     ],
-    ids=["iresnet", "mobilefacenet", "moe recomputed"],
+    ids=["iresnet", "ir_se", "ir_se recomputed", "mobilefacenet", "moe recomputed"],
 )
 def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
     _, fake, _ = backbone_bytes(net, 6, precision, segment)
