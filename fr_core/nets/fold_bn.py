@@ -143,9 +143,8 @@ def _every_other_pixel(like: nn.Conv2d) -> nn.Conv2d:
     """Return a pool 1×1 of stride 2 as a depthwise conv1×1, for the input of the convolution ``like``."""
     channels = like.in_channels
     conv = nn.Conv2d(channels, channels, 1, 2, groups=channels).to(like.weight)
-    nn.init.ones_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv.requires_grad_(False)
+    _put(conv, torch.ones_like(conv.weight), conv.weight.new_zeros(channels))
+    return conv
 
 
 def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:

@@ -225,19 +225,16 @@ class QuantSE(IntegerLayer):
     In scheme ``integer`` the gates have 8 bits.
     """
 
-    zero_point: Tensor
-
     def __init__(self, se: SqueezeExcitation, config: QuantisedNet, out: nn.Module) -> None:
         super().__init__()
         self.se, self.out, self.rounded = se, out, config.scheme == "integer"
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Multiply the channels by their gates and quantise the output, shapes [B, C, H, W]."""
         gate_BC11 = self.se.gate(x_BCHW.mean((2, 3), keepdim=True))
         if not self.exact():
             if self.rounded:
-                gate_BC11 = torch.fake_quantize_per_tensor_affine(gate_BC11.float(), GATE, self.zero_point, 0, 255)
+                gate_BC11 = torch.fake_quantize_per_tensor_affine(gate_BC11.float(), GATE, 0, 0, 255)
             return self.out(x_BCHW * gate_BC11)
         (source,) = self.inputs
         gate_codes_BC11 = (gate_BC11 / GATE).round().clamp(max=255)

@@ -20,6 +20,7 @@ from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone, normalised
+from fr_core.nets.names import option_named
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import open_net
 
@@ -59,7 +60,8 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
         return None
     distill = distillation(config)
     if given.teacher:
-        net = open_net(given.teacher, given.teacher_net, device).net
+        with option_named(f"{given.named}_net="):
+            net = open_net(given.teacher, given.teacher_net, device).net
         teacher = Teacher(net.embedding, net)
     elif distill and distill.embeddings:
         known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None

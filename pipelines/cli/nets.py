@@ -37,7 +37,7 @@ KERNELS = (
     "warning: on CPUs without VNNI, ONNX Runtime's fastest kernels clip the sums of 8-bit weights. Programs that open "
     "this file there set the session option session.x64quantprecision=1, as bigface does; or quantise with --weights 7"
 )
-FLOAT_NET = "A run, a checkpoint, or weights.safetensors with --net."
+FLOAT_NET = NET
 PAIRS = "Pairs, as bigface verify takes them."
 PAIRS_IMAGES = "Folder of the pairs' images, to verify before and after."
 CENTRE = "the centre was taken for the face"

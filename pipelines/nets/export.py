@@ -15,7 +15,7 @@ from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from fr_core.nets.backbone import normalised
 from fr_core.nets.fold_bn import folded
-from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
+from fr_core.nets.onnx_net import open_onnx, write_onnx
 from fr_core.nets.open import open_net
 from pipelines.timing import in_turns, least_cosine, one_thread
 
@@ -58,9 +58,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
         OSError: ``out`` cannot be written.
     """
     check_name(out)
-    recogniser = open_net(ref, net, torch.device("cpu"))
-    if isinstance(recogniser.net, OnnxNet):
-        raise UserError(f"{ref} is an ONNX file already: give the run or weights that it was exported from")
+    recogniser = open_net(ref, net, torch.device("cpu"), changeable=True)
     size = recogniser.net.input_size
     faces_BHWC = torch.from_numpy(np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)]))
     x_BCHW = normalised(faces_BHWC, recogniser.net)
