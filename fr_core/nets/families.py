@@ -166,7 +166,7 @@ def _ir(tensors: State) -> tuple[State, list[str]]:
     blocks = sorted({int(name.split(".")[1]) for name in tensors if re.match(r"body\.\d+\.", name)})
     starts = [i for i in blocks if i == 0 or f"body.{i}.shortcut_layer.0.weight" in tensors]
     if len(starts) != 4:
-        raise UserError(f"holds an IR net of {len(starts)} stages, not four")
+        raise UserError(f"holds an IR net whose blocks form {len(starts)} stages, not four: give whole weights")
     rules = [("input_layer.0", "conv1"), ("input_layer.1", "bn1"), ("input_layer.2", "prelu")]
     rules += [("output_layer.0", "bn2"), ("output_layer.3", "fc"), ("output_layer.4", "features")]
     for block in blocks:

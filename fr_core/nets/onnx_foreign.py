@@ -7,7 +7,7 @@ insightface's own exports have an input of a known name.
 Legend: B batch, D embedding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,14 @@ from fr_core.nets.families import FAMILIES, Family, ask
 from fr_core.nets.onnx_net import Ends, Facts
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
     from onnxruntime import InferenceSession
 
 USUAL_SIZE = 112  # pixels, where a file leaves the size open
 INSIGHTFACE_INPUTS = ("input.1", "data")  # names in insightface's model zoo and of its torch2onnx.py
 # Parts of tensors' names that the projects' own modules leave in their exports, and whose these are.
 MARKS = {
+    "layer1.0.bn1.": ("insightface", "magface"),
     "body.0.res_layer.": ("adaface", "tface", "curricularface", "treb1en", "facexzoo"),
     "conv_23.": ("tface", "treb1en", "facexzoo"),
 }
@@ -80,20 +81,29 @@ def family_of(path: Path, model: "ModelProto", name: str | None) -> Family:
         return FAMILIES[name]
     if plain_pixels(model):
         return Family("a net that takes plain pixels", bgr=False, mean=0, std=1)
-    names = [tensor.name for tensor in model.graph.initializer]
-    families = next((who for mark, who in MARKS.items() if any(mark in name for name in names)), None)
-    if families is None:
-        constants = {tensor.name for tensor in model.graph.initializer}
-        inputs = [end.name for end in model.graph.input if end.name not in constants]
-        if inputs and inputs[0] in INSIGHTFACE_INPUTS:
-            return FAMILIES["insightface"]
-        families = tuple(FAMILIES)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    families = next((who for mark, who in MARKS.items() if any(mark in name for name in constants)), tuple(FAMILIES))
+    if "insightface" in families and _of_insightface(model, constants):
+        return FAMILIES["insightface"]
     raise UserError(f"{path}: does not say what pixels it takes: {ask(different(families))}")
 
 
 def different(families: Iterable[str]) -> list[str]:
     """Return the first of the families for each kind of pixels that they take."""
-    return list({FAMILIES[name].input: name for name in reversed(list(families))}.values())[::-1]
+    first: dict[str, str] = {}
+    for name in families:
+        first.setdefault(FAMILIES[name].input, name)
+    return list(first.values())
+
+
+def _of_insightface(model: "ModelProto", constants: "Mapping[str, TensorProto]") -> bool:
+    """Return whether a graph has the input of insightface's files, or the last gain of 1 that its nets have."""
+    from onnx import numpy_helper
+
+    if gain := constants.get("features.weight"):
+        return bool((numpy_helper.to_array(gain) == 1).all())
+    inputs = [end.name for end in model.graph.input if end.name not in constants]
+    return bool(inputs) and inputs[0] in INSIGHTFACE_INPUTS
 
 
 def plain_pixels(model: "ModelProto") -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet
 from fr_core.errors import UserError
 from fr_core.nets.build import build_net
+from fr_core.nets.checkpoint_files import write_tensors
 from fr_core.nets.open import open_net
 from tests.helpers.foreign import EMBEDDING, IR, SIDE, WIDTHS, Insight, Mobile, embedded, noise, settled
 
@@ -198,7 +199,7 @@ def test_nets_with_other_parts_are_refused(tmp_path):
         "several nets, student., teacher.": prefixed("student.", good) | prefixed("teacher.", good),
         "the input is not square": good | {"fc.weight": torch.zeros(24, 128 * 6)},
         "IR net of bottleneck blocks": deep | {"body.0.res_layer.1.weight": torch.zeros(16, 16, 1, 1)},
-        "IR net of 1 stages": {k: v for k, v in deep.items() if "shortcut" not in k},
+        "IR net whose blocks form 1 stages, not four": {k: v for k, v in deep.items() if "shortcut" not in k},
         "IR-ResNet of 1 \\+ 2 \\+ 1 \\+ 1 blocks": Insight((1, 2, 1, 1)).state_dict()
         | {"features.weight": torch.ones(24)},
     }
@@ -300,7 +301,7 @@ def test_a_bgr_net_and_its_file_of_bigface_take_the_same_images(tmp_path):
     net = settled(IR())
     opened = open_net(saved({"state_dict": prefixed("model.", net.state_dict())}, tmp_path / "a.ckpt"), device=CPU)
     path = tmp_path / "own.safetensors"
-    save_file(opened.net.state_dict(), path, {"net": opened.config.model_dump_json()})
+    write_tensors(path, opened.net.state_dict(), {"net": opened.config.model_dump_json()})
     again = open_net(path, device=CPU)
     assert again.config == opened.config
     assert again.taken_for is None
