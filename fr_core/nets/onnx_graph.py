@@ -299,7 +299,7 @@ class _Reader:
         fields = ("weight", "bias", "running_mean", "running_var")
         self.state |= {f"{name}.{field}": self.graph.constant(node, i) for i, field in enumerate(fields, 1)}
         eps = _attribute(node, "epsilon", 1e-5)
-        self.eps = self.eps or round(eps, 12)
+        self.eps = self.eps or float(f"{eps:.6g}")  # the file has it in float32
         if abs(eps - self._eps_of(name)) > 1e-9:
             self.state[f"{name}.running_var"] = self.state[f"{name}.running_var"] + (eps - self._eps_of(name))
         self.value = node.output[0]
