@@ -65,7 +65,8 @@ def read_tensor_file(path: AnyPath) -> TensorFile:
             for begins, what in OTHERS.items():
                 if start.lstrip().startswith(begins):
                     raise UserError(f"{path}: {what}")
-            if start.startswith((b"PK\x03\x04", b"\x80")):
+            pickled = start.startswith((b"PK\x03\x04", b"\x80"))
+            if pickled or not (path.name.endswith(".safetensors") or start[8:9] == b"{"):
                 return TensorFile(dict(_flat(_unpickled(path, file, start.startswith(b"PK")))))
             with safe_open(file, "pt") as header:
                 net = (header.metadata() or {}).get("net")

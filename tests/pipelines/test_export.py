@@ -88,7 +88,7 @@ def test_what_cannot_be_exported_is_explained(run, exported, tmp_path):
         "is a folder": (run, "--out", tmp_path / "folder.onnx"),
         "cannot write": (run, "--out", tmp_path / "file" / "net.onnx"),
         "takes a local path": (run, "--out", "s3://bucket/net.onnx"),
-        "is an ONNX file already": (exported, "--out", tmp_path / "again.onnx"),
+        "bigface export wrote it": (exported, "--out", tmp_path / "again.onnx"),
         "no such run": (tmp_path / "absent", "--out", tmp_path / "net.onnx"),
     }
     for message, args in wrong.items():

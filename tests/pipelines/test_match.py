@@ -213,12 +213,6 @@ def test_the_weights_in_a_checkpoint_know_its_threshold(run):
     assert open_net(run / "checkpoints" / "step_00000010" / "backbone.safetensors").threshold == 0.25
 
 
-def test_pytorch_files_name_their_conversion(tmp_path):
-    (tmp_path / "my net.pth").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"convert it once: python -c .*save_file.*my net\.safetensors"):
-        open_net(tmp_path / "my net.pth", "iresnet10")
-
-
 def test_uncropped_photos_are_aligned_and_photos_without_a_face_refused(run, photos, tmp_path, monkeypatch):
     """The face lies somewhere on a large canvas; its points are known to a detector that stands in for YuNet."""
     from fr_core.data.crops import TEMPLATE, RejectedImage, read_rgb
