@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from fr_core import rng
 from fr_core.config.recipes import load_config
 from fr_core.data.synthetic import write_faces
-from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.nets.build import build_net
+from fr_core.nets.open import Recogniser, open_net
 from fr_core.verify.baselines import colour_histogram, raw_pixels
 from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import contact_sheet, make_report, roc_figure, verification_figures, write_report

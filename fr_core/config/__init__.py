@@ -167,6 +167,8 @@ def start_rules(config: Config) -> Iterator[str]:
     method = config.method
     if config.init.head != "random" and not config.init.backbone:
         yield f'init.head = "{config.init.head}" needs init.backbone'
+    if config.init.net and not config.init.backbone:
+        yield f"init.net = {config.init.net} says what init.backbone holds, which is not set: give init.backbone=FILE"
     if config.init.head != "random" and method.class_matrix is None:
         yield f'init.head = "{config.init.head}" is for a class matrix; {method.kind} has none'
     if config.train.epochs > 0:

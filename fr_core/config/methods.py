@@ -136,10 +136,10 @@ class TeacherSettings(Section):
     embeddings_named: ClassVar[str | None] = None
     """Field in which a recipe names the teacher's embeddings instead."""
     teacher: str | None = None
-    """Teacher: a run, checkpoint, safetensors or ONNX file. It sees the same images as the student. None: no net is
-    named."""
+    """Teacher: a run, a checkpoint, or a file of weights, also of other projects. It sees the same images as the
+    student. None: no net is named."""
     teacher_net: str | None = None
-    """Architecture of a teacher in bare safetensors, such as mobilefacenet or iresnet50. None: other files name it."""
+    """What the teacher's file holds where it does not tell: a family such as adaface, or a net such as iresnet50."""
 
     @property
     def width_mend(self) -> str | None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fr_core.config.sections import Channels, NonNegative, Section
+from fr_core.config.sections import Channels, NonNegative, Positive, Section
 
 # Widths of the published MobileFaceNet (Chen et al., 2018).
 MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)
@@ -37,13 +37,17 @@ class FloatNet(BaseNet):
 
     input_size: Annotated[int, Field(ge=16, multiple_of=16)] = 112
     """Side of the input, in pixels."""
+    input_mean: NonNegative = 127.5
+    """Mean of the input: x = (pixel − input_mean) / input_std, in RGB."""
+    input_std: Positive = 127.5
+    """Scale of the input: x = (pixel − input_mean) / input_std."""
 
 
 class Residual(FloatNet):
     """Base of the IR-ResNets: fields that the plain net and the mixture share."""
 
-    depth: Literal[10, 18, 34, 50, 100, 120, 140, 200, 240, 600, 1200] = 50
-    """Depth of the IR-ResNet (ArcFace, Deng et al., 2019; from 120 on BigFace, MFR-ICCV2021)."""
+    depth: Literal[10, 18, 34, 50, 100, 120, 140, 152, 160, 200, 240, 600, 1200] = 50
+    """Depth of the IR-ResNet (ArcFace, Deng et al., 2019; 120, 140 and from 200 on BigFace, MFR-ICCV2021)."""
     width: Channels = 64
     """Channels of the first stage; each later stage has twice the channels of the one before."""
     widths: tuple[Channels, Channels, Channels, Channels] | None = None
@@ -54,6 +58,14 @@ class Residual(FloatNet):
     """Dimensions of the embedding."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the last linear layer."""
+    se: bool = False
+    """Squeeze and excitation at the end of each residual block (Hu et al., 2018), as the IR-SE nets have it."""
+    inner_norm: bool = True
+    """Batch norm between the two convolutions of a residual block. face.evoLVe's nets and their like have none."""
+    shortcut: Literal["conv", "pool"] = "conv"
+    """Shortcut of the first block, which keeps the width. conv: convolution and norm. pool: every other pixel."""
+    norm_eps: Positive = 1e-5
+    """ε of the batch norms."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,8 +124,12 @@ class MobileFaceNetNet(FloatNet):
     """A small net for phones (MobileFaceNet, Chen et al., 2018)."""
 
     kind: Literal["mobilefacenet"] = "mobilefacenet"
+    input_std: Positive = 128.0
+    """Scale of the input: x = (pixel − input_mean) / input_std."""
     embedding: Annotated[int, Field(ge=2)] = 128
     """Dimensions of the embedding (MobileFaceNet, 2018: 128)."""
+    norm_eps: Positive = 1e-3
+    """ε of the batch norms before the embedding."""
     # The order: stem · E and O of stage 3 · E and O of stage 4 · first E, other E and O of stage 5 · last convolution.
     # E are the channels inside a bottleneck, O those that leave it.
     widths: Annotated[tuple[Channels, ...], Field(min_length=9, max_length=9)] | None = None

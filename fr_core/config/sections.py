@@ -160,7 +160,10 @@ class Init(Section):
     """Warm start: fine-tune a trained backbone, also on new identities."""
 
     backbone: str | None = None
-    """Run, checkpoint or safetensors file with weights of this same net. None: random weights."""
+    """Run, checkpoint or file of weights, also of other projects (docs/weights.md). Its net takes the place of the
+    recipe's; overrides of net still count. None: random weights."""
+    net: str | None = None
+    """What that file holds where it does not tell: a family of weights such as adaface, or a net such as iresnet50."""
     head: Literal["random", "prototypes", "names"] = "random"
     """Start of the class matrix. prototypes: mean embedding of each identity's images. names: the backbone's run gives
     the rows of identities that it knows by name, and prototypes fill the others."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fr_core.config.nets import QuantisedNet
 from fr_core.errors import UserError
-from fr_core.nets.quantised import QuantConv, Quantised, QuantPReLU, ResidualPath, Weighted
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import QuantConv, QuantPReLU, ResidualPath, Weighted
 from fr_core.ranks import Ranks
 
 EQUALISING = 8  # batches that equalisation looks at

@@ -85,8 +85,9 @@ def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[nn.Conv2d, nn.
     match net:
         case IResNet():
             blocks = [module for module in net.modules() if isinstance(module, IResBlock)]
-            assert blocks[0].downsample is not None
-            yield net.conv1, net.prelu, [convolution(blocks[0].bn1), convolution(blocks[0].downsample[0])]
+            skip = shortcut(blocks[0])
+            assert skip is not None
+            yield net.conv1, net.prelu, [convolution(blocks[0].bn1), skip]
             for block in blocks:
                 yield block.conv1, block.prelu, [block.conv2]
         case MobileFaceNet():
@@ -103,6 +104,11 @@ def convolution(module: nn.Module) -> nn.Conv2d:
     """Return a layer of a folded net, typed as the convolution that it has become."""
     assert isinstance(module, nn.Conv2d)
     return module
+
+
+def shortcut(block: IResBlock) -> nn.Conv2d | None:
+    """Return the convolution on the shortcut of a block folded ``channelwise``; None if the input passes as it is."""
+    return convolution(block.downsample[0]) if isinstance(block.downsample, nn.Sequential) else None
 
 
 def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
@@ -122,14 +128,23 @@ def _fold_iresnet(net: IResNet, channelwise: bool) -> None:
                 else:
                     _fold_into_conv1(block, side if i == 0 else -(-side // 2))
                 _fold_after(block.conv2, block.bn3)
-                if block.downsample is not None:
-                    conv, norm = block.downsample
-                    _fold_after(conv, norm)
+                if isinstance(block.downsample, nn.Sequential):
+                    _fold_after(*block.downsample)
+                elif isinstance(block.downsample, nn.AvgPool2d) and channelwise:
+                    block.downsample = nn.Sequential(_every_other_pixel(block.conv1))
         side = -(-side // 2)
     gain_O, shift_O = _affine(net.bn2)
     pixels = side**2  # the last linear layer reads channel after channel
     _fold_before(net.fc, gain_O.repeat_interleave(pixels), shift_O.repeat_interleave(pixels))
     _fold_after(net.fc, net.features)
+
+
+def _every_other_pixel(like: nn.Conv2d) -> nn.Conv2d:
+    """Return a pool 1×1 of stride 2 as a depthwise conv1×1, for the input of the convolution ``like``."""
+    channels = like.in_channels
+    conv = nn.Conv2d(channels, channels, 1, 2, groups=channels).to(like.weight)
+    _put(conv, torch.ones_like(conv.weight), conv.weight.new_zeros(channels))
+    return conv
 
 
 def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
@@ -144,7 +159,7 @@ def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
 def _fold_into_conv1(block: IResBlock, side: int) -> None:
     """Fold both norms around a block's first convolution, whose input has ``side`` × ``side`` pixels."""
     gain_I, shift_I = _affine(block.bn1)
-    gain_O, shift_O = _affine(block.bn2)
+    gain_O, shift_O = _affine_of(block.conv1, block.bn2)
     weight_OI33 = block.conv1.weight.double()
     bias_OHW = gain_O[:, None, None] * _response(weight_OI33, shift_I, side) + shift_O[:, None, None]
     weight_OI33 = gain_O[:, None, None, None] * weight_OI33 * gain_I[:, None, None]
@@ -176,8 +191,7 @@ def _fold_mobilefacenet(net: MobileFaceNet) -> None:
 def _fold_after(layer: nn.Module, norm: nn.Module) -> None:
     """Fold a norm into the layer before it."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
-    assert isinstance(norm, Norm)
-    gain_O, shift_O = _affine(norm)
+    gain_O, shift_O = _affine_of(layer, norm)
     weight = gain_O.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight.double()
     _put(layer, weight, shift_O if layer.bias is None else gain_O * layer.bias.double() + shift_O)
 
@@ -193,6 +207,14 @@ def _put(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias_O: Tensor) -> None:
     like = layer.weight
     layer.weight = nn.Parameter(weight.to(like), requires_grad=False)
     layer.bias = nn.Parameter(bias_O.to(like), requires_grad=False)
+
+
+def _affine_of(layer: nn.Conv2d | nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return gain and shift of the norm behind a layer, float64; without a norm they are 1 and 0."""
+    if isinstance(norm, Norm):
+        return _affine(norm)
+    one_O = torch.ones(len(layer.weight), dtype=torch.float64, device=layer.weight.device)
+    return one_O, torch.zeros_like(one_O)
 
 
 def _affine(norm: Norm) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from fr_core.config.nets import MOBILEFACENET
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.prelu import PReLU
 
-BN_EPS = 1e-3
 STRIDES = 16  # factor by which the net shrinks the input to the last feature map
+LAST_EPS = 2e-5  # ε of the norm of the embedding
 LAYERS = (  # layers whose output channels are the entries of ``widths``, in order
     "stem.conv",
     *(f"stage{stage}.0.{part}.conv" for stage in (3, 4) for part in ("expand", "project")),
@@ -41,7 +41,7 @@ class Part(nn.Sequential):
         super().__init__()
         padding = kernel // 2 if pad else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=BN_EPS)
+        self.bn = nn.BatchNorm2d(outputs)
         self.prelu = PReLU(outputs) if act else None
 
 
@@ -82,11 +82,18 @@ class MobileFaceNet(Backbone):
         input_size: Side of the square input, pixels; a multiple of 16.
         embedding: D.
         widths: Channels of :data:`LAYERS`, as :class:`fr_core.config.nets.MobileFaceNetNet` orders them.
+        norm_eps: ε of the norms before the embedding.
     """
 
-    input_std = 128.0  # x = (pixel − 127.5) / input_std
+    input_std = 128.0
 
-    def __init__(self, input_size: int = 112, embedding: int = 128, widths: Sequence[int] = MOBILEFACENET) -> None:
+    def __init__(
+        self,
+        input_size: int = 112,
+        embedding: int = 128,
+        widths: Sequence[int] = MOBILEFACENET,
+        norm_eps: float = 1e-3,
+    ) -> None:
         super().__init__()
         self.input_size, self.embedding = input_size, embedding
         side = input_size // STRIDES
@@ -99,12 +106,14 @@ class MobileFaceNet(Backbone):
         self.expand = Part(out5, last, 1)
         self.pool = Part(last, last, side, groups=last, act=False, pad=False)
         self.fc = nn.Linear(last, embedding)
-        self.features = nn.BatchNorm1d(embedding, eps=2e-5)
+        self.features = nn.BatchNorm1d(embedding, eps=LAST_EPS)
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = norm_eps
 
     def bottlenecks(self) -> list[Bottleneck]:
         """Return the bottlenecks of all stages in order."""

@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from fr_core.nets.iresnet import Stage, draw_convolutions, make_stage
+from fr_core.nets.iresnet import BlockForm, Stage, draw_convolutions, make_stage
 
 GATE_STD = 0.01  # of the gate's initial weights: all experts start nearly equally probable
 
@@ -30,16 +30,18 @@ class Mixture(nn.Module):
         inputs, outputs: Channels before and after the stage.
         experts: E.
         active: Experts that each image uses.
+        form: Form of the residual blocks.
     """
 
-    def __init__(self, first: Stage, inputs: int, outputs: int, experts: int, active: int) -> None:
+    def __init__(self, first: Stage, inputs: int, outputs: int, experts: int, active: int, form: BlockForm) -> None:
         super().__init__()
         self.active = active
         self.norm = nn.BatchNorm1d(inputs)  # the trunk's residual sums have no fixed scale
         self.gate = nn.Linear(inputs, experts)
         nn.init.normal_(self.gate.weight, 0, GATE_STD)
         nn.init.zeros_(self.gate.bias)
-        self.experts = nn.ModuleList([first, *(make_stage(inputs, outputs, len(first)) for _ in range(experts - 1))])
+        others = (make_stage(inputs, outputs, len(first), form) for _ in range(experts - 1))
+        self.experts = nn.ModuleList([first, *others])
         draw_convolutions(self.experts[1:])
         self.balance = torch.ones(())  # load-balance term of the last training batch, with its gradient
 

@@ -1,13 +1,19 @@
-"""Names of nets: the ones that ``--net`` takes, and the one that a config, weights or a file stand for."""
+"""Names of nets: the ones that ``--net`` takes, and the one that a config, weights or a file stand for.
+
+``--net`` also takes the name of a family of weights (:data:`fr_core.nets.families.FAMILIES`).
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from fr_core.config.nets import IResNetNet, MoENet, Net, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.families import FAMILIES
 from fr_core.nets.iresnet import BLOCKS
 
-NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in BLOCKS))  # what --net takes
+NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in BLOCKS))
+OTHER_WORDS = {"arcface": "insightface", "cosface": "insightface", "buffalo": "insightface", "evolve": "evolve"}
 DEPTHS = {blocks: depth for depth, blocks in BLOCKS.items()}
 IRESNET = {"conv1.weight", "prelu.weight", "fc.weight"}  # a plain ResNet has no PReLU
 MOBILEFACENET = {"stem_depthwise.conv.weight", "pool.conv.weight", "fc.weight"}
@@ -15,18 +21,28 @@ QUANTISED = "layers.1.layer.weight"
 
 
 def parse_name(net: str) -> str:
-    """Return the name that ``--net`` gives, in lower case.
+    """Return the name of a net or of a family that ``--net`` gives, in lower case.
 
     Raises:
-        UserError: No net has this name; the message suggests the nearest one.
+        UserError: No net and no family has this name; the message suggests the nearest one.
     """
     name = net.lower()
-    if name in NAMES:
+    if name in NAMES or name in FAMILIES:
         return name
     near = _nearest(name)
     depths = ", ".join(str(depth) for depth in BLOCKS)
-    hint = f"did you mean {near}?" if near else f"give mobilefacenet or iresnetDEPTH with a depth of {depths}"
+    families = ", ".join(FAMILIES)
+    hint = f"did you mean {near}?" if near else f"give {families}, mobilefacenet, or iresnetDEPTH with {depths}"
     raise UserError(f"--net {net}: no net has this name; {hint}")
+
+
+@contextmanager
+def option_named(option: str) -> Iterator[None]:
+    """Let errors in the block name another option, such as ``init.net=``, where they name ``--net``."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("--net ", option)) from None
 
 
 def config_name(config: Net) -> str:
@@ -77,6 +93,8 @@ def refuse_other_net(source: object, net: str | None, actual: str | None) -> Non
     if net is None:
         return
     name = parse_name(net)
+    if name in FAMILIES:
+        raise UserError(f"{source} says itself what pixels its net takes: leave --net out")
     if actual is not None and name != actual:
         raise UserError(f"{source} holds {article(actual)}, not {article(name)}: leave --net out")
 
@@ -94,6 +112,8 @@ def _count_blocks(names: set[str], stage: str) -> int:
 
 def _nearest(name: str) -> str | None:
     """Return the net that a wrong name most likely means: ``r50`` and ``resnet50`` mean iresnet50."""
+    if family := next((meant for word, meant in OTHER_WORDS.items() if word in name), None):
+        return family
     if "mobile" in name:
         return "mobilefacenet"
     numbers = [int(digits) for digits in re.findall(r"\d+", name)]

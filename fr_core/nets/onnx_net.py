@@ -5,6 +5,8 @@ The file holds the folded net in float32, or a quantised net's integers (:mod:`f
 any number. The metadata (:class:`Facts`) says how to use the file. More than 1.5 GiB of weights go to a second file,
 ``FILE.onnx.data``, since protobuf ends at 2 GiB.
 
+Files of other programs have other names, perhaps a fixed B, and no metadata: :mod:`fr_core.nets.onnx_foreign`.
+
 Legend: B batch, C channels, H W pixels, D embedding.
 """
 
@@ -13,10 +15,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 INPUT, OUTPUT = "x_BCHW", "embeddings_BD"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install 'bigface[export]'"
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # operators that ONNX Runtime itself has
 WHOLE = 3 * 2**29  # most bytes of weights that the file itself holds
 MEASURED = ("threshold", "accuracy", "accuracy_low", "accuracy_high", "pairs", "people")  # of the net's verification
 
@@ -44,9 +49,12 @@ class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     input_size: int = Field(ge=1)  # pixels
+    input_mean: float = 127.5  # older files do not say
     input_std: float = Field(gt=0)
     embedding: int = Field(ge=1)
-    normalisation: Literal["(pixel - 127.5) / input_std"] = "(pixel - 127.5) / input_std"
+    normalisation: Literal["(pixel - input_mean) / input_std", "(pixel - 127.5) / input_std"] = (
+        "(pixel - input_mean) / input_std"
+    )
     channels: Literal["RGB"] = "RGB"
     net: str | None = None  # name of the net; older files have none
     # Files of quantised nets have the bits of their codes, which are stored in bytes whatever their number of bits.
@@ -66,19 +74,39 @@ class Facts(BaseModel):
         return None if self.threshold is None else Verified(**self.model_dump(include=set(MEASURED)))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """How a session takes images and gives embeddings."""
+
+    input: str = INPUT
+    output: str = OUTPUT
+    batch: int | None = None  # images of one call; None: any number
+    bgr: bool = False
+    taken_for: str | None = None  # whose net a file of another program was taken for, and what pixels that takes
+
+
 class OnnxNet(Backbone):
     """A net in ONNX Runtime on the CPU. It has no PyTorch parameters and passes no gradient."""
 
-    def __init__(self, session: "InferenceSession", facts: Facts, checksum: str) -> None:
+    def __init__(self, session: "InferenceSession", facts: Facts, checksum: str, ends: Ends = Ends()) -> None:
         super().__init__()
-        self.session, self.checksum = session, checksum
-        self.name, self.verified = facts.net, facts.verified
-        self.input_size, self.input_std, self.embedding = facts.input_size, facts.input_std, facts.embedding
+        self.session, self.checksum, self.ends = session, checksum, ends
+        self.name, self.verified, self.taken_for = facts.net, facts.verified, ends.taken_for
+        self.input_size, self.embedding = facts.input_size, facts.embedding
+        self.input_mean, self.input_std = facts.input_mean, facts.input_std
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map normalised pixels [B, 3, H, W] to embeddings float32 [B, D], not L2-normalised."""
-        (embeddings_BD,) = self.session.run([OUTPUT], {INPUT: x_BCHW.float().contiguous().numpy(force=True)})
-        return torch.from_numpy(embeddings_BD).to(x_BCHW.device)
+        pixels_BCHW = x_BCHW.flip(1) if self.ends.bgr else x_BCHW
+        images, each = pixels_BCHW.float().contiguous().numpy(force=True), self.ends.batch or len(x_BCHW)
+        embeddings = np.empty((len(images), self.embedding), np.float32)
+        for start in range(0, len(images), each or 1):
+            part = images[start : start + each]
+            missing = each - len(part)  # a session of a fixed batch computes images of zeros too
+            whole = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
+            (out,) = self.session.run([self.ends.output], {self.ends.input: whole})
+            embeddings[start : start + each] = out.reshape(each, -1)[: len(part)]
+        return torch.from_numpy(embeddings).to(x_BCHW.device)
 
 
 def installed() -> bool:
@@ -116,7 +144,7 @@ def write_onnx(net: Backbone, path: Path, verified: Verified | None = None, plai
 
 def _facts(net: Backbone, name: str | None, verified: Verified | None) -> dict[str, str]:
     """Return the metadata that every file has."""
-    sizes = {"input_size": net.input_size, "input_std": net.input_std, "embedding": net.embedding}
+    sizes = {name: getattr(net, name) for name in ("input_size", "input_mean", "input_std", "embedding")}
     measured = verified.model_dump(include=set(MEASURED)) if verified else {}
     facts = Facts.model_validate(sizes | {"net": name} | measured)
     return {key: str(value) for key, value in facts.model_dump(exclude_none=True).items()}
@@ -158,39 +186,32 @@ def _prelu(x_BCHW: Any, slope_C: Any) -> Any:
     return op.Add(op.Mul(op.Relu(x_BCHW), op.Sub(one, slope_C11)), op.Mul(x_BCHW, slope_C11))
 
 
-def open_onnx(path: Path) -> OnnxNet:
-    """Open a file that :func:`write_onnx` wrote. Only this file and ``path.data`` are ever read.
+def open_onnx(path: Path, family: str | None = None) -> OnnxNet:
+    """Open an ONNX file, of :func:`write_onnx` or of another program. Only this file and ``path.data`` are ever read.
+
+    Args:
+        family: Whose net the file of another program holds (:data:`fr_core.nets.families.FAMILIES`), which tells what
+            pixels it takes. None: the file must tell.
 
     Raises:
-        UserError: The file is unreadable, damaged, of another kind or refers to other files, or packages are not
-            installed.
+        UserError: The file is unreadable, damaged, of another kind or refers to other files or operators, or packages
+            are not installed. Or the file of another program does not tell what pixels it takes.
     """
-    if not installed():
-        raise UserError(f"{path}: ONNX files need: {INSTALL}")
-    import onnx
-    import onnxruntime
-    from google.protobuf.message import DecodeError
+    model = read_model(path)
+    files = [path, *_external_files(model, path)]
+    if not written_here(model):
+        from fr_core.nets.onnx_foreign import facts_and_ends
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise UserError(f"{path}: not readable as ONNX: {error}") from None
+        session = _session(path)
+        facts, foreign = facts_and_ends(path, model, session, family)
+        return OnnxNet(session, facts, _checksum(files), foreign)
     try:
         facts = Facts.model_validate({entry.key: entry.value for entry in model.metadata_props})
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(f"{path}: not written by bigface export: metadata {wrong['loc'][0]}: {wrong['msg']}") from None
-    files = [path, *_external_files(model, path)]
     del model
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.log_severity_level = 4  # errors are raised as exceptions too
-    if saturates(facts.weight_bits):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no other base class
-        raise UserError(f"{path}: not a model that ONNX Runtime opens: {_line(error)}") from None
+    session = _session(path, exact=saturates(facts.weight_bits))
     size = facts.input_size
     wanted = [(INPUT, "tensor(float)", [None, 3, size, size]), (OUTPUT, "tensor(float)", [None, facts.embedding])]
     ends = [*session.get_inputs(), *session.get_outputs()]
@@ -198,6 +219,59 @@ def open_onnx(path: Path) -> OnnxNet:
     if found != wanted:
         raise UserError(f"{path}: not written by bigface export: it maps {found}, not {wanted}")
     return OnnxNet(session, facts, _checksum(files))
+
+
+def read_model(path: Path, with_data: bool = False) -> "ModelProto":
+    """Read the graph of an ONNX file, which has operators of ONNX and ONNX Runtime alone and finite weights.
+
+    Args:
+        with_data: Read the weights in ``path.data`` too, if there are any.
+
+    Raises:
+        UserError: Packages are not installed, the file is unreadable, or its operators or weights are others.
+    """
+    if not installed():
+        raise UserError(f"{path}: ONNX files need: {INSTALL}")
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx.external_data_helper import load_external_data_for_model
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{path}: not readable as ONNX: {error}") from None
+    if not model.graph.node:
+        raise UserError(f"{path}: not readable as ONNX: it has no operators")
+    own = {*DOMAINS, *(function.domain for function in model.functions)}
+    if other := {node.domain for node in model.graph.node} - own:
+        raise UserError(f"{path}: refused: it needs operators of {min(other)}, which are code of another program")
+    if _external_files(model, path) and with_data:
+        load_external_data_for_model(model, str(path.parent))
+    for tensor in model.graph.initializer:
+        here = tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != onnx.TensorProto.EXTERNAL
+        if here and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+            raise UserError(f"{path}: holds numbers that are not finite, in {tensor.name}: give another file")
+    return model
+
+
+def written_here(model: "ModelProto") -> bool:
+    """Return whether :func:`write_onnx` wrote a file, as far as its metadata tell."""
+    return any(entry.key in ("normalisation", "input_std") for entry in model.metadata_props)
+
+
+def _session(path: Path, exact: bool = False) -> "InferenceSession":
+    """Return a session of ONNX Runtime; ``exact`` keeps its kernels from clipping sums (:func:`saturates`)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 4  # errors are raised as exceptions too
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no other base class
+        raise UserError(f"{path}: not a model that ONNX Runtime opens: {_line(error)}") from None
 
 
 def saturates(weight_bits: int | None) -> bool:

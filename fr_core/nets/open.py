@@ -1,80 +1,34 @@
-"""Opens any backbone: a run, a checkpoint, bare weights with the name of their net, or an ONNX file.
+"""Opens any backbone: a run, a checkpoint, a file of weights of bigface or of another project, or an ONNX file.
 
 No head is needed. Legend: N images, B batch, C channels, H W pixels, D embedding.
 """
 
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import assert_never
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.device import default_device
 from fr_core.errors import UserError
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
+from fr_core.nets.build import build_float_net, build_net, on_device
 from fr_core.nets.checkpoint_files import BACKBONE, find_checkpoint, weights_file
-from fr_core.nets.iresnet import IResNet, Stage
-from fr_core.nets.mobilefacenet import LAYERS, MobileFaceNet, from_mxnet
+from fr_core.nets.families import FAMILIES
+from fr_core.nets.iresnet import IResNet
+from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
-from fr_core.nets.names import NAMES, article, config_name, parse_name, refuse_other_net, weights_name
+from fr_core.nets.names import article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
 from fr_core.nets.verifications import Verified, verification_of
-
-
-def build_net(config: Net) -> Backbone:
-    """Build the untrained backbone of a section."""
-    match config:
-        case MoENet():
-            net = build_residual(config)
-            assert isinstance(net.layer4, Stage)
-            net.layer4 = Mixture(net.layer4, *config.channels[2:], config.experts, config.active)
-            return net
-        case QuantisedNet():
-            from fr_core.nets.quantised import Quantised
-
-            return Quantised(build_float_net(config.net), config)
-        case IResNetNet() | MobileFaceNetNet():
-            return build_float_net(config)
-        case _ as unknown:
-            assert_never(unknown)
-
-
-def build_float_net(config: IResNetNet | MobileFaceNetNet) -> IResNet | MobileFaceNet:
-    """Build an untrained net of a kind that can be quantised and pruned."""
-    match config:
-        case IResNetNet():
-            return build_residual(config)
-        case MobileFaceNetNet():
-            return MobileFaceNet(config.input_size, config.embedding, config.channels)
-        case _ as unknown:
-            assert_never(unknown)
-
-
-def build_residual(config: Residual) -> IResNet:
-    """Build the untrained IR-ResNet of a section, for a mixture of experts its plain net."""
-    sizes = (config.stem_stride, config.input_size, config.embedding, config.dropout)
-    return IResNet(config.depth, config.channels, *sizes)
-
-
-def on_device(net: Backbone, device: torch.device) -> Backbone:
-    """Move a net to a device, in channels-last order, in which bf16 convolutions run fastest."""
-    return net.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
-
-
-def normalised(images_BHWC: Tensor, input_std: float) -> Tensor:
-    """Return uint8 RGB [B, H, W, 3] as float32 [B, 3, H, W] = (pixel − 127.5) / input_std, channels-last."""
-    return images_BHWC.permute(0, 3, 1, 2).float().sub_(127.5).div_(input_std)
+from fr_core.nets.weights import Weights, read_weights
 
 
 @dataclass
@@ -86,6 +40,7 @@ class Recogniser:
     verified: Verified | None = None  # newest verification, if any
     config: Net | None = None  # what the net is; an ONNX file does not say
     checkpoint: AnyPath | None = None  # the folder that it was opened from, if that is a checkpoint
+    taken_for: str | None = None  # whose net a file of another program was taken for, and what pixels that takes
 
     @property
     def threshold(self) -> float | None:
@@ -122,7 +77,7 @@ class Recogniser:
         embeddings = np.empty((len(images_NHWC), self.net.embedding), np.float32)
         for start in range(0, len(images_NHWC), batch):
             chunk = np.stack([resized(image, self.net.input_size) for image in images_NHWC[start : start + batch]])
-            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net.input_std)
+            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net)
             out_BD = self.net(x_BCHW)
             if flip:
                 out_BD = out_BD + self.net(x_BCHW.flip(3))
@@ -133,75 +88,64 @@ class Recogniser:
         return embeddings
 
 
-def open_net(ref: str | AnyPath, net: str | None = None, device: torch.device | None = None) -> Recogniser:
+def open_net(
+    ref: str | AnyPath, net: str | None = None, device: torch.device | None = None, changeable: bool = False
+) -> Recogniser:
     """Open a backbone.
 
     Args:
-        ref: Folder of a run or of a checkpoint, a ``.safetensors`` file, or an ``.onnx`` file of ``bigface export``,
-            which runs on the CPU. Local path or URL.
-        net: Name of the net for bare weights: ``mobilefacenet`` or ``iresnetDEPTH``, such as ``iresnet50``. Widths,
-            input size and embedding are read off the weights. Every other ``ref`` names its net itself; then this
-            name must agree.
+        ref: Folder of a run or of a checkpoint, or a file of weights: ``.safetensors``, ``.pth``, ``.pt``, ``.ckpt``.
+            Or an ``.onnx`` file, which runs on the CPU. Local path or URL. docs/weights.md lists whose files open.
+        net: What the file holds, where it does not tell: a family such as ``adaface``. Or the name of the net, which
+            must then agree: ``mobilefacenet`` or ``iresnetDEPTH``, such as ``iresnet50``.
         device: Device of the net; None: :func:`fr_core.device.default_device`.
+        changeable: Turn an ONNX file of another program back into a net of PyTorch, to be trained or changed.
 
     Raises:
-        UserError: Nothing is there, files are damaged, weights do not fit the net, or ``net`` is missing or wrong.
+        UserError: Nothing is there, files are damaged, weights belong to no net here, are not finite or do not fit, or
+            ``net`` is missing or wrong.
     """
     device = device or default_device()
     path = to_path(ref)
-    if path.is_file() and path.name.endswith(".onnx"):
-        with local_copy(path) as local:
-            onnx_net = open_onnx(local)
-        refuse_other_net(path, net, onnx_net.name)
-        return Recogniser(onnx_net, torch.device("cpu"), onnx_net.verified)
-    if path.name == BACKBONE and (path.parent / "checkpoint.json").is_file():
-        path = path.parent  # the checkpoint tells the net and its threshold
-    if path.is_dir():
-        folder = find_checkpoint(path)
-        config, weights = _net_config(folder), weights_file(folder)
+    if path.is_file() and path.name.endswith(".onnx") and not changeable:
+        return _open_onnx(path, net)
+    checkpoint, verified, taken_for = None, None, None
+    if folder := _checkpoint_of(path):
         checkpoint, (verified, _) = folder, verification_of(folder)
-    elif path.is_file():
-        config, weights, checkpoint, verified = _bare_config(path, net), path, None, None
-    else:
-        raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
-    refuse_other_net(path, net, config_name(config))
-    module = build_net(config)
-    load_weights(module, weights)
+    weights = find_weights(path, net)
+    if weights.family:
+        taken_for = f"{weights.family.title}: {weights.family.input}"
+    module = build_net(weights.net)
+    module.load_state_dict(weights.state)
     on_device(module, device).eval().requires_grad_(False)
-    return Recogniser(module, device, verified, config, checkpoint)
+    return Recogniser(module, device, verified, weights.net, checkpoint, taken_for)
 
 
-def read_weights(path: AnyPath) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file; names of the published MobileFaceNet become the names used here.
-
-    Raises:
-        UserError: The file is unreadable or not in the safetensors format.
-    """
-    try:
-        with local_copy(path) as file:
-            state = load_file(file)
-        return from_mxnet(state) if "conv_1_conv2d_weight" in state else state
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: not readable as safetensors weights: {error}{_conversion(path)}") from None
-
-
-def _conversion(path: AnyPath) -> str:
-    """Return how to convert a file of PyTorch tensors, with the command to copy; nothing for other files."""
-    if not path.name.endswith((".pth", ".pt")):
-        return ""
-    source, target = str(path), f"{str(path).rpartition('.')[0]}.safetensors"
-    loaded = f"torch.load({source!r}, weights_only=True)"
-    script = f"import torch, safetensors.torch as s; s.save_file({loaded}, {target!r})"
-    return f": convert it once: python -c {shlex.quote(script)}"
-
-
-def load_weights(module: nn.Module, path: AnyPath) -> None:
-    """Load the weights of a file into a net. A mixture of experts also takes the weights of its plain net.
+def find_weights(ref: str | AnyPath, net: str | None = None) -> Weights:
+    """Read the net of a run, of a checkpoint or of a file, as :func:`open_net` takes them.
 
     Raises:
-        UserError: The weights belong to another net.
+        UserError: As :func:`open_net`.
     """
-    state = read_weights(path)
+    path = to_path(ref)
+    if folder := _checkpoint_of(path):
+        section = _net_config(folder)
+        refuse_other_net(path, net, config_name(section))
+        return read_weights(weights_file(folder), section=section)
+    if not path.is_file():
+        raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
+    return read_weights(path, net)
+
+
+def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) -> None:
+    """Load the weights of a run, a checkpoint or a file into a net.
+
+    A mixture of experts also takes the weights of its plain net.
+
+    Raises:
+        UserError: As :func:`open_net`, or the weights belong to another net.
+    """
+    state = find_weights(ref, net).state
     if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
         state = module.layer4.from_plain(state)
     try:
@@ -210,20 +154,42 @@ def load_weights(module: nn.Module, path: AnyPath) -> None:
         actual, wanted = weights_name(state), weights_name(module.state_dict())
         if actual and wanted and actual != wanted:
             mend = "change net.kind and net.depth, or give other weights"
-            raise UserError(f"{path} holds {article(actual)}, not {article(wanted)}: {mend}") from None
+            raise UserError(f"{ref} holds {article(actual)}, not {article(wanted)}: {mend}") from None
         first = str(error).splitlines()[1].strip()
-        raise UserError(f"{path}: weights do not fit the net: {shorten(first, 160, placeholder=' …')}") from None
+        raise UserError(f"{ref}: weights do not fit the net: {shorten(first, 160, placeholder=' …')}") from None
 
 
-def open_float(config: IResNetNet | MobileFaceNetNet, ref: str) -> IResNet | MobileFaceNet:
+def open_float(config: IResNetNet | MobileFaceNetNet, ref: str, net: str | None = None) -> IResNet | MobileFaceNet:
     """Build the float net of a section, with the weights of a run, a checkpoint or a file.
 
     Raises:
         UserError: The weights do not exist, or belong to another net.
     """
-    net = build_float_net(config)
-    load_weights(net, weights_file(ref))
-    return net
+    module = build_float_net(config)
+    load_weights(module, ref, net)
+    return module
+
+
+def _open_onnx(path: AnyPath, net: str | None) -> Recogniser:
+    """Open an ONNX file for inference."""
+    name = net and parse_name(net)
+    with local_copy(path) as local:
+        opened = open_onnx(local, name if name in FAMILIES else None)
+    if name not in FAMILIES:
+        refuse_other_net(path, name, opened.name)
+    return Recogniser(opened, torch.device("cpu"), opened.verified, taken_for=opened.taken_for)
+
+
+def _checkpoint_of(path: AnyPath) -> AnyPath | None:
+    """Return the checkpoint that a path names: a run's newest, or the one whose weights the file is. None: a bare file.
+
+    Raises:
+        UserError: The folder is no checkpoint and no run that has one.
+    """
+    if path.is_dir():
+        return find_checkpoint(path)
+    named = path.name == BACKBONE and (path.parent / "checkpoint.json").is_file()
+    return path.parent if named else None
 
 
 def _net_config(checkpoint: AnyPath) -> Net:
@@ -235,56 +201,3 @@ def _net_config(checkpoint: AnyPath) -> Net:
         raise UserError(
             f"{checkpoint}: damaged checkpoint.json ({type(error).__name__}): give an older checkpoint of the run"
         ) from None
-
-
-def _bare_config(path: AnyPath, net: str | None) -> Net:
-    """Return the section of a weights file: its metadata, or what ``net`` and the shapes of its tensors tell."""
-    with local_copy(path) as local:
-        state = read_weights(local)
-        with safe_open(local, "pt") as file:
-            section = (file.metadata() or {}).get("net")
-    try:
-        if section:
-            return TypeAdapter(Net).validate_json(section)
-        return _config_by_shapes(_bare_name(path, state, net), state)
-    except (KeyError, IndexError, ValueError, ValidationError):
-        raise UserError(
-            f"{path}: its metadata or shapes are not those of {article(net or 'net')}: give another file"
-        ) from None
-
-
-def _bare_name(path: AnyPath, state: dict[str, Tensor], net: str | None) -> str:
-    """Return the name of the net that bare weights belong to, if ``--net`` says the same.
-
-    Raises:
-        UserError: The user gave no name or another one, or no net here has such tensors.
-    """
-    actual = weights_name(state)
-    mend = "open its run or checkpoint instead, which says more of the net"
-    if actual is None:
-        mend = f"give weights of one of {', '.join(NAMES)}"
-    elif actual in NAMES:
-        mend = f"give --net {actual}"
-    content = article(actual or "net that bigface does not know")
-    if net is None:
-        raise UserError(f"{path}: bare weights need --net; the file holds {content}: {mend}")
-    name = parse_name(net)
-    if name != actual:
-        raise UserError(f"{path} holds {content}, not {article(name)}: {mend}")
-    return name
-
-
-def _config_by_shapes(name: str, state: dict[str, Tensor]) -> Net:
-    """Return the section of a named net with the widths, the input size and the embedding of its weights."""
-
-    def channels(layer: str) -> int:
-        return state[f"{layer}.weight"].shape[0]
-
-    if name == "mobilefacenet":
-        sizes = {"input_size": 16 * state["pool.conv.weight"].shape[2], "embedding": channels("fc")}
-        return MobileFaceNetNet.model_validate(sizes | {"widths": [channels(layer) for layer in LAYERS]})
-    widths = [channels(f"layer{stage}.0.conv1") for stage in (1, 2, 3, 4)]
-    side = round((state["fc.weight"].shape[1] / widths[-1]) ** 0.5)
-    sizes = {"input_size": 16 * side, "embedding": channels("fc")}
-    depth = int(name.removeprefix("iresnet"))
-    return IResNetNet.model_validate(sizes | {"depth": depth, "widths": widths})

@@ -14,9 +14,9 @@ from torch import nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.errors import UserError
+from fr_core.nets.build import build_float_net
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.nets.open import build_float_net
 
 FEWEST = 8  # channels that pruning leaves in a layer, at least
 STAGES = {"iresnet": (1, 1, 1, 1), "mobilefacenet": (3, 2, 4)}  # kind -> number of ``widths`` in each stage
@@ -95,6 +95,8 @@ def pruned(
     names = {module: name for name, module in net.named_modules()}
     groups = list(graph.get_all_groups(ignored_layers=[net.fc], root_module_types=[nn.Conv2d, nn.Linear]))
     worth = [scores[importance](group) for group in groups]  # before any group is pruned
+    # The channels inside squeeze and excitation have no norm that could tell their worth.
+    worth = [scores["l1"](group) if of is None else of for group, of in zip(groups, worth, strict=True)]
     for group, worth_C in zip(groups, worth, strict=True):
         conv = target.get_submodule(names[group[0].dep.target.module])
         assert isinstance(conv, nn.Conv2d)

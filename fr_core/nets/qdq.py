@@ -21,7 +21,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from fr_core.errors import UserError
-from fr_core.nets.quantised import ActQuant, QuantConv, Quantised, QuantLinear, QuantPReLU, ResidualPath
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import GATE, ActQuant, QuantConv, QuantLinear, QuantPReLU, QuantSE, ResidualPath
 
 OPSET, IR_VERSION = 19, 9
 
@@ -140,6 +141,8 @@ def _layer(graph: Graph, layer: nn.Module, x: Codes) -> Codes:
             return graph.quantised(graph.weighted("Conv", x, layer, **_geometry(layer)), layer.output())
         case QuantPReLU():
             return _prelu(graph, layer, x)
+        case QuantSE():
+            return _gated(graph, layer, x)
         case ResidualPath():
             branch = _chain(graph, layer.branch, x)
             skip = _layer(graph, layer.skip, x) if layer.skip else x
@@ -158,6 +161,18 @@ def _prelu(graph: Graph, layer: QuantPReLU, x: Codes) -> Codes:
     same = x if layer.own is None else _scaled(graph, x, torch.ones_like(slope_C), torch.ones(()), out)
     greater = graph.node("Max", same.name, product.name)
     return Codes(graph.capped(greater, out.bits), product.scale, product.zero_point)
+
+
+def _gated(graph: Graph, layer: QuantSE, x: Codes) -> Codes:
+    """Add squeeze and excitation: the gates are computed in float, then channels and gates are multiplied as codes."""
+    gate = graph.node("GlobalAveragePool", graph.dequantised(x))
+    for conv, activation in ((layer.se.fc1, "Relu"), (layer.se.fc2, "Sigmoid")):
+        weight = graph.constant(conv.weight.detach().numpy())
+        gate = graph.node(activation, graph.node("Conv", gate, weight, kernel_shape=[1, 1]))
+    scale, zero_point = np.float32(GATE), np.uint8(0)
+    codes = graph.node("QuantizeLinear", gate, graph.constant(scale), graph.constant(zero_point))
+    gates = graph.dequantised(Codes(codes, scale, zero_point))
+    return graph.quantised(graph.node("Mul", graph.dequantised(x), gates), layer.output())
 
 
 def _scaled(graph: Graph, x: Codes, factor_C: Tensor, scale: Tensor, quantiser: ActQuant) -> Codes:

@@ -19,9 +19,10 @@ from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
+from fr_core.nets.names import option_named
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import normalised, open_net
+from fr_core.nets.open import open_net
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Teacher:
     def targets(self, batch: Batch, images_AXHWC: list[Tensor]) -> list[Tensor]:
         """Return the teacher's embeddings of each micro-batch of :func:`micro_batches`: [X, E], not normalised."""
         if self.net is not None:
-            size, std = self.net.input_size, self.net.input_std
-            return [self.net(normalised(resized(images_XHWC, size), std)) for images_XHWC in images_AXHWC]
+            net = self.net
+            return [net(normalised(resized(images_XHWC, net.input_size), net)) for images_XHWC in images_AXHWC]
         assert self.labelled is not None
         known_BE, more_UE = torch.from_numpy(self.labelled(batch.sample_ids)), None
         if self.unlabelled is not None and batch.unlabelled is not None:
@@ -59,7 +60,8 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
         return None
     distill = distillation(config)
     if given.teacher:
-        net = open_net(given.teacher, given.teacher_net, device).net
+        with option_named(f"{given.named}_net="):
+            net = open_net(given.teacher, given.teacher_net, device).net
         teacher = Teacher(net.embedding, net)
     elif distill and distill.embeddings:
         known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None

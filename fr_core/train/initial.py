@@ -14,9 +14,9 @@ from fr_core.config.nets import Residual
 from fr_core.data.plan import Plan
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.build import build_net, on_device
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import BLOCKS, recompute
-from fr_core.nets.open import build_net, on_device
 from fr_core.optim.fastface import watcher
 from fr_core.optim.optimizers import make_optimizers
 from fr_core.ranks import Ranks

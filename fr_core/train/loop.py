@@ -30,7 +30,7 @@ from fr_core.train.outbox import UNDELIVERED
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
-from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes
+from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes, settle_norms
 from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import read_images, verify_embeddings
 from fr_core.verify.report import make_report, roc_figure, score_figure, verification_figures, write_report
@@ -117,6 +117,7 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
     if not resume(config, state, out, ranks):
         load_backbone(config, state)
         plain = partial(plain_batches, config, plan, ranks, blocks)
+        settle_norms(config, state, plain, ranks)
         if isinstance(config.net, QuantisedNet):
             steps = min(config.net.calibration_batches, state.total_steps or plan.steps_per_epoch)
             calibrate(config, state, partial(plain, steps), ranks)

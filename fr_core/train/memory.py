@@ -17,9 +17,10 @@ from fr_core.config.optim import AdamW
 from fr_core.data.plan import held_rows
 from fr_core.heads.streamed import tile_size
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.build import build_net
 from fr_core.nets.iresnet import Stage, recompute
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import segment_blocks
 

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fr_core import rng
 from fr_core.config import Config, warmup_steps
 from fr_core.config.nets import MoENet
+from fr_core.nets.backbone import normalised
 from fr_core.nets.moe import take_balance
-from fr_core.nets.open import normalised
 from fr_core.optim.optimizers import squared_norm
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
@@ -47,14 +47,14 @@ def embed(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, 
     place = ranks.rank * config.train.accumulate + micro_batch
     torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, place))
     with autocast(config, state.device):
-        return state.parallel(normalised(images_BHWC, state.backbone.input_std))
+        return state.parallel(normalised(images_BHWC, state.backbone))
 
 
 @torch.no_grad()
 def encode_class_images(config: Config, state: TrainState, images_BKHWC: Tensor) -> Tensor:
     """Encode class images with the momentum encoder in training mode: features [B, K, D], without gradient."""
     assert state.encoder is not None
-    images = normalised(images_BKHWC.flatten(0, 1), state.backbone.input_std)
+    images = normalised(images_BKHWC.flatten(0, 1), state.backbone)
     with autocast(config, state.device):
         return state.encoder.train()(images).unflatten(0, images_BKHWC.shape[:2])
 

@@ -15,11 +15,15 @@ from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import INIT_STD, ShardedFC
-from fr_core.nets.checkpoint_files import find_checkpoint, known_rows, read_identities, weights_file
-from fr_core.nets.open import load_weights, normalised, open_float
+from fr_core.nets.backbone import normalised
+from fr_core.nets.checkpoint_files import find_checkpoint, known_rows, read_identities
+from fr_core.nets.open import load_weights, open_float
 from fr_core.ranks import Ranks
 from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
+from fr_core.train.statistics import input_moments, unfolded_norms
+
+SETTLING = 1000  # images on which norms that were folded are measured
 
 
 def load_backbone(config: Config, state: TrainState) -> None:
@@ -33,10 +37,10 @@ def load_backbone(config: Config, state: TrainState) -> None:
     if isinstance(config.net, QuantisedNet):
         from fr_core.nets.quantised import Quantised
 
-        made = Quantised(open_float(config.net.net, config.init.backbone), config.net)
+        made = Quantised(open_float(config.net.net, config.init.backbone, config.init.net), config.net)
         state.backbone.load_state_dict(made.state_dict())
     else:
-        load_weights(state.backbone, weights_file(config.init.backbone))
+        load_weights(state.backbone, config.init.backbone, config.init.net)
     _copy_weights(state)
 
 
@@ -57,9 +61,32 @@ def calibrate(config: Config, state: TrainState, start: Callable[[], Iterable[Ba
     assert isinstance(net, Quantised)
 
     def images() -> Iterator[Tensor]:
-        return (normalised(batch.images_BHWC.to(state.device), net.input_std) for batch in start())
+        return (normalised(batch.images_BHWC.to(state.device), net) for batch in start())
 
     calibrated(net, images, ranks, config.net)
+    _copy_weights(state)
+
+
+@torch.no_grad()
+def settle_norms(config: Config, state: TrainState, start: Callable[[int], Iterable[Batch]], ranks: Ranks) -> None:
+    """Measure the norms that a file had folded into convolutions, without changing what the net computes in eval mode.
+
+    Such a norm was read as one that adds its shift and does nothing else. In training it would normalise, and so
+    change the net at once. With the statistics of its input, and a gain and shift that undo them, it does not.
+
+    Args:
+        start: returns this rank's first batches, as many as it is told, without augmentation.
+    """
+    norms = unfolded_norms(state.backbone)
+    if not norms:
+        return
+    steps = min(-(-SETTLING // config.train.global_batch), state.plan.steps_per_epoch)
+    moments = input_moments(config, state, state.backbone.eval(), norms, start(steps), ranks)
+    for norm, (mean_C, variance_C) in zip(norms, moments, strict=True):
+        norm.get_buffer("running_mean").copy_(mean_C)
+        norm.get_buffer("running_var").copy_(variance_C)
+        norm.weight.copy_((variance_C + norm.eps).sqrt())
+        norm.bias.add_(mean_C)
     _copy_weights(state)
 
 
@@ -90,7 +117,7 @@ def set_prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ra
     state.backbone.eval()
     for batch in epoch:
         with autocast(config, state.device):
-            x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone.input_std))
+            x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone))
         x_GD, labels_G = ranks.gather(F.normalize(x_BD.float())), ranks.gather(batch.labels_B.to(state.device))
         own_G = (labels_G >= head.lo) & (labels_G < head.hi)
         sums_SD.index_add_(0, labels_G[own_G] - head.lo, x_GD[own_G])

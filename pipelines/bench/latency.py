@@ -19,11 +19,12 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.crops import encode, similarity, warped
 from fr_core.data.photos import read_rgb
 from fr_core.data.synthetic import render_face
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
+from fr_core.nets.build import build_net, on_device
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
-from fr_core.nets.open import build_net, normalised, on_device, open_net
+from fr_core.nets.open import open_net
 from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
 NETS: tuple[Net, ...] = (MobileFaceNetNet(), *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS))
@@ -97,7 +98,7 @@ def _row(
     with TemporaryDirectory(prefix="bigface-") as folder:
         forms = {"onnx": net} if isinstance(net, OnnxNet) else _forms(net, Path(folder))
         faces_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.input_size)[0]]))
-        x_BCHW = normalised(faces_BHWC, net.input_std)
+        x_BCHW = normalised(faces_BHWC, net)
         first, *others = (form(x_BCHW) for form in forms.values())
         if any(not least_cosine(first, other) >= 0.999 for other in others):
             raise RuntimeError(f"embeddings of {name} differ: plain, folded, ONNX")
@@ -132,7 +133,7 @@ def _align_ms(repeats: int) -> float:
 
     def aligned() -> Tensor:
         crop = warped(read_rgb(jpeg), similarity(points, 112), 112)
-        return normalised(torch.from_numpy(crop[None]), 127.5)
+        return normalised(torch.from_numpy(crop[None]), Backbone())
 
     return statistics.median(in_turns({"align": aligned}, repeats)["align"])
 

@@ -16,12 +16,12 @@ import torch
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
-from fr_core.nets.backbone import Backbone
+from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, saturates, write_onnx
-from fr_core.nets.open import normalised, open_net
+from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from pipelines.bench.latency import name_of, settled
 from pipelines.timing import CPU, in_turns, least_cosine, one_thread
@@ -106,18 +106,18 @@ def _calibrated(plain: Backbone, config: QuantisedNet) -> Backbone:
 
     assert isinstance(plain, IResNet | MobileFaceNet)
     net = Quantised(plain, config)
-    calibrate(net, lambda: [_faces(net.input_size, net.input_std)], Ranks(), config)
+    calibrate(net, lambda: [_faces(net)], Ranks(), config)
     return net.requires_grad_(False)
 
 
-def _faces(size: int, std: float) -> torch.Tensor:
-    faces_BHWC = np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)])
-    return normalised(torch.from_numpy(faces_BHWC), std)
+def _faces(net: Backbone) -> torch.Tensor:
+    faces_BHWC = np.stack([render_face(identity, 0, size=net.input_size)[0] for identity in range(FACES)])
+    return normalised(torch.from_numpy(faces_BHWC), net)
 
 
 @torch.inference_mode()
 def _row(plain: Backbone, quantised: Backbone, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    x_BCHW = _faces(plain.input_size, plain.input_std)
+    x_BCHW = _faces(plain)
     with TemporaryDirectory(prefix="bigface-") as folder:
         files = {form: Path(folder) / f"{form}.onnx" for form in FORMS}
         write_onnx(quantised, files["int8"])

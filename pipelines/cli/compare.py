@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fr_core.config.recipes import load_config, recipes
+from fr_core.config.recipes import recipes
 from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
+from fr_core.nets.start import load_started
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, Workers, local, output
 from pipelines.cli.output import console, show_line, show_table, write_json
@@ -81,7 +82,7 @@ def compare_heads(
     from pipelines.datasets.split import folds_of
     from pipelines.experiments.compare import PUBLISHED, Conditions, heads
 
-    config = load_config(recipe, [*(overrides or []), f"data.path={flat}", "method.kind=bigface"])
+    config = load_started(recipe, [*(overrides or []), f"data.path={flat}", "method.kind=bigface"])
     flat_facts, grouped_facts = open_dataset(flat).manifest, open_dataset(grouped).manifest
     if (flat_facts.images, flat_facts.identities) != (grouped_facts.images, grouped_facts.identities):
         raise UserError(
@@ -124,7 +125,7 @@ def compare_settings(
 
     settings = named_settings(setting or [])
     for name, extra in settings.items():
-        load_config(recipe, overrides or [], extra, f"--setting {shlex.quote(name)}")
+        load_started(recipe, overrides or [], extra, f"--setting {shlex.quote(name)}")
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
     conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, suite)
     run_comparison("settings", recipe, settings, overrides, conditions, columns, against, markdown, json)

@@ -37,7 +37,7 @@ KERNELS = (
     "warning: on CPUs without VNNI, ONNX Runtime's fastest kernels clip the sums of 8-bit weights. Programs that open "
     "this file there set the session option session.x64quantprecision=1, as bigface does; or quantise with --weights 7"
 )
-FLOAT_NET = "A run, a checkpoint, or weights.safetensors with --net."
+FLOAT_NET = NET
 PAIRS = "Pairs, as bigface verify takes them."
 PAIRS_IMAGES = "Folder of the pairs' images, to verify before and after."
 CENTRE = "the centre was taken for the face"
@@ -80,6 +80,7 @@ def verify(
     if source is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
         raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
     recogniser = open_net(ckpt, net)
+    show_pixels(ckpt, recogniser)
     results: dict[str, Result] = {}
     with bar("embed", None) as advance, explain_disk_errors(out or Path()):
         if mfr:
@@ -117,6 +118,12 @@ def verify(
     if pairs and results[""].skipped:
         show_line("warning: the threshold is of incomplete pairs: mend the images and verify again", "yellow")
     show_line(f"next: {command_line(*next_match)}")
+
+
+def show_pixels(ref: str, recogniser: "Recogniser") -> None:
+    """Print whose net a file of another project was taken for, if it is one."""
+    if recogniser.taken_for:
+        show_line(f"{ref}: {recogniser.taken_for}")
 
 
 def pair_figures(results: "Mapping[str, Result]") -> tuple[dict[str, float], dict[str, str]]:
@@ -222,6 +229,7 @@ def match(
     from pipelines.nets.match import threshold_advice
 
     recogniser = open_net(model, net)
+    show_pixels(model, recogniser)
     found = run(recogniser, a, b, model, threshold, align)
     for path in found.not_square:
         mend = "" if align else "; --align finds the face"

@@ -42,8 +42,9 @@ def any_output(ref: str) -> str:
 
 
 Json = Annotated[Path | None, typer.Option("--json", parser=output, help="Write the figures to this JSON file.")]
-NET = "A run, a checkpoint, FILE.onnx, or weights.safetensors with --net."
-NetName = Annotated[str | None, typer.Option("--net", help="For bare weights: mobilefacenet or iresnetDEPTH.")]
+NET = "A run, a checkpoint, or a file of weights: .safetensors, .pth, .pt, .ckpt, .onnx; also of other projects."
+NET_NAME = "What a file holds where it does not tell: a family such as adaface, or a net such as iresnet50."
+NetName = Annotated[str | None, typer.Option("--net", help=NET_NAME)]
 Model = Annotated[str, typer.Option(help=NET)]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray.")]
 OneWorker = Annotated[bool, typer.Option("--in-process", help="Run one worker without Ray.")]

@@ -16,8 +16,11 @@ from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, explain_disk_errors, to_path
 from fr_core.errors import UserError
+from fr_core.nets.start import load_started
 from pipelines.cli.app import app
 from pipelines.cli.options import (
+    NET,
+    NET_NAME,
     Json,
     OneWorker,
     Overrides,
@@ -68,7 +71,7 @@ def train(
     from pipelines.train import train as run
     from pipelines.train import written_report
 
-    config = load_config(recipe, overrides or [])
+    config = load_started(recipe, overrides or [])
     folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     report_before = written_report(folder) if resume else None
     show("train", run(config, folder, workers, in_process, resume, overwrite), json)
@@ -107,10 +110,8 @@ def finished_text(config: Config, out: AnyPath) -> str:
 def distill(
     recipe: Recipe,
     overrides: Overrides = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Teacher: a run, a checkpoint, FILE.onnx, or weights.safetensors.")
-    ] = None,
-    teacher_net: Annotated[str | None, typer.Option(help="Net of bare weights: mobilefacenet or iresnetDEPTH.")] = None,
+    teacher: Annotated[str | None, typer.Option(help=f"Teacher: {NET[0].lower()}{NET[1:]}")] = None,
+    teacher_net: Annotated[str | None, typer.Option(help=NET_NAME)] = None,
     embeddings: Annotated[
         str | None, typer.Option(help="The teacher's embeddings, made by bigface embed, instead of --teacher.")
     ] = None,
@@ -162,7 +163,7 @@ def plan(
     from pipelines.experiments.plan import batch_text, duration, main_memory
     from pipelines.experiments.plan import plan as run
 
-    config, manifest = load_config(recipe, overrides or []), None
+    config, manifest = load_started(recipe, overrides or []), None
     if identities is None:
         if not config.data.path:
             raise UserError("unknown number of identities: give --identities N, or data.path=SHARDS with a manifest")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fr_core.config.recipes import load_config
 from fr_core.data.store import to_path
+from fr_core.nets.start import load_started
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, Overrides, Recipe, any_output
 from pipelines.cli.output import command_line, show_line, show_table, write_json
@@ -55,7 +55,7 @@ def tune(
     from pipelines.experiments.tune import tune as run
     from tune_spaces import joined
 
-    config = load_config(recipe, overrides or [])
+    config = load_started(recipe, overrides or [])
     knobs = joined(space, only)
     wanted = Search(knobs, config, trials, search, stop, objective, against, seed, workers, in_process, folds)
     found, ended = run(wanted, to_path(out), at_once, minutes, resume)

@@ -25,9 +25,9 @@ from pathlib import Path
 from fr_core.config import Config
 from fr_core.config.mends import as_toml
 from fr_core.config.methods import DCQ, F2C, AttFC, BaseMethod, BigFace, Margin, VirtualFC
-from fr_core.config.recipes import load_config
 from fr_core.errors import UserError
 from fr_core.nets.open import open_net
+from fr_core.nets.start import load_started
 from fr_core.train.check import checked_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pair_lists import read_pairs
@@ -296,7 +296,7 @@ def list_runs(
     for seed in conditions.seeds:
         for number in range(count or 1):
             for name, extra in settings.items():
-                config = load_config(recipe, [*overrides, *extra, f"seed={seed}"])
+                config = load_started(recipe, [*overrides, *extra, f"seed={seed}"])
                 if count is None and config.verify.pairs is None:
                     raise UserError("no pairs to compare by: give verify.images=DIR verify.pairs=FILE, or --folds 3")
                 if count:

@@ -13,9 +13,10 @@ import torch
 
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
+from fr_core.nets.backbone import normalised
 from fr_core.nets.fold_bn import folded
-from fr_core.nets.onnx_net import OnnxNet, open_onnx, write_onnx
-from fr_core.nets.open import normalised, open_net
+from fr_core.nets.onnx_net import open_onnx, write_onnx
+from fr_core.nets.open import open_net
 from pipelines.timing import in_turns, least_cosine, one_thread
 
 FACES = 8
@@ -57,12 +58,10 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
         OSError: ``out`` cannot be written.
     """
     check_name(out)
-    recogniser = open_net(ref, net, torch.device("cpu"))
-    if isinstance(recogniser.net, OnnxNet):
-        raise UserError(f"{ref} is an ONNX file already: give the run or weights that it was exported from")
+    recogniser = open_net(ref, net, torch.device("cpu"), changeable=True)
     size = recogniser.net.input_size
     faces_BHWC = torch.from_numpy(np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)]))
-    x_BCHW = normalised(faces_BHWC, recogniser.net.input_std)
+    x_BCHW = normalised(faces_BHWC, recogniser.net)
     before_BD = recogniser.net(x_BCHW)
     if not before_BD.isfinite().all():
         raise UserError(f"{ref}: the net's embeddings are not finite: take an earlier checkpoint")

@@ -1,6 +1,7 @@
 """``bigface match``: whether two photos show the same person, how sure that is, and where the threshold comes from."""
 
 import json
+import math
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,11 +48,14 @@ def match(
         align: find the face on each photo and align it; otherwise the photos are face crops.
 
     Raises:
-        UserError: a threshold that is no cosine, or as :func:`fr_core.verify.suites.photo_similarity`.
+        UserError: a threshold that is no cosine, embeddings that are not finite, or as
+            :func:`fr_core.verify.suites.photo_similarity`.
     """
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"--threshold {threshold:g}: a cosine lies between -1 and 1")
     cosine, not_square = photo_similarity(recogniser, a, b, align)
+    if not math.isfinite(cosine):
+        raise UserError(f"{model}: its embeddings of these photos are not finite: give other weights")
     verified, same_weights = recogniser.verified, True
     if recogniser.checkpoint is not None:
         verified, same_weights = verification_of(recogniser.checkpoint)

@@ -136,9 +136,8 @@ def table(found: Figures) -> list[tuple[str, ...]]:
 def _open(
     ref: str, net: str | None, ratios: Sequence[float], round_to: int
 ) -> tuple[Recogniser, IResNetNet | MobileFaceNetNet]:
-    whole = open_net(ref, net)
-    if whole.config is None:
-        raise UserError(f"{ref}: an ONNX file cannot be pruned: give the run or weights that it was exported from")
+    whole = open_net(ref, net, changeable=True)
+    assert whole.config is not None
     return whole, narrower(whole.config, ratios, round_to)
 
 

@@ -22,9 +22,10 @@ from fr_core.data.store import AnyPath
 from fr_core.data.stream import make_plan
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
+from fr_core.nets.backbone import normalised
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, write_onnx
-from fr_core.nets.open import Recogniser, normalised, open_float, open_net
+from fr_core.nets.open import Recogniser, open_float, open_net
 from fr_core.train.mlflow_runs import log_verification
 from fr_core.verify.report import verification_figures, write_report
 from fr_core.verify.suites import verify
@@ -66,7 +67,7 @@ def quantised_config(
             :func:`fr_core.config.recipes.load_config` or :func:`fr_core.data.stream.make_plan`.
     """
     given = {name.replace("__", "."): value for name, value in fields.items()}
-    given |= {"init.backbone": ckpt, "method.teacher": ckpt, "method.teacher_net": net}
+    given |= {"init.backbone": ckpt, "init.net": net, "method.teacher": ckpt, "method.teacher_net": net}
     given |= {"train.epochs": 0} if calibrate_only else {}
     written, section = load_config(recipe), float_net(ckpt, net).config
     assert isinstance(section, IResNetNet | MobileFaceNetNet)
@@ -92,9 +93,8 @@ def float_net(ckpt: str, net: str | None) -> Recogniser:
     Raises:
         UserError: the net does not exist or cannot be quantised.
     """
-    opened = open_net(ckpt, net, torch.device("cpu"))
-    if opened.config is None:
-        raise UserError(f"{ckpt} is an ONNX file: quantise the run or the weights that it was exported from")
+    opened = open_net(ckpt, net, torch.device("cpu"), changeable=True)
+    assert opened.config is not None
     if isinstance(opened.config, QuantisedNet):
         raise UserError(f"{ckpt} is quantised already: name the float net")
     if not isinstance(opened.config, IResNetNet | MobileFaceNetNet):
@@ -137,7 +137,8 @@ def quantize(
     assert config.init.backbone
     if out:
         check_target(out, config.net)
-    before = Recogniser(open_float(config.net.net, config.init.backbone).eval().requires_grad_(False), CPU)
+    plain = open_float(config.net.net, config.init.backbone, config.init.net)
+    before = Recogniser(plain.eval().requires_grad_(False), CPU)
     trained = train(config, run, workers, in_process, resume, overwrite)
     parameters = sum(weight.numel() for weight in before.net.parameters())
     figures = {"float_mib": parameters * 4 / MIB, "nominal_mib": parameters * config.net.weights / 8 / MIB}
@@ -198,7 +199,7 @@ def timed(net: Recogniser, int8: Path) -> dict[str, float]:
         float_file_mib, float_ms, int8_ms, and speedup: the median over turns of float_ms / int8_ms.
     """
     face_BHWC = torch.from_numpy(np.stack([render_face(0, 0, size=net.net.input_size)[0]]))
-    x_BCHW = normalised(face_BHWC, net.net.input_std)
+    x_BCHW = normalised(face_BHWC, net.net)
     with one_thread(), TemporaryDirectory(prefix="bigface-") as folder:
         write_onnx(folded(net.net), Path(folder) / "float.onnx")
         files = {"float": Path(folder) / "float.onnx", "int8": int8}

@@ -141,7 +141,7 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
         ("backbone=r100", "write net.kind=iresnet net.depth=100"),
         ("net.kind=ir50", "unknown kind 'ir50' of net: write net.kind=iresnet net.depth=50"),
         ("net=resnet50", "unknown kind 'resnet50' of net: write net.kind=iresnet net.depth=50"),
-        ("net.kind=resnet152", "net.depth=N, where N is one of 10, 18"),
+        ("net.kind=resnet151", "net.depth=N, where N is one of 10, 18"),
         ("net.kind=iresnt", "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, quantised"),
         ("method.kind=arcface", "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"),
         ("method.kind=sphere", "unknown kind 'sphere' of method. The kinds are: bigface, attfc"),
@@ -273,7 +273,7 @@ def test_config_survives_json():
 def test_progressive_sizes_end_in_the_same_feature_map(net, least):
     import torch
 
-    from fr_core.nets.open import build_net
+    from fr_core.nets.build import build_net
 
     given = ["net.input_size=64", net] if "kind" not in net else [net]
     for size, fits in ((least - 1, False), (least, True), (63, True), (64, False)):

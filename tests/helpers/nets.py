@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fr_core.nets.open import build_net
+from fr_core.nets.build import build_net
 
 NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from fr_core.config.nets import IResNetNet, QuantisedNet
 from fr_core.data.schema import sha256
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.calibration import calibrate
 from fr_core.nets.checkpoint_files import FORMAT, write_signed
 from fr_core.nets.onnx_net import OnnxNet
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.nets.quantised import Quantised
 from fr_core.ranks import Ranks
 from pipelines.bench.latency import bench_latency, settled
@@ -87,7 +88,7 @@ def test_what_cannot_be_exported_is_explained(run, exported, tmp_path):
         "is a folder": (run, "--out", tmp_path / "folder.onnx"),
         "cannot write": (run, "--out", tmp_path / "file" / "net.onnx"),
         "takes a local path": (run, "--out", "s3://bucket/net.onnx"),
-        "is an ONNX file already": (exported, "--out", tmp_path / "again.onnx"),
+        "bigface export wrote it": (exported, "--out", tmp_path / "again.onnx"),
         "no such run": (tmp_path / "absent", "--out", tmp_path / "net.onnx"),
     }
     for message, args in wrong.items():

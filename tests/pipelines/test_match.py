@@ -16,8 +16,9 @@ from fr_core.data.crops import encode
 from fr_core.data.schema import sha256
 from fr_core.data.store import to_path
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.checkpoint_files import FORMAT, write_signed
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.nets.verifications import (
     VERIFICATIONS,
     Verified,
@@ -210,12 +211,6 @@ def test_a_poor_net_is_told_of_a_file_and_beside_a_given_threshold(run, photos, 
 def test_the_weights_in_a_checkpoint_know_its_threshold(run):
     add_verification(run / "checkpoints" / "step_00000010", VERIFIED)
     assert open_net(run / "checkpoints" / "step_00000010" / "backbone.safetensors").threshold == 0.25
-
-
-def test_pytorch_files_name_their_conversion(tmp_path):
-    (tmp_path / "my net.pth").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"convert it once: python -c .*save_file.*my net\.safetensors"):
-        open_net(tmp_path / "my net.pth", "iresnet10")
 
 
 def test_uncropped_photos_are_aligned_and_photos_without_a_face_refused(run, photos, tmp_path, monkeypatch):

@@ -6,12 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-import pipelines.nets.prune as pipeline
 from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
-from fr_core.nets.open import Recogniser, build_net, open_net
+from fr_core.nets.build import build_net
+from fr_core.nets.open import open_net
 from tests.helpers.commands import bigface, figures
 
 pytest.importorskip("torch_pruning")
@@ -123,9 +122,3 @@ def test_mistakes_are_told_in_one_line(weights, dataset, tmp_path):
             bigface("prune", *args)
         assert "\n" not in str(caught.value)
     assert not out.exists()
-
-
-def test_an_onnx_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "open_net", lambda ref, net: Recogniser(nn.Identity(), torch.device("cpu")))
-    with pytest.raises(UserError, match="an ONNX file cannot be pruned"):
-        bigface("prune", "net.onnx", "--out", tmp_path / "p.safetensors")

@@ -157,11 +157,10 @@ def test_nets_that_cannot_be_quantised(trained, dataset, tmp_path, monkeypatch):
     for kind, message in (
         ({"kind": "moe"}, 'net.kind = "moe" cannot be quantised'),
         ({"kind": "quantised", "net": {"kind": "iresnet"}}, "is quantised already: name the float net"),
-        (None, "is an ONNX file: quantise the run or the weights"),
     ):
-        section = kind and pipeline.load_config("debug_bigface", []).model_validate({"net": kind}).net
+        section = pipeline.load_config("debug_bigface", []).model_validate({"net": kind}).net
         known = type(opened)(opened.net, opened.device, None, section)
-        monkeypatch.setattr(pipeline, "open_net", lambda *_, known=known: known)
+        monkeypatch.setattr(pipeline, "open_net", lambda *_, known=known, **__: known)
         with pytest.raises(UserError, match=message):
             quantize(trained, dataset, "--run", tmp_path / "run")
 

@@ -5,10 +5,11 @@ from safetensors.torch import save_file
 
 from fr_core.config.nets import IResNetNet, MoENet
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.moe import load_balance, take_balance
 from fr_core.nets.onnx_net import open_onnx, write_onnx
-from fr_core.nets.open import build_net, load_weights, open_net
+from fr_core.nets.open import load_weights, open_net
 
 SHAPE = {"depth": 10, "width": 8, "input_size": 32, "embedding": 8}
 

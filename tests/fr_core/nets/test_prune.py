@@ -6,10 +6,10 @@ from torch import nn
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import folded
-from fr_core.nets.iresnet import IResNet
+from fr_core.nets.iresnet import IResNet, SqueezeExcitation
 from fr_core.nets.mobilefacenet import MobileFaceNet
-from fr_core.nets.open import build_net
 from fr_core.nets.prune import narrower, pruned
 
 pytest.importorskip("torch_pruning")
@@ -19,6 +19,8 @@ RESNET = IResNetNet(depth=18, width=16, input_size=48, embedding=8, dropout=0.2)
 NETS = [
     RESNET,
     IResNetNet(depth=10, width=16, stem_stride=2, input_size=32, embedding=8),
+    IResNetNet(depth=10, width=32, input_size=32, embedding=8, se=True, shortcut="pool"),
+    IResNetNet(depth=18, width=16, input_size=32, embedding=8, shortcut="pool", input_mean=0, input_std=255),
     MobileFaceNetNet(input_size=64, embedding=8),
 ]
 
@@ -76,10 +78,13 @@ def norms_of_channels(net):
     stages = [len(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     inside = [[f"layer{s}.{i}.bn2"] for s, blocks in enumerate(stages, 1) for i in range(blocks)]
     across = [[f"layer{s}.0.downsample.1", f"layer{s}.0.bn3"] for s in (1, 2, 3, 4)]
+    pooled = isinstance(net.layer1[0].downsample, nn.AvgPool2d)
+    if pooled:  # the stem's channels go on to the first stage
+        across[0] = ["bn1", "layer1.0.bn1", "layer1.0.bn3"]
     for s, blocks in enumerate(stages, 1):
         across[s - 1] += [f"layer{s}.{i}.{norm}" for i in range(1, blocks) for norm in ("bn1", "bn3")]
         across[s - 1] += [f"layer{s + 1}.0.bn1" if s < 4 else "bn2"]
-    return [["bn1", "layer1.0.bn1"], *inside, *across]
+    return [*([] if pooled else [["bn1", "layer1.0.bn1"]]), *inside, *across]
 
 
 @torch.no_grad()
@@ -98,7 +103,7 @@ def settled(config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", NETS, ids=lambda config: f"{config.kind}{config.input_size}")
+@pytest.mark.parametrize("config", NETS)
 def test_without_its_dead_channels_a_net_is_what_it_was(config):
     """Norms silence a random fifth of the channels; the last linear layer still has weights for them."""
     net = settled(config)
@@ -109,6 +114,9 @@ def test_without_its_dead_channels_a_net_is_what_it_was(config):
         dead = torch.randperm(channels)[: channels - int(channels * 0.8)]
         for norm in norms:
             norm.weight[dead], norm.bias[dead] = 0, 0
+    for se in (module for module in net.modules() if isinstance(module, SqueezeExcitation)):
+        inside, channels = se.fc1.weight.shape[:2]
+        se.fc1.weight[: inside - max(1, int(channels * 0.8) // 16)] = 0
     before = copy.deepcopy(net.state_dict())
     left = pruned(net, smaller, "bn").eval()
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())

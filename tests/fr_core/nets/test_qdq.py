@@ -13,19 +13,27 @@ from torch import nn
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets import onnx_net
+from fr_core.nets.build import build_net
 from fr_core.nets.calibration import calibrate
 from fr_core.nets.onnx_net import INPUT, OUTPUT, open_onnx, saturates, write_onnx
-from fr_core.nets.open import build_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.nets.qdq import qdq_model
-from fr_core.nets.quantised import QuantAdd, QuantConv, Quantised, QuantPReLU
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import QuantAdd, QuantConv, QuantPReLU
 from fr_core.nets.verifications import Verified
 from fr_core.ranks import Ranks
 
 NETS = {
     "iresnet": IResNetNet(depth=10, width=8, input_size=32, embedding=16),
+    "ir_se": IResNetNet(depth=10, width=16, input_size=32, embedding=16, se=True, inner_norm=False, shortcut="pool"),
     "mobilefacenet": MobileFaceNetNet(input_size=32, embedding=16),
 }
-FORMS = [("mobilefacenet", 8, 8), *(("iresnet", *bits) for bits in ((8, 8), (6, 6), (4, 4), (8, 5)))]
+FORMS = [
+    ("mobilefacenet", 8, 8),
+    ("ir_se", 8, 8),
+    ("ir_se", 6, 6),
+    *(("iresnet", *bits) for bits in ((8, 8), (6, 6), (4, 4), (8, 5))),
+]
 
 
 def noise(images, seed=1):
@@ -69,7 +77,7 @@ def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_pat
     onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
     opened = open_net(tmp_path / "net.onnx")
     assert opened.verified == Verified(threshold=0.3)
-    assert opened.net.name == {"iresnet": "iresnet10", "mobilefacenet": "mobilefacenet"}[kind]
+    assert opened.net.name == ("mobilefacenet" if kind == "mobilefacenet" else "iresnet10")
     for images in (1, 5):
         x = noise(images, seed=2)
         wanted = net(x)
@@ -78,7 +86,7 @@ def test_the_file_computes_what_the_net_does(kind, weights, activations, tmp_pat
     assert (facts["weight_bits"], facts["activation_bits"]) == (str(weights), str(activations))
 
 
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("kind", ["iresnet", "mobilefacenet"])
 def test_every_layer_runs_in_integers(kind, tmp_path):
     model = qdq_model(quantised(kind), INPUT, OUTPUT)
     assert model.opset_import[0].version >= 17
@@ -92,6 +100,18 @@ def test_every_layer_runs_in_integers(kind, tmp_path):
     assert found.count("QLinearConv") == sum(node.op_type == "Conv" for node in model.graph.node)
     assert found.count("QuantizeLinear") == 1  # the pixels
     assert found.count("Transpose") == 2  # after the pixels, and before the last layer
+
+
+def test_of_squeeze_and_excitation_the_gates_alone_are_float(tmp_path):
+    model = qdq_model(quantised("ir_se"), INPUT, OUTPUT)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    blocks = 4
+    assert found.count("QLinearMul") == found.count("GlobalAveragePool") == blocks
+    assert found.count("QLinearConv") == sum(node.op_type == "Conv" for node in model.graph.node) - 2 * blocks
 
 
 @pytest.mark.parametrize("activations", [6, 4])

@@ -9,15 +9,17 @@ from torch.nn import functional as F
 
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, QuantisedNet
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
 from fr_core.nets.calibration import SHARES, calibrate, least_error
-from fr_core.nets.open import build_net
-from fr_core.nets.quantised import ActQuant, Quantised, QuantPReLU, Weighted
+from fr_core.nets.quantised import Quantised
+from fr_core.nets.quantised_layers import ActQuant, QuantPReLU, QuantSE, Weighted
 from fr_core.ranks import Ranks
 from tests.helpers.nets import random_net
 from tests.helpers.ranks import run_ranks
 
 NETS = {
     "iresnet": IResNetNet(depth=10, width=8, input_size=32, embedding=8),
+    "ir_se": IResNetNet(depth=10, width=16, input_size=32, embedding=8, se=True, inner_norm=False, shortcut="pool"),
     "mobilefacenet": MobileFaceNetNet(input_size=32, embedding=8),
 }
 
@@ -80,6 +82,8 @@ def test_without_rounding_it_is_the_float_net(config, scheme):
             layer.forward = _plain(layer)
         if isinstance(module, QuantPReLU):
             module._slopes = lambda module=module: module.slope
+        if isinstance(module, QuantSE):
+            module.rounded = False
         if isinstance(module, ActQuant):
             module.forward = lambda x: x
     x = images(8, seed=1)

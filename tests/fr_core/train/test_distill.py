@@ -15,8 +15,9 @@ from fr_core.data.stream import blocks_in_process, make_plan, unlabelled
 from fr_core.errors import UserError
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets import iresnet
+from fr_core.nets.build import build_float_net
 from fr_core.nets.checkpoint_files import checkpoints
-from fr_core.nets.open import build_float_net, open_net
+from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches, open_teacher
 from fr_core.train.initial import initial_state

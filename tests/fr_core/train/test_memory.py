@@ -9,8 +9,8 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
+from fr_core.nets.build import build_net
 from fr_core.nets.iresnet import recompute
-from fr_core.nets.open import build_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state
 from fr_core.train.memory import backbone_bytes, memory, saved_bytes
@@ -21,10 +21,12 @@ from fr_core.train.memory import backbone_bytes, memory, saved_bytes
     ("net", "segment"),
     [
         (IResNetNet(depth=18, width=16, input_size=64), None),
+        (IResNetNet(depth=18, width=16, input_size=64, se=True, inner_norm=False, shortcut="pool"), None),
+        (IResNetNet(depth=18, width=16, input_size=64, se=True, shortcut="pool"), 1),
         (MobileFaceNetNet(input_size=64), None),
         (MoENet(depth=18, width=16, input_size=64, experts=2), 2),
     ],
-    ids=["iresnet", "mobilefacenet", "moe recomputed"],
+    ids=["iresnet", "ir_se", "ir_se recomputed", "mobilefacenet", "moe recomputed"],
 )
 def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
     _, fake, _ = backbone_bytes(net, 6, precision, segment)

@@ -175,11 +175,11 @@ class Clipped:
 
 def quantised_steps(ranks, configs):
     """Return for each scheme the loss of a step, the change of the weights, and the activation scales."""
-    from fr_core.nets import quantised
+    from fr_core.nets import quantised_layers
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised, "_OnGrid", Clipped)
+        patch.setattr(quantised_layers, "_OnGrid", Clipped)
         return {scheme: quantised_step(ranks, config) for scheme, config in configs.items()}
 
 

@@ -1,0 +1,117 @@
+"""Reads the tensors of any file of weights: safetensors, or what ``torch.save`` writes. Nothing in a file ever runs.
+
+PyTorch's files are pickles. They are read with ``weights_only=True``, which makes tensors and plain containers alone.
+Trainers add objects of their own, such as Lightning's callbacks. For these classes an empty stand-in is made; their
+real code is neither imported nor called. A file that names anything else is refused.
+"""
+
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from fr_core.data.store import AnyPath, local_copy
+from fr_core.errors import UserError
+
+# Modules whose objects lie beside weights in checkpoints of the field, as settings and figures.
+BOOKKEEPING = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|omegaconf|easydict|yacs|ml_collections|mmengine|mmcv"
+    r"|argparse|pathlib|numpy|_codecs|collections)\."
+)
+# What a file begins with that is no weights at all.
+OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file that it stands for",
+    b"<": "a web page, not weights: download the file again",
+}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The tensors of a file under the names that lead to them, such as ``state_dict.model.fc.weight``."""
+
+    tensors: dict[str, Tensor]
+    net: str | None = None  # section ``net`` as JSON, in files of bigface
+
+
+class _StandIn:
+    """An object without content, in place of one that only a trainer could make."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def read_tensor_file(path: AnyPath) -> TensorFile:
+    """Read all tensors of a file, in whatever dictionaries they lie.
+
+    Raises:
+        UserError: The file is unreadable, of another format, or would have to run code.
+    """
+    try:
+        with local_copy(path) as file:
+            with file.open("rb") as stream:
+                start = stream.read(64)
+            for begins, what in OTHERS.items():
+                if start.lstrip().startswith(begins):
+                    raise UserError(f"{path}: {what}")
+            pickled = start.startswith((b"PK\x03\x04", b"\x80"))
+            if pickled or not (path.name.endswith(".safetensors") or start[8:9] == b"{"):
+                return TensorFile(dict(_flat(_unpickled(path, file, start.startswith(b"PK")))))
+            with safe_open(file, "pt") as header:
+                net = (header.metadata() or {}).get("net")
+            return TensorFile(load_file(file), net)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
+
+
+def _unpickled(path: AnyPath, file: Path, zipped: bool) -> object:
+    """Return what ``torch.save`` wrote, with stand-ins for the objects of trainers.
+
+    Raises:
+        UserError: The file is damaged, or would have to run code.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            unknown = get_unsafe_globals_in_checkpoint(file) if zipped else []
+            strange = sorted(name for name in unknown if not BOOKKEEPING.match(name))
+            if strange:
+                mend = "save the net's state_dict() instead"
+                raise UserError(f"{path}: refused: it holds a program object, {strange[0]}, not tensors alone: {mend}")
+            with safe_globals([(_stand_in(name), name) for name in unknown]):
+                return torch.load(file, "cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        named = f"a program object, {what[1]}, not tensors alone" if what else "more than tensors"
+        raise UserError(f"{path}: refused: it holds {named}: save the net's state_dict() instead") from None
+    except Exception as error:  # damaged archives and pickles raise errors without a common base class
+        if "torchscript" in str(error).lower():
+            raise UserError(f"{path}: refused: a TorchScript program: save the net's state_dict() instead") from None
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not readable as PyTorch weights: {reason}") from None
+
+
+def _stand_in(name: str) -> type:
+    """Return a class that takes the place of a trainer's class; dictionaries keep their content."""
+    return OrderedDict if name.endswith("Dict") else type(name.rpartition(".")[2], (_StandIn,), {})
+
+
+def _flat(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested dictionaries with dotted names."""
+    if isinstance(content, Tensor):
+        yield name, content.detach()
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
