@@ -43,6 +43,7 @@ class Listing:
     names: list[str]  # identities, by label
     files: list[str]  # files that hold the images; for loose images, their folder
     images: pa.Table  # with COLUMNS
+    lost: tuple[tuple[str, str], ...] = ()  # (name, reason) of images that the source names but does not hold
 
     @property
     def labels(self) -> np.ndarray:
@@ -92,6 +93,7 @@ def make_listing(
     paths: list[str],
     owners: Sequence[str] | np.ndarray,
     places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    lost: Sequence[tuple[str, str]] = (),
 ) -> Listing:
     """Make a listing: number the identities by name, and sort the images by identity but not within one.
 
@@ -102,6 +104,7 @@ def make_listing(
         paths: name of each image.
         owners: identity of each image.
         places: for each image its file, start and length; None for loose images.
+        lost: name of each image that the source names but does not hold, and the reason.
 
     Raises:
         UserError: there is only one identity, or only one image per identity, or a name is not UTF-8.
@@ -121,7 +124,7 @@ def make_listing(
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
     columns = [named.take(pa.array(order)), labels[order], *where[order].T]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
-    return Listing(root, kind, names, files, table)
+    return Listing(root, kind, names, files, table, tuple(lost))
 
 
 def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) -> Listing:

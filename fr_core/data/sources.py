@@ -12,7 +12,7 @@ import numpy as np
 from fr_core.data.archives import Member, tar_members, zip_members
 from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
 from fr_core.data.parquet import unpack_parquet
-from fr_core.data.recordio import list_records
+from fr_core.data.recordio import CUT_OFF, list_records
 from fr_core.data.store import AnyPath, LocalBytes, RemotePath, find_paths, local_copy, to_path
 from fr_core.errors import UserError
 
@@ -163,9 +163,9 @@ def list_rec(path: AnyPath) -> Listing:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
-    return make_listing(
-        path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places
-    )
+    names = records.keys_I.astype(str).tolist()
+    lost = [(str(key), CUT_OFF) for key in records.lost_keys]
+    return make_listing(path, "rec", [str(path.resolve())], names, records.labels_I, places, lost)
 
 
 def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:

@@ -87,7 +87,7 @@ class Job:
         listing = self.listing
         changed = [to_path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
         made = (SCHEMA_VERSION, self.layout, self.image_size, self.align)
-        facts = (*made, listing.kind, listing.files, changed, listing.names)
+        facts = (*made, listing.kind, listing.files, changed, listing.names, listing.lost)
         digest = hashlib.sha256(repr(facts).encode())
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.listing.images.schema) as stream:
@@ -150,7 +150,7 @@ def ingest(
     earlier = (json.loads(_result_file(out, number).read_text()) for number in finished)
     new = _write_on_ray(job, missing) if on_ray else (write_one(job, number) for number in missing)
     shards: list[Shard] = []
-    rejects: list[tuple[str, str]] = []
+    rejects = list(listing.lost)
     counts = np.zeros(len(listing.names), np.int64)
     not_square = done = 0
     for result in itertools.chain(earlier, new):
@@ -165,9 +165,10 @@ def ingest(
     _write_rejects(out, sorted(rejects))
     for number in range(job.shard_count):
         _result_file(out, number).unlink()
-    if len(rejects) > MAX_REJECTED_SHARE * listing.images.num_rows:
+    total = listing.images.num_rows + len(listing.lost)
+    if len(rejects) > MAX_REJECTED_SHARE * total:
         raise UserError(
-            f"{source}: {len(rejects)} of {listing.images.num_rows} images rejected, first {min(rejects)[0]} "
+            f"{source}: {len(rejects)} of {total} images rejected, first {min(rejects)[0]} "
             f"({min(rejects)[1]}); see {out / 'rejects.csv'}"
         )
     reasons = Counter(sorted(reason for _, reason in rejects))
