@@ -26,8 +26,13 @@ def find_tables(folder: AnyPath, depth: int = 2) -> list[AnyPath]:
         UserError: the tables are the shards of a dataset, or one of these two files is damaged.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = _names_in(folder / "dataset_dict.json", "splits")
-        return [table for split in splits for table in find_tables(folder / split, depth=0)]
+        splits = [folder / name for name in _names_in(folder / "dataset_dict.json", "splits")]
+        found = [find_tables(split, depth=0) for split in splits]
+        if missing := [split for split, tables in zip(splits, found, strict=True) if not tables]:
+            raise UserError(
+                f"{missing[0]}: no tables in it, but {folder / 'dataset_dict.json'} names it: copy it again"
+            )
+        return [table for tables in found for table in tables]
     if (folder / "state.json").is_file():
         if _names_in(folder / "state.json", "_indices_data_files"):
             raise UserError(f"{folder}: some of its rows are left out: save dataset.flatten_indices() instead")

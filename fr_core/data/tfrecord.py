@@ -3,9 +3,9 @@
 A record is a length, the length's checksum, an Example and its checksum. An Example is a map from names to lists of
 bytes, floats or integers. Of the checksums the first is verified: it tells a record from other bytes.
 
-TFace's Examples hold images alone. Its training list has a line for each image: the name of the set, the number of the
-file, the offset of the record, the label. Its writer leaves ``NAME.index``: the path of the source image, the number of
-the file, the offset. Without a list, the folder in that path names the identity.
+TFace's Examples hold images alone. A line of its training list tells an image's set, file, offset and label. TFace's
+writer leaves ``NAME.index``, with the path of the source image instead of the set, and without the label. Where there is
+no list, the folder in that path names the identity.
 """
 
 import struct

@@ -99,7 +99,8 @@ def ingest(
     src: Annotated[
         str,
         typer.Argument(
-            help="Folder of PERSON/photo.jpg or .png; a .rec, .zip, .tar or .parquet; a list of files; or a URL."
+            help="Folder of PERSON/photo.jpg or .png; a .rec, .zip, .tar, .parquet, .arrow, .lmdb or .tfrecord; "
+            "a list of files; or a URL: s3://BUCKET/FOLDER, hf://datasets/OWNER/NAME."
         ),
     ],
     out: Annotated[str, typer.Option(parser=any_output, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
@@ -113,7 +114,9 @@ def ingest(
     align: Annotated[
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
-    labels: Annotated[str | None, typer.Option(help="List of 'path person', for a folder of loose images.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="List of 'path person', for a folder of loose images or TFace's.")
+    ] = None,
     unlabelled: Annotated[
         bool,
         typer.Option("--unlabelled", help="Take all images below the folder, of unknown people, for distillation."),

@@ -139,7 +139,7 @@ def ingest(
         detector()  # a missing detector is an error before any work
     source, out = to_path(source), to_path(out).resolve()
     refuse_nested(source, out)
-    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for Parquet sources only
+    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for tables only
     listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch)
     points = match_landmarks(listing, read_landmarks(landmarks)) if landmarks else None
     job = plan_job(listing, points, align, out, layout, image_size, seed, chunk)

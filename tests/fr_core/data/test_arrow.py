@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -127,6 +128,11 @@ def test_what_save_to_disk_writes(photos, tmp_path, told):
     manifest = ingest(tmp_path / "dict", tmp_path / "shards", on_ray=False)
     assert (manifest.images, manifest.identities, manifest.rejects) == (30, 6, {})
     assert open_dataset(tmp_path / "shards").identity_names() == NAMES
+    shutil.rmtree(tmp_path / "dict" / "test")
+    with pytest.raises(
+        UserError, match=r"dict/test: no tables in it, but .*dataset_dict\.json names it: copy it again"
+    ):
+        list_source(tmp_path / "dict", scratch=tmp_path / "scratch")
 
 
 def test_both_forms_of_arrow_and_all_splits_below_a_folder(photos, tmp_path):

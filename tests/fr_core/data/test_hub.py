@@ -1,6 +1,7 @@
 """Datasets on the hub are read as local folders are; what it refuses is told in one line."""
 
 import builtins
+import pickle
 import shutil
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 
 from fr_core.data.hub import split_hub_url
 from fr_core.data.listing import read_image
+from fr_core.data.schema import open_dataset
 from fr_core.data.sources import list_source
 from fr_core.data.store import RemoteBytes, _filesystem, find_paths, local_copy, to_path, write_text_atomically
 from fr_core.errors import StorageError, UserError
@@ -103,6 +105,19 @@ def test_loose_photos_archives_and_ranges(hub, photos, tmp_path):
         (root / "none").read_bytes()
 
 
+def test_shards_on_the_hub_are_opened_and_sent_to_other_processes(hub, dataset):
+    shutil.copytree(dataset, hub.root / "o/shards/main")
+    opened, local = open_dataset("hf://datasets/o/shards"), open_dataset(dataset)
+    assert opened.manifest == local.manifest
+    assert opened.read_row_group(1, 2).equals(local.read_row_group(1, 2))
+    opened.check_sha256()
+    path = pickle.loads(pickle.dumps(to_path("hf://datasets/o/shards/manifest.json")))
+    assert path.read_bytes() == (dataset / "manifest.json").read_bytes()
+    filesystem = pickle.loads(pickle.dumps(path.filesystem))
+    with filesystem.open_input_file(path.key) as file:
+        assert file.read() == (dataset / "manifest.json").read_bytes()
+
+
 def test_a_private_dataset_needs_a_token(hub, photos, monkeypatch, tmp_path):
     export(hub, "o/private", photos)
     hub.secret["o/private"] = "hf_secret"
@@ -151,6 +166,12 @@ def test_a_hub_that_fails_is_not_taken_for_an_empty_one(hub, photos, monkeypatch
         assert "\n" not in str(caught.value)
     setattr(hub, fault, False)
     assert (folder / "README.md").read_bytes() == (other / "README.md").read_bytes()
+
+
+def test_the_hub_switched_off(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(StorageError, match="hf://datasets/o/n: the hub is switched off by HF_HUB_OFFLINE; unset it"):
+        list_source("hf://datasets/o/n")
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
