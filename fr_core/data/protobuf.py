@@ -26,17 +26,17 @@ def read_fields(data: bytes, span: Span) -> Iterator[tuple[int, int | Span]]:
     """
     at, end = span
     while at < end:
-        key, at = read_varint(data, Span(at, end))
+        key, at = read_varint(data, at, end)
         number, kind = key >> 3, key & 7
         if kind == VARINT:
-            value, at = read_varint(data, Span(at, end))
+            value, at = read_varint(data, at, end)
             yield number, value
         elif kind == BYTES:
-            length, at = read_varint(data, Span(at, end))
-            if at + length > end:
-                raise ValueError("damaged")
-            yield number, Span(at, at + length)
+            length, at = read_varint(data, at, end)
             at += length
+            if at > end:
+                raise ValueError("damaged")
+            yield number, Span(at - length, at)
         elif kind in (FIXED64, FIXED32):
             at += 8 if kind == FIXED64 else 4
         else:
@@ -45,17 +45,21 @@ def read_fields(data: bytes, span: Span) -> Iterator[tuple[int, int | Span]]:
         raise ValueError("damaged")
 
 
-def read_varint(data: bytes, span: Span) -> tuple[int, int]:
-    """Read a number of a varying width; return it and the position behind it.
+def read_varint(data: bytes, start: int, end: int) -> tuple[int, int]:
+    """Read a number of a varying width that ends before ``end``; return it and the position behind it.
 
     Raises:
-        ValueError: the number does not end in the part, or has more than ten bytes.
+        ValueError: the number does not end there, or has more than ten bytes.
     """
-    value = 0
-    for shift, at in enumerate(range(span.start, min(span.end, span.start + LONGEST_VARINT))):
-        value |= (data[at] & 0x7F) << 7 * shift
-        if data[at] < 0x80:
+    value = shift = 0
+    for at in range(start, end):
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
             return value, at + 1
+        shift += 7
+        if shift == 7 * LONGEST_VARINT:
+            break
     raise ValueError("damaged")
 
 

@@ -4,8 +4,8 @@ A record is a length, the length's checksum, an Example and its checksum. An Exa
 bytes, floats or integers. Of the checksums the first is verified: it tells a record from other bytes.
 
 TFace's Examples hold images alone. A line of its training list tells an image's set, file, offset and label. TFace's
-writer leaves ``NAME.index``, with the path of the source image instead of the set, and without the label. Where there is
-no list, the folder in that path names the identity.
+writer leaves ``NAME.index``, with the path of the source image instead of the set, and without the label. Without a
+list, the folder in that path names the identity.
 """
 
 import struct
@@ -139,12 +139,11 @@ def read_example(example: bytes) -> dict[str, Span | int]:
     items: dict[str, Span | int] = {}
     for features in _spans(example, Span(0, len(example)), FEATURES):
         for feature in _spans(example, features, FEATURE):
-            name = "".join(_decode(example, span) for span in _spans(example, feature, KEY))
-            for value in _spans(example, feature, VALUE):
-                for span in _spans(example, value, BYTES_LIST):
-                    items.update((name, item) for item in [*_spans(example, span, ITEM)][:1])
-                for span in _spans(example, value, INT64_LIST):
-                    items.update((name, item) for item in [*_integers(example, span)][:1])
+            entry = dict(read_fields(example, feature))
+            match entry.get(KEY), entry.get(VALUE):
+                case Span() as name, Span() as value:
+                    if (item := _first_item(example, value)) is not None:
+                        items[_decode(example, name)] = item
     return items
 
 
@@ -153,13 +152,21 @@ def _spans(data: bytes, span: Span, wanted: int) -> Iterator[Span]:
     return (value for number, value in read_fields(data, span) if number == wanted and isinstance(value, Span))
 
 
-def _integers(data: bytes, span: Span) -> Iterator[int]:
-    """Yield the first integer of each field of an Int64List, packed or not."""
-    for number, value in read_fields(data, span):
-        if number == ITEM and isinstance(value, int):
-            yield signed(value)
-        elif number == ITEM and isinstance(value, Span) and value.start < value.end:
-            yield signed(read_varint(data, value)[0])
+def _first_item(example: bytes, value: Span) -> Span | int | None:
+    """Return the first item of a Feature that lists bytes or integers, packed or not."""
+    for kind, items in read_fields(example, value):
+        if kind not in (BYTES_LIST, INT64_LIST) or not isinstance(items, Span):
+            continue
+        for number, item in read_fields(example, items):
+            if number != ITEM:
+                continue
+            if kind == INT64_LIST and isinstance(item, int):
+                return signed(item)
+            if kind == INT64_LIST and isinstance(item, Span) and item.start < item.end:
+                return signed(read_varint(example, item.start, item.end)[0])
+            if kind == BYTES_LIST and isinstance(item, Span):
+                return item
+    return None
 
 
 def _decode(data: bytes, span: Span) -> str:
