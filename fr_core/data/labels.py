@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fr_core.data.photos import SUFFIXES
 from fr_core.data.store import AnyPath
-from fr_core.data.tables import IDENTITY_COLUMNS, PATH_COLUMNS, Table, names_image, read_table
+from fr_core.data.text_tables import IDENTITY_COLUMNS, PATH_COLUMNS, Table, names_image, read_table
 from fr_core.errors import UserError
 
 WHOLE_NUMBER = re.compile(r"[-+]?\d+(\.0*)?")

@@ -7,7 +7,7 @@ import numpy as np
 from fr_core.data.crops import FARTHEST, misfits
 from fr_core.data.resolve import resolve
 from fr_core.data.store import AnyPath, to_path
-from fr_core.data.tables import PATH_COLUMNS, Table, read_table
+from fr_core.data.text_tables import PATH_COLUMNS, Table, read_table
 from fr_core.errors import UserError
 
 POINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")

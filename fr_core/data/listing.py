@@ -43,6 +43,7 @@ class Listing:
     names: list[str]  # identities, by label
     files: list[str]  # files that hold the images; for loose images, their folder
     images: pa.Table  # with COLUMNS
+    lost: tuple[tuple[str, str], ...] = ()  # (name, reason) of images that the source names but does not hold
     passed: dict[str, int] = field(default_factory=dict)  # reason → files of the source that are no images of people
     notes: tuple[str, ...] = ()  # how the source was read, for the user
 
@@ -93,6 +94,7 @@ def make_listing(
     paths: list[str],
     owners: Sequence[str] | np.ndarray,
     places: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    lost: Sequence[tuple[str, str]] = (),
     passed: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
 ) -> Listing:
@@ -105,6 +107,7 @@ def make_listing(
         paths: name of each image.
         owners: identity of each image.
         places: for each image its file, start and length; None for loose images.
+        lost: name of each image that the source names but does not hold, and the reason.
         passed: number of files that are passed over, by reason.
         notes: how the source was read, for the user.
 
@@ -128,7 +131,7 @@ def make_listing(
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
     columns = [named.take(pa.array(order)), labels[order], *where[order].T]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, COLUMNS, strict=True)], schema=COLUMNS)
-    return Listing(root, kind, names, files, table, dict(sorted((passed or {}).items())), tuple(notes))
+    return Listing(root, kind, names, files, table, tuple(lost), dict(sorted((passed or {}).items())), tuple(notes))
 
 
 def refuse_other_case(root: AnyPath, names: Sequence[str]) -> None:

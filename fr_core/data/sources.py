@@ -1,4 +1,4 @@
-"""Lists the sources that people already have: identity folders, archives, RecordIO, Parquet, lists of files."""
+"""Lists the sources that people already have: folders, archives, RecordIO, TFRecord, LMDB, tables, lists of files."""
 
 import re
 from collections import Counter
@@ -12,13 +12,18 @@ from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
 from fr_core.data.labels import read_labels
 from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
-from fr_core.data.parquet import unpack_parquet
-from fr_core.data.recordio import list_records
+from fr_core.data.lmdb_images import SUFFIXES as LMDBS
+from fr_core.data.lmdb_images import find_lmdbs, list_lmdb
+from fr_core.data.recordio import CUT_OFF, list_records
 from fr_core.data.store import AnyPath, local_copy, to_path
+from fr_core.data.tables import SUFFIXES as TABLES
+from fr_core.data.tables import find_tables, list_tables
+from fr_core.data.tfrecord import is_tface_list, is_tfrecord, list_tface, list_tfrecords
 from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
+PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
 
@@ -32,11 +37,11 @@ def list_source(
     """List the images of a source of any known kind, local or at a URL.
 
     Args:
-        source: a folder of identity folders, a ``.zip`` or ``.tar`` of them, a ``.rec``, or a Parquet file. Also a
-            folder that holds files of one of these kinds. Or a list of files with their identities
-            (:mod:`fr_core.data.labels`).
-        labels: such a list, for a folder of loose images.
-        scratch: folder for the unpacked images of Parquet files; files unpacked before are used again.
+        source: a folder of identity folders, a ``.zip`` or ``.tar`` of them, a ``.rec``, a Parquet or Arrow file, an
+            LMDB, or a TFRecord file. Also a folder that holds files of one of these kinds. Or a list of files with
+            their identities (:mod:`fr_core.data.labels`), or TFace's list of records.
+        labels: such a list, for a folder of loose images or of TFace's sets.
+        scratch: folder for the unpacked images of Parquet and Arrow files; files unpacked before are used again.
         level: which folder below the source is the person, counted from 1; None finds it.
         names_in: encoding of the file names in zips that state none.
 
@@ -45,24 +50,33 @@ def list_source(
     """
     source = to_path(source)
     if labels is not None:
-        return list_files(to_path(labels), source)
+        table = to_path(labels)
+        return list_tface(table, source) if is_tface_list(table) else list_files(table, source)
     if source.is_dir():
         return _list_dir(source, scratch, level, names_in)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    if source.suffix == ".rec":
+    suffix = source.suffix.lower()
+    if suffix == ".rec":
         return list_rec(source)
-    if source.suffix == ".zip" or ".tar" in source.suffixes or source.suffix == ".tgz":
+    if suffix == ".zip" or ".tar" in source.suffixes or suffix == ".tgz":
         return list_archives(source, [source], level, names_in)
-    if source.suffix == ".parquet":
-        return list_parquet(source, [source], scratch)
-    if source.suffix in LISTS:
-        return list_files(source, source.parent)
-    if source.suffix == ".bin":
+    if suffix in LMDBS:
+        return list_lmdb(source)
+    if is_tfrecord(source):
+        return list_tfrecords(source, [source])
+    if suffix in TABLES:
+        return list_tables(source, [source], scratch)
+    if suffix in LISTS:
+        return list_tface(source, source.parent) if is_tface_list(source) else list_files(source, source.parent)
+    if suffix == ".bin":
         command = f"bigface verify NET --pairs {quote(str(source))}"
         raise UserError(f"{source}: a set of pairs for verification; verify a net with: {command}")
     lists = ", ".join(sorted(LISTS))
-    raise UserError(f"{source}: unknown kind of source; give a folder, .zip, .tar, .rec, .parquet, or a list ({lists})")
+    raise UserError(
+        f"{source}: unknown kind of source; give a folder, .zip, .tar, .rec, .parquet, .arrow, .lmdb, .tfrecord, "
+        f"or a list ({lists})"
+    )
 
 
 def _list_dir(
@@ -71,16 +85,16 @@ def _list_dir(
     """List a folder: of identity folders, of files of one kind, or around such a folder."""
     visible = [entry for entry in source.iterdir() if why_passed(f"{entry.name}/x.jpg") is None]
     inside = sorted((entry for entry in visible if entry.is_file()), key=str)
-    records = [entry for entry in inside if entry.suffix == ".rec"]
-    zips, tars = ([entry for entry in inside if entry.suffix == suffix] for suffix in (".zip", ".tar"))
+    records = [entry for entry in inside if entry.suffix.lower() == ".rec"]
+    zips, tars = ([entry for entry in inside if entry.suffix.lower() == suffix] for suffix in (".zip", ".tar"))
     compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
-    parquets = [entry for entry in inside if entry.suffix == ".parquet"]
-    if parquets and (source / "manifest.json").exists():
-        raise UserError(f"{source}: already a dataset; bigface merge copies it, bigface unpack turns it into images")
-    folders = [entry for entry in visible if entry.is_dir()]
-    kinds = [kind[0] for kind in (records, zips, tars, compressed, parquets) if kind]
-    if len(records) > 1 or len(kinds) > 1 or (kinds and folders):
-        beside = [path.name for path in (*records, *kinds, *folders)][:3]
+    tfrecords = [entry for entry in inside if is_tfrecord(entry)]
+    lmdbs, tables = find_lmdbs(source), find_tables(source)
+    tables_here = [table for table in tables if table.parent == source]
+    folders = [entry for entry in visible if entry.is_dir() and entry.suffix not in LMDBS]
+    kinds = [kind[0] for kind in (records, zips, tars, compressed, lmdbs, tfrecords, tables_here) if kind]
+    if len(records) > 1 or len(lmdbs) > 1 or len(kinds) > 1 or (kinds and folders):
+        beside = [path.name for path in (*records, *lmdbs, *kinds, *folders)][:3]
         names = ", ".join(dict.fromkeys(beside))
         raise UserError(f"{source}: holds several kinds of sources, {names}; give the path of one of them")
     if compressed:
@@ -89,8 +103,12 @@ def _list_dir(
         return list_rec(records[0])
     if zips or tars:
         return list_archives(source, zips or tars, level, names_in)
-    if parquets:
-        return list_parquet(source, parquets, scratch)
+    if lmdbs:
+        return list_lmdb(lmdbs[0])
+    if tfrecords:
+        return list_tfrecords(source, tfrecords)
+    if tables:
+        return list_tables(source, tables, scratch)
     if len(folders) == 1 and depth < WRAPPERS and _holds_files(folders[0]):
         return _list_dir(folders[0], scratch, level, names_in, depth + 1)
     return list_folder(source, level)
@@ -99,7 +117,7 @@ def _list_dir(
 def _holds_files(folder: AnyPath) -> bool:
     """Return whether a folder, or the only folder in it, holds archives, records or tables instead of images."""
     entries: list[AnyPath] = list(folder.iterdir())
-    if any({".rec", ".zip", ".tar", ".tgz", ".parquet"} & set(entry.suffixes) for entry in entries):
+    if any(PACKED & {suffix.lower() for suffix in entry.suffixes} for entry in entries):
         return True
     folders = [entry for entry in entries if entry.is_dir()]
     return len(folders) == 1 and _holds_files(folders[0])
@@ -211,8 +229,8 @@ def list_archives(
         [paths[i] for i in kept],
         [str(owners[i]) for i in kept],
         [places[i] for i in kept],
-        passed,
-        notes,
+        passed=passed,
+        notes=notes,
     )
 
 
@@ -230,30 +248,9 @@ def list_rec(path: AnyPath) -> Listing:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
-    return make_listing(
-        path, "rec", [str(path.resolve())], records.keys_I.astype(str).tolist(), records.labels_I, places
-    )
-
-
-def list_parquet(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
-    """List the images in Parquet files, after unpacking them to ``scratch`` (:mod:`fr_core.data.parquet`)."""
-    if scratch is None:
-        raise UserError(f"{root}: Parquet is first unpacked beside the shards: give a local --out")
-    scratch.mkdir(parents=True, exist_ok=True)
-    paths: list[str] = []
-    owners: list[str] = []
-    places: list[np.ndarray] = []
-    unpacked = [scratch / f"{number:05d}.images" for number in range(len(files))]
-    for number, (file, to) in enumerate(zip(files, unpacked, strict=True)):
-        called, names, extents = unpack_parquet(file, to)
-        paths += called
-        owners += names
-        places.append(np.column_stack([np.full(len(called), number), extents]))
-    if not paths:
-        raise UserError(f"{root}: holds no images")
-    return make_listing(
-        root, "plain", [str(file.resolve()) for file in unpacked], paths, owners, np.concatenate(places)
-    )
+    names = records.keys_I.astype(str).tolist()
+    lost = [(str(key), CUT_OFF) for key in records.lost_keys]
+    return make_listing(path, "rec", [str(path.resolve())], names, records.labels_I, places, lost)
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:

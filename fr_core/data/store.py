@@ -1,8 +1,8 @@
 """Where data and runs lie: local paths, or any URL that pyarrow has a filesystem for (``s3://``, ``gs://``, …).
 
-This is the one module that knows about URLs. An object store has neither rename nor append. So :func:`atomic_file`
-writes to a local scratch file and uploads it in one piece. :func:`local_copy` downloads a file for readers that need
-a local one.
+This is the one module that knows about URLs, with :mod:`fr_core.data.hub` for those of the hub (``hf://``). An object
+store has neither rename nor append. So :func:`atomic_file` writes to a local scratch file and uploads it in one piece.
+:func:`local_copy` downloads a file for readers that need a local one.
 """
 
 import errno
@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
+from fr_core.data import hub
 from fr_core.errors import StorageError, UserError
 
 T = TypeVar("T")
@@ -235,7 +236,7 @@ def to_path(ref: str | AnyPath) -> AnyPath:
     """Make a path, remote if ``ref`` is a URL (``s3://bucket/folder?region=…``). The storage is not contacted.
 
     Raises:
-        UserError: the URL names no bucket, or contains credentials.
+        UserError: the URL names no bucket or dataset, or contains credentials.
     """
     if isinstance(ref, Path | RemotePath) or "://" not in ref:
         return ref if isinstance(ref, RemotePath) else Path(ref)
@@ -248,6 +249,8 @@ def to_path(ref: str | AnyPath) -> AnyPath:
         raise UserError(
             f"{scheme}://…@: URLs are printed and stored: put credentials into AWS_ACCESS_KEY_ID and the like"
         )
+    if scheme == hub.SCHEME:
+        return RemotePath(*hub.split_hub_url(ref))
     if not place:
         raise UserError(f"{ref}: no bucket in the URL; expected {scheme}://BUCKET/FOLDER")
     return RemotePath(f"{scheme}://{place}", tuple(part for part in parts if part), query)
@@ -384,6 +387,8 @@ def prefetch(calls: Iterable[Callable[[], T]]) -> Iterator[Callable[[], T]]:
 @lru_cache(maxsize=16)
 def _filesystem(anchor: str, query: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of a URL and its name for the anchor."""
+    if anchor.startswith(f"{hub.SCHEME}:"):
+        return hub.open_hub(anchor)
     if anchor.startswith(("gs:", "gcs:")) and "retry_limit_seconds" not in query:
         query = "&".join([*filter(None, [query]), f"retry_limit_seconds={GCS_RETRY_SECONDS}"])
     try:
@@ -398,7 +403,7 @@ def _ask_store(path: RemotePath, call: Callable[[], T], pauses: tuple[float, ...
         return call()
     except FileNotFoundError:
         raise _missing(path) from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, *hub.hub_errors()) as error:
         if not pauses or not TRANSIENT.search(str(error)):
             raise StorageError(f"{path}: {_reason(error)}") from None
     time.sleep(pauses[0])

@@ -1,103 +1,108 @@
-"""Text tables as people write them: cut by tabs, semicolons, commas or blanks, with or without a header."""
+"""Lists the images of tables that other programs wrote: Parquet, and Hugging Face's ``save_to_disk``.
 
-import csv
-import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+A table has a column of images and one of identities. The images are unpacked once (:mod:`fr_core.data.arrow`), or, if
+the table only names them, read where they lie.
+"""
 
-from fr_core.data.photos import SUFFIXES
-from fr_core.data.store import AnyPath, local_copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fr_core.data.arrow import unpack_table
+from fr_core.data.listing import Listing, is_image, make_listing
+from fr_core.data.store import AnyPath, find_paths
 from fr_core.errors import UserError
 
-DELIMITERS = "\t;,|"  # in the order in which they are tried; else cells are cut at blanks
-SAMPLE = 100  # lines that tell the delimiter
-PATH_COLUMNS = (
-    *("path", "file_name", "filename", "file", "image", "img", "image_path", "img_path", "filepath", "file_path"),
-    *("image_name", "image_id", "name_of_image"),
-)
-IDENTITY_COLUMNS = (
-    *("identity", "label", "name", "class", "cls", "person", "subject", "identity_id", "person_id", "subject_id"),
-    *("class_id", "label_id", "id", "target"),
-)
-_IMAGE = re.compile(rf"^.*({'|'.join(re.escape(suffix) for suffix in sorted(SUFFIXES))})$", re.IGNORECASE)
+SUFFIXES = {".parquet", ".arrow"}
+FOLDERS = 32  # in the folder of an export, at most: a folder of more folders holds people
 
 
-@dataclass(frozen=True)
-class Table:
-    """The cells of a text table, stripped; empty lines are left out."""
+def find_tables(folder: AnyPath, depth: int = 2) -> list[AnyPath]:
+    """Return the tables of an export, those of all its splits.
 
-    path: AnyPath  # for error messages
-    header: list[str] | None  # names of the columns in lower case
-    rows: list[list[str]]
-    lines: list[int]  # number of each row's line in the file, from 1
-    delimiter: str | None  # None: blanks
+    They lie in the folder, in folders below it, or where the export's ``dataset_dict.json`` and ``state.json`` say.
 
-    def column(self, known: Sequence[str]) -> int | None:
-        """Return the position of the first known column, or None."""
-        return next((self.header.index(name) for name in known if name in self.header), None) if self.header else None
+    Raises:
+        UserError: the tables are the shards of a dataset, or one of these two files is damaged.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = [folder / name for name in _names_in(folder / "dataset_dict.json", "splits")]
+        found = [find_tables(split, depth=0) for split in splits]
+        if missing := [split for split, tables in zip(splits, found, strict=True) if not tables]:
+            raise UserError(
+                f"{missing[0]}: no tables in it, but {folder / 'dataset_dict.json'} names it: copy it again"
+            )
+        return [table for tables in found for table in tables]
+    if (folder / "state.json").is_file():
+        if _names_in(folder / "state.json", "_indices_data_files"):
+            raise UserError(f"{folder}: some of its rows are left out: save dataset.flatten_indices() instead")
+        return [folder / name for name in _names_in(folder / "state.json", "_data_files")]
+    entries = find_paths(folder, "*")
+    tables = [path for path in entries if path.suffix in SUFFIXES and path.is_file()]
+    if tables and (folder / "manifest.json").exists():
+        raise UserError(f"{folder}: already a dataset; bigface merge copies it, bigface unpack turns it into images")
+    if tables or not depth:
+        return tables
+    folders = [path for path in entries if not path.name.startswith(".") and path.is_dir()]
+    if len(folders) > FOLDERS:
+        return []
+    return [table for below in folders for table in find_tables(below, depth - 1)]
 
-    def bad_line(self, row: int, why: str) -> UserError:
-        """Return the error of a row."""
-        return UserError(f"{self.path}: line {self.lines[row]}: {why}")
 
-
-def read_table(path: AnyPath, known: Collection[str]) -> Table:
-    """Read a text table in UTF-8, or in UTF-16 with a byte-order mark.
-
-    The first line is a header if one of its cells is a ``known`` name.
+def list_tables(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -> Listing:
+    """List the images in tables, after unpacking them to ``scratch``; files unpacked before are used again.
 
     Args:
-        path: the file, local or at a URL.
-        known: names of columns, in lower case.
+        root: the source, a folder or a table. Images that a table only names lie beside the table or below the folder.
+        files: the tables.
+        scratch: folder for the images.
 
     Raises:
-        UserError: the file is unreadable, or no text of a known encoding.
+        UserError: a table is missing or unreadable, or has no column of images or identities, or there are no images.
     """
-    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    delimiter = find_delimiter([line for _, line in lines[:SAMPLE]], known)
+    if scratch is None:
+        raise UserError(f"{root}: Parquet and Arrow are first unpacked beside the shards: give a local --out")
+    scratch.mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    owners: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    lost: list[tuple[str, str]] = []
+    unpacked = [scratch / f"{number:05d}.images" for number in range(len(files))]
+    numbers = {str(file.resolve()): number for number, file in enumerate(unpacked)}  # of the files with images
+    folder = root if root.is_dir() else root.parent
+    for table, out in zip(files, unpacked, strict=True):
+        for row in unpack_table(table, out, folder).to_pylist():
+            if row["lost"]:
+                lost.append((row["path"], row["lost"]))
+                continue
+            paths.append(row["path"])
+            owners.append(row["identity"])
+            number = numbers.setdefault(row["file"] or str(out.resolve()), len(numbers))
+            places.append((number, row["start"], row["length"]))
+    if len(numbers) == len(files) and (other := _folder_of_images(root, files)):
+        raise UserError(
+            f"{root}: holds several kinds of sources, {files[0].name}, {other}; give the path of one of them"
+        )
+    if not paths:
+        raise UserError(f"{root}: holds no images" + (f"; {lost[0][0]}: {lost[0][1]}" if lost else ""))
+    return make_listing(root, "plain", list(numbers), paths, owners, places, lost)
+
+
+def _names_in(path: AnyPath, key: str) -> list[str]:
+    """Return the names of files or folders that a JSON file of Hugging Face's library lists."""
     try:
-        if delimiter:
-            cut = csv.reader((line for _, line in lines), delimiter=delimiter, skipinitialspace=True)
-            rows = [[cell.strip() for cell in row] for row in cut]
-        else:
-            rows = [line.split() for _, line in lines]
-    except csv.Error as error:
-        raise UserError(f"{path}: {error}") from None
-    if len(rows) != len(lines):
-        raise UserError(f"{path}: a quoted cell runs over several lines; write each row on one line")
-    numbers = [number for number, _ in lines]
-    header = [cell.lower() for cell in rows[0]] if rows else []
-    if set(header) & set(known):
-        return Table(path, header, rows[1:], numbers[1:], delimiter)
-    return Table(path, None, rows, numbers, delimiter)
+        told = json.loads(path.read_text()).get(key) or []
+        names = [name["filename"] if isinstance(name, dict) else name for name in told]
+        if not all(isinstance(name, str) and name not in ("", ".", "..") and "/" not in name for name in names):
+            raise ValueError("a name with slashes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a file of Hugging Face's save_to_disk: {error}") from None
+    return names
 
 
-def read_text(path: AnyPath) -> str:
-    """Read a text file.
-
-    Raises:
-        UserError: the file is unreadable, or neither UTF-8 nor marked as UTF-16.
-    """
-    try:
-        with local_copy(path) as local:
-            data = local.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    try:
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-
-
-def find_delimiter(lines: Sequence[str], known: Collection[str]) -> str | None:
-    """Return the delimiter between the known names of a header, or that every line has; None for blanks."""
-    for delimiter in DELIMITERS if lines else "":
-        first = {cell.strip().strip('"').lower() for cell in lines[0].split(delimiter)}
-        if (len(first) > 1 and first & set(known)) or all(delimiter in line for line in lines):
-            return delimiter
-    return None
-
-
-def names_image(cell: str) -> bool:
-    """Return whether a cell ends in an image's suffix."""
-    return _IMAGE.match(cell) is not None
+def _folder_of_images(root: AnyPath, tables: Sequence[AnyPath]) -> str | None:
+    """Return the name of a folder beside those of the tables that holds images, if there is one."""
+    if not root.is_dir() or any(table.parent == root for table in tables):
+        return None
+    folders = (folder for folder in find_paths(root, "*") if folder.is_dir())
+    return next((folder.name for folder in folders if any(is_image(entry.name) for entry in folder.iterdir())), None)

@@ -1,7 +1,7 @@
 """The identities of images in WebDataset tars: files beside the images name them.
 
 ``KEY.jpg`` has its identity in ``KEY.cls``, ``KEY.cls.txt``, ``KEY.txt`` or ``KEY.json``. A key may hold dots. A JSON
-names the identity by one of the columns that lists have (:data:`fr_core.data.tables.IDENTITY_COLUMNS`).
+names the identity by one of the columns that lists have (:data:`fr_core.data.text_tables.IDENTITY_COLUMNS`).
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fr_core.data.archives import Member
 from fr_core.data.store import LocalBytes
-from fr_core.data.tables import IDENTITY_COLUMNS
+from fr_core.data.text_tables import IDENTITY_COLUMNS
 from fr_core.errors import UserError
 
 BESIDE = (".cls.txt", ".cls", ".json", ".txt")  # the first that a key has counts

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fr_core.data.photos import SUFFIXES
-from fr_core.data.tables import Table, read_table
+from fr_core.data.text_tables import Table, read_table
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
 from fr_core.verify.pairs import FOLDS, Pairs

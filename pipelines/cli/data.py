@@ -100,7 +100,10 @@ def _check_pairs(identities: int, shots: int, pairs: int) -> None:
 def ingest(
     src: Annotated[
         str,
-        typer.Argument(help="Folder of PERSON/photo.jpg; a .rec, .zip, .tar or .parquet; a list of files; or a URL."),
+        typer.Argument(
+            help="Folder of PERSON/photo.jpg; a .rec, .zip, .tar, .parquet, .arrow, .lmdb or .tfrecord; "
+            "a list of files; or a URL: s3://BUCKET/FOLDER, hf://datasets/OWNER/NAME."
+        ),
     ],
     out: Annotated[str, typer.Option(parser=any_output, help="Folder for the shards, or a URL: s3://BUCKET/FOLDER.")],
     layout: Annotated[

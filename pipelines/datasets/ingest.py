@@ -86,7 +86,7 @@ class Job:
         listing = self.listing
         changed = [to_path(file).stat().st_mtime_ns for file in listing.files if listing.kind != "files"]
         made = (SCHEMA_VERSION, self.layout, self.image_size, self.align)
-        facts = (*made, listing.kind, listing.files, changed, listing.names)
+        facts = (*made, listing.kind, listing.files, changed, listing.names, listing.lost)
         digest = hashlib.sha256(repr(facts).encode())
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.listing.images.schema) as stream:
@@ -142,7 +142,7 @@ def ingest(
         detector()  # a missing detector is an error before any work
     source, out = to_path(source), to_path(out).resolve()
     refuse_nested(source, out)
-    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for Parquet sources only
+    scratch = out.with_name(f"{out.name}.scratch") if isinstance(out, Path) else None  # used for tables only
     listing = list_unlabelled(source) if unlabelled else list_source(source, labels, scratch, level, names_in)
     points, notes = match_landmarks(listing.paths, read_landmarks(landmarks)) if landmarks else (None, [])
     job = plan_job(listing, points, align, out, layout, image_size, seed, chunk)
@@ -153,7 +153,7 @@ def ingest(
     earlier = (json.loads(_result_file(out, number).read_text()) for number in finished)
     new = _write_on_ray(job, missing) if on_ray else (write_one(job, number) for number in missing)
     shards: list[Shard] = []
-    rejects: list[tuple[str, str]] = []
+    rejects = list(listing.lost)
     counts = np.zeros(len(listing.names), np.int64)
     not_square = repaired = done = 0
     for result in itertools.chain(earlier, new):
@@ -169,9 +169,10 @@ def ingest(
     _write_rejects(out, sorted(rejects))
     for number in range(job.shard_count):
         _result_file(out, number).unlink()
-    if len(rejects) > MAX_REJECTED_SHARE * listing.images.num_rows:
+    total = listing.images.num_rows + len(listing.lost)
+    if len(rejects) > MAX_REJECTED_SHARE * total:
         raise UserError(
-            f"{source}: {len(rejects)} of {listing.images.num_rows} images rejected, first {min(rejects)[0]} "
+            f"{source}: {len(rejects)} of {total} images rejected, first {min(rejects)[0]} "
             f"({min(rejects)[1]}); see {out / 'rejects.csv'}"
         )
     reasons = Counter(sorted(reason for _, reason in rejects))

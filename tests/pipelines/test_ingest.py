@@ -1,3 +1,4 @@
+import csv
 import math
 import re
 import shutil
@@ -13,6 +14,7 @@ from sklearn.datasets import load_sample_images
 from fr_core.data.crops import TEMPLATE, encode, similarity
 from fr_core.data.detect import find_face
 from fr_core.data.photos import read_rgb
+from fr_core.data.recordio import list_records
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
@@ -20,6 +22,7 @@ from pipelines.datasets.ingest import chunk_starts, ingest
 from pipelines.datasets.merge import merge
 from tests.helpers.commands import bigface
 from tests.helpers.machine import REAL_DATA, needs_detector, needs_real_data
+from tests.helpers.packed import payload, write_rec
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,18 @@ def test_another_job_does_not_go_on_where_this_one_was_stopped(faces, tmp_path):
     manifest = ingest(faces, tmp_path / "a", "grouped", 16, on_ray=False, overwrite=True)
     assert manifest.images == 640
     assert not list((tmp_path / "a").glob("shard-*.json"))
+
+
+def test_what_a_cut_source_lost_is_counted_and_listed(photos, tmp_path):
+    """Record 0 counts 30 images; the file ends inside the image of record 21."""
+    faces = sorted(photos.rglob("*.jpg"))
+    images = [payload(path.read_bytes(), i // 5, i + 1) for i, path in enumerate(faces)]
+    path = write_rec(tmp_path / "train.rec", [payload(b"", 0, 0, (31, 37)), *images], index=False)
+    path.write_bytes(path.read_bytes()[: list_records(path).starts_I[20] + 100])
+    manifest = ingest(path, tmp_path / "shards", on_ray=False)
+    assert (manifest.images, manifest.rejects) == (20, {"the file ends inside a record": 10})
+    with (tmp_path / "shards" / "rejects.csv").open() as file:
+        assert sorted(int(row["path"]) for row in csv.DictReader(file)) == list(range(21, 31))
 
 
 def test_identities_are_cut_into_nearly_equal_chunks():

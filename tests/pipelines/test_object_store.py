@@ -5,6 +5,8 @@ import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from pipelines.datasets.inspect import inspect
 from pipelines.datasets.unpack import unpack
 from pipelines.train import train
 from tests.helpers.commands import bigface
+from tests.helpers.containers import example, msgpack_entries, save_to_disk, write_lmdb, write_tfrecord
 from tests.helpers.datasets import put
 from tests.helpers.packed import payload, write_rec
 
@@ -88,6 +91,37 @@ def as_rec(photos, out):
     return write_rec(out / "train.rec", payloads, index=False)
 
 
+def as_lmdb(photos, out):
+    faces = [(path.read_bytes(), int(path.parent.name[-1])) for path in sorted(photos.rglob("*.jpg"))]
+    (out / "lmdb").mkdir()
+    write_lmdb(out / "lmdb" / "faces.lmdb", msgpack_entries(faces))
+    (out / "lmdb" / "faces.lmdb-lock").unlink()
+    return out / "lmdb"
+
+
+def as_tfrecords(photos, out):
+    faces = sorted(photos.rglob("*.jpg"))
+    examples = [example(image=path.read_bytes(), label=path.parent.name.encode()) for path in faces]
+    for number, part in enumerate((examples[:11], examples[11:])):
+        write_tfrecord(out / "tf" / f"train-{number}.tfrecord", part)
+    return out / "tf"
+
+
+def as_saved_dataset(photos, out):
+    faces = sorted(photos.rglob("*.jpg"))
+    table = pa.table({"image": [path.read_bytes() for path in faces], "label": [path.parent.name for path in faces]})
+    return save_to_disk(out / "saved", [table], {})
+
+
+def as_table_of_paths(photos, out):
+    put(photos, out / "named" / "images")
+    paths = [f"images/{path.relative_to(photos)}" for path in sorted(photos.rglob("*.jpg"))]
+    (out / "named" / "data").mkdir()
+    table = pa.table({"file_name": [*paths, "../../x.jpg"], "label": [*(path.split("/")[1] for path in paths), "x"]})
+    pq.write_table(table, out / "named" / "data" / "train.parquet")
+    return out / "named"
+
+
 def as_list(photos, out):
     put(photos, out / "loose")
     lines = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.rglob("*.jpg"))]
@@ -95,7 +129,20 @@ def as_list(photos, out):
     return out / "loose"
 
 
-@pytest.mark.parametrize("packed", [None, as_zip, as_tars, as_webdataset, as_rec])
+@pytest.mark.parametrize(
+    "packed",
+    [
+        None,
+        as_zip,
+        as_tars,
+        as_webdataset,
+        as_rec,
+        as_lmdb,
+        as_tfrecords,
+        as_saved_dataset,
+        as_table_of_paths,
+    ],
+)
 def test_sources_at_a_url_are_read_as_local_ones(photos, bucket, tmp_path, packed):
     source = packed(photos, tmp_path) if packed else photos
     here = ingest(source, tmp_path / "a", on_ray=False)

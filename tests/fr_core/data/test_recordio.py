@@ -50,10 +50,6 @@ def test_without_a_header_record_all_are_images_even_empty_ones(tmp_path):
 
 
 def test_broken_files_are_named(insightface, tmp_path):
-    whole = insightface.read_bytes()
-    insightface.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="truncated, or an index of another file"):
-        list_records(insightface)
     insightface.write_bytes(b"not a record" * 100)
     with pytest.raises(UserError, match=r"no record where train\.idx has one"):
         list_records(insightface)
@@ -70,6 +66,60 @@ def test_broken_files_are_named(insightface, tmp_path):
         list_records(write_rec(tmp_path / "b.rec", [payload(b"x", 0.5, 0)]))
     with pytest.raises(UserError, match="label nan"):
         list_records(write_rec(tmp_path / "c.rec", [payload(b"x", float("nan"), 0)]))
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_every_image_of_a_file_that_was_cut_off_is_read_or_lost(insightface, index):
+    """Wherever the file ends, record 0 or the index says which images there were."""
+    whole = insightface.read_bytes()
+    starts = list_records(insightface).starts_I.tolist()
+    if not index:
+        insightface.with_suffix(".idx").unlink()
+    for size in range(starts[4], len(whole)):
+        insightface.write_bytes(whole[:size])
+        records = list_records(insightface)
+        assert sorted([*records.keys_I.tolist(), *records.lost_keys.tolist()]) == [1, 2, 3, 4, 5, 6]
+        data = memoryview(whole)[:size]
+        for key, start in zip(records.keys_I.tolist(), records.starts_I.tolist(), strict=True):
+            if start + 8 + 24 + len(IMAGES[key - 1]) <= size:
+                assert image_of(read_record(data, start, 1000)) == IMAGES[key - 1]
+            else:
+                with pytest.raises(ValueError, match="the file ends inside a record"):
+                    read_record(data, start, 1000)
+
+
+def test_a_cut_file_of_longer_labels_loses_the_image_whose_label_is_cut(tmp_path):
+    path = write_rec(tmp_path / "a.rec", [payload(image, 9, i, (i // 2, 0.5)) for i, image in enumerate(IMAGES)])
+    path.write_bytes(path.read_bytes()[: list_records(path).starts_I[4] + 8 + 24 + 3])
+    for _ in ("with its index", "without"):
+        records = list_records(path)
+        assert records.keys_I.tolist() == [0, 1, 2, 3]
+        assert records.lost_keys.tolist() == ([4, 5] if path.with_suffix(".idx").exists() else [4])
+        path.with_suffix(".idx").unlink(missing_ok=True)
+
+
+def test_a_file_that_lacks_most_of_its_images_is_refused(tmp_path):
+    images = [payload(image, float(i // 2), i + 1) for i, image in enumerate(IMAGES)]
+    for end, told in ((99.0, "99"), (1e30, "10")):
+        path = write_rec(tmp_path / "a.rec", [payload(b"", 0, 0, (end, end + 3)), *images], index=False)
+        with pytest.raises(UserError, match=rf"a\.rec: cut off: 7 of {told}\d* records are left; copy the file again"):
+            list_records(path)
+
+
+def test_index_lines_that_occur_twice(insightface):
+    index = insightface.with_suffix(".idx")
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines, lines[3], lines[9], lines[3]]))
+    assert read_all(insightface)[1] == IMAGES
+    start = lines[2].split()[1]
+    for more, message in (
+        (f"3\t{start}\n", r"train\.idx: record 3 begins at two bytes; make the index anew"),
+        (f"77\t{start}\n", r"train\.idx: records 2 and 77 begin at one byte; make the index anew"),
+        ("77\t-8\n", r"train\.idx: a record begins before the file"),
+    ):
+        index.write_text("".join([*lines, more]))
+        with pytest.raises(UserError, match=message):
+            list_records(insightface)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_other_codecs_and_other_calls_of_the_encoder_are_refused(tmp_path):
         (([b"a", "b"], [True]), "expected a list of encoded images"),
         (([b"a", b"b"], [2]), "expected a list of flags"),
         ((b"a", b"b", b"c"), "expected images and flags"),
-        ({"a": 1}, "it would run EMPTY_DICT"),
+        ({"a": 1}, "expected images and flags"),
+        ({("a",): 1}, "a key that is neither text nor number"),
         (np.zeros(3), "it would run"),
     ],
 )
