@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """Storage at a URL refuses or does not answer. Unlike after other mistakes, another try may succeed."""
+    """Storage at a URL, or a database, refuses or does not answer. Unlike other mistakes, another try may succeed."""
 
 
 class RunStopped(Exception):

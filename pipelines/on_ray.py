@@ -1,4 +1,4 @@
-"""Runs the train loop on Ray: on one local node by default, or on the cluster that ``RAY_ADDRESS`` names."""
+"""Runs work on the Ray node or cluster that :func:`~pipelines.ray_start.start_ray` starts or joins: training, rows."""
 
 import logging
 import math
@@ -18,12 +18,12 @@ from fr_core.errors import RunStopped, StorageError, UserError
 from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
 from pipelines.logs import log, log_event, start_logging
-from pipelines.signals import on_signal
+from pipelines.ray_start import LOCAL, ray_address, start_ray
+from pipelines.signals import hearing_ctrl_c, on_signal
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-START_ATTEMPTS = 3
 MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
 STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to stop
 MISTAKES = ".mistake_*.txt"  # files in the run's folder: user errors that workers met
@@ -34,35 +34,6 @@ GROWS_AS = "ray_bootstrap_config.yaml"  # `ray up` leaves the autoscaler's confi
 
 Resources = dict[str, float]  # of a machine, as Ray names them: CPU, GPU, …
 Row = dict[str, Any]  # of Ray Data
-
-
-def start_ray(dashboard: bool = False) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, or start a local node that ends with this process.
-
-    Raises:
-        UserError: no cluster answers at ``RAY_ADDRESS``.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets other processes starve the training
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS", "local")
-    for attempt in range(START_ATTEMPTS):
-        if ray.is_initialized():
-            return
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=dashboard if address == "local" else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}") from None
-        except Exception as error:  # Ray has no class for a timeout; a busy machine may need more than 30 s
-            ray.shutdown()
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
-                raise
 
 
 def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Iterator[Row]:
@@ -144,7 +115,7 @@ def cluster_machines() -> list[Resources]:
     import yaml
 
     grows = Path.home() / GROWS_AS
-    if os.environ.get("RAY_ADDRESS", "local") == "local" or not grows.is_file():
+    if ray_address() == LOCAL or not grows.is_file():
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
     config = yaml.safe_load(grows.read_text())
     kinds = dict(config["available_node_types"])
@@ -229,7 +200,8 @@ def train_on_ray(
         while True:
             before = checkpoints(out)[-1:]
             try:
-                result: Any = trainer.fit()  # mypy sees the class before 2.50
+                with hearing_ctrl_c():  # Ray Train asks all workers to end, and waits for them without limit
+                    result: Any = trainer.fit()  # mypy sees the class before 2.50
                 break
             except SystemExit:  # Ray Train turns Ctrl-C into this
                 raise KeyboardInterrupt from None

@@ -3,8 +3,12 @@
 import hashlib
 import json
 import logging
+import os
+import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -12,41 +16,105 @@ from typing import TYPE_CHECKING
 
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, RemotePath, local_copy
-from fr_core.errors import UserError
+from fr_core.errors import StorageError, UserError
 from fr_core.nets.verifications import run_folder
 from fr_core.train.metrics import PARAMETERS, report_figures
-from fr_core.train.outbox import first_line, log, refused, try_briefly
+from fr_core.train.outbox import first_line, is_mistake, log, refused, try_briefly, within
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 FILTER_EXAMPLE = "--filter \"params.`method.kind` = 'attfc'\""
+MOST_WAIT = 60.0  # seconds for what a command does in MLflow beside a run
+LOCK_WAIT = 5.0  # seconds in which another program may end what it writes
+ADDRESSES = "give a server's http://…, a file as sqlite:///FILE, or off"
 PARENT_TAG, COMPARISON_TAG = "mlflow.parentRunId", "bigface.comparison"
 
 
 def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str]":
-    """Return a client and the id of the experiment. The experiment is made if it does not exist.
+    """Return a client and the id of the experiment. The database and the experiment are made if they do not exist.
 
     Args:
         folder: folder of the runs; it holds the database, unless ``tracking.uri`` names another.
 
     Raises:
-        UserError: ``folder`` is a URL, which cannot hold a database, and no ``tracking.uri`` is given.
+        UserError: the address can never work: ``folder`` is a URL, which cannot hold a database, and no
+            ``tracking.uri`` is given; the folder of the database cannot be made; or MLflow knows no such address.
+        Exception: MLflow fails, or the experiment was deleted.
     """
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells how it sets up a new database
     if tracking.uri is None and isinstance(folder, RemotePath):
         raise UserError(f"{folder} is a URL and cannot hold MLflow's database: give tracking.uri, or tracking.uri=off")
     uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(tracking.experiment)
-    if experiment is not None:
-        return client, experiment.experiment_id
-    database = uri.removeprefix("sqlite:///")
-    beside = None if database == uri else f"file://{Path(database).resolve().parent}/mlartifacts"
-    return client, client.create_experiment(tracking.experiment, artifact_location=beside)
+    database = _database_file(uri)
+    try:
+        if database:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            _make_database(database)
+            _check_database(database, uri)
+        client = MlflowClient(uri)
+    except (MlflowException, FileExistsError, NotADirectoryError) as error:
+        if refused(error) or isinstance(error, OSError):
+            raise UserError(f"tracking.uri = {uri}: {first_line(error)}: {ADDRESSES}") from None
+        raise
+    beside = f"file://{database.resolve().parent}/mlartifacts" if database else None
+    return client, _experiment(client, tracking.experiment, beside)
+
+
+def _database_file(uri: str) -> Path | None:
+    """Return the file of an SQLite database; None for other addresses."""
+    scheme, _, file = uri.partition("sqlite:///")
+    return Path(file.partition("?")[0]) if file and not scheme else None
+
+
+def _make_database(file: Path) -> None:
+    """Make MLflow's database if it does not exist. The file is whole or absent, also if several runs begin at once."""
+    from mlflow import MlflowClient
+
+    if file.exists():
+        return
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(f"sqlite:///{part}")
+        try:
+            os.link(part, file)  # unlike a move, it fails where another run was faster
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            part.rename(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    """Return the id of an experiment, which is made if it does not exist, also if several runs begin at once.
+
+    Args:
+        artifacts: where files of a new experiment go; None: where the server puts them.
+
+    Raises:
+        MlflowException: the experiment was deleted, or MLflow fails.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise MlflowException(
+            f"experiment {name!r} was deleted: give tracking.experiment=NAME, or restore it by "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return found.experiment_id
 
 
 def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], files: Iterable[Path] = ()) -> str | None:
@@ -57,18 +125,17 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
         files: pictures and tables to add, under ``verify/NAME``.
 
     Returns:
-        The id of the MLflow run, or None if there is none.
-
-    Raises:
-        UserError: MLflow refuses.
+        The id of the MLflow run, or None if there is none, or if MLflow fails, which a warning says.
     """
     run = run_folder(ref)
     run_id = saved_run_id(run) if run else None
     if run is None or run_id is None:
         return None
-    from mlflow.entities import Metric
 
-    try:
+    def add() -> str | None:
+        from mlflow.entities import Metric
+
+        try_briefly()
         tracking = Tracking.model_validate(json.loads((run / "run.json").read_text())["config"]["tracking"])
         if tracking.uri is None and not (run.parent / "mlflow.db").is_file():  # the folder was copied from elsewhere
             return None
@@ -77,62 +144,75 @@ def log_verification(ref: AnyPath, name: str, figures: Mapping[str, float], file
         client.log_batch(run_id, metrics=[Metric(f"{name}/{n}", float(value), now, 0) for n, value in figures.items()])
         for path in files:
             client.log_artifact(run_id, str(path), f"verify/{name}")
+        return run_id
+
+    try:
+        return within(MOST_WAIT, add)
     except Exception as error:  # MLflow passes on any error of its database or store
-        raise UserError(f"{run}: cannot add figures to its MLflow run: {first_line(error)}") from None
-    return run_id
+        log.warning("%s: figures are not added to its MLflow run: %s", run, first_line(error))
+        return None
 
 
 class Comparison:
     """The parent MLflow run of a comparison or a search. The same results file goes on with the same parent run.
 
-    If the server is away, the runs go on without a parent run, and ``run_id`` is None.
+    If MLflow fails, the runs go on without a parent run, and ``run_id`` is None.
 
     Args:
         results: results file of the comparison or the search.
         anew: start a new parent run, since earlier results at this path were replaced.
 
     Raises:
-        UserError: MLflow refuses, or its database cannot be made.
+        UserError: the address can never work.
     """
 
     def __init__(self, tracking: Tracking, results: AnyPath, anew: bool = False) -> None:
-        folder = results.resolve().parent
-        self.uri = tracking.uri or f"sqlite:///{folder}/mlflow.db"
+        self.tracking, self.results = tracking, results.resolve()
+        self.uri = tracking.uri or f"sqlite:///{self.results.parent}/mlflow.db"
         self.run_id: str | None = None
-        key = hashlib.sha256(str(results.resolve()).encode()).hexdigest()
         try_briefly()
         try:
-            self.client, experiment = open_mlflow(tracking, folder)
-            tagged = f"tags.`{COMPARISON_TAG}` = '{key}'"
-            found = [] if anew else self.client.search_runs([experiment], tagged, max_results=1)  # the newest
-            if found:
-                run = found[0]
-            else:
-                name, tags = PurePath(results.name).stem, {COMPARISON_TAG: key}
-                run = self.client.create_run(experiment, run_name=name, tags=tags)
-            self.client.update_run(run.info.run_id, status="RUNNING")
-            self.run_id = run.info.run_id
+            self.client, self.run_id = within(MOST_WAIT, partial(self._open, anew))
         except Exception as error:  # MLflow passes on any error of its database or store
-            if refused(error) or not self.uri.startswith("http"):
-                raise UserError(f"tracking.uri = {self.uri}: {first_line(error)}") from None
-            log.warning("MLflow cannot be reached; runs get no parent run there: %s", first_line(error))
+            if is_mistake(error):
+                raise
+            log.warning("MLflow (%s) fails; runs get no parent run there: %s", self.uri, first_line(error))
+
+    def _open(self, anew: bool) -> "tuple[MlflowClient, str]":
+        """Make the parent run, or open that of earlier results at this path."""
+        client, experiment = open_mlflow(self.tracking, self.results.parent)
+        key = hashlib.sha256(str(self.results).encode()).hexdigest()
+        tagged = f"tags.`{COMPARISON_TAG}` = '{key}'"
+        found = [] if anew else client.search_runs([experiment], tagged, max_results=1)  # the newest
+        if found:
+            run = found[0]
+        else:
+            name, tags = PurePath(self.results.name).stem, {COMPARISON_TAG: key}
+            run = client.create_run(experiment, run_name=name, tags=tags)
+        client.update_run(run.info.run_id, status="RUNNING")
+        return client, run.info.run_id
 
     def close(self, table: str, files: Iterable[AnyPath] = (), status: str = "FINISHED") -> None:
-        """Add the table in Markdown, and files, and end the parent run. Log a warning if MLflow cannot be reached.
+        """Add the table in Markdown, and files, and end the parent run. Log a warning if MLflow fails.
 
         Args:
             status: FINISHED, FAILED or KILLED.
         """
-        if self.run_id is None:
+        run_id = self.run_id
+        if run_id is None:
             return
-        try:
-            self.client.log_text(self.run_id, table, "comparison.md")
+
+        def end() -> None:
+            self.client.log_text(run_id, table, "comparison.md")
             for path in files:
                 with local_copy(path) as file:
-                    self.client.log_artifact(self.run_id, str(file))
-            self.client.set_terminated(self.run_id, status)
+                    self.client.log_artifact(run_id, str(file))
+            self.client.set_terminated(run_id, status)
+
+        try:
+            within(MOST_WAIT, end)
         except Exception as error:  # MLflow passes on any error of its database or store
-            log.warning("MLflow could not record the end of run %s: %s", self.run_id, first_line(error))
+            log.warning("MLflow could not record the end of run %s: %s", run_id, first_line(error))
 
 
 def finished_runs(uri: str, experiment: str, query: str) -> list[tuple[str, Callable[[], dict[str, float]]]]:
@@ -162,14 +242,18 @@ def search_mlflow(uri: str, experiment: str | None, query: str) -> "list[Run]":
 
     Raises:
         UserError: the database or the experiment does not exist, or MLflow does not understand the filter.
+        StorageError: the database is locked or cannot be read.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).is_file():  # MLflow would create an empty one
+    try_briefly()
+    file = _database_file(uri)
+    if file and not file.is_file():  # MLflow would make one
         raise UserError(f"{uri}: no such database: give --uri, or folders of runs")
     try:
+        if file:
+            _check_database(file, uri)
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment) if experiment else None
         if experiment and found is None:
@@ -181,10 +265,32 @@ def search_mlflow(uri: str, experiment: str | None, query: str) -> "list[Run]":
         while page.token:
             page = client.search_runs(ids, query, page_token=page.token)
             runs += page
+    except UserError:
+        raise
     except MlflowException as error:
         mend = f": write it like {FILTER_EXAMPLE}" if query and "filter" in str(error).lower() else ""
-        raise UserError(f"{uri}: {str(error).splitlines()[0]}{mend}") from None
+        raise UserError(f"{uri}: {first_line(error)}{mend}") from None
+    except Exception as error:  # MLflow passes on any error of its database or store
+        raise StorageError(f"{uri}: {first_line(error)}") from None
     return runs
+
+
+def _check_database(file: Path, uri: str) -> None:
+    """Read which version of MLflow's tables a database has. MLflow would make what is missing, and wait for long.
+
+    Raises:
+        StorageError: it is no whole database of MLflow, or another program has locked it.
+    """
+    version, reason = None, "no version"
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", timeout=LOCK_WAIT, uri=True)) as database:
+            version = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error as error:
+        reason = first_line(error)
+    if reason == "database is locked":
+        raise StorageError(f"{uri}: another program has locked it: try again when that has ended")
+    if version is None:
+        raise StorageError(f"{uri}: no whole database of MLflow ({reason}): move it away; the next run makes a new one")
 
 
 def _tracked_figures(client: "MlflowClient", run: "Run") -> dict[str, float]:

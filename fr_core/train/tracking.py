@@ -59,11 +59,13 @@ class Tracker:
         self._write_facts()
         if config.tracking.uri != "off":
             known = self.run_id
-            self.outbox = Outbox(config.tracking, self._open_run, out)
-            if known is None or self.run_id != known:
+            self.outbox = Outbox(config.tracking, self._open_run, out, begins=step == 0 and known is None)
+            fresh = known is None or self.run_id != known
+            if fresh:
                 self.outbox.post(["params", {n: str(v) for n, v in flat(config.model_dump(mode="json")).items()}])
             for letter in read_undelivered(out, step):
-                self.outbox.post(letter)
+                if letter[0] != "params" or not fresh:  # MLflow refuses a second value of a parameter
+                    self.outbox.post(letter)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a training step: in the CSV at once, in MLflow in batches."""

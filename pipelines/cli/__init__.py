@@ -13,6 +13,7 @@ from fr_core.errors import RunStopped, UserError
 from pipelines.cli import training, tune, knobs, data, nets, compare, bench  # isort: skip  # noqa: F401  # the help's order
 from pipelines.cli.app import app
 from pipelines.cli.usage import UsageError, explain_usage
+from pipelines.signals import CTRL_C
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         Console(stderr=True).print(f"bigface: {stopped}", highlight=False)
         sys.exit(143)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(CTRL_C)
 
 
 def show_mistake(text: str) -> None:

@@ -168,12 +168,7 @@ def log_to_mlflow(ckpt: str, source: Path, figures: Mapping[str, float], files: 
     """Add a verification to the MLflow run that trained the net, if there is one; print what happened."""
     from fr_core.train.mlflow_runs import log_verification
 
-    try:
-        run_id = log_verification(to_path(ckpt), source.stem, figures, files)
-    except UserError as error:
-        show_line(str(error), "yellow")
-        return
-    if run_id:
+    if run_id := log_verification(to_path(ckpt), source.stem, figures, files):
         show_line(f"added to the MLflow run {run_id} that trained this net")
 
 

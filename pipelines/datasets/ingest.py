@@ -49,7 +49,8 @@ from fr_core.data.store import (
     write_text_atomically,
 )
 from fr_core.errors import UserError
-from pipelines.on_ray import map_rows, start_ray
+from pipelines.on_ray import map_rows
+from pipelines.ray_start import start_ray
 
 IMAGES_PER_SHARD = 8192
 MIN_SHARDS = 8  # small datasets are cut finer, so that all cores have work

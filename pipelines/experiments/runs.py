@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fr_core.config.recipes import flat
-from fr_core.errors import UserError
+from fr_core.errors import StorageError, UserError
 from fr_core.nets.verifications import newest_verification
 from fr_core.train.metrics import read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, saved_run_id, search_mlflow
 from fr_core.verify.report import smaller_is_better
 from pipelines.experiments.states import OF_MLFLOW, State
+from pipelines.logs import log
 from pipelines.train import SILENCE, last_touched
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def runs(folder: Path | None, uri: str | None, experiment: str | None, query: st
         raise UserError(f"{folder}: no folder of runs: give another, or --uri")
     in_folders = [] if folder is None else list(_in_folders(folder, experiment))
     by_id = {run.run_id: run for run in in_folders if run.run_id}
-    tracked = _all_tracked([uri] if uri else _databases(folder), experiment, query)
+    tracked = _all_tracked([uri] if uri else _databases(folder), experiment, query, bool(in_folders and not query))
     if folder is not None and (folder / "run.json").is_file():  # one run, whose database also knows the runs beside it
         tracked = [run for run in tracked if run.info.run_id in by_id]
     found = [_tracked(run, by_id.get(run.info.run_id)) for run in tracked]
@@ -127,8 +128,11 @@ def _databases(folder: Path | None) -> list[str]:
     return [f"sqlite:///{file}" for file in files if file.is_file()]
 
 
-def _all_tracked(uris: list[str], experiment: str | None, query: str) -> list["TrackedRun"]:
+def _all_tracked(uris: list[str], experiment: str | None, query: str, others: bool) -> list["TrackedRun"]:
     """Return the runs of several databases, without those whose folders newer runs took.
+
+    Args:
+        others: whether folders know runs. Then databases that cannot be read cost no more than a warning.
 
     Raises:
         UserError: no database can be searched.
@@ -140,8 +144,11 @@ def _all_tracked(uris: list[str], experiment: str | None, query: str) -> list["T
             found += [run for run in search_mlflow(uri, experiment, query) if not _replaced(run, uri)]
         except UserError as error:  # such as an experiment that only another database has
             errors.append(error)
-    if errors and len(errors) == len(uris):
+    unreadable = [error for error in errors if isinstance(error, StorageError)]
+    if errors and len(errors) == len(uris) and not (others and unreadable == errors):
         raise errors[0]
+    for reason in unreadable:
+        log.warning("runs are shown as their folders tell: %s", reason)
     return found
 
 

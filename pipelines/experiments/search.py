@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 from fr_core.config import Config
 from fr_core.data.store import AnyPath, atomic_file, explain_disk_errors, find_paths, write_text_atomically
 from fr_core.errors import UserError
-from fr_core.train.mlflow_runs import open_mlflow
-from fr_core.train.outbox import Outbox, first_line, log, read_undelivered
+from fr_core.train.mlflow_runs import MOST_WAIT, open_mlflow
+from fr_core.train.outbox import Outbox, first_line, log, read_undelivered, within
 from fr_core.verify.report import smaller_is_better
 from pipelines.experiments.states import State
 from tune_spaces.fields import Choice, Domain, Integers, Knob, LogUniform, StepShare, Uniform, grid, with_values
@@ -257,7 +257,7 @@ def deliver_trials(trials: Sequence[Trial], config: Config, out: AnyPath) -> Non
     """
     states = {trial.name: trial.state for trial in trials}
     try:
-        client, _ = open_mlflow(config.tracking, out.parent)
+        client, _ = within(MOST_WAIT, partial(open_mlflow, config.tracking, out.parent))
         for path in find_paths(out / "trials", "*/run.json"):
             run_id, trial = json.loads(path.read_text())["run_id"], path.parent.name.partition(FOLD)[0]
             state = states.get(trial)
@@ -267,6 +267,7 @@ def deliver_trials(trials: Sequence[Trial], config: Config, out: AnyPath) -> Non
                     outbox.post(letter)
                 outbox.close()
             if run_id and state != "finished" and not (path.parent / "report.json").is_file():
-                client.set_terminated(run_id, "FAILED" if state == "failed" else "KILLED")
+                status = "FAILED" if state == "failed" else "KILLED"
+                within(MOST_WAIT, partial(client.set_terminated, run_id, status))
     except Exception as error:  # MLflow passes on any error of its database or store
         log.warning("MLflow does not know how the trials ended: %s", first_line(error))

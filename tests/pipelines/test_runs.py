@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import sqlite3
 import time
+from contextlib import closing, contextmanager
 from datetime import datetime
 
 import pytest
 
 from fr_core.config.sections import Tracking
-from fr_core.errors import UserError
+from fr_core.errors import StorageError, UserError
 from fr_core.nets.verifications import VERIFICATIONS
+from fr_core.train import mlflow_runs
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
 from pipelines.experiments.runs import run_table, runs
 from pipelines.experiments.states import OF_MLFLOW, STATES
@@ -197,3 +200,36 @@ def test_mistakes(folder, args, mend):
     with pytest.raises(UserError, match=mend) as caught:
         bigface("runs", *place, *args)
     assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def locked(file):
+    """Another program writes the database."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def test_a_locked_database_costs_a_warning_where_folders_know_the_runs(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mlflow_runs, "LOCK_WAIT", 0.1)
+    with locked(folder / "mlflow.db"):
+        assert [run["name"] for run in listed(tmp_path, folder)] == ["alone"]
+        assert caplog.messages[-1] == (
+            f"runs are shown as their folders tell: sqlite:///{folder}/mlflow.db: "
+            "another program has locked it: try again when that has ended"
+        )
+        for asked in (
+            ["runs", folder, "--filter", "params.`net.kind` = 'x'"],
+            ["runs", "--uri", f"sqlite:///{folder}/mlflow.db"],
+        ):
+            with pytest.raises(StorageError, match=r"mlflow\.db: another program has locked it"):
+                bigface(*asked)
+
+
+def test_a_half_made_database_is_one_line_and_gets_no_tables(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(StorageError, match=r"mlflow\.db: no whole database of MLflow"):
+        bigface("runs", tmp_path)
+    with pytest.raises(StorageError, match=r"mlflow\.db: no whole database of MLflow"):
+        bigface("scaling", "--uri", f"sqlite:///{tmp_path}/mlflow.db")
+    assert (tmp_path / "mlflow.db").stat().st_size == 0

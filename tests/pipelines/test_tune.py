@@ -38,7 +38,7 @@ from pipelines.experiments.search import Search, Trial, best, deliver_trials, wi
 from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
 from pipelines.experiments.tune import DRIVER, claim_folder, end_tune_early, share_cluster
 from pipelines.experiments.tuner import clip_to_domains, make_tuner
-from pipelines.on_ray import start_ray
+from pipelines.ray_start import start_ray
 from pipelines.train import train
 from tests.helpers.commands import bigface
 from tests.helpers.datasets import write_dataset

@@ -12,7 +12,7 @@ from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_by_ray, blocks_in_process, make_plan
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
-from pipelines.on_ray import start_ray
+from pipelines.ray_start import start_ray
 from tests.helpers.datasets import write_dataset
 
 BLOCK = Block(epoch=0, number=0, rank=0, size=1)
