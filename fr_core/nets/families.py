@@ -72,6 +72,23 @@ class Found:
     families: tuple[str, ...]  # whose it may be; none: bigface's own
 
 
+@dataclass(frozen=True)
+class Naming:
+    """One way to name a net's tensors.
+
+    Args:
+        title: Whose it is.
+        anchor: Tensor that every net of the naming has, and no other net.
+        rename: Function that returns the tensors under bigface's names, and the names that it has no place for.
+        families: Function that returns whose the net may be. It takes the wrapping, the file's tensors and the net's.
+    """
+
+    title: str
+    anchor: str
+    rename: Callable[[State], tuple[State, list[str]]]
+    families: Callable[[str, Mapping[str, Tensor], State], tuple[str, ...]]
+
+
 def find_net(tensors: Mapping[str, Tensor]) -> Found:
     """Find the net among the tensors of a file.
 
@@ -105,30 +122,13 @@ def ask(families: Iterable[str]) -> str:
     return f"give {', '.join(options[:-1])} or {options[-1]}" if len(options) > 1 else f"give {options[0]}"
 
 
-def _named(naming: "Naming", wrap: str, tensors: Mapping[str, Tensor]) -> Found:
+def _named(naming: Naming, wrap: str, tensors: Mapping[str, Tensor]) -> Found:
     """Return the net of a naming, which lies under ``wrap``."""
     inside = {name.removeprefix(wrap): tensor for name, tensor in tensors.items() if name.startswith(wrap)}
     state, left = naming.rename(inside)
     if strange := next((name for name in left if not HEADS.match(name)), None):
         raise UserError(f"holds a net like those of {naming.title}, but with other parts, such as {strange}")
     return Found(state, naming.families(wrap, tensors, state))
-
-
-@dataclass(frozen=True)
-class Naming:
-    """One way to name a net's tensors.
-
-    Args:
-        title: Whose it is.
-        anchor: Tensor that every net of the naming has, and no other net.
-        rename: Function that returns the tensors under bigface's names, and the names that it has no place for.
-        families: Function that returns whose the net may be. It takes the wrapping, the file's tensors and the net's.
-    """
-
-    title: str
-    anchor: str
-    rename: Callable[[State], tuple[State, list[str]]]
-    families: Callable[[str, Mapping[str, Tensor], State], tuple[str, ...]]
 
 
 def _renamed(tensors: State, rules: Iterable[tuple[str, str]]) -> tuple[State, list[str]]:

@@ -112,10 +112,15 @@ def embed(
 
 
 def weights_checksum(recogniser: Recogniser) -> str:
-    """Return a checksum of the weights, the same on every device."""
-    if isinstance(recogniser.net, OnnxNet):
+    """Return a checksum of the weights, the same on every device.
+
+    What a file of another project was taken for counts too: the same weights may see other pixels.
+    """
+    if isinstance(recogniser.net, OnnxNet) and not recogniser.taken_for:
         return recogniser.net.checksum
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((recogniser.taken_for or "").encode())
+    if isinstance(recogniser.net, OnnxNet):
+        digest.update(recogniser.net.checksum.encode())
     for name, tensor in sorted(recogniser.net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -59,6 +59,7 @@ def test_state_dict_names_are_the_published_ones():
     [
         IResNetNet(depth=10, width=8, input_size=48, embedding=24),
         IResNetNet(depth=10, width=8, stem_stride=2, input_size=112),
+        IResNetNet(depth=10, width=16, input_size=48, embedding=24, se=True, inner_norm=False, shortcut="pool"),
         MobileFaceNetNet(input_size=64),
         IResNetNet(depth=10, widths=(8, 9, 20, 16), input_size=48, embedding=24),
         MobileFaceNetNet(input_size=64, widths=(8, 9, 10, 11, 12, 13, 14, 15, 16)),

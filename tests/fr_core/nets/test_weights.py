@@ -16,7 +16,7 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet
 from fr_core.errors import UserError
 from fr_core.nets.build import build_net
 from fr_core.nets.checkpoint_files import write_tensors
-from fr_core.nets.open import open_net
+from fr_core.nets.open import load_weights, open_net
 from tests.helpers.foreign import EMBEDDING, IR, SIDE, WIDTHS, Insight, Mobile, embedded, noise, settled
 
 CPU = torch.device("cpu")
@@ -174,6 +174,7 @@ STRANGE = {
     "a ResNet without PReLU": ["conv1.weight", "layer1.0.bn1.weight", "fc.weight"],
     r"insightface's mobilefacenet \(mbf\)": ["layers.0.layers.0.weight", "conv_sep.layers.0.weight"],
     "a class matrix": ["weight"],
+    "a face detector": ["body.stage1.0.0.weight", "BboxHead.0.conv1x1.weight"],
     "the state of an optimiser": ["state.0.exp_avg"],
     "a net that bigface does not know, with tensors such as surprise": ["surprise"],
 }
@@ -308,6 +309,13 @@ def test_a_bgr_net_and_its_file_of_bigface_take_the_same_images(tmp_path):
     assert again.config == opened.config
     assert again.taken_for is None
     assert np.array_equal(again.embed(noise()), opened.embed(noise()))
+
+
+def test_a_net_of_another_form_says_which_fields_would_fit(tmp_path):
+    path = saved({"state_dict": prefixed("model.", IR(se=True).state_dict())}, tmp_path / "a.ckpt")
+    net = build_net(IResNetNet(depth=10, width=16, input_size=SIDE, embedding=EMBEDDING + 1))
+    with pytest.raises(UserError, match=r"do not fit the net: give net.embedding=24 net.se=true net.shortcut='pool'$"):
+        load_weights(net, path)
 
 
 def test_mobilefacenets_keep_their_own_pixels():

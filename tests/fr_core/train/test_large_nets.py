@@ -50,6 +50,7 @@ def same(ours, theirs, atol=0.0):
         ["net.dropout=0.3", "train.ema=0.5"],
         ["train.precision=bfloat16", "train.accumulate=2"],
         [*MOE, "train.ghost_batch=8", "train.recompute_blocks=2"],
+        ["net.se=true", "net.inner_norm=false", "net.shortcut=pool", "net.width=16", "train.precision=bfloat16"],
     ],
 )
 def test_recomputation_is_the_same_training(dataset, extra):
