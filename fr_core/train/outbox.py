@@ -119,7 +119,7 @@ class Outbox:
         """Wait for a letter, and return it; before the first one, open the run. None: there is no more to do."""
         with self.changed:
             self.changed.wait_for(lambda: self.letters or self.closing or not self.client)
-            if self.mistake or not (self.letters or not self.closing):
+            if self.mistake or (self.closing and not self.letters):
                 return None
             return self.letters[0] if self.letters else OPEN
 
