@@ -30,6 +30,7 @@ from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
+from fr_core.train.outbox import NOT_DELIVERED, UNDELIVERED
 from pipelines.logs import log, log_event, start_logging
 from pipelines.on_ray import RAY_FOLDER
 from pipelines.signals import on_signal
@@ -121,6 +122,8 @@ def train(
             from pipelines.on_ray import train_on_ray
 
             figures = train_on_ray(config, out, workers)
+            if (out / UNDELIVERED).is_file():  # the worker says so in the log of its node
+                log.warning(NOT_DELIVERED, out / UNDELIVERED)
     log_troubles(figures)
     return figures
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fr_core.config.sections import Momentum, NonNegative, Positive, Ratio, Section
+from fr_core.config.sections import Momentum, NonNegative, PathOrURL, Positive, Ratio, Section
 from fr_core.errors import UserError
 
 Layout = Literal["flat", "grouped"]
@@ -119,11 +119,11 @@ AnyMargin = Margin  # of a class matrix; a tagged union on ``kind`` once there a
 class Unlabelled(Section):
     """Images without labels, which add only the distillation term (BigFace-Distill, MFR-ICCV2021)."""
 
-    path: str
+    path: PathOrURL
     """Folder of flat shards; their labels are ignored."""
     batch: Annotated[int, Field(ge=1)] | None = None
     """Unlabelled images of a step, over all workers. None: as many as train.global_batch."""
-    embeddings: str | None = None
+    embeddings: PathOrURL | None = None
     """The teacher's embeddings of these shards; needed when method.distill.embeddings is given. None: the teacher net
     embeds the images."""
 
@@ -135,7 +135,7 @@ class TeacherSettings(Section):
     """Field in which a recipe names the teacher."""
     embeddings_named: ClassVar[str | None] = None
     """Field in which a recipe names the teacher's embeddings instead."""
-    teacher: str | None = None
+    teacher: PathOrURL | None = None
     """Teacher: a run, a checkpoint, or a file of weights, also of other projects. It sees the same images as the
     student. None: no net is named."""
     teacher_net: str | None = None
@@ -155,7 +155,7 @@ class Distill(TeacherSettings):
 
     named: ClassVar[str] = "method.distill.teacher"
     embeddings_named: ClassVar[str | None] = "method.distill.embeddings"
-    embeddings: str | None = None
+    embeddings: PathOrURL | None = None
     """Teacher's embeddings instead of a teacher: folder of `bigface embed` on the training shards, of plain images.
     None: the teacher net embeds the images."""
     weight: Positive = 9.0

@@ -12,6 +12,7 @@ from fr_core.config import Config
 from fr_core.config.mends import explain, field_names, recipe_mend
 from fr_core.config.nets import Net
 from fr_core.config.overrides import joined, overridden, read_overrides
+from fr_core.config.sections import expand_home
 from fr_core.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
@@ -39,7 +40,7 @@ def load_config(
     Raises:
         UserError: no such recipe, bad TOML, an unknown key with its nearest neighbour, or a value out of bounds.
     """
-    path = _find_recipe(str(recipe))
+    path = _find_recipe(expand_home(str(recipe)))
     try:
         written = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

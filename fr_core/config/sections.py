@@ -1,14 +1,23 @@
 """Sections that every run has: data, start, training, verification, tracking; and what all sections share."""
 
+import os
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def expand_home(ref: str) -> str:
+    """Return a path with the home folder for ``~``, also that of an SQLite address; URLs stay."""
+    database, scheme, path = ref.rpartition("sqlite:///")
+    return f"{database}{scheme}{os.path.expanduser(path)}"
+
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]  # share of the old value that a moving average keeps
+PathOrURL = Annotated[str, AfterValidator(expand_home)]
 Channels = Annotated[int, Field(ge=8)]  # below 8, PyTorch 2.13 writes past memory (conv 1×1, stride 2, channels last)
 
 
@@ -124,7 +133,7 @@ class Balanced(Section):
 class Data(Section):
     """Where the images come from, their order, and what happens to them before the net sees them."""
 
-    path: str = ""
+    path: PathOrURL = ""
     """Folder of shards, as `bigface ingest` writes it; a URL works too."""
     lanes: Annotated[int, Field(ge=1)] | None = None
     """Parts the dataset is dealt to; the order of samples depends on it. None: the batch's largest divisor up to 64,
@@ -159,7 +168,7 @@ class Data(Section):
 class Init(Section):
     """Warm start: fine-tune a trained backbone, also on new identities."""
 
-    backbone: str | None = None
+    backbone: PathOrURL | None = None
     """Run, checkpoint or file of weights, also of other projects (docs/weights.md). Its net takes the place of the
     recipe's; overrides of net still count. None: random weights."""
     net: str | None = None
@@ -210,16 +219,16 @@ class Train(Section):
 class Verify(Section):
     """Pairs of faces on which the run verifies its net."""
 
-    images: str | None = None
+    images: PathOrURL | None = None
     """Folder that the pairs' paths are relative to. None: for a .bin, which holds its images."""
-    pairs: str | None = None
+    pairs: PathOrURL | None = None
     """bigface's CSV, LFW's pairs.txt, or a .bin. None: training ends without verification."""
 
 
 class Tracking(Section):
     """Where MLflow records the run."""
 
-    uri: str | None = None
+    uri: PathOrURL | None = None
     """MLflow's address; "off": no tracking. None: sqlite:///mlflow.db beside the run, or no tracking if the run lies at
     a URL."""
     experiment: str = "bigface"

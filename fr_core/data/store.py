@@ -235,11 +235,15 @@ class RemoteBytes:
 def to_path(ref: str | AnyPath) -> AnyPath:
     """Make a path, remote if ``ref`` is a URL (``s3://bucket/folder?region=…``). The storage is not contacted.
 
+    ``~`` at the start of a local path is the home folder.
+
     Raises:
         UserError: the URL names no bucket or dataset, or contains credentials.
     """
-    if isinstance(ref, Path | RemotePath) or "://" not in ref:
-        return ref if isinstance(ref, RemotePath) else Path(ref)
+    if isinstance(ref, RemotePath):
+        return ref
+    if isinstance(ref, Path) or "://" not in ref:
+        return Path(os.path.expanduser(ref))
     url, _, query = ref.partition("?")
     scheme, _, rest = url.partition("://")
     place, *parts = rest.split("/")

@@ -49,16 +49,22 @@ VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 def verify(
     ckpt: Annotated[str, typer.Argument(help=NET)],
     pairs: Annotated[
-        Path | None, typer.Option(help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin file.")
+        Path | None,
+        typer.Option(parser=local, help="CSV image_a,image_b,same[,fold], LFW's pairs.txt, or a .bin file."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the pairs' images; a .bin file holds its own images.")
+        Path | None, typer.Option(parser=local, help="Folder of the pairs' images; a .bin file holds its own images.")
     ] = None,
     suite: Annotated[
         Path | None,
-        typer.Option(help="Folder of sets, instead of --pairs: NAME.bin, NAME.csv, NAME/pairs.csv or .txt and images."),
+        typer.Option(
+            parser=local,
+            help="Folder of sets, instead of --pairs: NAME.bin, NAME.csv, NAME/pairs.csv or .txt and images.",
+        ),
     ] = None,
-    ijb: Annotated[Path | None, typer.Option(help="IJB-B or IJB-C, instead of --pairs: meta/ and loose_crop/.")] = None,
+    ijb: Annotated[
+        Path | None, typer.Option(parser=local, help="IJB-B or IJB-C, instead of --pairs: meta/ and loose_crop/.")
+    ] = None,
     mfr: Annotated[
         Path | None,
         typer.Option(parser=local, help="Masked faces, instead of --pairs: masked/NAME/* and standard/NAME/*."),
@@ -203,8 +209,8 @@ def example_photos(result: "Result", images: Path | None) -> tuple[str, str]:
 
 @app.command(rich_help_panel="Trained nets")
 def match(
-    a: Annotated[Path, typer.Argument(help="Face crop; with --align a photo.")],
-    b: Annotated[Path, typer.Argument(help="Face crop or photo to compare with.")],
+    a: Annotated[Path, typer.Argument(parser=local, help="Face crop; with --align a photo.")],
+    b: Annotated[Path, typer.Argument(parser=local, help="Face crop or photo to compare with.")],
     model: Annotated[str, typer.Option(help=NET)],
     net: NetName = None,
     threshold: Annotated[
@@ -291,8 +297,8 @@ def prune(
         str | None, typer.Option(help="Shards to fine-tune on, with the unpruned net as the teacher.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe of the fine-tuning.")] = "prune_sp02",
-    images: Annotated[Path | None, typer.Option(help=PAIRS_IMAGES)] = None,
-    pairs: Annotated[Path | None, typer.Option(help=PAIRS)] = None,
+    images: Annotated[Path | None, typer.Option(parser=local, help=PAIRS_IMAGES)] = None,
+    pairs: Annotated[Path | None, typer.Option(parser=local, help=PAIRS)] = None,
     net: NetName = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
@@ -342,9 +348,11 @@ def quantize(
     calibrate_only: Annotated[
         bool, typer.Option("--calibrate-only", help="Measure the ranges of activations; train nothing.")
     ] = False,
-    images: Annotated[Path | None, typer.Option(help=PAIRS_IMAGES)] = None,
-    pairs: Annotated[Path | None, typer.Option(help=PAIRS)] = None,
-    run: Annotated[str | None, typer.Option(help="Folder of the run; default: runs/quantize_NAME-DATE.")] = None,
+    images: Annotated[Path | None, typer.Option(parser=local, help=PAIRS_IMAGES)] = None,
+    pairs: Annotated[Path | None, typer.Option(parser=local, help=PAIRS)] = None,
+    run: Annotated[
+        str | None, typer.Option(parser=any_output, help="Folder of the run; default: runs/quantize_NAME-DATE.")
+    ] = None,
     workers: Workers = 1,
     in_process: OneWorker = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --run.")] = False,

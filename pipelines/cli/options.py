@@ -1,5 +1,6 @@
 """Options and arguments that several commands take."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +12,14 @@ from fr_core.errors import UserError
 
 
 def local(ref: str | Path) -> Path:
-    """Return a path on a local disk.
+    """Return a path on a local disk; ``~`` is the home folder.
 
     Raises:
         UserError: the reference is a URL.
     """
     if "://" in str(ref):
         raise UserError(f"{ref}: this option takes a local path, not a URL")
-    return Path(ref)
+    return Path(os.path.expanduser(ref))
 
 
 def output(ref: str | Path) -> Path:
@@ -27,18 +28,20 @@ def output(ref: str | Path) -> Path:
     Raises:
         UserError: the reference is a URL, or lies in a Ray job's folder, which vanishes with the job.
     """
-    refuse_job_folder(local(ref))
-    return Path(ref)
+    path = local(ref)
+    refuse_job_folder(path)
+    return path
 
 
 def any_output(ref: str) -> str:
-    """Return a local path or a URL for output.
+    """Return a local path or a URL for output; ``~`` is the home folder.
 
     Raises:
         UserError: the path lies in a Ray job's folder, which vanishes with the job.
     """
-    refuse_job_folder(to_path(ref))
-    return ref
+    path = to_path(ref)
+    refuse_job_folder(path)
+    return str(path)
 
 
 Json = Annotated[Path | None, typer.Option("--json", parser=output, help="Write the figures to this JSON file.")]

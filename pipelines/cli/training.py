@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fr_core.config import Config, distillation
 from fr_core.config.recipes import load_config
+from fr_core.config.sections import expand_home
 from fr_core.data.schema import open_dataset
 from fr_core.data.store import AnyPath, explain_disk_errors, to_path
 from fr_core.errors import UserError
@@ -188,7 +189,7 @@ def plan(
 
 @app.command(rich_help_panel="Training")
 def replay(
-    log: Annotated[Path, typer.Argument(help="CSV with columns step, loss, or last_step, mean_loss.")],
+    log: Annotated[Path, typer.Argument(parser=local, help="CSV with columns step, loss, or last_step, mean_loss.")],
     form: Annotated[str, typer.Option(help="Form of FastFace: run, recurrence or haar.")] = "run",
     set_: Annotated[list[str] | None, typer.Option("--set", help="name=value of the schedule; repeatable.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Global batch of the logged run.")] = 128,
@@ -223,7 +224,7 @@ def scaling(
     figure: Annotated[
         str, typer.Option(help="accuracy, tar_at_far_1e-3, mfr …; NAME/FIGURE of a later verification.")
     ] = "accuracy",
-    uri: Annotated[str, typer.Option(help="MLflow's tracking URI.")] = "sqlite:///runs/mlflow.db",
+    uri: Annotated[str, typer.Option(parser=expand_home, help="MLflow's tracking URI.")] = "sqlite:///runs/mlflow.db",
     experiment: Annotated[str, typer.Option(help="Experiment in MLflow.")] = "bigface",
     query: Annotated[
         str, typer.Option("--filter", help="Filter of MLflow, such as \"params.`net.width` = '16'\".")
@@ -256,7 +257,9 @@ def runs(
     folder: Annotated[
         Path | None, typer.Argument(parser=local, help="Folder of runs; default: runs, or none with --uri.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's tracking URI; default: FOLDER/mlflow.db.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(parser=expand_home, help="MLflow's tracking URI; default: FOLDER/mlflow.db.")
+    ] = None,
     experiment: Annotated[str | None, typer.Option(help="Experiment in MLflow; default: all.")] = None,
     query: Annotated[
         str, typer.Option("--filter", help="Filter of MLflow, such as \"params.`method.kind` = 'attfc'\".")
