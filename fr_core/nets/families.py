@@ -59,7 +59,9 @@ KIN = (
     {"treb1en", "facexzoo", "evolve", "tface"},
 )
 # First names of heads and class matrices, which may lie beside a net that nothing wraps.
-HEADS = re.compile(r"(head|heads|kernel|classifier|fc_classifier|margin|loss|criterion|metric|product|softmax)\b")
+HEADS = re.compile(
+    r"(\w*head\w*|\w*classifier|weight|kernel|margin|loss\w*|criterion|metric\w*|product|\w*softmax\w*|arc\w*)\b"
+)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ class SqueezeExcitation(nn.Module):
 class IResBlock(nn.Module):
     """Residual block: bn – conv3×3 – bn – PReLU – conv3×3(stride) – bn, plus the input.
 
-    Where shapes differ, the input passes through conv1×1 – bn. A :class:`BlockForm` may leave the second norm out, add
-    squeeze and excitation before the sum, or take every other pixel as the shortcut where only the side differs.
+    Where shapes differ, the input passes through conv1×1 – bn. A :class:`BlockForm` may leave the second norm out, or
+    add squeeze and excitation before the sum. Or the shortcut takes every other pixel where only the side differs.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, form: BlockForm) -> None:

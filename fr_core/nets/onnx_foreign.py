@@ -1,8 +1,8 @@
 """ONNX files of other programs: what they take and give, found out before they are used.
 
-Such a file says nothing of the pixels that it takes. Its family may be named, or told by the graph itself: a graph
-that begins with a subtraction and a scale takes plain pixels, names of tensors are those of a project, and
-insightface's own exports have an input of a known name.
+Such a file says nothing of the pixels that it takes. Its family may be named, or the graph tells it. A graph that
+begins with a subtraction and a scale takes plain pixels. insightface's files have an input of a known name, or a last
+gain of 1. Other projects leave names of their modules in their files.
 
 Legend: B batch, D embedding.
 """

@@ -9,6 +9,7 @@ Legend: B batch, C channels, O outputs, H W pixels.
 
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ class Graph:
                 self.constants[node.output[0]] = torch.from_numpy(numpy_helper.to_array(value).copy())
             elif node.op_type in RESHAPING and first in self.constants:
                 self.constants[node.output[0]] = self.constants[first]
-            elif node.op_type in PASSING:
+            elif node.op_type in PASSING or _is_pool_of_one_pixel(node):
                 self.same[node.output[0]] = first
             else:
                 for name in {self.source(name) for name in node.input} - self.constants.keys():
@@ -122,7 +123,7 @@ def net_of_graph(path: Path, name: str | None) -> tuple[IResNetNet | MobileFaceN
         net.load_state_dict(state)
         _compare(net, opened)
     except (Unlike, UserError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = shorten(" ".join(str(error).split()), 200, placeholder=" …")
         raise UserError(
             f"{path}: its graph is no IR-ResNet or MobileFaceNet: use it as it is, or give other weights: {reason}"
         ) from None
@@ -343,6 +344,12 @@ def _bottlenecks() -> Iterator[str]:
     """Yield the names of a MobileFaceNet's bottlenecks in order."""
     for stage, blocks in ((3, 5), (4, 7), (5, 3)):
         yield from (f"stage{stage}.{i}" for i in range(blocks))
+
+
+def _is_pool_of_one_pixel(node: "NodeProto") -> bool:
+    """Return whether a node is the pool 1×1 of stride 1 that AdaFace and its like have on plain shortcuts."""
+    sizes = [*_attribute(node, "kernel_shape", [0]), *_attribute(node, "strides", [1])]
+    return node.op_type in ("MaxPool", "AveragePool") and set(sizes) == {1}
 
 
 def _attribute(node: "NodeProto", name: str, default: Any) -> Any:

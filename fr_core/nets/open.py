@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from fr_core.config.mends import as_toml
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, local_copy, to_path
@@ -21,12 +22,13 @@ from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.build import build_float_net, build_net, on_device
 from fr_core.nets.checkpoint_files import BACKBONE, find_checkpoint, weights_file
-from fr_core.nets.families import FAMILIES
+from fr_core.nets.families import FAMILIES, State
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
 from fr_core.nets.names import article, config_name, parse_name, refuse_other_net, weights_name
 from fr_core.nets.onnx_net import OnnxNet, open_onnx
+from fr_core.nets.sections import section_of
 from fr_core.nets.verifications import Verified, verification_of
 from fr_core.nets.weights import Weights, read_weights
 
@@ -102,8 +104,8 @@ def open_net(
         changeable: Turn an ONNX file of another program back into a net of PyTorch, to be trained or changed.
 
     Raises:
-        UserError: Nothing is there, files are damaged, weights belong to no net here, are not finite or do not fit, or
-            ``net`` is missing or wrong.
+        UserError: Nothing is there, files are damaged, or weights belong to no net here or are not finite. Or ``net``
+            is missing or wrong.
     """
     device = device or default_device()
     path = to_path(ref)
@@ -137,15 +139,16 @@ def find_weights(ref: str | AnyPath, net: str | None = None) -> Weights:
     return read_weights(path, net)
 
 
-def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) -> None:
-    """Load the weights of a run, a checkpoint or a file into a net.
+def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) -> Weights:
+    """Load the weights of a run, a checkpoint or a file into a net, and return them as they were read.
 
     A mixture of experts also takes the weights of its plain net.
 
     Raises:
         UserError: As :func:`open_net`, or the weights belong to another net.
     """
-    state = find_weights(ref, net).state
+    weights = find_weights(ref, net)
+    state = weights.state
     if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
         state = module.layer4.from_plain(state)
     try:
@@ -155,8 +158,19 @@ def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) 
         if actual and wanted and actual != wanted:
             mend = "change net.kind and net.depth, or give other weights"
             raise UserError(f"{ref} holds {article(actual)}, not {article(wanted)}: {mend}") from None
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{ref}: weights do not fit the net: {shorten(first, 160, placeholder=' …')}") from None
+        first = shorten(str(error).splitlines()[1].strip(), 160, placeholder=" …")
+        raise UserError(f"{ref}: weights do not fit the net: {_difference(module, state) or first}") from None
+    return weights
+
+
+def _difference(module: nn.Module, state: State) -> str | None:
+    """Return the overrides that make a net fit some weights; None if that is not as simple."""
+    try:
+        wanted, found = section_of(module.state_dict()).model_dump(), section_of(state).model_dump()
+    except UserError:
+        return None
+    other = {name: value for name, value in found.items() if wanted.get(name) != value}
+    return f"give {' '.join(f'net.{name}={as_toml(value)}' for name, value in other.items())}" if other else None
 
 
 def open_float(config: IResNetNet | MobileFaceNetNet, ref: str, net: str | None = None) -> IResNet | MobileFaceNet:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fr_core.config.nets import MOBILEFACENET, IResNetNet, MobileFaceNetNet
 from fr_core.errors import UserError
-from fr_core.nets.iresnet import STAGE_STRIDES
+from fr_core.nets.iresnet import BLOCKS, STAGE_STRIDES
 from fr_core.nets.mobilefacenet import LAYERS, STRIDES
 from fr_core.nets.names import article, weights_name
 
@@ -31,6 +31,8 @@ def section_of(state: Mapping[str, Tensor]) -> IResNetNet | MobileFaceNetNet:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{error}"
         raise UserError(f"holds {article(name or 'net')} whose tensors do not fit together: {said}") from None
     mend = "open its run or checkpoint instead" if name else "give weights of an IR-ResNet or a MobileFaceNet"
+    if name and name.startswith("IR-ResNet"):
+        mend = f"give weights of depth {', '.join(map(str, BLOCKS))}"
     raise UserError(f"holds {article(name or 'net that bigface does not know')}: {mend}")
 
 

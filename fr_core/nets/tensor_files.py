@@ -31,6 +31,8 @@ BOOKKEEPING = re.compile(
 OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file that it stands for",
     b"<": "a web page, not weights: download the file again",
+    b"\x89HDF": "an HDF5 file, as Keras writes it: convert the net to ONNX",
+    b"\x12\x01\x00\x00": "parameters of MXNet: convert the net to ONNX",
 }
 
 

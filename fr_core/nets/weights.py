@@ -1,7 +1,7 @@
 """Weights without a checkpoint: a file of tensors of bigface or of another project, or an ONNX file.
 
 A file gives a section and the tensors of that section's net. The section is in the file's metadata, or it is read off
-the tensors: the kind, the depth, the form of the blocks, the widths, the embedding and the size of the input.
+the tensors (:mod:`fr_core.nets.sections`).
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ def read_weights(path: AnyPath, net: str | None = None, section: Net | None = No
         section: Section of the net, if the file is a checkpoint's.
 
     Raises:
-        UserError: The file is unreadable or damaged, would have to run code, holds another net than ``net`` says or one
-            that bigface does not know, holds numbers that are not finite, or does not tell which family it is of.
+        UserError: The file is unreadable or damaged, or would have to run code. Its net is another one than ``net``
+            says, or one that bigface does not know. Its numbers are not finite, or it does not tell its family.
     """
     name = net and parse_name(net)
     try:

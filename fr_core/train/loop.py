@@ -115,7 +115,7 @@ def resume_or_init(config: Config, out: AnyPath, ranks: Ranks, blocks: Blocks) -
             check_pairs(config)
     state = initial_state(config, plan, ranks, default_device())
     if not resume(config, state, out, ranks):
-        load_backbone(config, state)
+        load_backbone(config, state, ranks)
         plain = partial(plain_batches, config, plan, ranks, blocks)
         settle_norms(config, state, plain, ranks)
         if isinstance(config.net, QuantisedNet):

@@ -39,8 +39,8 @@ def open_mlflow(tracking: Tracking, folder: AnyPath) -> "tuple[MlflowClient, str
         folder: folder of the runs; it holds the database, unless ``tracking.uri`` names another.
 
     Raises:
-        UserError: the address can never work: ``folder`` is a URL, which cannot hold a database, and no
-            ``tracking.uri`` is given; the folder of the database cannot be made; or MLflow knows no such address.
+        UserError: the address can never work. ``folder`` is a URL, and no ``tracking.uri`` is given. Or the folder of
+            the database cannot be made, or MLflow knows no such address.
         Exception: MLflow fails, or the experiment was deleted.
     """
     from mlflow import MlflowClient

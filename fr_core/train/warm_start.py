@@ -3,6 +3,7 @@
 Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -23,10 +24,12 @@ from fr_core.train.precision import autocast
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import input_moments, unfolded_norms
 
+log = logging.getLogger("bigface")
+
 SETTLING = 1000  # images on which norms that were folded are measured
 
 
-def load_backbone(config: Config, state: TrainState) -> None:
+def load_backbone(config: Config, state: TrainState, ranks: Ranks) -> None:
     """Load the weights of ``init.backbone`` into a new state.
 
     Raises:
@@ -40,7 +43,9 @@ def load_backbone(config: Config, state: TrainState) -> None:
         made = Quantised(open_float(config.net.net, config.init.backbone, config.init.net), config.net)
         state.backbone.load_state_dict(made.state_dict())
     else:
-        load_weights(state.backbone, config.init.backbone, config.init.net)
+        family = load_weights(state.backbone, config.init.backbone, config.init.net).family
+        if family and ranks.rank == 0:
+            log.info("%s: %s: %s", config.init.backbone, family.title, family.input)
     _copy_weights(state)
 
 

@@ -105,7 +105,7 @@ def test_verify_and_match_use_the_run(trained, photos, tmp_path):
     assert figures(tmp_path / "m.json")["cosine"] == pytest.approx(1, abs=1e-5)
     bigface("match", a, b, "--model", trained, "--json", tmp_path / "m.json")
     assert figures(tmp_path / "m.json")["cosine"] < 1
-    with pytest.raises(UserError, match=r"pairs\.csv: neither"):
+    with pytest.raises(UserError, match=r"pairs\.csv: unknown image format"):
         bigface("match", a, pairs, "--model", trained)
 
 

@@ -208,7 +208,7 @@ def test_bare_weights_that_no_section_describes_are_called_by_their_name(tmp_pat
     strange = {"encoder.weight": torch.zeros(1)}
     for state, holds, mend in [
         (mixture, "a mixture of experts on iresnet10", "open its run or checkpoint instead"),
-        (longer, r"an IR-ResNet of 1 \+ 2 \+ 1 \+ 1 blocks", "open its run or checkpoint instead"),
+        (longer, r"an IR-ResNet of 1 \+ 2 \+ 1 \+ 1 blocks", "give weights of depth 10, 18, 34"),
         (strange, "a net that bigface does not know, with tensors such as encoder.weight", "give weights of an IR"),
     ]:
         save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path)

@@ -130,8 +130,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 NETS = {
     "insightface": (lambda: settled(Insight((2, 2, 2, 2)), gain=False), (False, 127.5, 127.5)),
     "magface": (lambda: settled(Insight(eps=2e-5)), (True, 0, 255)),
-    "adaface": (lambda: settled(IR()), (True, 127.5, 127.5)),
-    "treb1en": (lambda: settled(IR(inner=False, se=True, affine=True)), (True, 127.5, 127.5)),
+    "adaface": (lambda: settled(IR(blocks=(2, 2, 2, 2))), (True, 127.5, 127.5)),
+    "treb1en": (lambda: settled(IR(inner=False, se=True, affine=True, blocks=(2, 2, 2, 2))), (True, 127.5, 127.5)),
     "facexzoo": (lambda: settled(Mobile()), (True, 127.5, 128)),
 }
 

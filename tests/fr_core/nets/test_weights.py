@@ -283,9 +283,11 @@ def test_programs_and_damaged_files_are_explained(tmp_path):
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match="a Git LFS pointer: fetch the file"):
         open_net(path)
-    path.write_bytes(b"<!DOCTYPE html><html>")
-    with pytest.raises(UserError, match="a web page, not weights"):
-        open_net(path)
+    others = {b"<!DOCTYPE html>": "a web page, not weights", b"\x89HDF\r\n": "Keras", b"\x12\x01\x00\x00\0": "MXNet"}
+    for begins, what in others.items():
+        path.write_bytes(begins)
+        with pytest.raises(UserError, match=what):
+            open_net(path)
 
 
 def test_what_trainers_keep_beside_weights_is_passed_over(tmp_path):
