@@ -103,7 +103,7 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'bigface_small'"):
         load_config("bigface_smal")
     with pytest.raises(
-        UserError, match=r"backbone are attfc_r50, .*bigface_r50; or write net\.kind=iresnet net\.depth=50"
+        UserError, match=r"backbone are attfc_r50, .*bigface_r50, .*; or write net\.kind=iresnet net\.depth=50"
     ):
         load_config("resnet50")
     with pytest.raises(UserError, match="ArcFace is a margin of bigface"):
