@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from fr_core.data.photos import LONGEST
 from fr_core.data.store import AnyPath, RemotePath, local_copy
+from fr_core.data.text_tables import IDENTITY_COLUMNS
 from fr_core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes", "file_name", "image_path", "path")
-IDENTITY_COLUMNS = ("identity", "label", "name", "class", "cls", "person", "subject")
 ROWS = 256  # rows in memory at a time
 FILE_START, STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's two forms
 BOMB = 100  # a table may unpack to this many times its size; images do not compress further
@@ -48,7 +48,7 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
     """Write the images of a table one after the other into ``out``, unless an earlier call did.
 
     The image column is one of :data:`IMAGE_COLUMNS`. It holds bytes, paths, or structs with ``bytes`` and ``path``.
-    The identity column is one of :data:`IDENTITY_COLUMNS`. Hugging Face's metadata may name its classes.
+    The identity column is one of those of lists. Hugging Face's metadata may name its classes.
 
     Args:
         path: the table.

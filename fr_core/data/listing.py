@@ -164,14 +164,18 @@ def list_rows(table: AnyPath, root: AnyPath, rows: Sequence[tuple[str, str]]) ->
     if not rows:
         raise UserError(f"{table}: names no images; give a path and an identity for each")
     said: dict[str, str] = {}
-    for found, (_, identity) in zip(resolve([path for path, _ in rows], root), rows, strict=True):
-        path = str(PurePosixPath(found))
+    paths = [str(PurePosixPath(path)) for path, _ in rows]
+    files = resolve(paths, root)
+    for path, (_, identity) in zip(files, rows, strict=True):
         if not is_below(path):
             raise UserError(f"{table}: {path} leads out of {root}; give paths below this folder")
         if said.setdefault(path, identity) != identity:
             raise UserError(f"{table}: {path} is listed twice, as {said[path]} and as {identity}; remove one")
     passed = {"lines that repeat another": len(rows) - len(said)} if len(rows) > len(said) else None
-    return make_listing(root, "files", [str(root.resolve())], list(said), list(said.values()), passed=passed)
+    elsewhere = sum(path != file for path, file in zip(paths, files, strict=True))
+    notes = [f"{elsewhere:,} paths of {table.name} were found by their ends below {root}"] if elsewhere else []
+    place = [str(root.resolve())]
+    return make_listing(root, "files", place, list(said), list(said.values()), passed=passed, notes=notes)
 
 
 def _slice(data: LocalBytes | RemoteBytes, start: int, length: int) -> bytes:

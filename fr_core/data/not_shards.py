@@ -6,10 +6,10 @@ from shlex import quote
 
 from fr_core.data.embeddings import FACTS
 from fr_core.data.listing import is_image
+from fr_core.data.sources import PACKED
 from fr_core.data.store import AnyPath
 
 MANIFEST = "manifest.json"
-PACKED = {".zip", ".tar", ".tgz", ".rec", ".parquet"}  # suffixes of files that hold many photos
 FOLDERS = 20  # subfolders that are searched for photos, at most
 
 

@@ -1,10 +1,10 @@
 """Finds the files that a list means although it writes their paths for another place, system or format."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from fr_core.data.store import AnyPath, RemotePath
+from fr_core.data.folders import find_files
+from fr_core.data.store import AnyPath
 
 PROBES = 100  # paths that are looked up first; if all exist, the folder is not searched
 
@@ -19,13 +19,16 @@ def resolve(paths: Sequence[str], root: AnyPath | None = None, known: Sequence[s
         paths: the list.
         root: folder of the files.
         known: paths of the files; None: all files below ``root``.
+
+    Raises:
+        UserError: a folder below ``root`` is unreadable.
     """
     if known is None:
         assert root is not None
         probes = paths[:: max(1, len(paths) // PROBES)]
         if all(is_below(path) and (root / path).is_file() for path in probes):
             return list(paths)
-        known = list(files_below(root))
+        known = list(find_files(root))
     elif set(paths) <= set(known):
         return list(paths)
     steps = [(key, _index(known, key)) for key in (str, without_suffix, letters)]
@@ -35,16 +38,6 @@ def resolve(paths: Sequence[str], root: AnyPath | None = None, known: Sequence[s
 def is_below(path: str) -> bool:
     """Return whether a relative path stays below its folder."""
     return not path.startswith("/") and ".." not in path.split("/") and "\0" not in path
-
-
-def files_below(root: AnyPath) -> Iterable[str]:
-    """Yield the paths of all files below a folder, relative to it."""
-    if isinstance(root, RemotePath):
-        yield from (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-        return
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        yield from (name if below == "." else f"{below}/{name}" for name in names)
 
 
 def without_suffix(path: str) -> str:

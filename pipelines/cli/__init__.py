@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from fr_core.errors import RunStopped, UserError
 
-from pipelines.cli import training, tune, knobs, data, nets, compare, bench  # isort: skip  # noqa: F401  # the help's order
+from pipelines.cli import training, tune, knobs, data, shards, nets, compare, bench  # isort: skip  # noqa: F401  # the help's order
 from pipelines.cli.app import app
 from pipelines.cli.usage import UsageError, explain_usage
 from pipelines.signals import CTRL_C

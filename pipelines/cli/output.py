@@ -36,6 +36,11 @@ def write_json(command: str, figures: Mapping[str, float], json: Path | None, **
         write_report(json, make_report(command, figures, **more))
 
 
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as ``1 image`` or ``1,200 images``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def number(value: float) -> str:
     """Return a figure as text: integers in full, from 1,000 on without decimals, else four significant digits."""
     if isinstance(value, int) or value.is_integer():

@@ -79,10 +79,11 @@ def overlap(
     names_P, centres_PD = people_of(shown, open_net(model, net))
     who_N, cosine_N = nearest_people(centres_ND, centres_PD)
     by_face_N = cosine_N >= least
-    by_name_N = same_names(dataset.identity_names(), names_P if shown.named else [])
+    names_N = dataset.identity_names()
+    by_name_N = same_names(names_N, names_P if shown.named else [])
     found_N = by_face_N | (by_name_N >= 0)
     who_N = np.where(by_face_N, who_N, by_name_N)
-    names_N, listed = dataset.identity_names(), 0
+    listed = 0
     with atomic_file(out / "overlap.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

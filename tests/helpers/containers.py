@@ -8,7 +8,19 @@ import msgpack
 import numpy as np
 import pyarrow as pa
 
+from fr_core.data.listing import read_image
 from fr_core.data.tfrecord import masked_crc
+
+
+def labelled_images(listing):
+    """The identity and the bytes of each image, sorted."""
+    return sorted(
+        (
+            listing.names[row["label"]],
+            read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"]),
+        )
+        for row in listing.images.to_pylist()
+    )
 
 
 def write_lmdb(path, entries, commits=2, subdir=False):

@@ -83,6 +83,8 @@ def test_paths_of_another_place_system_or_format_are_found(photos, tmp_path, for
     listing = list_source(photos, tmp_path / "list.csv")
     assert listing.paths == whole.paths
     assert listing.labels.tolist() == whole.labels.tolist()
+    told = f"{len(whole.paths)} paths of list.csv were found by their ends below"
+    assert [note.startswith(told) for note in listing.notes] == ([] if form("a") == "./a" else [True])
 
 
 def test_a_line_that_repeats_another_is_counted(photos, tmp_path):
@@ -99,3 +101,9 @@ def test_any_list_is_read_or_refused(tmp_path_factory, text):
     path.write_text(text)
     with contextlib.suppress(UserError):
         assert all(name and who for name, who in read_labels(path))
+
+
+def test_a_circle_of_links_does_not_keep_a_search_from_ending(photos, tmp_path):
+    (photos / "person0" / "up").symlink_to(photos)
+    (tmp_path / "list.txt").write_text("x/person0/0.jpg a\nx/person0/1.jpg a\nx/person1/0.jpg b\n")
+    assert list_source(photos, tmp_path / "list.txt").paths == ["person0/0.jpg", "person0/1.jpg", "person1/0.jpg"]

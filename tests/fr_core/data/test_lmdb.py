@@ -5,26 +5,15 @@ import struct
 import msgpack
 import pytest
 
-from fr_core.data.listing import read_image
 from fr_core.data.lmdb import META, read_entries
 from fr_core.data.sources import list_source
 from fr_core.data.store import LocalBytes
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
-from tests.helpers.containers import msgpack_entries, proto, write_lmdb
+from tests.helpers.containers import labelled_images, msgpack_entries, proto, write_lmdb
 
 IMAGES = [(b"\xff\xd8\xff" + bytes([i]) * (900 * i + 1), i // 3) for i in range(9)]
 EXPECTED = sorted((str(label), image) for image, label in IMAGES)
-
-
-def content(listing):
-    return sorted(
-        (
-            listing.names[row["label"]],
-            read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"]),
-        )
-        for row in listing.images.to_pylist()
-    )
 
 
 @pytest.mark.parametrize("commits", [1, 7])
@@ -63,7 +52,7 @@ def test_the_forms_that_people_publish(tmp_path, form):
     path = write_lmdb(tmp_path / "a.lmdb", FORMS[form])
     for source in (path, tmp_path):
         listing = list_source(source)
-        assert content(listing) == EXPECTED
+        assert labelled_images(listing) == EXPECTED
         assert listing.lost == ()
 
 
@@ -75,7 +64,7 @@ def test_a_folder_is_an_lmdb_or_holds_one(tmp_path):
         tmp_path / "sets" / "HSFace.lmdb",
         tmp_path / "sets" / "HSFace.lmdb" / "data.mdb",
     ):
-        assert content(list_source(source)) == EXPECTED
+        assert labelled_images(list_source(source)) == EXPECTED
     write_lmdb(tmp_path / "sets" / "more.lmdb", FORMS["msgpack"])
     with pytest.raises(UserError, match=r"several kinds of sources, .*; give the path of one"):
         list_source(tmp_path / "sets")
@@ -158,7 +147,7 @@ def test_every_cut_and_every_wild_page_number_ends_in_one_line(tmp_path):
     for size in range(0, len(whole), 512):
         path.write_bytes(whole[:size])
         try:
-            assert content(list_source(path)) == EXPECTED
+            assert labelled_images(list_source(path)) == EXPECTED
             assert size > len(whole) * 3 / 4
         except UserError:
             continue

@@ -2,25 +2,14 @@ import struct
 
 import pytest
 
-from fr_core.data.listing import read_image
 from fr_core.data.sources import list_source
 from fr_core.data.tfrecord import masked_crc, read_example
 from fr_core.errors import UserError
 from pipelines.datasets.ingest import ingest
-from tests.helpers.containers import example, proto, tf_record, write_tfrecord
+from tests.helpers.containers import example, labelled_images, proto, tf_record, write_tfrecord
 
 IMAGES = [(b"jpeg" * (40 * i + 1), i // 3) for i in range(9)]
 EXPECTED = sorted((str(label), image) for image, label in IMAGES)
-
-
-def content(listing):
-    return sorted(
-        (
-            listing.names[row["label"]],
-            read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"]),
-        )
-        for row in listing.images.to_pylist()
-    )
 
 
 def test_the_checksum_is_crc_32c():
@@ -44,10 +33,10 @@ def test_examples_with_labels(tmp_path, form):
     examples = [FORMS[form](image, label) for image, label in IMAGES]
     write_tfrecord(tmp_path / "train.tfrecord-00000-of-00002", examples[:4])
     write_tfrecord(tmp_path / "train.tfrecord-00001-of-00002", examples[4:])
-    assert content(list_source(tmp_path)) == EXPECTED
+    assert labelled_images(list_source(tmp_path)) == EXPECTED
     whole = write_tfrecord(tmp_path / "all" / "a.tfrecord", examples)
     listing = list_source(tmp_path / "all" / "a.tfrecord")
-    assert content(listing) == EXPECTED
+    assert labelled_images(listing) == EXPECTED
     assert listing.lost == ()
     assert set(listing.paths) == ({"a.jpg"} if form == "arcface-tf2" else {f"a.tfrecord:{start}" for start in whole})
 
@@ -76,14 +65,14 @@ def tface(tmp_path):
 def test_tfaces_training_list(tface):
     expected = sorted((str(label), image) for image, label in IMAGES[:-1])
     for root in (tface / "data", tface / "data" / "TFR-MS1M"):
-        assert content(list_source(root, tface / "ms1m.txt")) == expected
+        assert labelled_images(list_source(root, tface / "ms1m.txt")) == expected
     (tface / "data" / "ms1m.txt").write_bytes((tface / "ms1m.txt").read_bytes())
-    assert content(list_source(tface / "data" / "ms1m.txt")) == expected
+    assert labelled_images(list_source(tface / "data" / "ms1m.txt")) == expected
 
 
 def test_tfaces_index_names_people_by_folders(tface):
     listing = list_source(tface / "data" / "TFR-MS1M")
-    assert content(listing) == sorted((f"m.{label}", image) for image, label in IMAGES)
+    assert labelled_images(listing) == sorted((f"m.{label}", image) for image, label in IMAGES)
     assert listing.paths[0] == "/raw/m.0/0.jpg"
     (tface / "data" / "TFR-MS1M" / "TFR-MS1M.index").unlink()
     with pytest.raises(UserError, match=r"no images: .*: no label in its record; .*TFace's list: --labels LIST"):
