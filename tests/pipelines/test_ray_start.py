@@ -170,7 +170,15 @@ def test_ctrl_c_ends_native_code_that_does_not_return():
     assert interrupted([sys.executable, "-c", DEAF], lambda process: process.stdout.readline()) == 130
 
 
-def test_ctrl_c_is_an_exception_where_python_hears_it():
+@pytest.fixture
+def python_hears_ctrl_c():
+    """Python's own handler, which a process in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_an_exception_where_python_hears_it(python_hears_ctrl_c):
     with pytest.raises(KeyboardInterrupt), signals.hearing_ctrl_c():
         signal.raise_signal(signal.SIGINT)
     assert signal.set_wakeup_fd(-1) == -1
