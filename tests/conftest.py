@@ -131,8 +131,8 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 6 identities × 5 JPEG crops of 112 × 112."""
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of 6 identities × 5 JPEG crops of 112 × 112; a test that changes it works on a copy."""
     root = tmp_path_factory.mktemp("photos") / "people"
     random = np.random.default_rng(1)
     for identity in range(6):
@@ -142,4 +142,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shot in range(5):
             image = np.kron(base, np.ones((16, 16, 1))) + random.normal(0, 10, (112, 112, 3))
             (folder / f"{shot}.jpg").write_bytes(encode(np.clip(image, 0, 255).astype(np.uint8)))
-    return root
+    yield root
+    assert len(list(root.rglob("*"))) == 6 + 6 * 5, "a test changed the photos of all"
