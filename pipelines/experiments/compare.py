@@ -67,8 +67,8 @@ def heads(
 ) -> dict[str, dict[str, list[str]]]:
     """Return the overrides of each setting in tables 1 to 5 of AttFC (arXiv 2025; docs/methods/attfc.md), by table.
 
-    Every method keeps its published margin and its other defaults, and all share one scale. Virtual FC also trains on
-    its class images, so it takes half the batch. Its rate, steps and warm-up are those of the others.
+    All share AttFC's loss, ArcFace with a margin of .5, and one scale; each keeps its other defaults. Virtual FC also
+    trains on its class images, so it takes half the batch. Its rate, steps and warm-up are those of the others.
 
     Args:
         config: config of the recipe; all settings share its batch and epochs.
@@ -102,8 +102,6 @@ def heads(
         return on(grouped, AttFC.model_validate(fields))
 
     virtual_fc = VirtualFC(margin=arc, anchors=centres)
-    dcq = DCQ(margin=Margin(scale=scale, m2=0, m3=0.3), queue_size=centres)
-    f2c = F2C(margin=Margin(scale=scale, m2=0, m3=0.4), pool_size=centres)
     virtual = [
         f"train.global_batch={batch // 2}",
         f"train.max_steps={steps}",
@@ -124,8 +122,8 @@ def heads(
         "5: equal centres": {
             f"PFC {centres}": on(flat, BigFace(margin=arc, sample_rate=centres / classes)),
             f"VFC {centres}": [*on(grouped, virtual_fc), *virtual],
-            f"DCQ {centres}": on(grouped, dcq),
-            f"F2C {centres}": on(grouped, f2c),
+            f"DCQ {centres}": on(grouped, DCQ(margin=arc, queue_size=centres)),
+            f"F2C {centres}": on(grouped, F2C(margin=arc, pool_size=centres)),
             f"AttFC {centres}": attfc(centres / classes),
         },
     }
