@@ -163,8 +163,9 @@ def test_two_ranks_of_the_method_are_one(grouped):
 
 
 def test_the_source_is_ingested(photos, tmp_path):
-    table = photos / "faces.jsonl"
-    rows = [{"path": f"{file.parent.name}/{file.name}", "identity": file.parent.name} for file in photos.rglob("*.jpg")]
+    people = shutil.copytree(photos, tmp_path / "people")
+    table = people / "faces.jsonl"
+    rows = [{"path": f"{file.parent.name}/{file.name}", "identity": file.parent.name} for file in people.rglob("*.jpg")]
     table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     manifest = ingest(table, tmp_path / "shards", image_size=32, on_ray=False)
     assert (manifest.images, manifest.identities) == (30, 6)
