@@ -17,12 +17,13 @@ from fr_core.data.store import AnyPath, RemotePath, find_paths, to_path, write_t
 from fr_core.errors import RunStopped, StorageError, UserError
 from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
-from pipelines.logs import log, log_event, start_logging
+from pipelines.logs import log, log_event
 from pipelines.ray_start import LOCAL, ray_address, start_ray
 from pipelines.signals import hearing_ctrl_c, on_signal
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+    from ray.train.torch import TorchTrainer
 
 MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
 STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to stop
@@ -159,10 +160,10 @@ def train_on_ray(
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     start_ray()
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from fr_core.nets.checkpoint_files import checkpoints
+    from pipelines.events import workers_events, workers_failed
 
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     machines = cluster_machines()
@@ -193,30 +194,46 @@ def train_on_ray(
             storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),
             storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=callbacks,  # type: ignore[arg-type]  # as num_workers
+            callbacks=[workers_failed(out.resolve()), *(callbacks or [])],  # type: ignore[list-item]  # as num_workers
         ),
     )
-    with on_signal(signal.SIGTERM, partial(write_text_atomically, out / STOP_REQUEST, "")):
-        while True:
-            before = checkpoints(out)[-1:]
-            try:
-                with hearing_ctrl_c():  # Ray Train asks all workers to end, and waits for them without limit
-                    result: Any = trainer.fit()  # mypy sees the class before 2.50
-                break
-            except SystemExit:  # Ray Train turns Ctrl-C into this
-                raise KeyboardInterrupt from None
-            except TrainingFailedError as error:
-                if mistake := _take_recorded_error(out) or _first_user_error(error):
-                    raise mistake from None
-                if checkpoints(out)[-1:] == before:
-                    raise
-                log.warning("workers failed %d times; there are new checkpoints: the run continues", MAX_FAILURES + 1)
+    with workers_events(out), on_signal(signal.SIGTERM, partial(write_text_atomically, out / STOP_REQUEST, "")):
+        figures = _fit(trainer, out)
     if mistake := _take_recorded_error(out):
         raise mistake
-    if isinstance(result.return_value, int):
+    if isinstance(figures, int):
         (out / STOP_REQUEST).unlink(missing_ok=True)
-        raise RunStopped(result.return_value)
-    return result.return_value
+        raise RunStopped(figures)
+    return figures
+
+
+def _fit(trainer: "TorchTrainer", out: AnyPath) -> Any:
+    """Let Ray Train run its workers, anew after too many failures if they left new checkpoints.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        UserError: a worker raised it.
+    """
+    from ray.train import TrainingFailedError
+
+    from fr_core.nets.checkpoint_files import checkpoints
+
+    while True:
+        before = checkpoints(out)[-1:]
+        try:
+            with hearing_ctrl_c():  # Ray Train asks all workers to end, and waits for them without limit
+                result: Any = trainer.fit()  # mypy sees the class before 2.50
+            return result.return_value
+        except SystemExit:  # Ray Train turns Ctrl-C into this
+            raise KeyboardInterrupt from None
+        except TrainingFailedError as error:
+            if mistake := _take_recorded_error(out) or _first_user_error(error):
+                raise mistake from None
+            if checkpoints(out)[-1:] == before:
+                raise
+            log.warning("workers failed %d times; there are new checkpoints: the run continues", MAX_FAILURES + 1)
 
 
 def train_worker(launch: dict[str, Any]) -> Any:
@@ -231,14 +248,13 @@ def train_worker(launch: dict[str, Any]) -> Any:
     from fr_core.device import use_processor
     from fr_core.ranks import Ranks
     from fr_core.train.loop import train_loop
+    from pipelines.events import log_as_worker
 
     out, ranks = to_path(launch["out"]), Ranks.current()
     if find_paths(out, MISTAKES):  # a user error ended the workers before; a restart would repeat it
         return {}
-    context = ray.train.get_context()
-    start_logging("json", run=out.name, rank=ranks.rank)
-    log.info("worker started", extra={"facts": {"ranks": ranks.size}})
-    use_processor(worker_threads(launch["runs"] * ranks.size, context.get_local_world_size()))
+    log_as_worker(out, ranks.rank, ranks.size)
+    use_processor(worker_threads(launch["runs"] * ranks.size, ray.train.get_context().get_local_world_size()))
     try:
         config = parse_config(launch["config"], "launch")
         report = partial(report_to_ray, Gauges(out.name, ranks.rank))
@@ -248,8 +264,7 @@ def train_worker(launch: dict[str, Any]) -> Any:
     except StorageError:  # storage may answer again once the workers have restarted
         raise
     except UserError as error:
-        log.error(str(error))
-        with suppress(OSError, StorageError):  # without the file, the driver reads the error after all restarts
+        with suppress(OSError, StorageError):  # without the file, the command reads the error after all restarts
             write_text_atomically(out / MISTAKES.replace("*", str(ranks.rank)), str(error))
         raise
 
@@ -271,6 +286,8 @@ def notice_watcher(out: AnyPath, rank: int, size: int) -> Callable[[], Notice]:
         drained = ray.train.get_preemption_info()  # a collective: all ranks ask at the same steps
         new = set(drained.preempted_node_ids if drained else ()) - known
         known.update(new)
+        if new:
+            log.warning("nodes drained: saving a checkpoint", extra={"facts": {"nodes": sorted(new)}})
         if rank == 0 and not soon:
             looked = time.monotonic()
             if (out / STOP_REQUEST).is_file():

@@ -30,7 +30,7 @@ from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
-from fr_core.train.outbox import NOT_DELIVERED, UNDELIVERED
+from pipelines.events import EVENTS
 from pipelines.logs import log, log_event, start_logging
 from pipelines.on_ray import RAY_FOLDER
 from pipelines.signals import on_signal
@@ -122,8 +122,6 @@ def train(
             from pipelines.on_ray import train_on_ray
 
             figures = train_on_ray(config, out, workers)
-            if (out / UNDELIVERED).is_file():  # the worker says so in the log of its node
-                log.warning(NOT_DELIVERED, out / UNDELIVERED)
     log_troubles(figures)
     return figures
 
@@ -138,7 +136,7 @@ def refuse_data_folder(out: AnyPath) -> None:
     """
     if not isinstance(out, Path) or not out.is_dir():
         return
-    visible = [path for path in sorted(out.iterdir()) if path.name[0] != "." and path.name != RAY_FOLDER]
+    visible = [path for path in sorted(out.iterdir()) if path.name[0] != "." and path.name not in (RAY_FOLDER, EVENTS)]
     others = [p.name for p in visible if p.is_dir() or is_image(p.name) or p.suffix in DATA_SUFFIXES]
     if others:
         raise UserError(f"{out} holds data or other folders, such as {others[0]}: give a new or empty folder as --out")

@@ -320,7 +320,7 @@ def clear_run(out: AnyPath) -> None:
     """Remove the checkpoints and figures of an earlier run in this folder. Other files stay."""
     if not holds_run(out):
         return
-    for name in ("checkpoints", "pictures"):
+    for name in ("checkpoints", "pictures", "events"):
         remove_folder(out / name)
     for name in ("metrics.csv", "run.json", "report.json", VERIFICATIONS, UNDELIVERED):
         (out / name).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
 from fr_core.train.outbox import (
     CALL_METRICS,
     HEALTHY_WAIT,
+    Letter,
     Outbox,
     log,
     read_undelivered,
@@ -61,9 +62,11 @@ class Tracker:
             known = self.run_id
             self.outbox = Outbox(config.tracking, self._open_run, out, begins=step == 0 and known is None)
             fresh = known is None or self.run_id != known
+            letters = read_undelivered(out, step)
             if fresh:
                 self.outbox.post(["params", {n: str(v) for n, v in flat(config.model_dump(mode="json")).items()}])
-            for letter in read_undelivered(out, step):
+                self._post_earlier_rows(letters)
+            for letter in letters:
                 if letter[0] != "params" or not fresh:  # MLflow refuses a second value of a parameter
                     self.outbox.post(letter)
 
@@ -146,6 +149,14 @@ class Tracker:
         if self.outbox:
             self.outbox.post(["status", status])
             self.outbox.close()
+
+    def _post_earlier_rows(self, letters: list[Letter]) -> None:
+        """Post the rows of a run that MLflow does not know yet, but for those in letters that are posted anyway."""
+        posted = {step for kind, *rest in letters if kind == "metrics" for _, _, _, step in rest[0]}
+        for row in self.rows:
+            if row["step"] not in posted:
+                self.log_figures(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+        self.flush()
 
     def _write_rows(self) -> None:
         path = self.out / "metrics.csv"

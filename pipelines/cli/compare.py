@@ -13,7 +13,7 @@ from fr_core.errors import UserError
 from fr_core.nets.start import load_started
 from pipelines.cli.app import app
 from pipelines.cli.options import Json, OneWorker, Overrides, Recipe, Workers, local, output
-from pipelines.cli.output import console, show_line, show_table, write_json
+from pipelines.cli.output import show_line, show_table, write_json
 
 if TYPE_CHECKING:
     from pipelines.experiments.compare import Conditions
@@ -161,7 +161,7 @@ def run_comparison(
         raise UserError(f"--against {against}: no such setting: use one of {', '.join(settings)}")
     results = conditions.results
     with explain_disk_errors(results):
-        rows = compare(recipe, settings, overrides or [], conditions, console.print)
+        rows = compare(recipe, settings, overrides or [], conditions, show_line)
     cells = summary(rows, columns)
     if published:
         named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]

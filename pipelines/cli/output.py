@@ -11,14 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fr_core.data.store import explain_disk_errors
+from pipelines.logs import log, log_style
 
 console = Console()
 WIDE = 200  # columns of a table in a file or pipe, where no terminal tells its width
 
 
 def show(command: str, figures: Mapping[str, float], json: Path | None, **more: object) -> None:
-    """Print figures as a table, and write them as JSON if a file is named."""
-    show_table([("figure", "value"), *((name, number(value)) for name, value in figures.items())], command)
+    """Print figures as a table, in a job as an event, and write them as JSON if a file is named."""
+    if log_style() == "json":
+        log.info("%s", command, extra={"facts": {"figures": dict(figures)}})
+    else:
+        show_table([("figure", "value"), *((name, number(value)) for name, value in figures.items())], command)
     write_json(command, figures, json, **more)
 
 
@@ -49,7 +53,11 @@ def number(value: float) -> str:
 
 
 def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:
-    """Print a table, header first."""
+    """Print a table, header first; in a job, log its rows."""
+    if log_style() == "json":
+        records = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+        log.info("%s", title or "table", extra={"facts": {"rows": records}})
+        return
     table = Table(title=title)
     for heading in rows[0]:
         table.add_column(heading, overflow="fold")  # a narrow terminal must hide nothing
@@ -64,8 +72,14 @@ def command_line(*words: object) -> str:
 
 
 def show_line(text: str, colour: str | None = None) -> None:
-    """Print a line of plain text, which only the terminal breaks, so that commands in it can be copied."""
-    console.print(f"[{colour}]{escape(text)}[/]" if colour else escape(text), highlight=False, soft_wrap=True)
+    """Print a line of plain text, which only the terminal breaks, so that commands in it can be copied.
+
+    In a job it is an event.
+    """
+    if log_style() == "json":
+        log.info("%s", text)
+    else:
+        console.print(f"[{colour}]{escape(text)}[/]" if colour else escape(text), highlight=False, soft_wrap=True)
 
 
 def growing(advance: Callable[..., None]) -> Callable[[int, int], None]:

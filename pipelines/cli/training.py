@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from fr_core.config import Config, distillation
 from fr_core.config.recipes import load_config
@@ -33,7 +32,7 @@ from pipelines.cli.options import (
     local,
     output,
 )
-from pipelines.cli.output import command_line, console, show, show_line, show_table, write_json
+from pipelines.cli.output import command_line, show, show_line, show_table, write_json
 
 
 @app.command(rich_help_panel="Training")
@@ -47,7 +46,7 @@ def demo(
     from pipelines.demo import demo as run
 
     with explain_disk_errors(out):
-        figures = run(out, workers, "demo", overrides or [], console.print)
+        figures = run(out, workers, "demo", overrides or [], show_line)
     show("demo", figures, json)
     show_line(f"report: {quoted(out / 'report.json')}   pictures: {quoted(out / 'pictures')}")
     show_line(f"next: {match_command(out)}")
@@ -243,9 +242,9 @@ def scaling(
     found = run(runs or [], figure, uri, experiment, query, predict)
     show_table(run_table(found), figure)
     for name, reason in found.left_out:
-        console.print(f"[yellow]left out: {escape(name)}: {escape(reason)}[/]")
+        show_line(f"left out: {name}: {reason}", "yellow")
     for finding in findings(found):
-        console.print(finding)
+        show_line(finding)
     if out:
         with explain_disk_errors(out):
             scaling_figure(found, figure).savefig(out, format="png")

@@ -116,7 +116,8 @@ def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, da
     out, killed = tmp_path / "run", []
     train = ["bigface", "train", "debug_bigface", f"data.path={dataset}", "train.epochs=10", "train.max_steps=120"]
     train += ["train.save_every=40", "--workers", "2", "--out", str(out)]
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *train]
+    command = [RAY, "job", "submit", "--address", address, "--submission-id", "trained", "--working-dir", "."]
+    command += ["--", *train]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path / "empty", env=environment, stdout=log, stderr=log)
     exported = set[str]()
@@ -142,9 +143,24 @@ def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, da
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("bigface").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
-    events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    printed = json.loads(wait_for(f"{address}/api/jobs/trained/logs", environment["RAY_AUTH_TOKEN"]))["logs"]
+    events = [json.loads(line) for line in printed.splitlines()[2:]]  # after two lines that Ray writes of the job
     assert events[0]["event"] == "training"
     assert (events[0]["run"], events[0]["steps"]) == ("run", 120)
+    named = {name: [event for event in events if event["event"] == name] for name in ("worker started", "resumed")}
+    assert [event["rank"] for event in named["worker started"]].count(0) == 2
+    assert {event["log"] for event in named["worker started"]} == {f"bigface-run-rank{rank}.err" for rank in (0, 1)}
+    failed = [event["rank"] for event in events if event["event"] == "worker failed"]
+    assert failed
+    assert set(failed) <= {0, 1}  # the other one may notice
+    (resumed,) = named["resumed"]
+    assert resumed["step"] in (40, 80, 120)
+    assert resumed["seconds_since_failure"] > 0
+    assert [event["step"] for event in events if event["event"] == "checkpoint saved"][-1] == 120
+    assert events[-3]["figures"]["steps"] == 120
+    (named_log,) = Path(environment["RAY_TMPDIR"]).glob("session_latest/logs/bigface-run-rank0.err")
+    lines = [json.loads(line)["event"] for line in named_log.read_text().splitlines() if line.startswith("{")]
+    assert lines.count("worker started") == 1
     for name in ("step", "loss", "lr", "images_per_second", "data_wait", "head_mib"):
         lines = [line for line in exported if line.startswith(f"ray_bigface_{name}{{")]
         for rank in (0, 1):

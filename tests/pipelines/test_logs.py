@@ -1,11 +1,14 @@
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
 from fr_core.data.store import refuse_job_folder, to_path
 from fr_core.errors import UserError
-from pipelines.logs import IN_JOB, log_event, start_logging
+from pipelines.logs import IN_JOB, log_event, start_logging, turn_output_into_events
 from pipelines.train import progress_facts, progress_text
 from tests.helpers.commands import bigface
 
@@ -60,6 +63,46 @@ def test_objects_for_programs(monkeypatch, capsys, name, value):
     assert all((event["run"], event["rank"]) == ("a", 1) and event["node"] for event in events)
     assert events[0]["loss"] == "nan"
     assert events[0]["time"].endswith("+00:00")
+
+
+def test_whatever_a_library_prints_is_an_event(monkeypatch, capsys):
+    """Half lines wait for their end; blank lines and the stream's own events stay what they are."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # the test's own streams come back at its end
+    start_logging("json", run="a")
+    turn_output_into_events()
+    print("\033[33ma table\033[0m")
+    sys.stdout.write("half a ")
+    sys.stdout.write("line\n\n")
+    print("Traceback (most recent call last):", file=sys.stderr)
+    logging.getLogger("bigface").info("resumed", extra={"facts": {"loss": float("inf"), "rows": [{"a": None}]}})
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(event["level"], event["event"]) for event in events] == [
+        ("info", "a table"),
+        ("info", "half a line"),
+        ("warning", "Traceback (most recent call last):"),
+        ("info", "resumed"),
+    ]
+    assert (events[3]["loss"], events[3]["rows"]) == ("inf", [{"a": None}])
+    assert [event.get("printed") for event in events] == [True, True, True, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "wanted"),
+    [
+        ("plan bigface_r50 --identities 1000", 0, {"GiB per card": "info"}),
+        ("train nothing", 2, {"no recipe 'nothing'": "error"}),
+        ("train", 2, {"RECIPE": "error"}),
+    ],
+)
+def test_all_that_a_command_prints_in_a_job_is_json(words, code, wanted):
+    command = [sys.executable, "-m", "pipelines.cli", *words.split()]
+    environment = os.environ | {"BIGFACE_LOG": "json"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "")
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    for part, level in wanted.items():
+        assert any(part in event["event"] and event["level"] == level for event in events), events
 
 
 def test_no_third_style(monkeypatch):
