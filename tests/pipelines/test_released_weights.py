@@ -79,7 +79,10 @@ def run_of(shards, out, path, net, *more):
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("cvlface", "facexzoo") else pytest.param(name, marks=pytest.mark.soak) for name in FAMILIES],
+)
 def test_weights_are_fine_tuned_exported_and_quantised(family, shards, tmp_path):
     pytest.importorskip("brevitas")
     net, path = weights_file(family, tmp_path)
@@ -172,7 +175,9 @@ def test_match_never_prints_nan(tmp_path, photos):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["insightface", "treb1en", "facexzoo"])
+@pytest.mark.parametrize(
+    "family", ["insightface", *(pytest.param(name, marks=pytest.mark.soak) for name in ("treb1en", "facexzoo"))]
+)
 def test_a_graph_of_others_is_verified_and_trained(family, shards, tmp_path):
     net, _ = weights_file(family, tmp_path)
     _, _, option, pixels, _ = FAMILIES[family]

@@ -275,6 +275,7 @@ def test_the_published_teacher_ranks_faces():
 
 
 @needs_real_data
+@pytest.mark.soak
 def test_the_published_teacher_recognises_faces():
     """Two of ten folds of real pairs; all ten give 96.6 ± 0.4 %."""
     pairs = read_pairs(REAL_DATA / "faces" / "dev_pairs.csv")

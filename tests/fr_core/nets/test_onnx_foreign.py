@@ -1,5 +1,7 @@
 """ONNX files of other programs: what they take is found out or asked for, and their graphs become nets again."""
 
+from itertools import product
+
 import numpy as np
 import onnx
 import pytest
@@ -136,9 +138,12 @@ NETS = {
 }
 
 
+SLOW = {(family, True) for family in NETS if family != "insightface"}  # the new exporter takes ten seconds a net
+EXPORTS = [pytest.param(*case, marks=pytest.mark.soak if case in SLOW else ()) for case in product(NETS, (False, True))]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
-@pytest.mark.parametrize("family", NETS)
+@pytest.mark.parametrize(("family", "dynamo"), EXPORTS)  # TorchScript's exporter, or dynamo's
 def test_a_graph_becomes_the_net_that_it_was(family, dynamo, tmp_path):
     """Exporters fold most norms; the net has them all again, and the same embeddings."""
     torch.manual_seed(0)
