@@ -79,10 +79,10 @@ def run_of(shards, out, path, net, *more):
     return out
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in ("cvlface", "facexzoo") else pytest.param(name, marks=pytest.mark.soak) for name in FAMILIES],
-)
+SOAK = {name: pytest.mark.soak for name in FAMILIES if name not in ("cvlface", "facexzoo")}
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=SOAK.get(name, ())) for name in FAMILIES])
 def test_weights_are_fine_tuned_exported_and_quantised(family, shards, tmp_path):
     pytest.importorskip("brevitas")
     net, path = weights_file(family, tmp_path)
