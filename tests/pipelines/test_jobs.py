@@ -158,7 +158,7 @@ def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, da
     assert resumed["seconds_since_failure"] > 0
     assert [event["step"] for event in events if event["event"] == "checkpoint saved"][-1] == 120
     assert [event["figures"] for event in events if event["event"] == "train"] == [figures]
-    (named_log,) = Path(environment["RAY_TMPDIR"]).glob("session_latest/logs/bigface-run-rank0.err")
+    (named_log,) = Path(environment["RAY_TMPDIR"]).rglob("bigface-run-rank0.err")
     lines = [json.loads(line)["event"] for line in named_log.read_text().splitlines() if line.startswith("{")]
     assert lines.count("worker started") == 1
     for name in ("step", "loss", "lr", "images_per_second", "data_wait", "head_mib"):
