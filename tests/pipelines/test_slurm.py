@@ -1,4 +1,4 @@
-"""The Slurm script: two raylets of this machine in place of two nodes, and stand-ins for Slurm's own commands."""
+"""The Slurm script: two raylets of this machine in place of two nodes, and a stand-in for srun."""
 
 import json
 import os
@@ -18,9 +18,6 @@ from fr_core.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "pipelines/cluster/slurm.sbatch"
-SCONTROL = """#!/bin/bash
-[ "$*" = "show hostnames node[1-2]" ] && hostname && seq -f other%g 9999
-"""
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 words = sys.argv[1:]
@@ -36,14 +33,13 @@ sys.exit(max(task.wait() != 0 for task in tasks))
 def submitted(folder, log, *words):
     """A job of two nodes that runs the script."""
     folder.mkdir(exist_ok=True)
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
+    (folder / "srun").write_text(SRUN)
+    (folder / "srun").chmod(0o755)
     job = str(os.getpid())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-    environment |= {"SLURM_CPUS_ON_NODE": "2", "BIGFACE_ENV": str(Path(sys.executable).parents[1])}
+    environment |= {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "2"}
+    environment |= {"BIGFACE_ENV": str(Path(sys.executable).parents[1])}
     environment |= {"RAY_raylet_start_wait_time_s": "120", "BIGFACE_LOG": "text"}  # a busy machine
     with log.open("w") as file:
         script = subprocess.Popen(["bash", SCRIPT, *map(str, words)], env=environment, stdout=file, stderr=file)
