@@ -74,8 +74,9 @@ def show_lines(rows: Sequence[tuple[str, ...]], first: Sequence[str]) -> None:
     widths = {heading: max(map(len, column)) for heading, *column in zip(rows[0], *rows, strict=True)}
     shown = rows[0] if not console.is_terminal else fitting(widths, first, console.width)
     for row in rows:
-        cells = [(cell or "-").ljust(widths[heading]) for heading, cell in zip(rows[0], row, strict=True) if heading in shown]
-        print(GAP.join(cells).rstrip(), file=console.file)
+        cells = dict(zip(rows[0], row, strict=True))
+        line = GAP.join((cells[name] or "-").ljust(widths[name]) for name in rows[0] if name in shown)
+        print(line.rstrip(), file=console.file)
     if left_out := [heading for heading in rows[0] if heading not in shown]:
         show_line(f"not shown, as the terminal is narrow: {', '.join(left_out)}")
 

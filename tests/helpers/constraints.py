@@ -1,4 +1,4 @@
-"""The exact versions that head, workers, image and CI share: ``python -m tests.helpers.constraints > constraints.txt``."""
+"""The versions that head, workers, image and CI share; ``make constraints`` writes them to ``constraints.txt``."""
 
 import tomllib
 from collections.abc import Iterator

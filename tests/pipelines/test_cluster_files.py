@@ -82,7 +82,7 @@ def test_all_install_the_same_ray():
     named = {path.name: set(re.findall(r"ray[:=]?(\d+\.\d+\.\d+)", path.read_text())) for path in PLACE.iterdir()}
     named["cluster.yaml"] = set(re.findall(r"bigface:ray(\d+\.\d+\.\d+)", AWS.read_text()))
     found = {name: versions for name, versions in named.items() if versions}
-    assert found == dict.fromkeys(["cluster.yaml", "rayjob.yaml", "Dockerfile"], {pinned})
+    assert found == {name: {pinned} for name in ("cluster.yaml", "rayjob.yaml", "Dockerfile")}
     assert read(RAYJOB)["spec"]["rayClusterSpec"]["rayVersion"] == pinned
     assert "-c ~/bigface/constraints.txt" in str(read(ON_PREM)["setup_commands"])
     assert not prepare_config(read(AWS))["setup_commands"]  # of Ray's defaults, which install another Ray

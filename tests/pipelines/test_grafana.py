@@ -9,6 +9,7 @@ from pipelines.gauges import DESCRIPTIONS, Gauges
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "pipelines/cluster/grafana.json").read_text())
 PANELS = DASHBOARD["panels"]
+QUERY = re.compile(r'\w+ by \(([\w, ]+)\) \(ray_bigface_\w+\{(\w+)=~"\$run"\}\)')
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 
 
@@ -23,7 +24,7 @@ def test_queries_and_legends_use_labels_that_the_gauges_have():
     labels = set(Gauges("run", 0).gauges["step"].info["tag_keys"])
     for panel in PANELS:
         for target in panel["targets"]:
-            by, selected = re.fullmatch(r'\w+ by \(([\w, ]+)\) \(ray_bigface_\w+\{(\w+)=~"\$run"\}\)', target["expr"]).groups()
+            by, selected = QUERY.fullmatch(target["expr"]).groups()
             assert {*by.split(", "), selected} <= labels
             assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) == set(by.split(", "))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,5 +94,5 @@ def test_a_head_that_does_not_start_ends_the_job(tmp_path):
 
 def test_the_script_is_one_that_bash_reads():
     assert subprocess.run(["bash", "-n", SCRIPT], capture_output=True).returncode == 0
-    asked = {line.split()[1].partition("=")[0] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")}
+    asked = set(re.findall(r"^#SBATCH (--[\w-]+)=?", SCRIPT.read_text(), re.MULTILINE))
     assert asked >= {"--nodes", "--ntasks-per-node", "--exclusive", "--signal"}
