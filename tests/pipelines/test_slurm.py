@@ -41,7 +41,7 @@ def submitted(folder, log, *words):
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "2"}
     environment |= {"BIGFACE_ENV": str(Path(sys.executable).parents[1])}
-    environment |= {"RAY_raylet_start_wait_time_s": "120", "BIGFACE_LOG": "text"}  # a busy machine
+    environment |= {"RAY_raylet_start_wait_time_s": "400", "BIGFACE_LOG": "text"}  # a busy machine
     with log.open("w") as file:
         script = subprocess.Popen(["bash", SCRIPT, *map(str, words)], env=environment, stdout=file, stderr=file)
     try:
