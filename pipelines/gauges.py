@@ -9,6 +9,8 @@ DESCRIPTIONS = {
     "images_per_second": "Images trained on, over all ranks.",
     "data_wait": "Share of the time spent waiting for data.",
     "head_mib": "Memory of this rank's class centres, MiB.",
+    "restarts": "Times that the run was started again; rank 0 alone.",
+    "undelivered": "Rows and files that MLflow does not have yet; rank 0 alone.",
 }
 
 

@@ -89,7 +89,8 @@ def train_loop(
             if is_due(config.train.verify_every, state) and not last:
                 metrics |= verify(config, state, ranks, tracker)
             if is_due(config.train.log_every, state):
-                report(metrics | {"head_mib": head_mib(state)}, None)
+                health = tracker.health() if tracker else {}
+                report(metrics | {"head_mib": head_mib(state)} | health, None)
             request = shared_notice(config, state, ranks, notice)
             if request or (is_due(config.train.save_every, state) and state.bad_steps == 0):
                 report(metrics, save(config, state, out, ranks, tracker))

@@ -86,6 +86,11 @@ class Outbox:
             self.changed.wait_for(lambda: not self.letters or self.away, seconds)
             self._keep()
 
+    def undelivered(self) -> int:
+        """Count the rows, files and other letters that wait or were refused."""
+        with self.changed:
+            return sum(len(letter[1]) if letter[0] == "metrics" else 1 for letter in [*self.refused, *self.letters])
+
     def close(self) -> None:
         """Deliver what is left, for a limited time. Save the rest in the run's folder.
 

@@ -57,6 +57,7 @@ class Tracker:
             out.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_metrics(out) if row["step"] <= step]
         self._write_rows()
+        self.started, self.restarts = self._read_facts()
         self._write_facts()
         if config.tracking.uri != "off":
             known = self.run_id
@@ -134,6 +135,11 @@ class Tracker:
         if self.outbox:
             self.outbox.wait(HEALTHY_WAIT)
 
+    def health(self) -> dict[str, float]:
+        """Return figures about the run itself: restarts, and the rows and files that MLflow does not have yet."""
+        waiting = self.outbox.undelivered() if self.outbox else 0
+        return {"restarts": self.restarts, "undelivered": waiting}
+
     def log_curves(self) -> None:
         """Save the curves of the run so far, as a picture."""
         if self.rows:
@@ -175,11 +181,18 @@ class Tracker:
                 os.truncate(path, whole)
                 raise
 
+    def _read_facts(self) -> tuple[float, int]:
+        """Return when the run was first started, and how often it was started again, this time included."""
+        path = self.out / "run.json"
+        if not path.is_file():
+            return time.time(), 0
+        facts = json.loads(path.read_text())
+        return facts["started"], facts.get("restarts", 0) + 1  # older versions did not count
+
     def _write_facts(self) -> None:
-        path, started = self.out / "run.json", time.time()
-        if path.is_file():  # a resumed run keeps its start
-            started = json.loads(path.read_text())["started"]
-        facts = {"run_id": self.run_id, "started": started, "config": self.config.model_dump(mode="json")}
+        path = self.out / "run.json"
+        facts = {"run_id": self.run_id, "started": self.started, "restarts": self.restarts}
+        facts["config"] = self.config.model_dump(mode="json")
         with explain_disk_errors(path):
             write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ import typer
 from fr_core.config.recipes import recipes
 from fr_core.data.store import refuse_job_folder, to_path
 from fr_core.errors import UserError
+from pipelines.cli.output import STDOUT, console
 
 
 def local(ref: str | Path) -> Path:
@@ -44,7 +45,26 @@ def any_output(ref: str) -> str:
     return str(path)
 
 
-Json = Annotated[Path | None, typer.Option("--json", parser=output, help="Write the figures to this JSON file.")]
+def json_output(ref: str | Path) -> Path:
+    """Return a local path for a report, or ``-`` for standard output."""
+    return STDOUT if str(ref) == str(STDOUT) else output(ref)
+
+
+def keep_stdout_for_json(json: Path | None) -> Path | None:
+    """Send what is for people to standard error, if the report goes to standard output."""
+    console.stderr = json == STDOUT
+    return json
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        parser=json_output,
+        callback=keep_stdout_for_json,
+        help="Write the figures to this JSON file; - is standard output.",
+    ),
+]
 NET = "A run, a checkpoint, or a file of weights: .safetensors, .pth, .pt, .ckpt, .onnx; also of other projects."
 NET_NAME = "What a file holds where it does not tell: a family such as adaface, or a net such as iresnet50."
 NetName = Annotated[str | None, typer.Option("--net", help=NET_NAME)]

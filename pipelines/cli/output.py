@@ -1,7 +1,8 @@
 """What commands print: figures, tables, progress bars, and commands to copy."""
 
+import json as json_format
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pipelines.logs import log, log_style
 
 console = Console()
 WIDE = 200  # columns of a table in a file or pipe, where no terminal tells its width
+STDOUT = Path("-")  # as --json: the report goes to standard output, and what is for people to standard error
+GAP = "  "  # between columns of plain lines
 
 
 def show(command: str, figures: Mapping[str, float], json: Path | None, **more: object) -> None:
@@ -36,8 +39,12 @@ def write_json(command: str, figures: Mapping[str, float], json: Path | None, **
         return
     from fr_core.verify.report import make_report, write_report
 
+    report = make_report(command, figures, **more)
+    if json == STDOUT:
+        print(json_format.dumps(report, indent=1, allow_nan=False))
+        return
     with explain_disk_errors(json):
-        write_report(json, make_report(command, figures, **more))
+        write_report(json, report)
 
 
 def count_of(number: int, noun: str, plural: str | None = None) -> str:
@@ -63,7 +70,37 @@ def show_table(rows: list[tuple[str, ...]], title: str | None = None) -> None:
         table.add_column(heading, overflow="fold")  # a narrow terminal must hide nothing
     for row in rows[1:]:
         table.add_row(*row)
-    (console if console.is_terminal else Console(width=WIDE)).print(table)
+    (console if console.is_terminal else Console(width=WIDE, stderr=console.stderr)).print(table)
+
+
+def show_lines(rows: Sequence[tuple[str, ...]], first: Sequence[str]) -> None:
+    """Print a table as plain aligned lines, header first: in a pipe all columns, on a terminal those that fit.
+
+    Args:
+        first: the headings, those first that a narrow terminal should show.
+    """
+    if log_style() == "json":
+        show_table(list(rows))
+        return
+    widths = {heading: max(map(len, column)) for heading, *column in zip(rows[0], *rows, strict=True)}
+    shown = rows[0] if not console.is_terminal else fitting(widths, first, console.width)
+    for row in rows:
+        cells = dict(zip(rows[0], row, strict=True))
+        line = GAP.join((cells[name] or "-").ljust(widths[name]) for name in rows[0] if name in shown)
+        print(line.rstrip(), file=console.file)
+    if left_out := [heading for heading in rows[0] if heading not in shown]:
+        show_line(f"not shown, as the terminal is narrow: {', '.join(left_out)}")
+
+
+def fitting(widths: Mapping[str, int], first: Sequence[str], width: int) -> list[str]:
+    """Return the headings of the columns that fit a width: as many as possible from the first on, at least one."""
+    shown, used = [first[0]], widths[first[0]]
+    for heading in first[1:]:
+        if used + len(GAP) + widths[heading] > width:
+            break
+        shown.append(heading)
+        used += len(GAP) + widths[heading]
+    return shown
 
 
 def command_line(*words: object) -> str:

@@ -32,7 +32,7 @@ from pipelines.cli.options import (
     local,
     output,
 )
-from pipelines.cli.output import command_line, show, show_line, show_table, write_json
+from pipelines.cli.output import command_line, count_of, show, show_line, show_lines, show_table, write_json
 
 
 @app.command(rich_help_panel="Training")
@@ -272,13 +272,13 @@ def runs(
     json: Json = None,
 ) -> None:
     """List runs with their scores, newest first; runs of comparisons and searches stand below them."""
-    from pipelines.experiments.runs import run_facts, run_table
+    from pipelines.experiments.runs import COLUMNS, run_facts, run_table
     from pipelines.experiments.runs import runs as find
 
     trees = find(folder or (None if uri else Path("runs")), uri, experiment, query, sort, limit)
-    show_table(run_table(trees), "runs")
+    show_lines(run_table(trees), COLUMNS)
     facts = run_facts(trees)
     states = Counter(fact["state"].lower() for fact in facts)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    show_line(f"{len(facts)} run{'s' * (len(facts) != 1)}: {counts}")
+    typer.echo(f"{count_of(len(facts), 'run')}: {counts}", err=True)  # a pipe gets the runs alone
     write_json("runs", {"runs": len(facts), **states}, json, runs=facts)

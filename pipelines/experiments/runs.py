@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 TAR = "tar_at_far_1e-3"
 SCORES = ("accuracy", TAR)  # columns of the table
+COLUMNS = (  # of the table, those first that a narrow terminal shows
+    *("run", "state", "accuracy", "steps", "started", "TAR@1e-3", "minutes"),
+    *("method", "net", "schedule", "epochs"),
+)
 SUGGESTED = 8  # orders that an error names
 LATER = tuple(f"/{name}" for name in SCORES)
 

@@ -1,15 +1,15 @@
-"""The cluster files against Ray's own schema and defaults, and the commands in them against our command line."""
+"""The cluster files against the schemas of Ray and KubeRay, and the commands in them against our command line."""
 
+import copy
 import re
 import shlex
-import tomllib
+import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 import ray
 import yaml
-from packaging.requirements import Requirement
-from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.main import get_command
 
@@ -17,11 +17,40 @@ from fr_core.config.recipes import load_config
 from pipelines.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-AWS, ON_PREM, RAYJOB = (
+PLACE = ROOT / "pipelines/cluster"
+AWS, ON_PREM, RAYJOB, DOCKERFILE, SLURM = (
     ROOT / "cluster.yaml",
-    ROOT / "pipelines/cluster/on_prem.yaml",
-    ROOT / "pipelines/cluster/rayjob.yaml",
+    *(PLACE / name for name in ("on_prem.yaml", "rayjob.yaml", "Dockerfile", "slurm.sbatch")),
 )
+
+
+def fields(**types):
+    """A JSON schema of an object with these fields and no others."""
+    schemas = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in types.items()}
+    return {"type": "object", "properties": schemas, "additionalProperties": False}
+
+
+# The fields of KubeRay 1.6's RayJob that the manifest uses; the rest of a pod is Kubernetes' own.
+POD = fields(spec=fields(
+    serviceAccountName="string", restartPolicy={"enum": ["Never"]}, terminationGracePeriodSeconds="integer",
+    tolerations="array", containers="array", volumes="array",
+))  # fmt: skip
+START = {"type": "object", "additionalProperties": {"type": "string"}}
+WORKERS = fields(
+    groupName="string", replicas="integer", minReplicas="integer", maxReplicas="integer",
+    rayStartParams=START, template=POD,
+)  # fmt: skip
+CLUSTER = fields(
+    rayVersion="string", enableInTreeAutoscaling="boolean",
+    autoscalerOptions=fields(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds="integer"),
+    authOptions=fields(mode={"enum": ["token", "disabled"]}), gcsFaultToleranceOptions=fields(redisAddress="string"),
+    headGroupSpec=fields(rayStartParams=START, template=POD),
+    workerGroupSpecs={"type": "array", "items": WORKERS},
+)  # fmt: skip
+JOB = fields(
+    entrypoint="string", backoffLimit="integer", shutdownAfterJobFinishes="boolean", ttlSecondsAfterFinished="integer",
+    rayClusterSpec=CLUSTER,
+)  # fmt: skip
 
 
 def read(path):
@@ -33,11 +62,52 @@ def test_ray_up_takes_it(path):
     whole = prepare_config(read(path))
     validate_config(whole)
     assert whole["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    assert any("RAY_AUTH_MODE=token" in command for command in whole["setup_commands"])
-    assert 'pip install "$HOME/bigface[tune]"' in whole["setup_commands"][0]
-    assert any("RAY_JOB_STOP_WAIT_TIME_S=120" in command for command in whole["setup_commands"])
+    assert "RAY_AUTH_MODE=token" in str(whole["setup_commands"] + whole["docker"].get("run_options", []))
     starts = whole["head_start_ray_commands"] + whole["worker_start_ray_commands"]
     assert sum("--metrics-export-port=8080" in command for command in starts) == 2
+    assert "--block" not in str(starts)  # `ray up` waits for each command to end
+
+
+@pytest.mark.parametrize("path", [AWS, ON_PREM], ids=["aws", "on_prem"])
+def test_no_environment_and_no_run_is_mounted(path):
+    """Ray hashes all that is mounted, whatever rsync leaves out, and restarts the head when the hash differs."""
+    mounted = set(read(path)["file_mounts"].values()) - {"~/.ray/auth_token"}
+    assert mounted <= {"dist"}
+    assert "rsync_exclude" not in read(path)
+
+
+def test_all_install_the_same_ray():
+    pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert pinned == ray.__version__  # what is tested here
+    named = {path.name: set(re.findall(r"ray[:=]?(\d+\.\d+\.\d+)", path.read_text())) for path in PLACE.iterdir()}
+    named["cluster.yaml"] = set(re.findall(r"bigface:ray(\d+\.\d+\.\d+)", AWS.read_text()))
+    found = {name: versions for name, versions in named.items() if versions}
+    assert found == {name: {pinned} for name in ("cluster.yaml", "rayjob.yaml", "Dockerfile")}
+    assert read(RAYJOB)["spec"]["rayClusterSpec"]["rayVersion"] == pinned
+    assert "-c ~/bigface/constraints.txt" in str(read(ON_PREM)["setup_commands"])
+    assert not prepare_config(read(AWS))["setup_commands"]  # of Ray's defaults, which install another Ray
+
+
+def test_what_a_job_needs_to_save_is_set_where_it_works():
+    """Seconds before `ray job stop` kills, on each head; seconds of a drain only where Ray starts with --block."""
+    assert "ENV RAY_JOB_STOP_WAIT_TIME_S=120" in DOCKERFILE.read_text()
+    assert "RAY_JOB_STOP_WAIT_TIME_S=120" in ON_PREM.read_text()
+    drains = [path.name for path in (AWS, *PLACE.iterdir()) if "RAY_GRACEFUL_SHUTDOWN_DRAIN" in path.read_text()]
+    assert drains == [RAYJOB.name]
+
+
+def test_setting_up_again_changes_nothing_more(tmp_path):
+    own = [command for command in read(ON_PREM)["setup_commands"] if ".bigface" in command]
+    assert len(own) == 2
+    (tmp_path / ".bashrc").write_text("# of the user\n")
+    for _ in range(3):
+        for command in own:
+            subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=True)
+    assert (tmp_path / ".bashrc").read_text() == "# of the user\n. ~/.bigface\n"
+    shown = 'cd; . ~/.bashrc; echo "$PATH $RAY_AUTH_MODE"'
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    told = subprocess.run(["bash", "-c", shown], env=environment, capture_output=True, text=True, check=True).stdout
+    assert told == f"{tmp_path}/venv/bin:/usr/bin:/bin token\n"
 
 
 def test_a_key_that_ray_does_not_know_is_found():
@@ -56,7 +126,9 @@ def test_workers_come_when_asked_and_spot_machines_first():
     market = spot["node_config"].pop("InstanceMarketOptions")
     assert market == {"MarketType": "spot"}
     assert spot["node_config"] == on_demand["node_config"]
-    assert all("IamInstanceProfile" in node["node_config"] for node in types.values())  # no keys on the machines
+    for node in types.values():
+        assert "IamInstanceProfile" in node["node_config"]  # no keys on the machines
+        assert node["node_config"]["SecurityGroupIds"]  # Ray's own opens port 22 to the world
 
 
 def test_on_prem_keeps_all_machines():
@@ -99,18 +171,24 @@ def cards(path):
 def test_the_rayjob_is_whole():
     job = read(RAYJOB)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    jsonschema.validate(job["spec"], JOB)
     spec = job["spec"]
     assert spec["shutdownAfterJobFinishes"]
     assert spec["ttlSecondsAfterFinished"] > 0
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
-    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
-    assert workers["template"]["spec"]["terminationGracePeriodSeconds"] > 30  # Kubernetes' own
+    assert workers["replicas"] == workers["minReplicas"] == 0  # a pod that waits would keep the job from its start
+    seconds = workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    (container,) = workers["template"]["spec"]["containers"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert 30 < int(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < seconds  # 30 are Kubernetes' own
     templates = [cluster["headGroupSpec"]["template"], workers["template"]]
     images = {template["spec"]["containers"][0]["image"] for template in templates}
-    assert len(images) == 1
-    assert images.pop().endswith(f"ray{cluster['rayVersion']}")
-    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (ours,) = (Requirement(line) for line in asked if line.startswith("ray["))
-    assert Version(cluster["rayVersion"]) in ours.specifier
-    assert cluster["rayVersion"].split(".")[:2] == ray.__version__.split(".")[:2]  # what is tested here
+    assert images == {read(AWS)["docker"]["image"]}
+
+
+def test_a_field_that_kuberay_does_not_know_is_found():
+    spec = copy.deepcopy(read(RAYJOB)["spec"])
+    spec["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 4
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(spec, JOB)

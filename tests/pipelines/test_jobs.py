@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.train.metrics import read_metrics
+from pipelines.gauges import DESCRIPTIONS
 from pipelines.on_ray import GROWS_AS
 
 ROOT = Path(__file__).parents[2]
@@ -161,11 +162,13 @@ def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, da
     (named_log,) = Path(environment["RAY_TMPDIR"]).rglob("bigface-run-rank0.err")
     lines = [json.loads(line)["event"] for line in named_log.read_text().splitlines() if line.startswith("{")]
     assert lines.count("worker started") == 1
-    for name in ("step", "loss", "lr", "images_per_second", "data_wait", "head_mib"):
+    for name in DESCRIPTIONS:
         lines = [line for line in exported if line.startswith(f"ray_bigface_{name}{{")]
-        for rank in (0, 1):
+        for rank in (0,) if name in ("restarts", "undelivered") else (0, 1):
             assert any(f'rank="{rank}"' in line for line in lines)
         assert all('run="run"' in line and float(line.split()[-1]) >= 0 for line in lines)
+    counted = {float(line.split()[-1]) for line in exported if line.startswith("ray_bigface_restarts{")}
+    assert counted == {0, 1}  # the killed worker
 
 
 def is_worker(process):

@@ -9,13 +9,16 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 
 import pytest
+from typer.testing import CliRunner
 
 from fr_core.config.sections import Tracking
 from fr_core.errors import StorageError, UserError
 from fr_core.nets.verifications import VERIFICATIONS
 from fr_core.train import mlflow_runs
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow
-from pipelines.experiments.runs import run_table, runs
+from pipelines.cli import app
+from pipelines.cli.output import console
+from pipelines.experiments.runs import COLUMNS, run_table, runs
 from pipelines.experiments.states import OF_MLFLOW, STATES
 from tests.helpers.commands import bigface
 
@@ -90,6 +93,43 @@ def test_newest_first_and_children_under_their_parent(folder, tmp_path):
         "minutes": "1.5",
         "started": f"{datetime.fromtimestamp(1200):%m-%d %H:%M}",
     }
+
+
+def streams(*args):
+    """Standard output and standard error of ``bigface runs``."""
+    done = CliRunner().invoke(app, ["runs", *map(str, args)], catch_exceptions=False)
+    return done.stdout, done.stderr
+
+
+def test_a_pipe_gets_plain_lines_of_all_columns(folder):
+    out, _ = streams(folder)
+    header, *lines = out.splitlines()
+    assert set(header.split()) == set(COLUMNS)
+    assert [line.split()[0] for line in lines] == ["going", "alone", "plain", "search", "trial_b", "trial_a"]
+    starts = [header.index(name) for name in header.split()]
+    by_name = {line.split()[0]: [line[at:].split("  ")[0].strip() for at in starts] for line in lines}
+    assert by_name["trial_b"][1:9] == ["attfc", "iresnet50", "fastface", "failed", "20", "-", "0.9000", "0.5000"]
+    assert by_name["alone"][2] == "iresnet18 w8a4"  # one cell, as two spaces part columns
+
+
+@pytest.mark.parametrize("columns", [80, 40, 20])
+def test_a_narrow_terminal_shows_whole_columns_the_weightiest_first(folder, columns, monkeypatch):
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_width", columns)
+    out, _ = streams(folder)
+    header, *lines = out.splitlines()[:7]
+    note = " ".join(out.splitlines()[7:])
+    assert len(lines) == 6
+    assert all(len(line) <= columns for line in [header, *lines])
+    weightiest = {80: 7, 40: 3, 20: 1}[columns]
+    assert set(header.split()) >= set(COLUMNS[:weightiest])
+    assert {*note.partition(": ")[2].split(", "), *header.split()} == set(COLUMNS)
+
+
+def test_the_report_goes_to_standard_output_and_nothing_else_does(folder):
+    out, err = streams(folder, "--json", "-")
+    assert json.loads(out)["runs"][0]["name"] == "going"
+    assert "6 runs: 1 running, 4 finished, 1 failed" in err
 
 
 def test_best_first_a_family_by_its_best(folder, tmp_path):

@@ -50,6 +50,30 @@ REFUSED = MlflowException("no such thing", INVALID_PARAMETER_VALUE)
 FAILURES = [REFUSED, MlflowException("broken"), ImportError("no driver"), StorageError("locked"), SystemExit(1)]
 
 
+def test_what_waits_is_counted_row_by_row(tmp_path, monkeypatch):
+    away = [True]
+
+    def open_when_back(*_):
+        if away[0]:
+            raise StorageError("locked")
+        return client, "0"
+
+    client = SimpleNamespace(
+        create_run=lambda *_, **more: SimpleNamespace(info=SimpleNamespace(run_id="known")),
+        log_batch=lambda *_, **more: None,
+        set_terminated=lambda *_: None,
+    )
+    monkeypatch.setattr(tracking, "open_mlflow", open_when_back)
+    tracker = Tracker(Config(), tmp_path, 0, None)
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0, "lr": 0.1})
+    tracker.flush()
+    assert tracker.health()["undelivered"] == 1 + 2 * 2  # the parameters, and two figures of each step
+    away[0] = False
+    tracker.close("FINISHED")
+    assert tracker.health()["undelivered"] == 0
+
+
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{type(failure).__name__}: {failure}")
 def test_a_run_goes_on_whatever_mlflow_raises(tmp_path, monkeypatch, caplog, failure):
     """It is said once at the start and once at the end; all letters are kept in the run's folder."""

@@ -34,6 +34,13 @@ def test_a_database_keeps_its_files_beside_it(tmp_path, monkeypatch, capfd):
     assert experiment.artifact_location == f"file://{tmp_path}/store/mlartifacts"
 
 
+def test_restarts_are_counted(tmp_path):
+    """By any start of the run, whoever starts it; the moment of the first stays."""
+    trackers = [Tracker(Config(tracking={"uri": "off"}), tmp_path, 0, None) for _ in range(3)]
+    assert [tracker.health() for tracker in trackers] == [{"restarts": n, "undelivered": 0} for n in range(3)]
+    assert len({tracker.started for tracker in trackers}) == 1
+
+
 def test_the_first_step_is_seen_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Tracker, "_log_sample_batch", lambda tracker, batch: None)
     tracker = Tracker(Config(tracking={"uri": "off"}), tmp_path, 0, None)
