@@ -15,6 +15,7 @@ LANDMARK_COLUMNS = tuple(f"{point}_{axis}" for point in POINTS for axis in "xy")
 DENSE_COLUMNS = tuple(f"{axis}_{point}" for point in range(68) for axis in "xy")
 NUMBERED_COLUMNS = tuple(f"{axis}{point}" for point in range(1, 6) for axis in "xy")
 MIRRORED = [1, 0, 2, 4, 3]  # the order of points whose left is the subject's
+FAR_OFF = 1e6  # pixels; no image is so large
 ALIKE = 0.9  # share of the images on which another reading must be better to be taken
 
 
@@ -26,7 +27,7 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     path and ten numbers: x and y of each point in turn, or all x and then all y.
 
     Returns:
-        path → float32 [5, 2], pixels of that image.
+        path → float32 [5, 2], pixels of that image; NaN where the table has no number of pixels.
 
     Raises:
         UserError: the file is unreadable, a column is missing, or a cell is no number (names the line).
@@ -36,8 +37,8 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     points = {}
     for number, row in enumerate(table.rows):
         try:
-            values = np.array([float(row[column]) for column in columns], np.float32)
-            points[row[first]] = values.reshape(-1, 2)
+            values = np.array([float(row[column]) for column in columns])
+            points[row[first]] = np.where(np.abs(values) < FAR_OFF, values, np.nan).astype(np.float32).reshape(-1, 2)
         except (IndexError, ValueError):
             raise table.bad_line(number, f"not {len(columns)} numbers; correct the line") from None
     if len(columns) == len(DENSE_COLUMNS):
@@ -97,7 +98,8 @@ def _by_point(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     stacked = np.stack(list(points.values()))
     apart = stacked.reshape(-1, 2, 5).swapaxes(1, 2)
     readings = [stacked, stacked[:, MIRRORED], apart, apart[:, MIRRORED]]
-    best = int(np.argmin([np.median(misfits(reading)) for reading in readings]))
+    known = ~np.isnan(stacked).any((1, 2))
+    best = int(np.argmin([np.median(misfits(reading[known])) for reading in readings])) if known.any() else 0
     return dict(zip(points, apart, strict=True)) if best >= 2 else points
 
 

@@ -30,6 +30,7 @@ MEANING = {
 NO_FOLD = -1
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
 _TRIPLE = re.compile(rf"(.+?(?:{_SUFFIX}))\s+(.+?(?:{_SUFFIX}))\s+(\S+)", re.IGNORECASE)  # paths may hold blanks
+_COUNT = re.compile(r"\d{1,9}")
 _ONE = re.compile(r"(.+?)\s+(\d+)\s+(\d+)")
 _TWO = re.compile(r"(.+?)\s+(\d+)\s+(.+?)\s+(\d+)")
 
@@ -114,7 +115,7 @@ def _triple(row: list[str]) -> tuple[str, ...] | None:
     if len(row) == 1:
         found = _TRIPLE.fullmatch(row[0])
         return found.groups() if found else None
-    return tuple(row) if len(row) == 3 and not (row[1].isdigit() and row[2].isdigit()) else None
+    return tuple(row) if len(row) == 3 and not (_COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[2])) else None
 
 
 def _flagged(table: Table, number: int, triple: tuple[str, ...] | None) -> Row:
@@ -127,7 +128,7 @@ def _flagged(table: Table, number: int, triple: tuple[str, ...] | None) -> Row:
 def _lfw_counts(row: list[str]) -> list[int]:
     """Return the numbers of LFW's first line: folds and pairs of each kind in a fold, or the latter alone."""
     words = row[0].split() if len(row) == 1 else row
-    return [int(word) for word in words] if len(words) in (1, 2) and all(map(str.isdecimal, words)) else []
+    return [int(word) for word in words] if len(words) in (1, 2) and all(map(_COUNT.fullmatch, words)) else []
 
 
 def _names(row: list[str]) -> tuple[str, int, str, int] | None:
@@ -136,9 +137,9 @@ def _names(row: list[str]) -> tuple[str, int, str, int] | None:
         one, two = _ONE.fullmatch(row[0]), _TWO.fullmatch(row[0])
         found = one or two
         row = list(found.groups()) if found else row
-    if len(row) == 3 and row[1].isdecimal() and row[2].isdecimal():
+    if len(row) == 3 and _COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[2]):
         return row[0], int(row[1]), row[0], int(row[2])
-    if len(row) == 4 and row[1].isdecimal() and row[3].isdecimal():
+    if len(row) == 4 and _COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[3]):
         return row[0], int(row[1]), row[2], int(row[3])
     return None
 

@@ -75,6 +75,25 @@ def test_any_text_is_read_or_refused(tmp_path_factory, text):
         assert len(read_pairs(path).same) > 0
 
 
+LISTS = [
+    "2\t6\n" + "a b\t1\t2\na b\t1\tc\t12\n" * 12,
+    "".join(f"{a} {b} {int(same)}\n" for a, b, same in ROWS),
+    "image_a,image_b,same,fold\n" + "".join(f"{a},{b},{same},{i % 3}\n" for i, (a, b, same) in enumerate(ROWS)),
+]
+WORDS = ["nan", "-1", "1e400", "9" * 5000, "\t", ",", '"', "\n", BOM, "\0", "²", ""]
+
+
+@pytest.mark.fuzz
+@given(text=st.sampled_from(LISTS), places=st.lists(st.tuples(st.integers(0, 900), st.sampled_from(WORDS)), max_size=5))
+def test_any_change_of_a_list_is_read_or_refused(tmp_path_factory, text, places):
+    for place, word in places:
+        text = text[:place] + word + text[place + 1 :]
+    path = tmp_path_factory.mktemp("fuzz") / "pairs"
+    path.write_text(text)
+    with contextlib.suppress(UserError):
+        assert len(read_pairs(path).same) > 0
+
+
 def write(path, line, before=""):
     path.write_text(before + "".join(line(*row) + "\n" for row in ROWS))
     return path
