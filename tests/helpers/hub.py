@@ -33,6 +33,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the rest of a packet
 
     def log_message(self, *_: object) -> None:
         """Silent."""
