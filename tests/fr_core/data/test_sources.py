@@ -311,7 +311,7 @@ def test_a_flipped_bit_in_a_zip_is_found(tmp_path):
 RECORD_LISTS = {
     "DCFace's": lambda i: f"{i}\tp{i // 2}/{i}.jpg",
     "MXNet's": lambda i: f"{i}\t{i // 2}.000\t/data/{i}.jpg",
-    "numbers and names with blanks": lambda i: f"{i} Ann {'B. ' * (i // 2)}C",
+    "numbers and names with blanks": lambda i: f"{i} {'ABCD'[i // 2]} van Dam",
     "a table": lambda i: f"{i},p{i // 2}",
 }
 
