@@ -22,7 +22,7 @@ from fr_core.data.tfrecord import is_tface_list, is_tfrecord, list_tface, list_t
 from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
 
-LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
+LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
