@@ -54,8 +54,8 @@ def read_labels(path: AnyPath) -> list[tuple[str, str]]:
 def read_record_labels(path: AnyPath) -> dict[int, str]:
     """Read a list of the records of a ``.rec``: the number and the identity of each.
 
-    A line is a number and an identity, or a number and a path whose folder is the identity, as DCFace has them, or a
-    number, a label and a path, as MXNet's ``.lst`` has them.
+    A line is a number and an identity. Or it is a number and a path whose folder is the identity, as DCFace has it. Or
+    it is a number, a label and a path, as MXNet's ``.lst`` has it.
 
     Raises:
         UserError: the list is unreadable or empty, a line has another form, or a number occurs twice.
