@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -10,10 +11,12 @@ from fr_core.data.photos import SUFFIXES
 from fr_core.data.store import AnyPath, RemotePath
 from fr_core.errors import UserError
 
-SPLITS = {
-    *("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "query"),
-}
-SYSTEM = {"__macosx", "#recycle", "$recycle.bin", "lost+found", "system volume information", "trash"}
+SPLIT = re.compile(
+    r"(train|training|val|valid|validation|dev|test|testing|eval|gallery|probe|query)"
+    r"([-_ ]?(set|split|images|data|faces))?",
+    re.IGNORECASE,
+)
+SYSTEM = {"__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"}
 HIDDEN = "files in hidden, @ and trash folders"
 LOOSE = "photos in no person's folder"
 GROUPS, IN_A_GROUP = 20, 20  # at most so many folders of at least so many folders may be groups of people
@@ -95,7 +98,7 @@ def owners_of(paths: Sequence[str], source: object, level: int | None = None) ->
     notes = [f"people are the folders of {'/'.join(shared)}"] if shared else []
     below = [parts[len(shared) :] for parts in folders]
     firsts = {parts[0] for parts in below if parts}
-    if firsts and all(name.casefold() in SPLITS for name in firsts) and any(len(parts) > 1 for parts in below):
+    if firsts and all(map(SPLIT.fullmatch, firsts)) and any(len(parts) > 1 for parts in below):
         people = {first: {parts[1] for parts in below if parts[:1] == [first] and len(parts) > 1} for first in firsts}
         several = sum(map(len, people.values())) - len(set().union(*people.values()))
         splits = ", ".join(f"{first} ({len(people[first]):,} people)" for first in sorted(firsts))

@@ -6,6 +6,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import pyarrow as pa
@@ -78,24 +80,40 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (library.HTTPError,) if library else ()
 
 
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Turn what the hub's library raises over an answer in another form, such as a proxy's page, into an OSError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"the hub's answer is damaged: {str(error) or type(error).__name__}") from None
+
+
 class _Handler(fs.FSSpecHandler):
     """pyarrow's bridge to the hub: failures are raised instead of taken for missing files, and nothing is written."""
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         """List a folder."""
+        depth = None if selector.recursive else 1
         try:
-            found = self.fs.find(
-                selector.base_dir, maxdepth=None if selector.recursive else 1, withdirs=True, detail=True
-            )
+            with _answers():
+                found = self.fs.find(selector.base_dir, maxdepth=depth, withdirs=True, detail=True)
+                return [self._create_file_info(path, info) for path, info in found.items() if path != selector.base_dir]
         except FileNotFoundError:
             if not selector.allow_not_found:
                 raise
             return []
-        return [self._create_file_info(path, info) for path, info in found.items() if path != selector.base_dir]
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        """Return what the hub says about files and folders."""
+        with _answers():
+            infos: list[fs.FileInfo] = super().get_file_info(paths)
+        return infos
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         """Open a file to read ranges of it."""
-        return pa.PythonFile(self.fs.open(path, "rb"), mode="r")
+        with _answers():
+            return pa.PythonFile(self.fs.open(path, "rb"), mode="r")
 
     def open_input_stream(self, path: str) -> pa.PythonFile:
         """Open a file to read it from its start."""

@@ -7,10 +7,13 @@ others, the identity is the one that is neither constant nor a running number:
 - ``index label path``, MXNet's ``.lst``;
 - ``aligned path label``, insightface's ``.lst``;
 - ``path 0 label 0``, MagFace's list.
+
+Lists of the records of a ``.rec`` have numbers in place of paths.
 """
 
 import re
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from fr_core.data.photos import SUFFIXES
 from fr_core.data.store import AnyPath
@@ -18,6 +21,7 @@ from fr_core.data.text_tables import IDENTITY_COLUMNS, PATH_COLUMNS, Table, name
 from fr_core.errors import UserError
 
 WHOLE_NUMBER = re.compile(r"[-+]?\d+(\.0*)?")
+RECORD_NUMBER = re.compile(r"[0-9]{1,18}")
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
 # Numbers, a path that may hold blanks, the rest: how a line cut at blanks is read.
 _LINE = re.compile(rf"(?P<before>(?:[-+.\d]+\s+)*)(?P<path>\S.*?(?:{_SUFFIX}))(?P<after>(?:\s.*)?)", re.IGNORECASE)
@@ -45,6 +49,40 @@ def read_labels(path: AnyPath) -> list[tuple[str, str]]:
         columns = [column[1:] for column in columns]  # a header of other names
     identity = _identity_column(path, columns, [i for i in range(width) if i != paths], "give the file a header line")
     return _pairs(table, columns[paths], columns[identity])
+
+
+def read_record_labels(path: AnyPath) -> dict[int, str]:
+    """Read a list of the records of a ``.rec``: the number and the identity of each.
+
+    A line is a number and an identity. Or it is a number and a path whose folder is the identity, as DCFace has it. Or
+    it is a number, a label and a path, as MXNet's ``.lst`` has it.
+
+    Raises:
+        UserError: the list is unreadable or empty, a line has another form, or a number occurs twice.
+    """
+    table = read_table(path, ())
+    rows = table.rows
+    if not table.delimiter and {len(row) for row in rows} not in ({2}, {3}):  # names hold blanks
+        rows = [[row[0], " ".join(row[1:])] for row in rows]
+    if not rows:
+        raise UserError(f"{path}: names no records; give a number and an identity for each")
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]) or len(row) < 2 or not RECORD_NUMBER.fullmatch(row[0]):
+            raise table.bad_line(number, "expected the number of a record, and an identity or PERSON/NAME.jpg")
+    numbers, *others = zip(*rows, strict=True)
+    if len(others) == 1 and all(names_image(cell) for cell in others[0]):
+        identities: Sequence[str] = [PurePosixPath(cell.replace("\\", "/")).parent.name for cell in others[0]]
+    else:
+        candidates = [i for i, column in enumerate(others) if not all(map(names_image, column))]
+        if not candidates:
+            raise UserError(f"{path}: several columns name images; keep the number and one of them")
+        places = [str(i) for i in range(2, len(others) + 2)]
+        identities = others[_identity_column(path, others, candidates, "keep one of them", places)]
+    found: dict[int, str] = {}
+    for number, (_, identity) in enumerate(_pairs(table, numbers, identities)):
+        if found.setdefault(int(numbers[number]), identity) != identity:
+            raise table.bad_line(number, f"record {numbers[number]} has two identities; remove one")
+    return found
 
 
 def _by_header(table: Table, header: list[str]) -> list[tuple[str, str]]:

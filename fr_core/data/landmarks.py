@@ -15,6 +15,8 @@ LANDMARK_COLUMNS = tuple(f"{point}_{axis}" for point in POINTS for axis in "xy")
 DENSE_COLUMNS = tuple(f"{axis}_{point}" for point in range(68) for axis in "xy")
 NUMBERED_COLUMNS = tuple(f"{axis}{point}" for point in range(1, 6) for axis in "xy")
 MIRRORED = [1, 0, 2, 4, 3]  # the order of points whose left is the subject's
+SHARES = 2  # a table without larger numbers has no pixels
+FAR_OFF = 1e6  # pixels; no image is so large
 ALIKE = 0.9  # share of the images on which another reading must be better to be taken
 
 
@@ -26,7 +28,7 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     path and ten numbers: x and y of each point in turn, or all x and then all y.
 
     Returns:
-        path → float32 [5, 2], pixels of that image.
+        path → float32 [5, 2], pixels of that image; NaN where the table has no number of pixels.
 
     Raises:
         UserError: the file is unreadable, a column is missing, or a cell is no number (names the line).
@@ -36,8 +38,8 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     points = {}
     for number, row in enumerate(table.rows):
         try:
-            values = np.array([float(row[column]) for column in columns], np.float32)
-            points[row[first]] = values.reshape(-1, 2)
+            values = np.array([float(row[column]) for column in columns])
+            points[row[first]] = np.where(np.abs(values) < FAR_OFF, values, np.nan).astype(np.float32).reshape(-1, 2)
         except (IndexError, ValueError):
             raise table.bad_line(number, f"not {len(columns)} numbers; correct the line") from None
     if len(columns) == len(DENSE_COLUMNS):
@@ -97,7 +99,8 @@ def _by_point(points: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     stacked = np.stack(list(points.values()))
     apart = stacked.reshape(-1, 2, 5).swapaxes(1, 2)
     readings = [stacked, stacked[:, MIRRORED], apart, apart[:, MIRRORED]]
-    best = int(np.argmin([np.median(misfits(reading)) for reading in readings]))
+    known = ~np.isnan(stacked).any((1, 2))
+    best = int(np.argmin([np.median(misfits(reading[known])) for reading in readings])) if known.any() else 0
     return dict(zip(points, apart, strict=True)) if best >= 2 else points
 
 
@@ -120,7 +123,7 @@ def match_landmarks(paths: Sequence[str], table: Mapping[str, np.ndarray]) -> tu
         float32 [images, 5, 2], NaN for images that are not in the table; notes for the user.
 
     Raises:
-        UserError: the table names none of the images, or the points of most images fit no upright face.
+        UserError: the table names none of the images, its points are no pixels, or most of them fit no upright face.
     """
     named = dict(zip(resolve(list(table), known=paths), table.values(), strict=True))
     none = np.full((5, 2), np.nan, np.float32)
@@ -128,8 +131,13 @@ def match_landmarks(paths: Sequence[str], table: Mapping[str, np.ndarray]) -> tu
     known = ~np.isnan(points).any((1, 2))
     if not known.any():
         raise UserError(f"the landmark table names none of the images, such as {paths[0]}: give paths as in the source")
+    if np.abs(points[known]).max() <= SHARES:
+        raise UserError(
+            "the landmarks are shares of the images' sides: multiply them by width and height, to be pixels"
+        )
     off, off_mirrored = misfits(points[known]), misfits(points[known][:, MIRRORED])
-    upright = np.median(points[known, 3:, 1].mean(1) - points[known, :2, 1].mean(1)) > 0
+    down = points[known, 3:].mean(1) - points[known, :2].mean(1)  # from the eyes to the mouth
+    upright = np.median(down[:, 1] - np.abs(down[:, 0])) > 0
     if upright and np.mean((off > FARTHEST) & (off_mirrored <= FARTHEST)) >= ALIKE:
         note = "left and right of the landmarks are the subject's: exchanged, so that they are the image's"
         return points[:, MIRRORED], [note]

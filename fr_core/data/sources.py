@@ -10,7 +10,7 @@ import numpy as np
 
 from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
-from fr_core.data.labels import read_labels
+from fr_core.data.labels import read_labels, read_record_labels
 from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
 from fr_core.data.lmdb_images import SUFFIXES as LMDBS
 from fr_core.data.lmdb_images import find_lmdbs, list_lmdb
@@ -22,8 +22,9 @@ from fr_core.data.tfrecord import is_tface_list, is_tfrecord, list_tface, list_t
 from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
 
-LISTS = {".txt", ".lst", ".list", ".csv", ".tsv"}
+LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
+NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
 
@@ -40,7 +41,7 @@ def list_source(
         source: a folder of identity folders, a ``.zip`` or ``.tar`` of them, a ``.rec``, a Parquet or Arrow file, an
             LMDB, or a TFRecord file. Also a folder that holds files of one of these kinds. Or a list of files with
             their identities (:mod:`fr_core.data.labels`), or TFace's list of records.
-        labels: such a list, for a folder of loose images or of TFace's sets.
+        labels: such a list, for a folder of loose images or of TFace's sets; or a list of the records of a ``.rec``.
         scratch: folder for the unpacked images of Parquet and Arrow files; files unpacked before are used again.
         level: which folder below the source is the person, counted from 1; None finds it.
         names_in: encoding of the file names in zips that state none.
@@ -50,8 +51,7 @@ def list_source(
     """
     source = to_path(source)
     if labels is not None:
-        table = to_path(labels)
-        return list_tface(table, source) if is_tface_list(table) else list_files(table, source)
+        return _list_labelled(source, to_path(labels))
     if source.is_dir():
         return _list_dir(source, scratch, level, names_in)
     if not source.exists():
@@ -77,6 +77,25 @@ def list_source(
         f"{source}: unknown kind of source; give a folder, .zip, .tar, .rec, .parquet, .arrow, .lmdb, .tfrecord, "
         f"or a list ({lists})"
     )
+
+
+def _list_labelled(source: AnyPath, table: AnyPath) -> Listing:
+    """List a source by a list: a folder of loose images or of TFace's sets, or a ``.rec`` or its folder.
+
+    Raises:
+        UserError: the list fits no such source; or as the readers of these sources.
+    """
+    if is_tface_list(table):
+        return list_tface(table, source)
+    records = [source] if source.suffix.lower() == ".rec" else []
+    if source.is_dir():
+        records = [path for path in source.iterdir() if path.suffix.lower() == ".rec"]
+    if len(records) == 1:
+        return list_rec(records[0], table)
+    if not source.is_dir():
+        what = "names its people itself: leave --labels out" if source.exists() else "no such file or folder"
+        raise UserError(f"{source}: {what}")
+    return list_files(table, source)
 
 
 def _list_dir(
@@ -242,15 +261,35 @@ def _running_numbers(names: Sequence[str]) -> bool:
     return len(ends) == len(names) and len(starts) == 1 and ends == list(range(ends[0], ends[0] + len(ends)))
 
 
-def list_rec(path: AnyPath) -> Listing:
-    """List the images of an MXNet RecordIO file; an identity's name is its label."""
+def list_rec(path: AnyPath, table: AnyPath | None = None) -> Listing:
+    """List the images of an MXNet RecordIO file; an identity's name is its label, or stands in a list.
+
+    Args:
+        path: the file.
+        table: list of the numbers of its records and their identities (:func:`read_record_labels`).
+
+    Raises:
+        UserError: a record is not in the list, all records have one label; or as :func:`read_record_labels`,
+            :func:`fr_core.data.recordio.list_records` and :func:`fr_core.data.listing.make_listing`.
+    """
     with local_copy(path) as file:
         records = list_records(file)
     places = np.zeros((len(records.keys_I), 3), np.int64)
     places[:, 1] = records.starts_I
-    names = records.keys_I.astype(str).tolist()
+    keys = records.keys_I.tolist()
     lost = [(str(key), CUT_OFF) for key in records.lost_keys]
-    return make_listing(path, "rec", [str(path.resolve())], names, records.labels_I, places, lost)
+    owners: np.ndarray | list[str] = records.labels_I
+    if table is not None:
+        said = read_record_labels(table)
+        if absent := [key for key in keys if key not in said]:
+            raise UserError(f"{table}: record {absent[0]} of {path.name} is not in it; give its list, and its .idx")
+        owners = [said[key] for key in keys]
+        known = {*keys, *records.lost_keys.tolist()}
+        lost += [(str(key), NO_RECORD) for key in said if key not in known]
+    elif len(set(records.labels_I.tolist())) == 1:
+        mend = "give --labels LIST, with the number and the person of each record"
+        raise UserError(f"{path}: all {len(keys):,} records have the label {records.labels_I[0]}: {mend}")
+    return make_listing(path, "rec", [str(path.resolve())], list(map(str, keys)), owners, places, lost)
 
 
 def list_files(table: AnyPath, root: AnyPath) -> Listing:

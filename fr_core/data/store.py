@@ -432,4 +432,5 @@ def _stat(info: fs.FileInfo) -> Stat:
 
 def _reason(error: Exception) -> str:
     """Return the first line of a store's error, without the key (the URL names it) and the store's internal details."""
-    return re.sub(r"^When .*?: (?=AWS)| \(Request ID.*| error_info=.*", "", str(error).strip().splitlines()[0])
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^When .*?: (?=AWS)| \(Request ID.*| error_info=.*", "", first)

@@ -1,6 +1,7 @@
 """Text tables as people write them: cut by tabs, semicolons, commas or blanks, with or without a header."""
 
 import csv
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ PATH_COLUMNS = (
 )
 IDENTITY_COLUMNS = (
     *("identity", "label", "name", "class", "cls", "person", "subject", "identity_id", "person_id", "subject_id"),
-    *("class_id", "label_id", "id", "target"),
+    *("class_id", "label_id", "id", "target", "person_name", "subject_name", "identity_name", "class_name", "user_id"),
 )
 _IMAGE = re.compile(rf"^.*({'|'.join(re.escape(suffix) for suffix in sorted(SUFFIXES))})$", re.IGNORECASE)
 
@@ -27,7 +28,7 @@ class Table:
     """The cells of a text table, stripped; empty lines are left out."""
 
     path: AnyPath  # for error messages
-    header: list[str] | None  # names of the columns in lower case
+    header: list[str] | None  # names of the columns in lower case, with _ for blanks
     rows: list[list[str]]
     lines: list[int]  # number of each row's line in the file, from 1
     delimiter: str | None  # None: blanks
@@ -44,7 +45,7 @@ class Table:
 def read_table(path: AnyPath, known: Collection[str]) -> Table:
     """Read a text table in UTF-8, or in UTF-16 with a byte-order mark.
 
-    The first line is a header if one of its cells is a ``known`` name.
+    The first line is a header if one of its cells is a ``known`` name. JSON Lines are a table whose header is the keys.
 
     Args:
         path: the file, local or at a URL.
@@ -54,6 +55,8 @@ def read_table(path: AnyPath, known: Collection[str]) -> Table:
         UserError: the file is unreadable, or no text of a known encoding.
     """
     lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("{"):
+        return _read_json_lines(path, lines)
     delimiter = find_delimiter([line for _, line in lines[:SAMPLE]], known)
     try:
         if delimiter:
@@ -66,10 +69,28 @@ def read_table(path: AnyPath, known: Collection[str]) -> Table:
     if len(rows) != len(lines):
         raise UserError(f"{path}: a quoted cell runs over several lines; write each row on one line")
     numbers = [number for number, _ in lines]
-    header = [cell.lower() for cell in rows[0]] if rows else []
+    header = [_name(cell) for cell in rows[0]] if rows else []
     if set(header) & set(known):
         return Table(path, header, rows[1:], numbers[1:], delimiter)
     return Table(path, None, rows, numbers, delimiter)
+
+
+def _read_json_lines(path: AnyPath, lines: Sequence[tuple[int, str]]) -> Table:
+    """Read lines of JSON objects, as Hugging Face's ``metadata.jsonl`` has them; each has the keys of the first.
+
+    Raises:
+        UserError: a line is no JSON object, or lacks a key.
+    """
+    header: list[str] = []
+    rows = []
+    for number, line in lines:
+        try:
+            fields = json.loads(line)
+            header = header or list(fields)
+            rows.append([str(fields[name]).strip() for name in header])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path}: line {number}: no JSON object with the fields of the first line") from None
+    return Table(path, [_name(name) for name in header], rows, [number for number, _ in lines], ",")
 
 
 def read_text(path: AnyPath) -> str:
@@ -92,10 +113,15 @@ def read_text(path: AnyPath) -> str:
 def find_delimiter(lines: Sequence[str], known: Collection[str]) -> str | None:
     """Return the delimiter between the known names of a header, or that every line has; None for blanks."""
     for delimiter in DELIMITERS if lines else "":
-        first = {cell.strip().strip('"').lower() for cell in lines[0].split(delimiter)}
+        first = {_name(cell.strip().strip('"')) for cell in lines[0].split(delimiter)}
         if (len(first) > 1 and first & set(known)) or all(delimiter in line for line in lines):
             return delimiter
     return None
+
+
+def _name(cell: str) -> str:
+    """Return a column's name in lower case, with _ for blanks and hyphens."""
+    return re.sub(r"[\s-]+", "_", cell.lower())
 
 
 def names_image(cell: str) -> bool:

@@ -1,9 +1,18 @@
-"""Reads ``.bin`` verification sets (lfw.bin, agedb_30.bin …): pickles of encoded images and flags."""
+"""Reads ``.bin`` verification sets (lfw.bin, agedb_30.bin …): pickles of encoded images and flags.
+
+Images are bytes, bytearrays or numpy's bytes; flags are truth values or numbers, of Python or of numpy.
+"""
 
 from pathlib import Path
 
 from fr_core.data.pickles import DAMAGES, read_plain_pickle
 from fr_core.errors import UserError
+
+# What a file begins with that only bears the name of a set.
+OTHERS = {
+    b"<": "a web page: download the file again",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file that it stands for",
+}
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
@@ -16,17 +25,25 @@ def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    for begins, what in OTHERS.items():
+        if data.lstrip().startswith(begins):
+            raise UserError(f"{path}: not a verification set: {what}")
     try:
         content = read_plain_pickle(data)
     except DAMAGES as error:
         raise UserError(f"{path}: not a verification set: {str(error)[:200]}") from None
-    if not isinstance(content, (tuple, list)) or len(content) != 2:
+    if not isinstance(content, tuple | list) or len(content) != 2:
         raise UserError(f"{path}: not a verification set: expected images and flags")
     images, flags = content
-    if not isinstance(images, list) or not all(isinstance(image, bytes) for image in images):
+    if not isinstance(images, list | tuple) or not all(isinstance(image, bytes) for image in images):
         raise UserError(f"{path}: not a verification set: expected a list of encoded images")
-    if not isinstance(flags, list) or not all(flag in (0, 1) for flag in flags):
+    if not isinstance(flags, list | tuple | bytes) or not all(_is_flag(flag) for flag in flags):
         raise UserError(f"{path}: not a verification set: expected a list of flags")
     if len(images) != 2 * len(flags) or not flags:
         raise UserError(f"{path}: {len(images)} images for {len(flags)} pairs: expected two images for each pair")
-    return images, [bool(flag) for flag in flags]
+    return list(images), [bool(flag) for flag in flags]
+
+
+def _is_flag(value: object) -> bool:
+    """Return whether a value says yes or no; numpy's bytes are numbers."""
+    return isinstance(value, int | float) and value in (0, 1)

@@ -2,7 +2,7 @@
 
 - CSV with a header, columns in any order: ``image_a,image_b,same[,fold]`` and other names of these.
 - LFW's ``pairs.txt``, with or without its first line: ``name i j`` and ``name i name j``.
-- ``path path 0``, ``path path 1`` or ``path path -1`` on each line.
+- ``path path 0``, ``path path 1`` or ``path path -1`` on each line, or the flag first.
 - ``.bin``, which holds the images.
 """
 
@@ -12,24 +12,27 @@ from pathlib import Path
 import numpy as np
 
 from fr_core.data.photos import SUFFIXES
-from fr_core.data.text_tables import Table, read_table
+from fr_core.data.text_tables import Table, names_image, read_table
 from fr_core.errors import UserError
 from fr_core.verify.bins import read_bin
 from fr_core.verify.pairs import FOLDS, Pairs
 
 LEFT, RIGHT = (
-    tuple(stem + end for stem in ("image", "img", "path", "file") for end in ends)
-    for ends in (("_a", "_1", "1"), ("_b", "_2", "2"))
+    (side, *(stem + end for stem in ("image", "img", "path", "file") for end in ends))
+    for side, ends in (("left", ("_a", "_1", "1")), ("right", ("_b", "_2", "2")))
 )
 SAME = ("same", "is_same", "issame", "label", "match", "is_match", "target", "genuine")
 FOLD = ("fold", "fold_id", "split")
 MEANING = {
-    **dict.fromkeys(("1", "true", "yes", "same", "genuine", "1.0"), True),
-    **dict.fromkeys(("0", "-1", "false", "no", "different", "impostor", "0.0", "-1.0"), False),
+    **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y", "same", "genuine", "positive", "pos", "match"), True),
+    **dict.fromkeys(("0", "0.0", "-1", "-1.0", "false", "f", "no", "n", "different", "diff"), False),
+    **dict.fromkeys(("impostor", "imposter", "negative", "neg", "mismatch", "nonmatch"), False),
 }
 NO_FOLD = -1
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
 _TRIPLE = re.compile(rf"(.+?(?:{_SUFFIX}))\s+(.+?(?:{_SUFFIX}))\s+(\S+)", re.IGNORECASE)  # paths may hold blanks
+_FLAG_FIRST = re.compile(rf"(\S+)\s+(.+?(?:{_SUFFIX}))\s+(.+?(?:{_SUFFIX}))", re.IGNORECASE)
+_COUNT = re.compile(r"\d{1,9}")
 _ONE = re.compile(r"(.+?)\s+(\d+)\s+(\d+)")
 _TWO = re.compile(r"(.+?)\s+(\d+)\s+(.+?)\s+(\d+)")
 
@@ -99,12 +102,16 @@ def _by_form(table: Table) -> list[Row]:
     lines = [row if table.delimiter else [" ".join(row)] for row in table.rows]
     counts = _lfw_counts(lines[0]) if lines else []
     body = lines[1:] if counts else lines
-    triples = [] if counts else [_triple(row) for row in body]
+    first = len(lines) - len(body)
+    triples = [_triple(row) for row in body]
     if triples and triples[0] is not None:
-        return [_flagged(table, number, triple) for number, triple in enumerate(triples)]
+        return [_flagged(table, number, triple) for number, triple in enumerate(triples, first)]
+    if triples[1:] and triples[1] is not None:
+        raise UserError(f"{table.path}: no column image_a; it needs image_a,image_b,same[,fold]")
     if not counts and body and _names(body[0]) is None:
         raise UserError(
-            f"{table.path}: neither a CSV with columns image_a,image_b,same, LFW's pairs.txt, nor lines 'a.jpg b.jpg 1'"
+            f"{table.path}: neither a CSV with columns image_a,image_b,same[,fold], LFW's pairs.txt, "
+            "nor lines 'a.jpg b.jpg 1': give it a header line"
         )
     return _lfw_rows(table, body, counts)
 
@@ -112,9 +119,15 @@ def _by_form(table: Table) -> list[Row]:
 def _triple(row: list[str]) -> tuple[str, ...] | None:
     """Return two paths and a flag, or None."""
     if len(row) == 1:
-        found = _TRIPLE.fullmatch(row[0])
-        return found.groups() if found else None
-    return tuple(row) if len(row) == 3 and not (row[1].isdigit() and row[2].isdigit()) else None
+        if found := _TRIPLE.fullmatch(row[0]):
+            return found.groups()
+        found = _FLAG_FIRST.fullmatch(row[0])
+        return (found[2], found[3], found[1]) if found else None
+    if len(row) != 3 or (_COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[2])):
+        return None
+    flag_first = names_image(row[1]) and names_image(row[2])
+    is_header = not any(map(names_image, row)) and row[2].lower() in SAME
+    return None if is_header else (row[1], row[2], row[0]) if flag_first else tuple(row)
 
 
 def _flagged(table: Table, number: int, triple: tuple[str, ...] | None) -> Row:
@@ -127,18 +140,20 @@ def _flagged(table: Table, number: int, triple: tuple[str, ...] | None) -> Row:
 def _lfw_counts(row: list[str]) -> list[int]:
     """Return the numbers of LFW's first line: folds and pairs of each kind in a fold, or the latter alone."""
     words = row[0].split() if len(row) == 1 else row
-    return [int(word) for word in words] if len(words) in (1, 2) and all(map(str.isdecimal, words)) else []
+    return [int(word) for word in words] if len(words) in (1, 2) and all(map(_COUNT.fullmatch, words)) else []
 
 
 def _names(row: list[str]) -> tuple[str, int, str, int] | None:
     """Return two names and the numbers of their images, or None."""
+    if names_image(row[0]) or (len(row) == 1 and any(map(names_image, row[0].split()))):
+        return None
     if len(row) == 1:
         one, two = _ONE.fullmatch(row[0]), _TWO.fullmatch(row[0])
         found = one or two
         row = list(found.groups()) if found else row
-    if len(row) == 3 and row[1].isdecimal() and row[2].isdecimal():
+    if len(row) == 3 and _COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[2]):
         return row[0], int(row[1]), row[0], int(row[2])
-    if len(row) == 4 and row[1].isdecimal() and row[3].isdecimal():
+    if len(row) == 4 and _COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[3]):
         return row[0], int(row[1]), row[2], int(row[3])
     return None
 

@@ -201,6 +201,12 @@ def verify_embeddings(
     if len(set(pairs.same)) == 2 and len(set(usable.same)) == 1:
         kind, absent = "different" if usable.same.all() else "same", next(iter(failed.items()))
         raise UserError(f"no {kind} pair has both images; {absent[0]} is {absent[1]}: check the images' folder")
+    if len(set(pairs.fold)) > 1 and len(set(usable.fold)) == 1:
+        absent = next(iter(failed.items()))
+        raise UserError(
+            f"{len(usable.same)} of {len(pairs.same)} pairs have both images, all of one fold; "
+            f"{absent[0]} is {absent[1]}: check the images' folder"
+        )
     scores = cosines(embeddings_ND, usable)
     return score_pairs(scores, usable), scores, usable
 

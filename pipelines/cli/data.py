@@ -103,7 +103,8 @@ def ingest(
         bool, typer.Option("--align", help="Find the face in each photo and align it; needs bigface\\[align].")
     ] = False,
     labels: Annotated[
-        str | None, typer.Option(help="List of images and their people, for a folder of loose images.")
+        str | None,
+        typer.Option(help="List of images and their people, for a folder of loose images; of records, for a .rec."),
     ] = None,
     level: Annotated[
         int | None,

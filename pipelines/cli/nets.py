@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -266,7 +267,7 @@ def export(
 
     replaced = out.is_file()
     with explain_disk_errors(out):
-        figures = run(ckpt, out, net)
+        figures = run(ckpt, out, net, partial(show_pixels, ckpt))
     show("export", figures, json)
     verified = open_onnx(out).verified
     if verified is None:
@@ -314,18 +315,18 @@ def prune(
         ratios = [float(share) for share in ratio.split(",")]
     except ValueError:
         raise UserError(f"--ratio {ratio}: give a number, or one for each stage, such as 0.1,0.2,0.2,0.3") from None
-    what = (ckpt, to_path(out), ratios)
+    what, seen = (ckpt, to_path(out), ratios), partial(show_pixels, ckpt)
     with explain_disk_errors(Path(out)):
         if data:
             options = {"data.path": data, "verify.images": images and str(images), "verify.pairs": pairs and str(pairs)}
             settings = [*(overrides or []), *(f"{name}={dumps(value)}" for name, value in options.items() if value)]
             found = prune_and_tune(
-                *what, recipe, settings, round_to, importance, net, workers, in_process, resume, overwrite
+                *what, recipe, settings, round_to, importance, net, workers, in_process, resume, overwrite, seen
             )
         elif overrides or workers > 1 or in_process or resume or overwrite:
             raise UserError("these are options of a fine-tuning: give --data SHARDS, or leave them out")
         else:
-            found = run(*what, round_to, importance, net, images, pairs)
+            found = run(*what, round_to, importance, net, images, pairs, seen)
     show_table(table(found), "prune")
     write_json("prune", flat(found), json)
     next_command = ["match", *PHOTOS, "--model", out]
@@ -367,7 +368,8 @@ def quantize(
         raise UserError("--resume: name the run with --run")
     fields = {"data__path": data, "net__weights": weights, "net__activations": activations}
     verification = {"verify__images": images and str(images), "verify__pairs": pairs and str(pairs)}
-    config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], **fields, **verification)
+    seen, given = partial(show_pixels, ckpt), {**fields, **verification}
+    config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], seen, **given)
     run = run or f"runs/quantize_{Path(ckpt).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     figures = quantised(config, to_path(run), out, workers, in_process, resume, overwrite)
     show("quantize", {name: value for name, value in figures.items() if name not in summarised()}, None)

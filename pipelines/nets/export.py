@@ -4,6 +4,7 @@ In the file of a mixture of experts every expert runs for every image.
 """
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from fr_core.errors import UserError
 from fr_core.nets.backbone import normalised
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import open_onnx, write_onnx
-from fr_core.nets.open import open_net
+from fr_core.nets.open import Recogniser, open_net
 from pipelines.timing import in_turns, least_cosine, one_thread
 
 FACES = 8
@@ -37,7 +38,9 @@ def check_name(out: Path) -> None:
 
 
 @torch.inference_mode()
-def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
+def export(
+    ref: str, out: Path, net: str | None = None, seen: Callable[[Recogniser], None] | None = None
+) -> dict[str, float]:
     """Fold a net's batch norm and write the net as ONNX; a quantised net is written in integers.
 
     The file's metadata holds the threshold and the accuracy of the net's newest verification.
@@ -45,6 +48,7 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
     Args:
         ref, net: as :func:`fr_core.nets.open.open_net` takes them.
         out: ``FILE.onnx``; weights of more than 1.5 GiB go into ``FILE.onnx.data``.
+        seen: gets the net as soon as it is open.
 
     Returns:
         - mib: size of all files;
@@ -59,6 +63,8 @@ def export(ref: str, out: Path, net: str | None = None) -> dict[str, float]:
     """
     check_name(out)
     recogniser = open_net(ref, net, torch.device("cpu"), changeable=True)
+    if seen:
+        seen(recogniser)
     size = recogniser.net.input_size
     faces_BHWC = torch.from_numpy(np.stack([render_face(identity, 0, size=size)[0] for identity in range(FACES)]))
     x_BCHW = normalised(faces_BHWC, recogniser.net)

@@ -1,7 +1,7 @@
 """``bigface prune``: a net with fewer channels, as it is or fine-tuned with the unpruned net as the teacher."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ def prune(
     net: str | None = None,
     images: Path | None = None,
     pairs: Path | None = None,
+    seen: Callable[[Recogniser], None] | None = None,
 ) -> Figures:
     """Drop a net's least important channels, and write what is left as bare weights with the net's config.
 
@@ -44,6 +45,7 @@ def prune(
         ratios, round_to: as :func:`fr_core.nets.prune.narrower` takes them.
         importance: as :func:`fr_core.nets.prune.pruned` takes it.
         images, pairs: what to verify both nets on.
+        seen: gets the whole net as soon as it is open.
 
     Returns:
         For the nets ``whole`` and ``pruned``, and with pairs the figures of a verification:
@@ -59,7 +61,7 @@ def prune(
     """
     if not out.name.endswith(".safetensors"):
         raise UserError(f"{out}: call it FILE.safetensors; a run's folder needs data to fine-tune on: --data SHARDS")
-    whole, section = _open(ref, net, ratios, round_to)
+    whole, section = _open(ref, net, ratios, round_to, seen)
     found = {"whole": _figures(whole, images, pairs)}
     _write(whole, section, importance, out)
     return found | {"pruned": _figures(open_net(out), images, pairs)}
@@ -78,11 +80,12 @@ def prune_and_tune(
     in_process: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    seen: Callable[[Recogniser], None] | None = None,
 ) -> Figures:
     """Prune a net, and train what is left with the whole net as the teacher.
 
     Args:
-        ref, ratios, round_to, importance, net: as :func:`prune` takes them.
+        ref, ratios, round_to, importance, net, seen: as :func:`prune` takes them.
         out: folder of the run; it also gets the pruned net before its training, as ``pruned.safetensors``.
         recipe: recipe of the training, whose method has a teacher; its net is replaced by the pruned one.
         overrides: overrides of the recipe. All nets are verified on ``verify.pairs``.
@@ -100,7 +103,7 @@ def prune_and_tune(
     for override in overrides:
         if override.startswith(("net.", "net=", *(f"{key}=" for key in decided))):
             raise UserError(f"{override}: pruning decides this field: leave it out")
-    whole, section = _open(ref, net, ratios, round_to)
+    whole, section = _open(ref, net, ratios, round_to, seen)
     by_pruning = [f"{key}={json.dumps(value)}" for key, value in decided.items() if value]
     config = load_config(recipe, [*overrides, *by_pruning], net=section)
     if overwrite or not (out / "run.json").is_file():
@@ -134,9 +137,15 @@ def table(found: Figures) -> list[tuple[str, ...]]:
 
 
 def _open(
-    ref: str, net: str | None, ratios: Sequence[float], round_to: int
+    ref: str,
+    net: str | None,
+    ratios: Sequence[float],
+    round_to: int,
+    seen: Callable[[Recogniser], None] | None,
 ) -> tuple[Recogniser, IResNetNet | MobileFaceNetNet]:
     whole = open_net(ref, net, changeable=True)
+    if seen:
+        seen(whole)
     assert whole.config is not None
     return whole, narrower(whole.config, ratios, round_to)
 

@@ -6,7 +6,7 @@ method.kind = "quantface". The float net and the ONNX file are both verified, th
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +51,7 @@ def quantised_config(
     data_share: float = 1.0,
     calibrate_only: bool = False,
     overrides: Iterable[str] = (),
+    seen: Callable[[Recogniser], None] | None = None,
     **fields: object,
 ) -> Config:
     """Return the config of a run that quantises a net.
@@ -60,6 +61,7 @@ def quantised_config(
         data_share: share of an epoch's steps. The order is random, so it is also a random share of the images.
         calibrate_only: measure the activations' ranges and train no step.
         overrides: overrides of the recipe; they win over all other arguments.
+        seen: gets the net as soon as it is open.
         fields: fields of the recipe with ``__`` for the dot, such as data__path; None keeps the recipe's value.
 
     Raises:
@@ -69,7 +71,10 @@ def quantised_config(
     given = {name.replace("__", "."): value for name, value in fields.items()}
     given |= {"init.backbone": ckpt, "init.net": net, "method.teacher": ckpt, "method.teacher_net": net}
     given |= {"train.epochs": 0} if calibrate_only else {}
-    written, section = load_config(recipe), float_net(ckpt, net).config
+    written, opened = load_config(recipe), float_net(ckpt, net)
+    if seen:
+        seen(opened)
+    section = opened.config
     assert isinstance(section, IResNetNet | MobileFaceNetNet)
     if written.method.kind != "quantface":
         raise UserError(f'{recipe}: not a recipe of a quantisation: take one with method.kind = "quantface"')

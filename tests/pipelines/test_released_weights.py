@@ -164,6 +164,18 @@ def test_verify_and_match_say_whose_net_a_file_was_taken_for(tmp_path, photos):
     assert "MagFace: BGR, pixel / 255" in bigface("match", a, b, "--model", path)
 
 
+def test_commands_that_change_a_net_say_whose_it_was_taken_for(shards, tmp_path):
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("brevitas")
+    _, path = weights_file("magface", tmp_path)
+    for command in (
+        ["export", path, "--out", tmp_path / "a.onnx"],
+        ["prune", path, "--out", tmp_path / "a.safetensors"],
+        ["quantize", path, *CALIBRATION, "--data", shards, "--run", tmp_path / "q"],
+    ):
+        assert "MagFace: BGR, pixel / 255" in bigface(*command)
+
+
 def test_match_never_prints_nan(tmp_path, photos):
     net, path = weights_file("insightface", tmp_path)
     net.fc.bias.data.fill_(3e38)  # finite weights whose embeddings are not

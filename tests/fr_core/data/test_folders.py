@@ -17,7 +17,7 @@ def people(*groups, shots=2):
 
 
 def test_hidden_and_system_folders_are_passed_over_and_counted(tmp_path):
-    make(tmp_path, *people("anna", "ben", ".git/x", "@eaDir/y", "$RECYCLE.BIN/z", "anna/.ipynb_checkpoints"))
+    make(tmp_path, *people("anna", "ben", ".git/x", "@eaDir/y", "#snapshot/z", "anna/.ipynb_checkpoints"))
     make(tmp_path, "anna/Thumbs.db", "README", "loose.png", "ben/._1.jpg")
     listing = list_folder(tmp_path)
     assert listing.names == ["anna", "ben"]
@@ -34,11 +34,11 @@ def test_a_folder_around_all_people_is_looked_through(tmp_path):
 
 
 def test_splits_are_joined_by_name(tmp_path):
-    make(tmp_path, *people("Train/anna", "Train/ben", "val/anna", "val/cleo"))
+    make(tmp_path, *people("Train/anna", "Train/ben", "val_set/anna", "val_set/cleo"))
     listing = list_folder(tmp_path)
     assert listing.names == ["anna", "ben", "cleo"]
     assert len(listing.paths) == 8
-    assert listing.notes == ("Train (2 people), val (2 people) are splits of one set; 1 people are in several",)
+    assert listing.notes == ("Train (2 people), val_set (2 people) are splits of one set; 1 people are in several",)
 
 
 def test_folders_below_a_person_are_that_persons(tmp_path):

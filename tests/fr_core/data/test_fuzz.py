@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import tarfile
 
@@ -15,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fr_core.data.archives import tar_members, zip_members
+from fr_core.data.hub import split_hub_url
+from fr_core.data.labels import read_labels
+from fr_core.data.landmarks import LANDMARK_COLUMNS, match_landmarks, read_landmarks
 from fr_core.data.listing import read_image
 from fr_core.data.photos import RejectedImage
 from fr_core.data.schema import open_dataset
-from fr_core.data.sources import list_source
+from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 from tests.helpers.containers import example, msgpack_entries, proto, save_to_disk, write_lmdb, write_tfrecord
 from tests.helpers.packed import make_tar, make_zip, payload, write_rec
@@ -64,6 +68,9 @@ def originals(tmp_path_factory):
     make_zip(root / "stored.zip", FILES, 0)
     make_tar(root / "a.tar", FILES)
     write_rec(root / "a.rec", [payload(data, float(ord(name[0])), i) for i, (name, data) in enumerate(FILES.items())])
+    for name, data in FILES.items():
+        (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "photos" / name).write_bytes(data)
     labels = {"a": 0, "b": 1, "c": 2}
     images = [(data, labels[name[0]]) for name, data in FILES.items()]
     write_lmdb(root / "msgpack.lmdb", msgpack_entries(images))
@@ -179,6 +186,109 @@ def test_any_bytes(tmp_path_factory, data, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
     path.write_bytes(data)
     read_all(path)
+
+
+NAMES = st.text("ab.@ \\né\udc80", min_size=1, max_size=3).filter(lambda name: name not in (".", ".."))
+FOLDER_NAMES = NAMES | st.sampled_from(["train", "val", ".git", "@eaDir", "Trash"])
+FILE_NAMES = NAMES | st.sampled_from(
+    ["0.jpg", "1.JPG", "a.zip", "a.rec", "a.parquet", "data.mdb", "a.tfrecord", "a.tar.gz"]
+)
+TREES = st.lists(st.tuples(st.lists(FOLDER_NAMES, max_size=4), FILE_NAMES), max_size=12)
+
+
+@given(tree=TREES, level=st.none() | st.integers(1, 3))
+def test_folders(tmp_path_factory, tree, level):
+    """Every file below a folder becomes an image or is counted."""
+    root = tmp_path_factory.mktemp("fuzz") / "people"
+    root.mkdir()
+    for folders, name in tree:
+        with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+            root.joinpath(*folders).mkdir(parents=True, exist_ok=True)
+            root.joinpath(*folders, name).write_bytes(b"face")
+    with contextlib.suppress(UserError):
+        list_source(root, scratch=root.parent / "scratch")
+    with contextlib.suppress(UserError):
+        listing = list_folder(root, level)
+        files = sum(len(names) for _, _, names in os.walk(root))
+        assert len(listing.paths) + sum(listing.passed.values()) == files
+
+
+PEOPLE = [(f"{person}/{shot}.jpg", person, shot) for person in "abc" for shot in range(3)]
+LISTS = [
+    "".join(f"{path} {ord(person)}\n" for path, person, _ in PEOPLE),
+    "".join(f"{i}\t{ord(person)}.000\t{path}\n" for i, (path, person, _) in enumerate(PEOPLE)),
+    "\ufeffpath;label\n" + "".join(f"/data/{path};{person}\n" for path, person, _ in PEOPLE),
+    "label,file_name,box\n" + "".join(f'{person},"{path}",1\n' for path, person, _ in PEOPLE),
+    "".join(f"{person}\\{shot}.jpg 0 {ord(person)} 0\n" for _, person, shot in PEOPLE),
+]
+
+
+@given(change=changes(), text=st.sampled_from(LISTS))
+def test_lists_of_labels(originals, tmp_path_factory, change, text):
+    path = tmp_path_factory.mktemp("fuzz") / "list.txt"
+    path.write_bytes(change(text.encode()))
+    with contextlib.suppress(UserError):
+        assert all(name and who for name, who in read_labels(path))
+        listing = list_source(originals / "photos", path)
+        assert len(listing.paths) <= len(text.splitlines())
+
+
+RECORD_LISTS = [
+    "".join(f"{i}\t{name}\n" for i, (name, _, _) in enumerate(PEOPLE)),
+    "".join(f"{i} {person} {name}\n" for i, (name, person, _) in enumerate(PEOPLE)),
+]
+
+
+@given(change=changes(), text=st.sampled_from(RECORD_LISTS))
+def test_lists_of_records(originals, tmp_path_factory, change, text):
+    path = tmp_path_factory.mktemp("fuzz") / "list.txt"
+    path.write_bytes(change(text.encode()))
+    read_all(originals / "a.rec", path)
+
+
+POINTS = "38.3 51.7 73.5 51.5 56.0 71.7 41.5 92.4 70.7 92.2"
+NAMED = ",".join(("path", *LANDMARK_COLUMNS))
+LANDMARKS = [
+    "".join(f"{path} {POINTS}\n" for path, _, _ in PEOPLE),
+    "9\nlefteye_x lefteye_y\n" + "".join(f"{path} 1 {POINTS}\n" for path, _, _ in PEOPLE),
+    f"{NAMED}\n" + "".join(f"{path},{POINTS.replace(' ', ',')}\n" for path, _, _ in PEOPLE),
+]
+
+
+@given(change=changes(), text=st.sampled_from(LANDMARKS), more=st.sampled_from(["", "nan", "1e39", "-inf", "1" * 5000]))
+def test_landmarks(tmp_path_factory, change, text, more):
+    path = tmp_path_factory.mktemp("fuzz") / "points.txt"
+    path.write_bytes(change(text.replace("71.7", more or "71.7", 3).encode()))
+    with contextlib.suppress(UserError):
+        table = read_landmarks(path)
+        points, _ = match_landmarks([name for name, _, _ in PEOPLE], table)
+        assert points.shape == (len(PEOPLE), 5, 2)
+
+
+@given(data=st.data(), suffix=st.sampled_from([".json", ".cls", ".txt", ".cls.txt"]))
+def test_webdataset(tmp_path_factory, data, suffix):
+    """A tar whose files beside the images hold anything."""
+    numbers = st.integers(0, 2).map(lambda label: b"%d" % label)
+    fields = st.dictionaries(
+        st.sampled_from(["label", "id", "b"]), st.integers(0, 2) | st.text("ab", max_size=2) | st.none()
+    )
+    beside = st.binary(max_size=20) | numbers | fields.map(lambda values: json.dumps(values).encode())
+    files = {}
+    for i in range(data.draw(st.integers(1, 6))):
+        files[f"s/{i}.x.jpg"] = b"face" * i
+        files[f"s/{i}{data.draw(st.sampled_from(['', '.x']))}{suffix}"] = data.draw(beside)
+    path = make_tar(tmp_path_factory.mktemp("fuzz") / "a.tar", files)
+    read_all(path)
+
+
+@given(
+    st.text("hf:/@%datse-. \né", max_size=40).map("hf://datasets/".__add__) | st.text(max_size=40).map("hf://".__add__)
+)
+def test_urls_of_the_hub(url):
+    with contextlib.suppress(UserError):
+        place, parts = split_hub_url(url)
+        assert place.startswith("hf://datasets/")
+        assert all(parts)
 
 
 @given(change=changes())

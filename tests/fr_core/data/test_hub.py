@@ -1,12 +1,16 @@
 """Datasets on the hub are read as local folders are; what it refuses is told in one line."""
 
 import builtins
+import contextlib
+import json
 import pickle
 import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fr_core.data.hub import split_hub_url
 from fr_core.data.listing import read_image
@@ -152,6 +156,15 @@ def test_what_the_hub_refuses(hub, photos, monkeypatch, tmp_path):
         write_text_atomically(to_path("hf://datasets/o/n/x"), "text")
 
 
+def test_an_answer_that_is_no_listing(hub, photos):
+    export(hub, "o/n", photos)
+    for page in (b"<html>Sign in</html>", b"[{}]", b"[1]", b'{"a": 1}'):
+        hub.change = lambda listed, page=page: page
+        _filesystem.cache_clear()
+        with pytest.raises(StorageError, match=r"^hf://datasets/o/n\S*: the hub's answer is damaged"):
+            list_source("hf://datasets/o/n")
+
+
 @pytest.mark.parametrize("fault", ["broken", "away"])
 def test_a_hub_that_fails_is_not_taken_for_an_empty_one(hub, photos, monkeypatch, fault):
     folder = export(hub, "o/n", photos)
@@ -184,3 +197,34 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"hf://datasets/o/unread: to read from the hub, pip install 'bigface\[hub\]'"):
         list_source("hf://datasets/o/unread")
+
+
+FIELDS = ["type", "path", "size", "oid"]
+VALUES = (
+    st.sampled_from(["file", "directory", "data", "", "..", "data/../..", "/etc", "a.parquet"])
+    | st.integers()
+    | st.none()
+)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=min(1000, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(FIELDS), VALUES), max_size=3),
+    cut=st.none() | st.floats(0, 1),
+)
+def test_any_listing_is_read_or_refused(hub, tmp_path, edits, cut):
+    def change(listed):
+        entries = json.loads(listed)
+        for place, field, value in edits:
+            entries[place % len(entries)][field] = value
+        data = json.dumps(entries).encode()
+        return data if cut is None else data[: int(cut * len(data))]
+
+    for name in ("a.csv", "data/0.jpg"):
+        (hub.root / "o/n/main" / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.root / "o/n/main" / name).write_bytes(b"face")
+    hub.change = change
+    _filesystem.cache_clear()
+    with contextlib.suppress(UserError):
+        list_source("hf://datasets/o/n", scratch=tmp_path / "scratch")

@@ -34,6 +34,8 @@ def written(tmp_path, line, before="", name="list.txt", encoding="utf-8"):
         (f"{BOM}identity;score;path\n", lambda i, path, who: f"{who};.5;{path}"),
         ("file_name,label\n", lambda i, path, who: f'"{path}", {who}'),
         ("id,label,name,image\n", lambda i, path, who: f"{i},{who},{who},{path}"),
+        ("Image Path;Person-Name\n", lambda i, path, who: f"{path};{who}"),
+        ("", lambda i, path, who: f'{{"file_name": "{path}", "label": {who}}}'),  # Hugging Face's metadata.jsonl
         ("path identity\n", lambda i, path, who: f"{path.replace(' ', '_')} {who}"),
     ],
 )
@@ -58,6 +60,7 @@ def test_a_list_in_utf16_as_windows_saves_it(tmp_path):
         ("path,score\na.jpg,1\n", "no column identity; rename one of its columns path, score"),
         ("a.jpg,1\nb.jpg,1,2\n", "line 2: expected a path and an identity"),
         ("path,identity\na.jpg,\n", "line 2: expected a path and an identity"),
+        ('{"path": "a.jpg", "id": 1}\n{"path": "b.jpg"}\n', "line 2: no JSON object with the fields of the first"),
         (b"a.jpg \xff\n", "byte 6 is not UTF-8; save the file as UTF-8"),
     ],
 )

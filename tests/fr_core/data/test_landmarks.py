@@ -102,6 +102,13 @@ def test_points_in_another_order_are_refused(faces, order):
         match_landmarks(list(faces), {name: five[order] for name, five in faces.items()})
 
 
+def test_points_that_are_no_pixels_are_refused(faces):
+    with pytest.raises(UserError, match="shares of the images' sides: multiply them by width and height"):
+        match_landmarks(list(faces), {name: five / 250 for name, five in faces.items()})
+    with pytest.raises(UserError, match="fit no upright face"):  # y before x
+        match_landmarks(list(faces), {name: five[:, ::-1] for name, five in faces.items()})
+
+
 @pytest.mark.parametrize(
     ("points", "reason"),
     [

@@ -8,7 +8,7 @@ from fr_core.data.listing import read_image
 from fr_core.data.photos import LONGEST, RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
-from tests.helpers.packed import make_tar, make_zip
+from tests.helpers.packed import make_tar, make_zip, payload, write_rec
 
 
 def test_identities_and_images_are_listed_by_name(photos):
@@ -306,3 +306,55 @@ def test_a_flipped_bit_in_a_zip_is_found(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(RejectedImage, match="damaged archive"):
         content(list_source(path))
+
+
+RECORD_LISTS = {
+    "DCFace's": lambda i: f"{i}\tp{i // 2}/{i}.jpg",
+    "MXNet's": lambda i: f"{i}\t{i // 2}.000\t/data/{i}.jpg",
+    "numbers and names with blanks": lambda i: f"{i} {'ABCD'[i // 2]} van Dam",
+    "a table": lambda i: f"{i},p{i // 2}",
+}
+
+
+@pytest.mark.parametrize("form", RECORD_LISTS)
+@pytest.mark.parametrize("index", [True, False])
+def test_the_people_of_records_from_a_list(tmp_path, form, index):
+    path = write_rec(tmp_path / "file.rec", [payload(b"face%d" % i, 0.0, i) for i in range(6)], index)
+    table = tmp_path / "list.txt"
+    table.write_text("".join(RECORD_LISTS[form](i) + "\n" for i in range(7)))
+    for source in (path, tmp_path):
+        listing = list_source(source, table)
+        assert listing.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert listing.paths == [str(i) for i in range(6)]
+        assert listing.lost == (("6", "listed, but not in the file"),)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["1 a", "2 a", "3 b"], "record 0 of file.rec is not in it"),
+        (["0 a", "1 a", "1 b", "2 b"], "line 3: record 1 has two identities"),
+        (["a/0.jpg 0", "a/1.jpg 0", "b/2.jpg 1"], "line 1: expected the number of a record"),
+        (["0,0,1", "1,0,1", "2,1,1", "3,1,2"], "the identity may be column 2 or 3; keep one of them"),
+        (["0,a/0.jpg,b/0.jpg", "1,a/1.jpg,b/1.jpg"], "several columns name images"),
+        (["0 0.jpg", "1 1.jpg", "2 2.jpg"], "line 1: expected a path and an identity"),
+        ([""], "names no records"),
+    ],
+)
+def test_lists_that_do_not_name_the_records_are_refused(tmp_path, lines, message):
+    path = write_rec(tmp_path / "file.rec", [payload(b"face%d" % i, 0.0, i) for i in range(3)])
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=message):
+        list_source(path, tmp_path / "list.txt")
+
+
+def test_records_without_labels_ask_for_a_list_and_other_sources_refuse_one(tmp_path):
+    path = write_rec(tmp_path / "file.rec", [payload(b"face%d" % i, 0.0, i) for i in range(3)])
+    with pytest.raises(UserError, match="all 3 records have the label 0: give --labels LIST"):
+        list_source(path)
+    (tmp_path / "list.txt").write_text("0 a\n1 a\n2 b\n")
+    archive = make_zip(tmp_path / "a.zip", {"a/1.jpg": b"a", "a/2.jpg": b"b", "b/1.jpg": b"c"})
+    with pytest.raises(UserError, match=r"a\.zip: names its people itself: leave --labels out"):
+        list_source(archive, tmp_path / "list.txt")
+    with pytest.raises(UserError, match=r"none\.zip: no such file or folder"):
+        list_source(tmp_path / "none.zip", tmp_path / "list.txt")

@@ -44,6 +44,8 @@ def test_lfw_pairs(tmp_path):
         ("", "no pairs"),
         ("what,ever\n1,2\n", "neither a CSV"),
         ("image_a,image_b,same\na,b,2\n", "line 2"),
+        ("one,two,same\na.jpg,b.jpg,1\n", "no column image_a"),
+        ("a.jpg b.jpg 1 3\n", "neither a CSV"),
         ("image_a,image_b,same\na,b,1\na\n", "line 3"),
         ("image_a,image_b,same\n", "no pairs"),
         ("10\t300\nAnn\tx\t2\n", "line 2"),
@@ -75,6 +77,25 @@ def test_any_text_is_read_or_refused(tmp_path_factory, text):
         assert len(read_pairs(path).same) > 0
 
 
+LISTS = [
+    "2\t6\n" + "a b\t1\t2\na b\t1\tc\t12\n" * 12,
+    "".join(f"{a} {b} {int(same)}\n" for a, b, same in ROWS),
+    "image_a,image_b,same,fold\n" + "".join(f"{a},{b},{same},{i % 3}\n" for i, (a, b, same) in enumerate(ROWS)),
+]
+WORDS = ["nan", "-1", "1e400", "9" * 5000, "\t", ",", '"', "\n", BOM, "\0", "²", ""]
+
+
+@pytest.mark.fuzz
+@given(text=st.sampled_from(LISTS), places=st.lists(st.tuples(st.integers(0, 900), st.sampled_from(WORDS)), max_size=5))
+def test_any_change_of_a_list_is_read_or_refused(tmp_path_factory, text, places):
+    for place, word in places:
+        text = text[:place] + word + text[place + 1 :]
+    path = tmp_path_factory.mktemp("fuzz") / "pairs"
+    path.write_text(text)
+    with contextlib.suppress(UserError):
+        assert len(read_pairs(path).same) > 0
+
+
 def write(path, line, before=""):
     path.write_text(before + "".join(line(*row) + "\n" for row in ROWS))
     return path
@@ -88,6 +109,12 @@ def write(path, line, before=""):
         ("", lambda a, b, same: f"{a},{b},{same}"),
         (f"{BOM}image_a, image_b, same\n", lambda a, b, same: f"{a}, {b}, {int(same)}"),
         ("pair_id,fold_id,img1,img2,is_same\n", lambda a, b, same: f"9,,{a},{b},{'yes' if same else 'no'}"),
+        ("", lambda a, b, same: f"{int(same)} {a} {b}"),
+        ("", lambda a, b, same: f"{'positive' if same else 'negative'},{a},{b}"),
+        ("24\n", lambda a, b, same: f"{a} {b} {int(same)}"),
+        ("Left,Right,Same\n", lambda a, b, same: f"{a},{b},{same}"),
+        ("Image 1, Image 2, Label\n", lambda a, b, same: f"{a}, {b}, {int(same)}"),
+        ("", lambda a, b, same: f'{{"image1": "{a}", "image2": "{b}", "label": {int(same)}}}'),
         ("label;path_b;path_a\n", lambda a, b, same: f"{float(same)};{b};{a}"),
     ],
 )

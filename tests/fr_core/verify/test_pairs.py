@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -108,6 +110,9 @@ def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tm
     assert result.accuracy == 1.0
     with pytest.raises(UserError, match="none of the 6 pairs"):
         verify_embeddings(raw_pixels(images), dict.fromkeys(paths, "missing"), pairs)
+    one_whole = replace(pairs, fold=np.array([0, 0, 1, 0, 0, 1]))  # of fold 1 each pair lacks an image
+    with pytest.raises(UserError, match=r"4 of 6 pairs have both images, all of one fold; absent.jpg is missing"):
+        verify_embeddings(raw_pixels(images), failed, one_whole)
 
 
 def test_images_are_resized_once_straight_to_the_net(tmp_path):
