@@ -180,8 +180,8 @@ class Tracker:
 
     def _write_facts(self) -> None:
         path = self.out / "run.json"
-        facts = {"run_id": self.run_id, "started": self.started, "restarts": self.restarts}
-        facts["config"] = self.config.model_dump(mode="json")
+        counted = {"started": self.started, "restarts": self.restarts}
+        facts = {"run_id": self.run_id, **counted, "config": self.config.model_dump(mode="json")}
         with explain_disk_errors(path):
             write_text_atomically(path, json.dumps(facts, indent=1) + "\n")
 
