@@ -21,7 +21,6 @@ import yaml
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import save_file
 
-import pipelines.train
 from fr_core.config.recipes import load_config
 from fr_core.data import stream
 from fr_core.data.schema import open_dataset
@@ -132,17 +131,6 @@ def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
     with pytest.raises(UserError, match="2 workers for 1 GPUs: use --workers 1"):
         train_on_ray(config, tmp_path / "run", 2)
-
-
-def test_what_a_worker_could_not_deliver_to_mlflow_is_said_here(dataset, tmp_path, monkeypatch, caplog):
-    def run_on_ray(config, out, workers):
-        (out / "undelivered.jsonl").touch()
-        return {"steps": 20}
-
-    monkeypatch.setattr(on_ray, "train_on_ray", run_on_ray)
-    monkeypatch.setattr(pipelines.train, "start_logging", lambda **_: None)
-    train(load_config("debug_bigface", [f"data.path={dataset}"]), tmp_path / "run")
-    assert f"{tmp_path}/run/undelivered.jsonl: not delivered to MLflow; --resume delivers it" in caplog.messages
 
 
 def without_a_cluster(monkeypatch, fit):

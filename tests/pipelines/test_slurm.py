@@ -19,13 +19,19 @@ from fr_core.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "pipelines/cluster/slurm.sbatch"
+# On one machine nodes share Ray's folder, where the second may take no socket's name that the first is about to take.
 SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys
+import glob, os, signal, subprocess, sys, time
 words = sys.argv[1:]
 options = dict(words.pop(0).partition("=")[::2] for word in list(words) if words[0].startswith("-"))
 assert set(options) == {{"--overlap", "--ntasks", "--cpus-per-task"}}
-tasks = [subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(n)}}) for n in range(int(options["--ntasks"]))]
+tasks = []
 signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+for node in range(int(options["--ntasks"])):
+    while node and tasks[0].poll() is None and not glob.glob(os.environ["SOCKETS"]):
+        time.sleep(0.5)
+    if not node or tasks[0].poll() is None:
+        tasks.append(subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(node)}}))
 sys.exit(max(task.wait() != 0 for task in tasks))
 """
 
@@ -40,6 +46,7 @@ def submitted(folder, log, *words):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment |= {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "2"}
+    environment |= {"SOCKETS": f"/tmp/bigface-{job}/session_2*/sockets/raylet"}
     environment |= {"BIGFACE_ENV": str(Path(sys.executable).parents[1])}
     environment |= {"RAY_raylet_start_wait_time_s": "400", "BIGFACE_LOG": "text"}  # a busy machine
     with log.open("w") as file:
