@@ -96,8 +96,9 @@ def test_ctrl_c_is_an_exit_code_and_no_traceback(dataset, tmp_path):
     command = ["train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off", "--in-process", "--out", str(out)]
     code, said = signalled(signal.SIGINT, out, *command, "train.epochs=10", "train.max_steps=400")
     assert code == 130
-    [begun] = said.splitlines()
+    begun, *others = said.splitlines()
     assert "training" in begun
+    assert all("progress" in line or "first step done" in line for line in others)  # of a slow machine
 
 
 def save_at_four_and_leave_at_eight(ranks, config, out):
