@@ -164,17 +164,17 @@ def test_two_ranks_of_the_method_are_one(grouped):
 
 def test_the_source_is_ingested(photos, tmp_path):
     people = shutil.copytree(photos, tmp_path / "people")
-    table = people / "faces.jsonl"
-    rows = [{"path": f"{file.parent.name}/{file.name}", "identity": file.parent.name} for file in people.rglob("*.jpg")]
-    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    manifest = ingest(table, tmp_path / "shards", image_size=32, on_ray=False)
+    file = people / "people.json"
+    listed = {folder.name: [f"{folder.name}/{photo.name}" for photo in folder.iterdir()] for folder in photos.iterdir()}
+    file.write_text(json.dumps(listed))
+    manifest = ingest(file, tmp_path / "shards", image_size=32, on_ray=False)
     assert (manifest.images, manifest.identities) == (30, 6)
-    table.write_text('{"path": "../a.jpg", "identity": "a"}\n')
+    file.write_text('{"a": ["../a.jpg"]}')
     with pytest.raises(UserError, match="leads out of"):
-        list_source(table)
-    table.write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1: expected a path and an identity in JSON"):
-        list_source(table)
+        list_source(file)
+    file.write_text("[1]\n")
+    with pytest.raises(UserError, match="expected the images of each person in JSON"):
+        list_source(file)
 
 
 # The space
