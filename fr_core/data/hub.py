@@ -20,6 +20,7 @@ FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"
 PLACE = re.compile(r"datasets/(?P<name>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert|pr)/[^/@]+|[^/@]+))?(?P<path>/.*)?")
 REVISION_BEHIND = re.compile(r"(?P<path>[^@]*)@(?P<revision>refs/(convert|pr)/[^/@]+|[^/@]+)")
 SLASH = "%2F"  # in a revision, whose name the hub's library takes as one part of a path
+DAMAGES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of the hub's answers
 SECONDS = 20  # to wait for the hub's first answer
 
 
@@ -85,7 +86,7 @@ def _answers() -> Iterator[None]:
     """Turn what the hub's library raises over an answer in another form, such as a proxy's page, into an OSError."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGES as error:
         raise OSError(f"the hub's answer is damaged: {str(error) or type(error).__name__}") from None
 
 
@@ -98,7 +99,8 @@ class _Handler(fs.FSSpecHandler):
         try:
             with _answers():
                 found = self.fs.find(selector.base_dir, maxdepth=depth, withdirs=True, detail=True)
-                return [self._create_file_info(path, info) for path, info in found.items() if path != selector.base_dir]
+                below = selector.base_dir.rstrip("/") + "/"
+                return [self._create_file_info(path, info) for path, info in found.items() if path.startswith(below)]
         except FileNotFoundError:
             if not selector.allow_not_found:
                 raise

@@ -208,7 +208,7 @@ VALUES = (
 
 
 @pytest.mark.fuzz
-@settings(max_examples=min(1000, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(FIELDS), VALUES), max_size=3),
     cut=st.none() | st.floats(0, 1),
