@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class EventFile(logging.Handler):
     def __init__(self, out: AnyPath, name: str, where: Mapping[str, object]) -> None:
         super().__init__()
         self.path, self.where = out / EVENTS / f"{name}.jsonl", where
-        self.lines = [] if isinstance(self.path, Path) else _lines(self.path)  # a file at a URL is written anew
+        self.written: str | None = None  # what the file holds; None until the first event
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write an event."""
@@ -49,15 +49,20 @@ class EventFile(logging.Handler):
     def write(self, created: float, level: int, event: str, facts: Mapping[str, object]) -> None:
         """Write an event that happened at a time in seconds since 1970."""
         content = {"created": created, "level": level, "event": event, "facts": as_json({**self.where, **facts})}
-        line = json.dumps(content) + "\n"
         with suppress(OSError, StorageError):
+            self._append(json.dumps(content) + "\n")
+
+    def _append(self, line: str) -> None:
+        if self.written is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(self.path, Path):
-                with self.path.open("a") as file:
-                    file.write(line)
-            else:
-                self.lines.append(line)
-                write_text_atomically(self.path, "".join(self.lines))
+            self.written = self.path.read_text() if self.path.is_file() else ""
+            line = f"\n{line}" if self.written and self.written[-1] != "\n" else line  # after half a line
+        self.written += line
+        if isinstance(self.path, Path):
+            with self.path.open("a") as file:
+                file.write(line)
+        else:  # a file at a URL is written anew
+            write_text_atomically(self.path, self.written)
 
 
 class Followed:
@@ -86,7 +91,9 @@ class Followed:
         with suppress(OSError, StorageError):  # if storage stays away, the run itself fails
             for path in find_paths(self.out / EVENTS, "*.jsonl"):
                 lines = _lines(path)
-                events += [json.loads(line) for line in lines[self.known.get(path.name, 0) :]]
+                for line in lines[self.known.get(path.name, 0) :]:
+                    with suppress(ValueError):  # half a line of a killed worker
+                        events.append(json.loads(line))
                 self.known[path.name] = len(lines)
         return events
 
@@ -94,20 +101,30 @@ class Followed:
 @contextmanager
 def workers_events(out: AnyPath) -> Iterator[None]:
     """Log what the workers of a run write during the block."""
-    followed, done = Followed(out), threading.Event()
+    followed = Followed(out)
 
-    def follow() -> None:
+    def follow(done: threading.Event) -> None:
         while not done.wait(LOOK_EVERY if isinstance(out, Path) else 5 * LOOK_EVERY):
             followed.log_new()
 
-    thread = threading.Thread(target=follow, daemon=True)
+    try:
+        with beside(follow):
+            yield
+    finally:
+        followed.log_new()
+
+
+@contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a thread work during the block; the event that it gets is set at the end of the block."""
+    done = threading.Event()
+    thread = threading.Thread(target=work, args=(done,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        followed.log_new()
 
 
 def workers_failed(out: AnyPath) -> "UserCallback":
@@ -156,5 +173,6 @@ def name_log(run: str, rank: int) -> str | None:
 
 
 def _lines(path: AnyPath) -> list[str]:
-    """Return the whole lines of a file."""
-    return path.read_text().splitlines(keepends=True) if path.is_file() else []
+    """Return the whole lines of a file, without one that is still being written."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]

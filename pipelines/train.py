@@ -30,7 +30,7 @@ from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
-from pipelines.events import EVENTS
+from pipelines.events import EVENTS, beside
 from pipelines.logs import log, log_event, start_logging
 from pipelines.on_ray import RAY_FOLDER
 from pipelines.signals import on_signal
@@ -272,7 +272,6 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
         TimeRemainingColumn(),
     )
     poll = POLL if isinstance(out, Path) else FLUSH_EVERY
-    done = threading.Event()
     before = None
     with suppress(StorageError):
         before = newest_metrics(out)  # the row of an earlier start is no news
@@ -280,7 +279,7 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("train", total=total, text="")
 
-        def follow() -> None:
+        def follow(done: threading.Event) -> None:
             began = moved = time.monotonic()
             said, step, beat, patience = 0.0, before and before["step"], None, SILENCE
             while not done.wait(poll):
@@ -307,10 +306,5 @@ def progress_line(out: AnyPath, total: int) -> Iterator[None]:
                     said = time.monotonic()
                     log.info("progress", extra={"facts": progress_facts(row, total)})
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
+        with beside(follow):
             yield
-        finally:
-            done.set()
-            thread.join()

@@ -25,7 +25,6 @@ UNDELIVERED = "undelivered.jsonl"
 RETRY_AFTER = 5.0  # seconds
 FIRST_WAIT = 30.0  # seconds to wait for MLflow to open the run; a busy machine needs fifteen for a new database
 HEALTHY_WAIT, LAST_WAIT = 2.0, 15.0  # seconds to wait for deliveries at a checkpoint, and at the end of a run
-NOT_DELIVERED = "%s: not delivered to MLflow; --resume delivers it"
 NO_ANSWER = "no answer in {:.0f} s"
 CALL_METRICS = 1000  # MLflow's limit per call
 
@@ -103,7 +102,7 @@ class Outbox:
             self.changed.wait_for(lambda: not self.letters, LAST_WAIT)
             self._keep()
             if self.letters or self.refused:
-                log.warning(NOT_DELIVERED, self.out / UNDELIVERED)
+                log.warning("%s: not delivered to MLflow; --resume delivers it", self.out / UNDELIVERED)
             self.letters = []
 
     def _keep(self) -> None:

@@ -53,6 +53,23 @@ def test_a_worker_that_starts_again_keeps_the_events_before(out):
     assert [json.loads(line)["event"] for line in lines] == ["a", "b"]
 
 
+def test_half_a_line_of_a_killed_worker_is_left_out(tmp_path, capsys):
+    """Nothing of its successor is lost."""
+    start_logging("json")
+    followed, file = Followed(tmp_path), tmp_path / "events" / "rank0.jsonl"
+    EventFile(tmp_path, "rank0", {}).write(1.0, logging.INFO, "a", {})
+    with file.open("a") as half:
+        half.write('{"created": 2.0, "lev')
+    followed.log_new()
+    assert [event["event"] for event in logged(capsys)] == ["a"]
+    successor = EventFile(tmp_path, "rank0", {})
+    for event in ("b", "c"):
+        successor.write(3.0, logging.INFO, event, {})
+    followed.log_new()
+    assert [event["event"] for event in logged(capsys)] == ["b", "c"]
+    assert len(file.read_text().splitlines()) == 4
+
+
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / "events").write_text("a file in place of the folder")
     EventFile(tmp_path, "rank0", {}).emit(log.makeRecord("bigface", logging.INFO, "", 0, "saved %d", (3,), None))
