@@ -57,7 +57,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
     paths = (f"data.path={out / 'shards'}", f"verify.images={images}", f"verify.pairs={pairs}")
     config = load_config(recipe, [*paths, *overrides])
     with stage("train"):
-        trained = train(config, out, workers, overwrite=True)
+        trained = train(config, out, workers, overwrite=True, recipe=recipe)
     with stage("verify"):
         torch.manual_seed(rng.torch_seed(config.seed, "untrained"))
         untrained = Recogniser(build_net(config.net).eval(), torch.device("cpu"))

@@ -3,7 +3,6 @@
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ from fr_core.data.store import (
     explain_disk_errors,
     refuse_job_folder,
     to_path,
-    write_text_atomically,
 )
 from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
@@ -33,6 +31,7 @@ from fr_core.train.notice import Notice
 from pipelines.events import EVENTS, beside
 from pipelines.logs import log, log_event, start_logging
 from pipelines.on_ray import RAY_FOLDER
+from pipelines.origin import origin_of, write_origin
 from pipelines.signals import on_signal
 
 POLL = 2.0  # seconds between looks at metrics.csv
@@ -50,6 +49,7 @@ def train(
     in_process: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    recipe: str = "",
 ) -> dict[str, float]:
     """Train a recipe to its end.
 
@@ -59,6 +59,7 @@ def train(
         in_process: train with one rank and without Ray.
         resume: continue from the newest checkpoint in ``out``.
         overwrite: remove what an earlier run left in ``out``.
+        recipe: name or file that the config was loaded from, for the run's MLflow page.
 
     Returns:
         The figures of the run's report.
@@ -100,10 +101,7 @@ def train(
         if overwrite:
             check_kept(config, out)
             clear_run(out)
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{uuid.uuid4().hex}"
-        write_text_atomically(probe, "")
-        probe.unlink()
+        write_origin(origin_of(recipe), out)
     total = total_steps(config, plan.steps_per_epoch)
     rate = f"{config.optim.lr * rate_scale(config):.4g}"
     facts = {"method": config.method.kind, "steps": total, "rate": rate, "workers": workers}

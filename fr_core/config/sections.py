@@ -1,6 +1,7 @@
 """Sections that every run has: data, start, training, verification, tracking; and what all sections share."""
 
 import os
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,15 @@ def expand_home(ref: str) -> str:
     """Return a path with the home folder for ``~``, also that of an SQLite address; URLs stay."""
     database, scheme, path = ref.rpartition("sqlite:///")
     return f"{database}{scheme}{os.path.expanduser(path)}"
+
+
+def registered_name(name: str) -> str:
+    """Return a name for MLflow's model registry, with or without an alias, if MLflow takes it."""
+    if not re.fullmatch(r"[^/:@]+(@(?!v\d+$|latest$)[\w-]+)?", name):
+        raise ValueError(
+            f"{name}: write NAME or NAME@ALIAS, such as faces@champion; MLflow keeps v1, v2 and latest for itself"
+        )
+    return name
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -235,3 +245,7 @@ class Tracking(Section):
     """MLflow experiment that the run belongs to."""
     parent: str | None = None
     """MLflow run id under which this run is shown. None: at the top."""
+    net: bool = True
+    """Log the trained net as an MLflow model, which `mlflow models serve` serves."""
+    register_as: Annotated[str, AfterValidator(registered_name)] | None = None
+    """Register that model as NAME, or NAME@ALIAS. None: not registered."""

@@ -146,6 +146,8 @@ def remaining_batches(config: Config, state: TrainState, ranks: Ranks, blocks: B
 def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) -> Tracker | None:
     """Open the tracker, on rank 0 alone, and give all ranks the id of its MLflow run."""
     tracker = Tracker(config, out, state.step, state.run_id) if ranks.rank == 0 else None
+    if tracker:
+        tracker.log_data(state.plan.dataset)
     state.run_id = ranks.broadcast_object(tracker and tracker.run_id)
     return tracker
 
@@ -220,7 +222,7 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
     if missing:
         figures |= {"missing_images": len(missing), "skipped_pairs": len(pairs.same) - len(usable.same)}
     if tracker:
-        tracker.log_figures(state.step, figures)
+        tracker.log_charts(state.step, figures)
         tracker.log_picture("roc", roc_figure({"this net": (scores, usable.same)}))
         tracker.log_picture("scores", score_figure(scores, usable.same, result.threshold))
     return figures
@@ -238,12 +240,15 @@ def finish(
     """
     if state.step == first_step and (known := ranks.broadcast_object(read_report(out, state.step))):
         if tracker:
+            tracker.log_report(state.step, known)
             tracker.close("FINISHED")
         return known
     seconds = time.monotonic() - state.began
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
         save(config, state, out, ranks, tracker)
+    if tracker:
+        tracker.log_net(state.step)
     peak = peak_memory(state.device)
     verification = verify(config, state, ranks, tracker)
     manifest = state.plan.dataset.manifest
@@ -260,8 +265,6 @@ def finish(
     }
     if state.dropped_steps:
         figures["dropped_steps"] = state.dropped_steps
-    if tracker:
-        tracker.log_figures(state.step, figures)
     figures |= verification
     if tracker:
         rates = [row["images_per_second"] for row in tracker.rows[1:] if "images_per_second" in row]
@@ -274,6 +277,7 @@ def finish(
         with explain_disk_errors(out / "report.json"):
             write_report(out / "report.json", content)
         tracker.log_file("report.json")
+        tracker.log_report(state.step, figures)
         tracker.close("FINISHED")
     return figures
 

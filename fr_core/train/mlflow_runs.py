@@ -20,6 +20,8 @@ from fr_core.errors import StorageError, UserError
 from fr_core.nets.verifications import run_folder
 from fr_core.train.metrics import PARAMETERS, report_figures
 from fr_core.train.outbox import first_line, is_mistake, log, refused, try_briefly, within
+from fr_core.train.page import CHOOSE_VIEW, NOTE, describe, origin_tags
+from fr_core.verify.report import markdown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,7 +106,7 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            return client.create_experiment(name, artifact_location=artifacts, tags={NOTE: CHOOSE_VIEW})
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -160,14 +162,15 @@ class Comparison:
 
     Args:
         results: results file of the comparison or the search.
+        origin: how it was started, as a run's folder tells it.
         anew: start a new parent run, since earlier results at this path were replaced.
 
     Raises:
         UserError: the address can never work.
     """
 
-    def __init__(self, tracking: Tracking, results: AnyPath, anew: bool = False) -> None:
-        self.tracking, self.results = tracking, results.resolve()
+    def __init__(self, tracking: Tracking, results: AnyPath, origin: Mapping[str, str], anew: bool = False) -> None:
+        self.tracking, self.results, self.origin = tracking, results.resolve(), origin
         self.uri = tracking.uri or f"sqlite:///{self.results.parent}/mlflow.db"
         self.run_id: str | None = None
         try_briefly()
@@ -187,15 +190,23 @@ class Comparison:
         if found:
             run = found[0]
         else:
-            name, tags = PurePath(self.results.name).stem, {COMPARISON_TAG: key}
+            name, tags = PurePath(self.results.name).stem, {COMPARISON_TAG: key, **origin_tags(self.origin)}
             run = client.create_run(experiment, run_name=name, tags=tags)
         client.update_run(run.info.run_id, status="RUNNING")
         return client, run.info.run_id
 
-    def close(self, table: str, files: Iterable[AnyPath] = (), status: str = "FINISHED") -> None:
-        """Add the table in Markdown, and files, and end the parent run. Log a warning if MLflow fails.
+    def close(
+        self,
+        verdict: str,
+        table: list[tuple[str, ...]],
+        files: Iterable[AnyPath] = (),
+        status: str = "FINISHED",
+    ) -> None:
+        """Describe the parent run by a verdict and a table, add files, and end it. Log a warning if MLflow fails.
 
         Args:
+            verdict: what was found, in Markdown.
+            table: figures of the runs, header first.
             status: FINISHED, FAILED or KILLED.
         """
         run_id = self.run_id
@@ -203,7 +214,9 @@ class Comparison:
             return
 
         def end() -> None:
-            self.client.log_text(run_id, table, "comparison.md")
+            found = f"{verdict}\n\n{markdown(table)}"
+            self.client.set_tag(run_id, NOTE, describe(self.origin, found))
+            self.client.log_text(run_id, found, "comparison.md")
             for path in files:
                 with local_copy(path) as file:
                     self.client.log_artifact(run_id, str(file))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 from fr_core.config.sections import Tracking
 from fr_core.data.store import AnyPath, explain_disk_errors, local_copy, write_text_atomically
 from fr_core.errors import StorageError, UserError
+from fr_core.train.logged_net import log_net
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,10 +26,16 @@ UNDELIVERED = "undelivered.jsonl"
 RETRY_AFTER = 5.0  # seconds
 FIRST_WAIT = 30.0  # seconds to wait for MLflow to open the run; a busy machine needs fifteen for a new database
 HEALTHY_WAIT, LAST_WAIT = 2.0, 15.0  # seconds to wait for deliveries at a checkpoint, and at the end of a run
+NET_WAIT = 300.0  # seconds to wait longer for a net, which may be large, while MLflow answers
+FILES = ("file", "net")  # letters that go to another store than figures
 NO_ANSWER = "no answer in {:.0f} s"
 CALL_METRICS = 1000  # MLflow's limit per call
 
-Letter = list[Any]  # ["metrics", [name, value, time, step] …], ["params", {}], ["file", path, folder], ["status", name]
+CONTEXT = "mlflow.data.context"  # MLflow's tag of what a run does with a dataset
+
+# ["metrics", [name, value, time, step] …], ["params", {}], ["tags", {}], ["inputs", {}], ["file", path, folder],
+# ["net", path, step], ["status", name]
+Letter = list[Any]
 OPEN: Letter = ["open"]  # what the thread does before it delivers the first letter
 
 T = TypeVar("T")
@@ -53,6 +60,7 @@ class Outbox:
     ) -> None:
         try_briefly()
         self.place, self.open_run, self.out, self.begins = tracking.uri or "mlflow.db", open_run, out, begins
+        self.register = tracking.register_as
         self.client: MlflowClient | None = None
         self.run_id: str | None = None
         self.mistake: UserError | None = None
@@ -100,6 +108,8 @@ class Outbox:
             self.closing = True
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.letters, LAST_WAIT)
+            if any(letter[0] == "net" for letter in self.letters):
+                self.changed.wait_for(lambda: self.away or not self.letters, NET_WAIT)
             self._keep()
             if self.letters or self.refused:
                 log.warning("%s: not delivered to MLflow; --resume delivers it", self.out / UNDELIVERED)
@@ -152,8 +162,8 @@ class Outbox:
             self.away, self.letters = False, more
         elif self.begins and self.client is None and not self.away and is_mistake(failure):
             self.mistake = failure
-        elif letter[0] == "file" and any(other[0] != "file" for other in more):
-            self.letters = [*more, letter]  # files go to another store: figures need not wait for it
+        elif letter[0] in FILES and any(other[0] not in FILES for other in more):
+            self.letters = [*more, letter]  # figures need not wait for it
         else:
             if not self.away:
                 self._say_away(first_line(failure))
@@ -161,7 +171,7 @@ class Outbox:
             self.changed.wait(1.0 if self.closing else RETRY_AFTER)
 
     def _send(self, letter: Letter) -> None:
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
         assert self.client is not None
         assert self.run_id is not None
@@ -170,6 +180,17 @@ class Outbox:
                 self.client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows])
             case ["params", values]:
                 self.client.log_batch(self.run_id, params=[Param(name, value) for name, value in values.items()])
+            case ["tags", values]:
+                self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in values.items()])
+            case ["inputs", datasets]:
+                inputs = [
+                    DatasetInput(Dataset(**{**facts, "schema": None}), [InputTag(CONTEXT, context)])
+                    for context, facts in datasets.items()
+                ]
+                self.client.log_inputs(self.run_id, inputs)
+            case ["net", path, step]:
+                if (self.out / path).is_file():
+                    log_net(self.client, self.run_id, self.out / path, step, self.register)
             case ["file", path, folder]:
                 if (self.out / path).is_file():
                     with local_copy(self.out / path) as file:

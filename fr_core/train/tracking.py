@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 
 from fr_core.config import Config
 from fr_core.config.recipes import flat
+from fr_core.data.schema import Dataset
 from fr_core.data.store import AnyPath, RemotePath, atomic_file, explain_disk_errors, write_text_atomically
 from fr_core.data.stream import Batch
+from fr_core.nets.checkpoint_files import BACKBONE, step_name
 from fr_core.train.metrics import COLUMNS, plot_curves, read_metrics
 from fr_core.train.mlflow_runs import PARENT_TAG, open_mlflow, saved_run_id
 from fr_core.train.outbox import (
@@ -28,6 +30,7 @@ from fr_core.train.outbox import (
     log,
     read_undelivered,
 )
+from fr_core.train.page import NO_CHARTS, NOTE, chart_name, data_inputs, describe, findings, read_origin, run_tags
 from fr_core.verify.report import contact_sheet
 
 if TYPE_CHECKING:
@@ -59,11 +62,13 @@ class Tracker:
         self._write_rows()
         self.started, self.restarts = self._read_facts()
         self._write_facts()
+        self.origin = read_origin(out)
         if config.tracking.uri != "off":
             known = self.run_id
             self.outbox = Outbox(config.tracking, self._open_run, out, begins=step == 0 and known is None)
             fresh = known is None or self.run_id != known
             letters = read_undelivered(out, step)
+            self.outbox.post(["tags", {**run_tags(config, self.origin), NOTE: describe(self.origin)}])
             if fresh:
                 self.outbox.post(["params", {n: str(v) for n, v in flat(config.model_dump(mode="json")).items()}])
                 self._post_earlier_rows(letters)
@@ -77,15 +82,36 @@ class Tracker:
         self.rows.append(row)
         if isinstance(self.out, Path):
             self._append(self.out / "metrics.csv", row)
-        self.log_figures(step, {name: value for name, value in metrics.items() if name != "step"})
+        self.log_charts(step, metrics)
 
-    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Record named numbers in MLflow only."""
+    def log_charts(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add points to MLflow's charts."""
+        self._log(step, {chart_name(name): value for name, value in metrics.items() if name not in NO_CHARTS})
+
+    def log_report(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record the figures of the run's report in MLflow, also in the run's description."""
+        self._log(step, figures)
+        self._post(["tags", {NOTE: describe(self.origin, findings(figures))}])
+
+    def log_net(self, step: int) -> None:
+        """Log the net of the checkpoint of a step as an MLflow model."""
+        if self.config.tracking.net:
+            self._post(["net", f"checkpoints/{step_name(step)}/{BACKBONE}", step])
+
+    def log_data(self, dataset: Dataset) -> None:
+        """Record in MLflow which datasets the run is trained and verified on."""
+        self._post(["inputs", data_inputs(self.config, dataset)])
+
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
         if self.outbox:
             now = int(time.time() * 1000)
             self.pending += [[name, float(value), now, step] for name, value in figures.items()]
         if time.monotonic() - self.last_flush > FLUSH_EVERY:
             self.flush()
+
+    def _post(self, letter: Letter) -> None:
+        if self.outbox:
+            self.outbox.post(letter)
 
     def log_picture(self, name: str, figure: Figure) -> None:
         """Save a picture in the run's folder and in MLflow."""
@@ -98,8 +124,7 @@ class Tracker:
 
     def log_file(self, path: str, folder: str | None = None) -> None:
         """Copy a file of the run's folder to MLflow, into ``folder`` of its artifacts."""
-        if self.outbox:
-            self.outbox.post(["file", path, folder])
+        self._post(["file", path, folder])
 
     def step_done(self, batch: Batch) -> None:
         """Touch ``metrics.csv`` after the first step and then every few seconds, to show that the run goes on.
@@ -161,7 +186,7 @@ class Tracker:
         posted = {step for kind, *rest in letters if kind == "metrics" for _, _, _, step in rest[0]}
         for row in self.rows:
             if row["step"] not in posted:
-                self.log_figures(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+                self.log_charts(int(row["step"]), row)
         self.flush()
 
     def _write_rows(self) -> None:

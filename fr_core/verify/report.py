@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def far_name(far: float) -> str:
     return f"1e-{round(-np.log10(far))}"
 
 
-def markdown(table: list[tuple[str, ...]]) -> str:
+def markdown(table: Sequence[tuple[str, ...]]) -> str:
     """Return a table, header first, in Markdown."""
     lines = [table[0], tuple("---" for _ in table[0]), *table[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -52,8 +52,8 @@ def compare_schedules(
 
     settings = schedules(epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
-    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
-    run_comparison("schedules", recipe, settings, overrides, conditions, columns, against, markdown, json)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, against=against)
+    run_comparison("schedules", recipe, settings, overrides, conditions, columns, markdown, json)
 
 
 @comparisons.command("heads")
@@ -91,7 +91,7 @@ def compare_heads(
         )
     if not tables or set(tables) - set("1345"):
         raise UserError(f"--tables {tables}: give any of 1, 3, 4, 5, such as 15")
-    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, against=against)
     trained = [fold.train for fold in folds_of(to_path(flat), conditions.folder, folds)] if folds else [flat]
     plans = [make_plan(config, open_dataset(shards)) for shards in trained]
     classes = min(class_count(config, plan.dataset.manifest.identities) for plan in plans)
@@ -99,7 +99,7 @@ def compare_heads(
     by_table = heads(config, steps, classes, flat, grouped, centres, scale)
     settings = {k: v for title, group in by_table.items() if title[0] in tables for k, v in group.items()}
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "images_per_second", "classes_mib")
-    run_comparison("heads", recipe, settings, overrides, conditions, columns, against, markdown, json, PUBLISHED)
+    run_comparison("heads", recipe, settings, overrides, conditions, columns, markdown, json, PUBLISHED)
 
 
 @comparisons.command("settings")
@@ -127,8 +127,8 @@ def compare_settings(
     for name, extra in settings.items():
         load_started(recipe, overrides or [], extra, f"--setting {shlex.quote(name)}")
     columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", *(suite_columns(suite) if suite else ()), "seconds")
-    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, suite)
-    run_comparison("settings", recipe, settings, overrides, conditions, columns, against, markdown, json)
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, suite, against)
+    run_comparison("settings", recipe, settings, overrides, conditions, columns, markdown, json)
 
 
 def run_comparison(
@@ -138,7 +138,6 @@ def run_comparison(
     overrides: list[str] | None,
     conditions: "Conditions",
     columns: tuple[str, ...],
-    against: str | None,
     markdown: bool,
     json: Path | None,
     published: Mapping[str, str] | None = None,
@@ -147,18 +146,15 @@ def run_comparison(
 
     Args:
         columns: columns of the results that the tables summarise.
-        against: setting that the others are set against. None: the first.
         markdown: print the tables as Markdown.
         published: published figures by setting, or by its name without the number of centres; they become a column.
 
     Raises:
-        UserError: no setting has the name of ``against``, or :func:`pipelines.experiments.compare.compare` refuses.
+        UserError: as :func:`pipelines.experiments.compare.compare`.
     """
     from fr_core.verify.report import markdown as as_markdown
     from pipelines.experiments.compare import compare, differences, summary
 
-    if against and against not in settings:
-        raise UserError(f"--against {against}: no such setting: use one of {', '.join(settings)}")
     results = conditions.results
     with explain_disk_errors(results):
         rows = compare(recipe, settings, overrides or [], conditions, show_line)
@@ -166,7 +162,7 @@ def run_comparison(
     if published:
         named = [published.get(row[0]) or published.get(row[0].split()[0], "") for row in cells[1:]]
         cells = [(*row, last) for row, last in zip(cells, ["published", *named], strict=True)]
-    apart = differences(rows, against or next(iter(settings)), columns)
+    apart = differences(rows, conditions.against or next(iter(settings)), columns)
     for table in [cells, *([apart] if any(int(row[1]) > 1 for row in apart[1:]) else [])]:
         if markdown:
             show_line(as_markdown(table))

@@ -371,7 +371,7 @@ def quantize(
     seen, given = partial(show_pixels, ckpt), {**fields, **verification}
     config = quantised_config(ckpt, recipe, net, data_share, calibrate_only, overrides or [], seen, **given)
     run = run or f"runs/quantize_{Path(ckpt).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    figures = quantised(config, to_path(run), out, workers, in_process, resume, overwrite)
+    figures = quantised(config, to_path(run), out, workers, in_process, resume, overwrite, recipe)
     show("quantize", {name: value for name, value in figures.items() if name not in summarised()}, None)
     show_table(table(figures))
     write_json("quantize", figures, json)

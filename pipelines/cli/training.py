@@ -74,7 +74,7 @@ def train(
     config = load_started(recipe, overrides or [])
     folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     report_before = written_report(folder) if resume else None
-    show("train", run(config, folder, workers, in_process, resume, overwrite), json)
+    show("train", run(config, folder, workers, in_process, resume, overwrite, recipe), json)
     if report_before and report_before == written_report(folder):
         show_line(finished_text(config, folder))
     show_line(f"run: {quoted(folder)}")

@@ -57,7 +57,7 @@ def tune(
 
     config = load_started(recipe, overrides or [])
     knobs = joined(space, only)
-    wanted = Search(knobs, config, trials, search, stop, objective, against, seed, workers, in_process, folds)
+    wanted = Search(knobs, config, trials, search, stop, objective, against, seed, workers, in_process, folds, recipe)
     found, ended = run(wanted, to_path(out), at_once, minutes, resume)
     show_table(table(wanted, found), "Pareto front" if against else "best")
     figures: dict[str, float] = {state: sum(trial.state == state for trial in found) for state in STATES}

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +30,10 @@ from fr_core.nets.start import load_started
 from fr_core.train.check import checked_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pair_lists import read_pairs
-from fr_core.verify.report import markdown
 from fr_core.verify.suites import find_sets, verify_suite
 from pipelines.datasets.split import Fold, folds_of, refuse_pairs
 from pipelines.experiments.paired import mean_interval, paired_differences
+from pipelines.origin import commit, origin_of
 from pipelines.train import train
 
 COLUMNS = (
@@ -178,6 +177,8 @@ class Conditions:
     """Begin no run later than this."""
     suite: Path | None = None
     """Folder of sets of pairs. Every run's accuracy on each set becomes a column, NAME_accuracy."""
+    against: str | None = None
+    """Setting that the others are set against. None: the first."""
 
     @property
     def folder(self) -> Path:
@@ -231,10 +232,12 @@ def compare(
         The lines of the results for these settings and seeds.
 
     Raises:
-        UserError: there are no pairs to verify on, too few people for the folds, or the results file belongs to another
-            comparison.
+        UserError: no setting has the name of ``conditions.against``. There are no pairs to verify on, too few people
+            for the folds, or the results file belongs to another comparison.
     """
-    results, suite = conditions.results, conditions.suite
+    results, suite, baseline = conditions.results, conditions.suite, conditions.against or next(iter(settings))
+    if baseline not in settings:
+        raise UserError(f"--against {baseline}: no such setting: use one of {', '.join(settings)}")
     columns = (*COLUMNS[:2], *(["fold"] if conditions.folds else []), *COLUMNS[2:])
     columns = (*columns, *(suite_columns(suite) if suite else ()), *FACTS)
     started, rows = time.monotonic(), read_results(results, columns)
@@ -244,9 +247,9 @@ def compare(
     for _, pairs_file in find_sets(suite).values() if suite else ():
         read_pairs(pairs_file)  # a damaged file should fail before the first run
     tracking = runs[0].config.tracking
-    comparison = Comparison(tracking, results) if tracking.uri != "off" else None
+    comparison = Comparison(tracking, results, origin_of(recipe)) if tracking.uri != "off" else None
     if comparison:
-        child = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri})
+        child = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri, "net": False})
         runs = [replace(run, config=run.config.model_copy(update={"tracking": child})) for run in runs]
     done = {(row["setting"], row["seed"], row.get("fold", "")): row for row in rows}
     finished: list[dict[str, str]] = []
@@ -266,7 +269,7 @@ def compare(
                     break
                 say(f"{run.title} …")
                 out = results.with_suffix("") / run.name
-                figures = train_in_child(run.config, out, conditions)
+                figures = train_in_child(run.config, out, conditions, recipe)
                 row = dict(zip(("setting", "seed", "fold"), run.key, strict=True)) | figures
                 row = {name: text for name, text in row.items() if name in columns}
                 row |= {"overrides": run.overrides, "commit": commit()}
@@ -276,7 +279,7 @@ def compare(
             finished.append(row)
     finally:
         if comparison:
-            comparison.close(markdown(summary(finished, tuple(SHOWN))))
+            comparison.close(verdict(finished, baseline), summary(finished, tuple(SHOWN)))
     return finished
 
 
@@ -312,14 +315,14 @@ def suite_columns(suite: Path) -> list[str]:
     return [f"{name}_accuracy" for name in find_sets(suite)]
 
 
-def train_in_child(config: Config, out: Path, conditions: Conditions) -> dict[str, str]:
+def train_in_child(config: Config, out: Path, conditions: Conditions, recipe: str) -> dict[str, str]:
     """Train in a child process, remove the run's folder, and return the run's figures as text.
 
     Each run has its own process because peak memory is a high-water mark. A figure is empty if the run lacks it, such
     as a TAR for which there are too few pairs.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
-        figures = pool.submit(_figures, config, out, conditions).result()
+        figures = pool.submit(_figures, config, out, conditions, recipe).result()
     shutil.rmtree(out)
     with suppress(OSError):  # the folder may hold other runs
         out.parent.rmdir()
@@ -328,8 +331,8 @@ def train_in_child(config: Config, out: Path, conditions: Conditions) -> dict[st
     return {name: f"{figures[name]:.6g}" if name in figures else "" for name in wanted}
 
 
-def _figures(config: Config, out: Path, conditions: Conditions) -> dict[str, float]:
-    figures = train(config, out, conditions.workers, conditions.in_process, overwrite=True)
+def _figures(config: Config, out: Path, conditions: Conditions, recipe: str) -> dict[str, float]:
+    figures = train(config, out, conditions.workers, conditions.in_process, overwrite=True, recipe=recipe)
     recogniser, suite = open_net(out), conditions.suite
     results = verify_suite(recogniser.embed, suite, recogniser.net.input_size) if suite else {}
     return figures | {f"{name}_accuracy": result.verification.accuracy for name, result in results.items()}
@@ -399,6 +402,21 @@ def differences(rows: list[dict[str, str]], baseline: str, columns: Sequence[str
     return table
 
 
+def verdict(rows: list[dict[str, str]], baseline: str) -> str:
+    """Say in Markdown, for each setting, whether its accuracy differs from a baseline's."""
+    lines, base = [], [row for row in rows if row["setting"] == baseline]
+    for name in dict.fromkeys(row["setting"] for row in rows if row["setting"] != baseline):
+        values = paired_differences([row for row in rows if row["setting"] == name], base, "accuracy")
+        if len(values) < 2:
+            lines.append(f"- **{name}: not known**: it takes two runs or more, each beside one of {baseline}.")
+            continue
+        mean, half = mean_interval(values)
+        found = "better" if mean > half else "worse" if mean < -half else "no difference shown"
+        points = f"accuracy {100 * mean:+.2f} ± {100 * half:.2f} points against {baseline}"
+        lines.append(f"- **{name}: {found}**: {points}, {len(values)} pairs of runs.")
+    return "\n".join(lines)
+
+
 def heading(column: str) -> str:
     """Return the heading of a column; columns of a suite's sets are named after the sets."""
     return SHOWN[column][0] if column in SHOWN else f"{column.removesuffix('_accuracy')} %"
@@ -428,10 +446,3 @@ def append_row(path: Path, columns: Sequence[str], row: Mapping[str, str]) -> No
         if new:
             writer.writeheader()
         writer.writerow(row)
-
-
-def commit() -> str:
-    """Return the short commit of the source tree that runs, or "" outside of a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

@@ -48,6 +48,7 @@ class Search:
     workers: int = 1
     in_process: bool = False
     folds: int | None = None  # parts of the training people to verify on in turn; None: the recipe's pairs
+    recipe: str = ""  # name or file that the config was loaded from, for the MLflow pages
 
     @property
     def objectives(self) -> list[str]:
@@ -57,7 +58,7 @@ class Search:
     def facts(self) -> dict[str, Any]:
         """Return the settings as JSON, without the tracking section: a search may move to another server."""
         knobs = {knob.name: [knob.path, asdict(knob.domain)] for knob in self.knobs}
-        facts = {name: value for name, value in vars(self).items() if name not in ("knobs", "config")}
+        facts = {name: value for name, value in vars(self).items() if name not in ("knobs", "config", "recipe")}
         config = self.config.model_dump(mode="json", exclude={"tracking"})
         return json.loads(json.dumps(facts | {"knobs": knobs, "config": config}))
 
@@ -150,6 +151,17 @@ def table(search: Search, trials: Sequence[Trial], most: int = 10) -> list[tuple
         scores = (f"{trial.figures[name]:.4g}" for name in search.objectives)
         rows.append((trial.name, *scores, *(f"{value:.4g}" for value in trial.values.values())))
     return rows
+
+
+def verdict(search: Search, trials: Sequence[Trial]) -> str:
+    """Return in Markdown how many trials finished, and which is best."""
+    winners, goal = best(search, trials), " and ".join(f"{mode(name)} {name}" for name in search.objectives)
+    finished = sum(trial.state == "finished" for trial in trials)
+    counts = f"{finished} of {len(trials)} trials finished; searched for {goal}."
+    if not winners:
+        return f"**No best trial.** {counts}"
+    values = ", ".join(f"{name} {value:.4g}" for name, value in winners[0].values.items())
+    return f"**Best: {winners[0].name}** with {values}. {counts}"
 
 
 def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list[AnyPath]:

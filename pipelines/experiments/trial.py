@@ -19,6 +19,7 @@ from pipelines.datasets.split import Fold
 from pipelines.experiments.search import FOLD
 from pipelines.gauges import Gauges
 from pipelines.logs import log_event, start_logging
+from pipelines.origin import write_origin
 from tune_spaces.fields import Knob, with_values
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Launch(TypedDict):
     """Settings that all trials of a search share."""
 
     config: dict[str, Any]  # the recipe as JSON
+    origin: dict[str, str]  # how the search was started
     knobs: Sequence[Knob]
     trials: str  # folder of the trials' runs
     steps_per_epoch: int
@@ -76,6 +78,7 @@ def run_trial(values: dict[str, float], launch: Launch) -> None:
         found: list[dict[str, float]] = []
         inside: Launch = {**launch, "judged": launch["judged"] and not runs}  # of folds, the scheduler hears the means
         for run_config, run_out in runs or [(config, out)]:
+            write_origin(launch["origin"], run_out)
             if launch["in_process"]:
                 found.append(train_in_process(run_config, run_out, inside, total))
             else:

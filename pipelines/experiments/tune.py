@@ -27,12 +27,13 @@ from fr_core.train.check import checked_plan, fitting_plan, open_training_data
 from fr_core.train.mlflow_runs import Comparison
 from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import resolved_fars
-from fr_core.verify.report import far_name, markdown
+from fr_core.verify.report import far_name
 from pipelines.datasets.split import Fold, folds_of, refuse_pairs
-from pipelines.experiments.search import Search, Trial, deliver_trials, read_trials, table, write_results
+from pipelines.experiments.search import Search, Trial, deliver_trials, read_trials, table, verdict, write_results
 from pipelines.experiments.trial import MISTAKE, Launch, run_trial
 from pipelines.experiments.tuner import make_tuner
 from pipelines.logs import start_logging
+from pipelines.origin import origin_of
 from pipelines.signals import on_signal
 from pipelines.train import trackable, with_absolute_paths
 from tune_spaces.fields import at_steps, check_knobs, grid
@@ -117,12 +118,14 @@ def tune(
     shared = share_cluster(cpus, gpus, search.workers, search.in_process, at_once)
     at_once = claim_folder(search, out, resume, shared.at_once, asked=at_once is not None)
     tracking = search.config.tracking
-    parent = Comparison(tracking, out, anew=not resume) if tracking.uri != "off" else None
+    origin = origin_of(search.recipe)
+    parent = Comparison(tracking, out, origin, anew=not resume) if tracking.uri != "off" else None
     steps = total_steps(search.config, steps_per_epoch)
     rung = max(1, math.ceil(steps / RUNGS))
     base = trial_config(search, rung, parent)
     launch: Launch = {
         "config": base.model_dump(mode="json"),
+        "origin": origin,
         "knobs": search.knobs,
         "trials": str(out / "trials"),
         "steps_per_epoch": steps_per_epoch,
@@ -144,14 +147,14 @@ def tune(
         files = write_results(search, trials, out)
     except BaseException:
         if parent:
-            parent.close("", status="FAILED")
+            parent.close("The search failed.", table(search, []), status="FAILED")
         raise
     reached = [trial for trial in trials if trial.state != "failed"]
     whole = len(trials) == search.trials and all(trial.state != "interrupted" for trial in trials)
     if parent:
         deliver_trials(trials, base, out)
         status = "KILLED" if not whole else "FINISHED" if reached else "FAILED"
-        parent.close(markdown(table(search, trials)), files, status)
+        parent.close(verdict(search, trials), table(search, trials), files, status)
     if trials and not reached:
         raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
     return trials, signals[0] if signals else None
@@ -318,6 +321,6 @@ def trial_config(search: Search, rung: int, parent: Comparison | None) -> Config
         changes["verify_every"] = rung
     update: dict[str, object] = {"train": search.config.train.model_copy(update=changes)}
     if parent:
-        child = {"uri": parent.uri, "parent": parent.run_id}
+        child = {"uri": parent.uri, "parent": parent.run_id, "net": False}
         update["tracking"] = search.config.tracking.model_copy(update=child)
     return search.config.model_copy(update=update)

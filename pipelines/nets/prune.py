@@ -108,7 +108,7 @@ def prune_and_tune(
     config = load_config(recipe, [*overrides, *by_pruning], net=section)
     if overwrite or not (out / "run.json").is_file():
         _write(whole, section, importance, out / WEIGHTS)
-    run = train(config, out, workers, in_process, resume, overwrite)
+    run = train(config, out, workers, in_process, resume, overwrite, str(recipe))
     images, pairs = (Path(place) if place else None for place in (config.verify.images, config.verify.pairs))
     nets = {"whole": whole, "pruned": open_net(out / WEIGHTS)}
     found = {form: _figures(one, images, pairs) for form, one in nets.items()}

@@ -117,13 +117,14 @@ def quantize(
     in_process: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    recipe: str = "",
 ) -> dict[str, float]:
     """Train, export, verify and time a quantised net; the run's ``report.json`` holds all figures.
 
     Args:
         config: config of :func:`quantised_config`.
         out: ``FILE.onnx`` for the net in integers; None: only its simulation in floating point is verified.
-        run, workers, in_process, resume, overwrite: as :func:`pipelines.train.train` takes them.
+        run, workers, in_process, resume, overwrite, recipe: as :func:`pipelines.train.train` takes them.
 
     Returns:
         The figures of the training, and these:
@@ -144,7 +145,7 @@ def quantize(
         check_target(out, config.net)
     plain = open_float(config.net.net, config.init.backbone, config.init.net)
     before = Recogniser(plain.eval().requires_grad_(False), CPU)
-    trained = train(config, run, workers, in_process, resume, overwrite)
+    trained = train(config, run, workers, in_process, resume, overwrite, recipe)
     parameters = sum(weight.numel() for weight in before.net.parameters())
     figures = {"float_mib": parameters * 4 / MIB, "nominal_mib": parameters * config.net.weights / 8 / MIB}
     figures["data_share"] = trained["epochs"]

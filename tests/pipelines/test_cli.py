@@ -41,7 +41,7 @@ def test_a_run_leaves_report_pictures_and_an_mlflow_run(trained):
     assert run.data.params["optim.lr"] == "0.05"
     assert run.data.metrics["backbone_parameters"] == found["backbone_parameters"] > 0
     assert run.data.metrics["classifier_parameters"] == found["classifier_parameters"] > 0
-    assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, 21))
+    assert [m.step for m in client.get_metric_history(run_id, "curves/loss")] == list(range(1, 21))
     names = {a.path for a in client.list_artifacts(run_id)} | {
         a.path for a in client.list_artifacts(run_id, "pictures")
     }

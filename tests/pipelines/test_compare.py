@@ -21,6 +21,7 @@ from pipelines.experiments.compare import (
     named_settings,
     schedules,
     summary,
+    verdict,
 )
 from pipelines.experiments.paired import mean_interval
 from tests.helpers.commands import bigface
@@ -135,6 +136,26 @@ def test_differences_by_hand():
     mean, half = mean_interval([1.0, 2.0, 4.0, 7.0])
     assert (mean, half) == pytest.approx((3.5, 4.2100), abs=1e-3)
     assert differences([], "a", ("accuracy",)) == [("against a", "pairs", "accuracy %")]
+
+
+def test_verdicts_by_hand():
+    """An interval that excludes 0 is a difference; of one pair of runs nobody knows."""
+    accuracies = {
+        "a": (0.80, 0.70, 0.60),
+        "up": (0.85, 0.74, 0.65),
+        "down": (0.7, 0.6, 0.51),
+        "same": (0.81, 0.69, 0.6),
+    }
+    rows = [
+        {"setting": name, "seed": str(seed), "accuracy": str(value)}
+        for name, values in (accuracies | {"once": (0.9,)}).items()
+        for seed, value in enumerate(values)
+    ]
+    lines = verdict(rows, "a").splitlines()
+    assert [line.split("**")[1] for line in lines] == [
+        *("up: better", "down: worse", "same: no difference shown", "once: not known"),
+    ]
+    assert lines[0].endswith("accuracy +4.67 ± 1.43 points against a, 3 pairs of runs.")
 
 
 def test_summary_by_hand():

@@ -34,7 +34,7 @@ from fr_core.train.outbox import UNDELIVERED
 from fr_core.verify.pairs import write_pairs
 from pipelines.experiments import trial as trial_module
 from pipelines.experiments import tune
-from pipelines.experiments.search import Search, Trial, best, deliver_trials, winner_recipe, write_results
+from pipelines.experiments.search import Search, Trial, best, deliver_trials, verdict, winner_recipe, write_results
 from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
 from pipelines.experiments.tune import DRIVER, claim_folder, end_tune_early, share_cluster
 from pipelines.experiments.tuner import clip_to_domains, make_tuner
@@ -195,7 +195,12 @@ def test_a_trial_reports_the_means_of_its_folds(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(ray.tune, "get_checkpoint", lambda: None)
     monkeypatch.setattr(ray.tune, "report", reports.append)
     launch = {
-        **{"config": config.model_dump(mode="json"), "knobs": joined("bigface", "lr"), "trials": str(tmp_path)},
+        **{
+            "config": config.model_dump(mode="json"),
+            "origin": {},
+            "knobs": joined("bigface", "lr"),
+            "trials": str(tmp_path),
+        },
         **{"steps_per_epoch": 8, "in_process": True, "judged": True, "objectives": ["accuracy"], "folds": folds},
     }
     run_trial({"lr": 0.07}, launch)
@@ -261,6 +266,8 @@ def test_the_best_and_the_pareto_front(dataset):
     ]
     assert [t.name for t in best(search(dataset), trials)] == ["b", "a", "c"]
     assert [t.name for t in best(search(dataset, against="seconds"), trials)] == ["b", "a"]
+    assert verdict(search(dataset), trials).startswith("**Best: b** with lr 0.1, m3 0.2. ")
+    assert verdict(search(dataset), []) == "**No best trial.** 0 of 0 trials finished; searched for min loss."
 
 
 def test_the_winner_is_a_recipe(dataset, tmp_path):

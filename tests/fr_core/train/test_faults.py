@@ -330,7 +330,7 @@ def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
         found = client.get_run(run_id)
         assert found.info.status == "FINISHED"
         assert found.data.params["optim.lr"] == "0.05"
-        assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, 21))
+        assert [m.step for m in client.get_metric_history(run_id, "curves/loss")] == list(range(1, 21))
         names = {a.path for folder in (None, "pictures") for a in client.list_artifacts(run_id, folder)}
         assert {"report.json", "pictures/curves.png", "pictures/sample_batch.png"} <= names
         assert len(client.search_runs([found.info.experiment_id])) == 1

@@ -68,7 +68,7 @@ def test_what_waits_is_counted_row_by_row(tmp_path, monkeypatch):
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0, "lr": 0.1})
     tracker.flush()
-    assert tracker.health()["undelivered"] == 1 + 2 * 2  # the parameters, and two figures of each step
+    assert tracker.health()["undelivered"] == 2 + 2 * 2  # tags, parameters, and two figures of each step
     away[0] = False
     tracker.close("FINISHED")
     assert tracker.health()["undelivered"] == 0
@@ -86,7 +86,7 @@ def test_a_run_goes_on_whatever_mlflow_raises(tmp_path, monkeypatch, caplog, fai
     tracker.log(1, {"loss": 2.0})
     tracker.deliver()
     tracker.close("FINISHED")
-    assert [letter[0] for letter in kept(tmp_path)] == ["params", "metrics", "status"]
+    assert [letter[0] for letter in kept(tmp_path)] == ["tags", "params", "metrics", "status"]
     first, last = warnings(caplog)
     assert first.startswith(f"MLflow (mlflow.db) fails; training goes on, and figures wait in {tmp_path}/undelivered")
     assert first.endswith(f": {failure}")
@@ -98,7 +98,7 @@ def test_a_run_goes_on_while_mlflow_hangs(dataset, tmp_path, monkeypatch, caplog
     monkeypatch.setattr(tracking, "open_mlflow", hang)
     run(config_of(dataset, "tracking.uri=http://127.0.0.1:1", "train.save_every=5"), tmp_path)
     assert len(losses(tmp_path)) == 20
-    assert {letter[0] for letter in kept(tmp_path)} == {"params", "metrics", "file", "status"}
+    assert {letter[0] for letter in kept(tmp_path)} == {"tags", "params", "inputs", "metrics", "file", "status"}
     assert "fails; training goes on" in warnings(caplog)[0]
     assert "no answer in 0 s" in warnings(caplog)[0]
 
@@ -181,7 +181,7 @@ def test_the_experiment_was_deleted(tmp_path, mlflow_database, monkeypatch, capl
     tracker = Tracker(config, tmp_path / "run", 1, None)
     tracker.close("FINISHED")
     [found] = client.search_runs([experiment])
-    assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 2.0)
+    assert (found.info.status, found.data.metrics["curves/loss"]) == ("FINISHED", 2.0)
     assert not (tmp_path / "run" / "undelivered.jsonl").exists()
 
 
@@ -216,7 +216,7 @@ def test_runs_that_begin_at_once_make_one_database_and_one_experiment(tmp_path, 
 def test_an_experiment_that_another_run_has_just_made_is_taken():
     found = iter([None, SimpleNamespace(experiment_id="7", lifecycle_stage="active")])
 
-    def create_experiment(name, artifact_location):
+    def create_experiment(name, **_):
         raise MlflowException("it exists", RESOURCE_ALREADY_EXISTS)
 
     client = SimpleNamespace(get_experiment_by_name=lambda name: next(found), create_experiment=create_experiment)
@@ -239,9 +239,9 @@ def test_a_half_made_database_is_left_alone_and_named(tmp_path, mlflow_database,
 def test_comparisons_and_later_verifications_go_on_too(tmp_path, monkeypatch, caplog, hang):
     monkeypatch.setattr(mlflow_runs, "MOST_WAIT", 0.1)
     monkeypatch.setattr(mlflow_runs, "open_mlflow", hang)
-    comparison = Comparison(Tracking(uri="http://127.0.0.1:1"), tmp_path / "results.csv")
+    comparison = Comparison(Tracking(uri="http://127.0.0.1:1"), tmp_path / "results.csv", {})
     assert comparison.run_id is None
-    comparison.close("")
+    comparison.close("", [])
     config = {"tracking": {"uri": "http://127.0.0.1:1"}}
     (tmp_path / "run.json").write_text(json.dumps({"run_id": "known", "config": config}))
     assert log_verification(tmp_path, "lfw", {"accuracy": 0.9}) is None

@@ -251,7 +251,7 @@ def test_a_run_that_was_moved_goes_on_in_a_new_run_of_mlflow(dataset, tmp_path, 
     assert ids["here"] != ids["there"]
     new = client["there"].get_run(ids["there"])
     assert (new.info.status, new.data.params["train.max_steps"]) == ("FINISHED", "8")
-    assert [m.step for m in client["there"].get_metric_history(ids["there"], "loss")] == list(range(1, 9))
+    assert [m.step for m in client["there"].get_metric_history(ids["there"], "curves/loss")] == list(range(1, 9))
 
 
 def test_a_run_that_is_tracked_from_its_middle_on_has_its_first_steps_in_mlflow(dataset, tmp_path, mlflow_database):
@@ -262,7 +262,7 @@ def test_a_run_that_is_tracked_from_its_middle_on_has_its_first_steps_in_mlflow(
     run(load_config(given[0], [*given[1], "train.max_steps=4", "tracking.uri=off"]), tmp_path / "run")
     run(load_config(given[0], [*given[1], "train.max_steps=8"]), tmp_path / "run")
     run_id = json.loads((tmp_path / "run" / "run.json").read_text())["run_id"]
-    history = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(run_id, "loss")
+    history = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(run_id, "curves/loss")
     assert [(m.step, m.value) for m in history] == [
         (row["step"], row["loss"]) for row in read_metrics(tmp_path / "run")
     ]
