@@ -316,7 +316,7 @@ def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
 
     steps(6, 1.0)  # six steps without a server
     kept = (out / "undelivered.jsonl").read_text().splitlines()
-    assert json.loads(kept[0])[0] == "params"
+    assert [json.loads(line)[0] for line in kept[:2]] == ["tags", "params"]
     assert len(losses(out)) == 6
     with mlflow_server(tmp_path, port):
         steps(6, 60.0)  # six more with one
@@ -334,6 +334,7 @@ def test_figures_wait_for_a_server_that_is_away_and_are_delivered_in_order(
         names = {a.path for folder in (None, "pictures") for a in client.list_artifacts(run_id, folder)}
         assert {"report.json", "pictures/curves.png", "pictures/sample_batch.png"} <= names
         assert len(client.search_runs([found.info.experiment_id])) == 1
+        assert [model.step for model in found.outputs.model_outputs] == [20]
     assert not (out / "undelivered.jsonl").exists()
 
 

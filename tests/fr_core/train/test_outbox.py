@@ -98,7 +98,7 @@ def test_a_run_goes_on_while_mlflow_hangs(dataset, tmp_path, monkeypatch, caplog
     monkeypatch.setattr(tracking, "open_mlflow", hang)
     run(config_of(dataset, "tracking.uri=http://127.0.0.1:1", "train.save_every=5"), tmp_path)
     assert len(losses(tmp_path)) == 20
-    assert {letter[0] for letter in kept(tmp_path)} == {"tags", "params", "inputs", "metrics", "file", "status"}
+    assert {letter[0] for letter in kept(tmp_path)} == {"tags", "params", "inputs", "metrics", "file", "net", "status"}
     assert "fails; training goes on" in warnings(caplog)[0]
     assert "no answer in 0 s" in warnings(caplog)[0]
 
