@@ -214,9 +214,8 @@ class Comparison:
             return
 
         def end() -> None:
-            found = f"{verdict}\n\n{markdown(table)}"
-            self.client.set_tag(run_id, NOTE, describe(self.origin, found))
-            self.client.log_text(run_id, found, "comparison.md")
+            self.client.set_tag(run_id, NOTE, describe(self.origin, verdict, table))
+            self.client.log_text(run_id, f"{verdict}\n\n{markdown(table)}", "comparison.md")
             for path in files:
                 with local_copy(path) as file:
                     self.client.log_artifact(run_id, str(file))

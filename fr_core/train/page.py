@@ -5,7 +5,7 @@ section that sorts first, and single figures have none.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from fr_core.config import Config
@@ -28,7 +28,7 @@ SECTIONS = {
 }
 CHARTS = {name: f"{section}/{name}" for section, names in SECTIONS.items() for name in names}
 NO_CHARTS = ("step", "epoch")  # MLflow's charts have the step as their axis
-CHOOSE_VIEW = "Choose **Model training** at the top left, then **Runs**: MLflow opens another view first."
+CHOOSE_VIEW = "MLflow may open another view: choose **Training runs** on the left, or **Model training** above it."
 
 
 def chart_name(metric: str) -> str:
@@ -90,16 +90,17 @@ def _dataset(source: str, checksum: str, profile: Mapping[str, object]) -> dict[
     }
 
 
-def describe(origin: Mapping[str, str], found: str = "The run has not ended yet.") -> str:
-    """Return the description of an MLflow run in Markdown: what was found, after the command that started it."""
-    command = origin.get("command")
-    return f"```console\n{command}\n```\n\n{found}" if command else found
+def describe(
+    origin: Mapping[str, str], found: str = "The run has not ended yet.", table: Sequence[tuple[str, ...]] = ()
+) -> str:
+    """Return the description of an MLflow run in Markdown: what was found, the command that started it, and a table."""
+    command = origin.get("command")  # between backticks it wraps, as a block of code it would not
+    return "\n\n".join([found, *([f"`{command}`"] if command else []), *([markdown(table)] if table else [])])
 
 
-def findings(figures: Mapping[str, float]) -> str:
-    """Return the figures of a run's report in Markdown: the chief ones in a line, and all of them in a table."""
-    table = [("figure", "value"), *((name, f"{value:,.4g}") for name, value in figures.items())]
-    return f"{headline(figures)}\n\n{markdown(table)}"
+def figures_table(figures: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Return all figures of a run's report as a table, header first."""
+    return [("figure", "value"), *((name, f"{value:,.4g}") for name, value in figures.items())]
 
 
 def headline(figures: Mapping[str, float]) -> str:

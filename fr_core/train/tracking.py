@@ -30,7 +30,17 @@ from fr_core.train.outbox import (
     log,
     read_undelivered,
 )
-from fr_core.train.page import NO_CHARTS, NOTE, chart_name, data_inputs, describe, findings, read_origin, run_tags
+from fr_core.train.page import (
+    NO_CHARTS,
+    NOTE,
+    chart_name,
+    data_inputs,
+    describe,
+    figures_table,
+    headline,
+    read_origin,
+    run_tags,
+)
 from fr_core.verify.report import contact_sheet
 
 if TYPE_CHECKING:
@@ -91,7 +101,7 @@ class Tracker:
     def log_report(self, step: int, figures: Mapping[str, float]) -> None:
         """Record the figures of the run's report in MLflow, also in the run's description."""
         self._log(step, figures)
-        self._post(["tags", {NOTE: describe(self.origin, findings(figures))}])
+        self._post(["tags", {NOTE: describe(self.origin, headline(figures), figures_table(figures))}])
 
     def log_net(self, step: int) -> None:
         """Log the net of the checkpoint of a step as an MLflow model."""
