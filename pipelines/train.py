@@ -32,6 +32,7 @@ from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
 from pipelines.events import EVENTS, beside
 from pipelines.logs import log, log_event, start_logging
+from pipelines.machines import WAIT, await_machines, scale_workers
 from pipelines.on_ray import RAY_FOLDER
 from pipelines.signals import on_signal
 
@@ -50,6 +51,7 @@ def train(
     in_process: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    wait: float = WAIT,
 ) -> dict[str, float]:
     """Train a recipe to its end.
 
@@ -59,13 +61,14 @@ def train(
         in_process: train with one rank and without Ray.
         resume: continue from the newest checkpoint in ``out``.
         overwrite: remove what an earlier run left in ``out``.
+        wait: minutes to wait for the machines of the workers.
 
     Returns:
         The figures of the run's report.
 
     Raises:
         UserError: bad data or config, options that contradict, a used or unwritable folder, or a number of workers that
-            does not fit.
+            does not fit, or whose machines do not come in time.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process
@@ -99,11 +102,16 @@ def train(
     with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
-            clear_run(out)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe-{uuid.uuid4().hex}"
         write_text_atomically(probe, "")
         probe.unlink()
+    if not in_process:
+        scaling = scale_workers(workers)
+        await_machines(scaling, wait)
+    if overwrite:
+        with explain_disk_errors(out):
+            clear_run(out)
     total = total_steps(config, plan.steps_per_epoch)
     rate = f"{config.optim.lr * rate_scale(config):.4g}"
     facts = {"method": config.method.kind, "steps": total, "rate": rate, "workers": workers}
@@ -121,7 +129,7 @@ def train(
         else:
             from pipelines.on_ray import train_on_ray
 
-            figures = train_on_ray(config, out, workers)
+            figures = train_on_ray(config, out, scaling)
     log_troubles(figures)
     return figures
 
