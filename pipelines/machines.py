@@ -131,6 +131,7 @@ def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> 
         UserError: the cluster never has room for the workers.
     """
     start_ray()
+    import ray.data
     from ray.train import ScalingConfig
 
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
@@ -145,6 +146,8 @@ def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> 
     each = {"CPU": cpus, "GPU": 1} if gpus else {"CPU": cpus}
     if (most_ever := room(machines, each)) < least:
         raise UserError(_never(least, each, most_ever, config))
+    if config:
+        ray.data.range(1)  # starts Ray Data's lasting actor here: a worker's would keep its machine for ever
     return ScalingConfig(
         num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
         use_gpu=gpus > 0,
@@ -173,7 +176,7 @@ def await_machines(scaling: "ScalingConfig", minutes: float = WAIT) -> None:
     try:
         while not asked.wait(LOOK_EVERY):
             now, before, here = time.monotonic(), here, min(least, free_room(each))
-            if here != before or now - said >= SAY_EVERY:
+            if here > before or now - said >= SAY_EVERY:
                 said = now
                 facts = {"workers": least, "room_for": here, "each": _words(each), "since": since}
                 log.info("waiting for machines", extra={"facts": facts})

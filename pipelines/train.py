@@ -68,7 +68,7 @@ def train(
 
     Raises:
         UserError: bad data or config, options that contradict, a used or unwritable folder, or a number of workers that
-            does not fit, or whose machines do not come in time.
+            does not fit.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
     from fr_core.data.stream import blocks_in_process

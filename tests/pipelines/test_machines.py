@@ -1,4 +1,4 @@
-"""Machines that are up and machines that may come: how many workers fit them, and the wait for those that are missing."""
+"""Machines that are up and machines that may come: how many workers fit them, and the wait for those that lack."""
 
 import logging
 import time
