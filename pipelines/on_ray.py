@@ -5,10 +5,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fr_core.config import Config
@@ -18,11 +17,11 @@ from fr_core.errors import RunStopped, StorageError, UserError
 from fr_core.train.notice import Notice
 from pipelines.gauges import Gauges
 from pipelines.logs import log, log_event
-from pipelines.ray_start import LOCAL, ray_address, start_ray
+from pipelines.ray_start import start_ray
 from pipelines.signals import hearing_ctrl_c, on_signal
 
 if TYPE_CHECKING:
-    from ray.train import UserCallback
+    from ray.train import ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
 
 MAX_FAILURES = 5  # restarts of the workers, after which a failure ends the run unless it has a new checkpoint
@@ -30,10 +29,7 @@ STOP_REQUEST = ".leave"  # file in the run's folder: the driver was asked to sto
 MISTAKES = ".mistake_*.txt"  # files in the run's folder: user errors that workers met
 RAY_FOLDER = "ray"  # folder in the run's folder for the files of Ray Train
 LOOK_EVERY = 2.0  # seconds between looks for a stop request
-RESIZE_EVERY = 60.0  # seconds between looks for more machines
-GROWS_AS = "ray_bootstrap_config.yaml"  # `ray up` leaves the autoscaler's config under this name in the head's home
 
-Resources = dict[str, float]  # of a machine, as Ray names them: CPU, GPU, …
 Row = dict[str, Any]  # of Ray Data
 
 
@@ -63,15 +59,6 @@ def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Itera
         raise
 
 
-def worker_cpus(machines: Sequence[Resources], workers: int) -> float:
-    """Return the CPUs that each worker reserves, so that Ray Data keeps at least half of them.
-
-    This still holds after the largest of several machines has died.
-    """
-    sizes = sorted(machine.get("CPU", 0) for machine in machines if machine.get("CPU", 0))
-    return min(1.0, sum(sizes[: max(1, len(sizes) - 1)]) / (2 * workers))
-
-
 def worker_threads(processes: int, here: int = 1) -> int:
     """Return the threads of each training process, so that the processes of a node share its CPUs.
 
@@ -92,51 +79,10 @@ def worker_threads(processes: int, here: int = 1) -> int:
     return max(1, cpus // max(here, processes_per_node))
 
 
-def cpus_for_one_worker_per_node(machines: Sequence[Resources]) -> float:
-    """Return the CPUs that a worker reserves so that a node holds one worker and a task of Ray Data.
-
-    A worker takes a little more than half of the smallest node; nodes are meant to be alike.
-
-    Raises:
-        UserError: there is no node, or one has less than 2 CPUs.
-    """
-    least = min(filter(None, (machine.get("CPU", 0) for machine in machines)), default=0)
-    if least < 2:
-        raise UserError(f"a range of --workers needs nodes of 2 CPUs or more, one has {least:g}: give --workers N")
-    return least / 2 + 0.5
-
-
-def cluster_machines() -> list[Resources]:
-    """Return the resources of each node of the cluster.
-
-    On the head of an autoscaled cluster these are the head and all nodes that may come, the largest first.
-    Elsewhere these are the nodes that are up.
-    """
-    import ray
-    import yaml
-
-    grows = Path.home() / GROWS_AS
-    if ray_address() == LOCAL or not grows.is_file():
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    config = yaml.safe_load(grows.read_text())
-    kinds = dict(config["available_node_types"])
-    head = kinds.pop(config["head_node_type"])
-    may_come = [kind["resources"] for kind in kinds.values() for _ in range(kind.get("max_workers", 0))]
-    may_come.sort(key=lambda machine: (machine.get("GPU", 0), machine.get("CPU", 0)), reverse=True)
-    return [head["resources"], *may_come[: config["max_workers"]]]
-
-
-def capacity(machines: Sequence[Resources]) -> tuple[float, float]:
-    """Return the CPUs and the GPUs of all machines together."""
-    cpus, gpus = (sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU"))
-    return cpus, gpus
-
-
 def train_on_ray(
     config: Config,
     out: AnyPath,
-    workers: int | tuple[int, int],
-    cpus: float | None = None,
+    scaling: "ScalingConfig",
     callbacks: "list[UserCallback] | None" = None,
     runs: int = 1,
 ) -> dict[str, float]:
@@ -146,9 +92,7 @@ def train_on_ray(
     workers write checkpoints straight into it, in the same form as ``--in-process``.
 
     Args:
-        workers: number of workers, or the least and the most. Of a range, as many run as there are cards at the time;
-            without cards, as many as there are nodes.
-        cpus: CPUs that each worker reserves; None takes what fits a cluster with this run alone.
+        scaling: number of workers and what each reserves, of :func:`~pipelines.machines.scale_workers`.
         callbacks: callbacks of Ray Train, which hear of every checkpoint.
         runs: runs that share the cluster, this one included.
 
@@ -156,39 +100,21 @@ def train_on_ray(
         The figures of the run's report.
 
     Raises:
-        UserError: the cluster is too small, or the train loop raised it; the message is one line.
+        UserError: the train loop raised it; the message is one line.
         RunStopped: SIGTERM came, and a checkpoint was saved.
     """
-    start_ray()
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.events import workers_events, workers_failed
 
-    least, most = workers if isinstance(workers, tuple) else (workers, workers)
-    machines = cluster_machines()
-    all_cpus, gpus = capacity(machines)
-    if 0 < gpus < least:
-        raise UserError(f"{least} workers for {gpus:.0f} GPUs: use --workers {gpus:.0f}")
-    use_gpu = gpus > 0
-    if not use_gpu and all_cpus == 0:
-        raise UserError("no node of this cluster offers a CPU or a GPU: start worker nodes")
-    if cpus is None:
-        whole = least == most or use_gpu
-        cpus = worker_cpus(machines, most) if whole else cpus_for_one_worker_per_node(machines)
     for old in [*find_paths(out, MISTAKES), *find_paths(out, STOP_REQUEST)]:
         old.unlink()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out.resolve()), "runs": runs},
-        scaling_config=ScalingConfig(
-            num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
-            placement_strategy="SPREAD",
-            elastic_resize_monitor_interval_s=RESIZE_EVERY,  # type: ignore[call-arg]
-        ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=out.key if isinstance(out, RemotePath) else str(out.resolve()),

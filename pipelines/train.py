@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from fr_core.data.store import (
     explain_disk_errors,
     refuse_job_folder,
     to_path,
+    write_text_atomically,
 )
 from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
@@ -30,6 +32,7 @@ from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
 from pipelines.events import EVENTS, beside
 from pipelines.logs import log, log_event, start_logging
+from pipelines.machines import WAIT, await_machines, scale_workers
 from pipelines.on_ray import RAY_FOLDER
 from pipelines.origin import origin_of, write_origin
 from pipelines.signals import on_signal
@@ -50,6 +53,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     recipe: str = "",
+    wait: float = WAIT,
 ) -> dict[str, float]:
     """Train a recipe to its end.
 
@@ -60,6 +64,7 @@ def train(
         resume: continue from the newest checkpoint in ``out``.
         overwrite: remove what an earlier run left in ``out``.
         recipe: name or file that the config was loaded from, for the run's MLflow page.
+        wait: minutes to wait for the machines of the workers.
 
     Returns:
         The figures of the run's report.
@@ -100,6 +105,15 @@ def train(
     with explain_disk_errors(out):
         if overwrite:
             check_kept(config, out)
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{uuid.uuid4().hex}"
+        write_text_atomically(probe, "")
+        probe.unlink()
+    if not in_process:
+        scaling = scale_workers(workers)
+        await_machines(scaling, wait)
+    with explain_disk_errors(out):
+        if overwrite:
             clear_run(out)
         write_origin(origin_of(recipe), out)
     total = total_steps(config, plan.steps_per_epoch)
@@ -119,7 +133,7 @@ def train(
         else:
             from pipelines.on_ray import train_on_ray
 
-            figures = train_on_ray(config, out, workers)
+            figures = train_on_ray(config, out, scaling)
     log_troubles(figures)
     return figures
 

@@ -104,4 +104,8 @@ WorkerRange = Annotated[
         parser=worker_range, metavar="N|MIN-MAX", help="Ray Train workers; 2-4: as many as the cluster has room for."
     ),
 ]
+Wait = Annotated[
+    float,
+    typer.Option(min=0, metavar="MINUTES", help="Longest wait for machines of a cluster that grows or is busy."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out.")]

@@ -28,11 +28,13 @@ from pipelines.cli.options import (
     Recipe,
     Resume,
     RunFolder,
+    Wait,
     WorkerRange,
     local,
     output,
 )
 from pipelines.cli.output import command_line, count_of, show, show_line, show_lines, show_table, write_json
+from pipelines.machines import WAIT
 
 
 @app.command(rich_help_panel="Training")
@@ -58,6 +60,7 @@ def train(
     overrides: Overrides = None,
     out: RunFolder = None,
     workers: WorkerRange = 1,
+    wait: Wait = WAIT,
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -74,7 +77,7 @@ def train(
     config = load_started(recipe, overrides or [])
     folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     report_before = written_report(folder) if resume else None
-    show("train", run(config, folder, workers, in_process, resume, overwrite, recipe), json)
+    show("train", run(config, folder, workers, in_process, resume, overwrite, recipe, wait), json)
     if report_before and report_before == written_report(folder):
         show_line(finished_text(config, folder))
     show_line(f"run: {quoted(folder)}")
@@ -118,6 +121,7 @@ def distill(
     unlabelled: Annotated[str | None, typer.Option(help="More flat shards; their labels are not used.")] = None,
     out: RunFolder = None,
     workers: WorkerRange = 1,
+    wait: Wait = WAIT,
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -137,7 +141,7 @@ def distill(
     distilled = distillation(load_config(recipe, all_overrides))
     if distilled is None or not (distilled.teacher or distilled.embeddings):
         raise UserError("no teacher: give --teacher REF or --embeddings DIR")
-    train(recipe, all_overrides, out, workers, in_process, resume, overwrite, json)
+    train(recipe, all_overrides, out, workers, wait, in_process, resume, overwrite, json)
 
 
 @app.command(rich_help_panel="Training")

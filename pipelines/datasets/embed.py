@@ -17,7 +17,8 @@ from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import find_checkpoint
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import Recogniser, open_net
-from pipelines.on_ray import Row, capacity, cluster_machines, map_rows
+from pipelines.machines import capacity, cluster_machines
+from pipelines.on_ray import Row, map_rows
 from pipelines.ray_start import start_ray
 
 

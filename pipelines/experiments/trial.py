@@ -144,6 +144,7 @@ def train_on_workers(config: Config, out: AnyPath, launch: Launch, total: int) -
     """Train on Ray Train's workers, whose reports reach Ray Tune, and return the run's figures."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from pipelines.machines import scale_workers
     from pipelines.on_ray import train_on_ray
 
     class ToTune(TuneReportCallback):
@@ -156,7 +157,8 @@ def train_on_workers(config: Config, out: AnyPath, launch: Launch, total: int) -
             if goes_to_scheduler(metrics[0], launch, total):
                 super().after_report(run_context, metrics, checkpoint)
 
-    return train_on_ray(config, out, launch["workers"], launch["cpus"], [ToTune()], launch["at_once"])
+    scaling = scale_workers(launch["workers"], launch["cpus"])
+    return train_on_ray(config, out, scaling, [ToTune()], launch["at_once"])
 
 
 @contextmanager

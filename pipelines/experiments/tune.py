@@ -104,7 +104,7 @@ def tune(
     Raises:
         UserError: bad options, a folder of another search, or all trials failed.
     """
-    from pipelines.on_ray import capacity, cluster_machines
+    from pipelines.machines import capacity, cluster_machines
     from pipelines.ray_start import start_ray
 
     out = out.resolve()

@@ -177,7 +177,8 @@ def test_the_rayjob_is_whole():
     assert spec["ttlSecondsAfterFinished"] > 0
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
-    assert workers["replicas"] == workers["maxReplicas"] == 4  # bigface counts the cards when it starts
+    assert workers["replicas"] == workers["minReplicas"] == 0  # KubeRay submits the job when all replicas run
+    assert cluster["enableInTreeAutoscaling"]
     seconds = workers["template"]["spec"]["terminationGracePeriodSeconds"]
     (container,) = workers["template"]["spec"]["containers"]
     environment = {one["name"]: one["value"] for one in container["env"]}

@@ -1,112 +1,31 @@
-"""Real Ray heads.
-
-One has token authentication and gets a training from an empty folder, one dies, and one starts machines when asked.
-"""
+"""Real Ray heads: one has token authentication and gets a training from an empty folder, one dies."""
 
 import json
-import os
-import secrets
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.train.metrics import read_metrics
 from pipelines.gauges import DESCRIPTIONS
-from pipelines.on_ray import GROWS_AS
-
-ROOT = Path(__file__).parents[2]
-RAY, BIGFACE = (Path(sys.executable).with_name(name) for name in ("ray", "bigface"))
+from tests.helpers.heads import RAY, processes_with, running_head, training, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]  # a head and its job take minutes on a busy machine
-
-
-def free_ports(number):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@contextmanager
-def running_head(cpus=2, grows_as=None):
-    """A head with ports, a token and a home of its own.
-
-    Args:
-        grows_as: the autoscaler's config, which `ray up` would leave in that home.
-
-    Yields:
-        Environment of whoever may use it, the jobs' address, and where its metrics are.
-    """
-    folder = tempfile.mkdtemp(prefix="bf", dir="/tmp")  # sockets have short names
-    port, dashboard, agent, metrics, client = free_ports(5)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
-    environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    environment |= {"RAY_metrics_report_interval_ms": "500", "HOME": folder, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    options = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
-    options |= {"metrics-export-port": metrics, "ray-client-server-port": client, "num-cpus": cpus}
-    options |= {"object-store-memory": 200_000_000}
-    if grows_as:
-        port = options["port"] = 6379  # where Ray's stand-in for a cloud joins its machines to
-        options["autoscaling-config"] = Path(folder) / GROWS_AS
-        options["autoscaling-config"].write_text(yaml.safe_dump(grows_as))
-        environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-    command = [RAY, "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())]
-    with open(f"{folder}/log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{dashboard}/api/version", environment["RAY_AUTH_TOKEN"])
-        environment |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        yield environment, f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
-    finally:
-        family = psutil.Process(process.pid).children(
-            recursive=True
-        )  # of whom some have renamed all that they were told
-        for one in [*family, *processes_with("RAY_TMPDIR", folder)]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def processes_with(name, value):
-    """Whose environment says so: also those that left the family."""
-    for one in psutil.process_iter():
-        with suppress(psutil.Error):
-            if one.environ().get(name) == value and one.pid != os.getpid():
-                yield one
 
 
 @pytest.fixture(scope="module")
 def head():
     with running_head() as running:
         yield running
-
-
-def wait_for(address, token):
-    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            return urllib.request.urlopen(request, timeout=5).read().decode()
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
 
 
 def test_a_job_of_two_workers_trains_to_its_report_though_one_is_killed(head, dataset, tmp_path, mlflow_database):
@@ -178,13 +97,6 @@ def is_worker(process):
     return False
 
 
-def training(dataset, out, log, environment, *options, before=()):
-    command = [*before, BIGFACE, "train", "debug_bigface", f"data.path={dataset}", "tracking.uri=off"]
-    command += ["train.epochs=10", "train.max_steps=200", "train.save_every=20", "--out", out, *options]
-    with log.open("a") as file:
-        return subprocess.Popen([str(word) for word in command], env=environment, stdout=file, stderr=file)
-
-
 @pytest.mark.soak
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(head, dataset, tmp_path):
     """`ray job stop` is a SIGTERM: the checkpoint holds every step that was trained."""
@@ -222,30 +134,6 @@ def test_a_run_goes_on_when_its_head_died_and_another_one_stands(dataset, tmp_pa
     with running_head() as (environment, _, _):
         assert training(dataset, out, log, environment, "--resume").wait(180) == 0, log.read_text()
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
-
-
-@pytest.mark.soak
-def test_a_cluster_without_a_worker_starts_machines_for_a_run(dataset, tmp_path):
-    """As cluster.yaml's: the head has no CPU to give. Each worker needs a machine of its own here."""
-    machine = {"resources": {"CPU": 2, "object_store_memory": 200_000_000}, "node_config": {}, "min_workers": 0}
-    kinds = {"spot": machine | {"max_workers": 2}}
-    kinds["ray.head.default"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
-    grows_as = {
-        "cluster_name": "here",
-        "max_workers": 2,
-        "head_node_type": "ray.head.default",
-        "available_node_types": kinds,
-    }
-    grows_as |= {"provider": {"type": "fake_multinode"}, "auth": {}, "idle_timeout_minutes": 1.0}
-    grows_as |= {"upscaling_speed": 1.0, "docker": {}, "head_node": {}, "worker_nodes": {}, "file_mounts": {}}
-    lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
-    lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude")
-    grows_as |= {name: [] for name in (*lists, "rsync_filter")}
-    out, log = tmp_path / "run", tmp_path / "log"
-    with running_head(0, grows_as) as (environment, _, _):
-        driver = training(dataset, out, log, environment, "--workers", 2)
-        assert driver.wait(300) == 0, log.read_text()
-    assert json.loads((out / "report.json").read_text())["figures"]["workers"] == 2
 
 
 @pytest.mark.soak

@@ -30,7 +30,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.loop import train_loop
 from fr_core.train.metrics import read_metrics
 from fr_core.train.notice import Notice
-from pipelines import on_ray
+from pipelines import machines, on_ray
 from pipelines.cli.options import worker_range
 from pipelines.train import train
 
@@ -40,7 +40,7 @@ CPUS = {"num_cpus": 4}  # of each node, whatever the machine has: a worker's 2.5
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     ray.shutdown()  # of other tests
-    monkeypatch.setattr(on_ray, "RESIZE_EVERY", 3.0)
+    monkeypatch.setattr(machines, "RESIZE_EVERY", 3.0)
     cluster = Cluster(initialize_head=True, head_node_args=CPUS)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster

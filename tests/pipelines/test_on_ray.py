@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 import ray.train.torch
-import yaml
+from ray.train import ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import save_file
 
@@ -31,37 +31,9 @@ from fr_core.nets.iresnet import IResNet
 from fr_core.train.metrics import read_metrics
 from pipelines import on_ray
 from pipelines.datasets.ingest import ingest
-from pipelines.on_ray import (
-    capacity,
-    cluster_machines,
-    cpus_for_one_worker_per_node,
-    train_on_ray,
-    worker_cpus,
-)
+from pipelines.on_ray import train_on_ray
 from pipelines.train import train
 from tests.helpers.datasets import flip_a_bit, write_dataset
-
-
-def test_workers_leave_half_of_the_cpus_to_ray_data():
-    assert [worker_cpus([{"CPU": 2}], workers) for workers in (1, 2, 4)] == [1, 0.5, 0.25]
-    assert worker_cpus([{"CPU": 64}, {}], 8) == 1
-
-
-def test_workers_of_a_dead_node_leave_cpus_to_ray_data_on_what_is_left():
-    assert worker_cpus([{"CPU": 2}, {"CPU": 2}, {"GPU": 1}], 2) == 0.5
-    assert worker_cpus([{"CPU": 16}, {"CPU": 4}], 4) == 0.5
-
-
-def test_a_cluster_that_grows_counts_the_machines_that_may_come(tmp_path, monkeypatch):
-    """Of cluster.yaml, whose head has nothing to give: eight machines, not the sixteen of both kinds."""
-    config = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())
-    (tmp_path / on_ray.GROWS_AS).write_text(yaml.safe_dump(config))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    machines = cluster_machines()
-    assert capacity(machines) == (8 * 48, 8 * 4)
-    assert worker_cpus(machines, 32) == 1
-    assert cpus_for_one_worker_per_node(machines) == 24.5
 
 
 @pytest.mark.soak
@@ -125,18 +97,8 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path, mlf
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
-def test_more_workers_than_gpus_are_refused(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "start_ray", lambda: None)
-    monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 8.0, "GPU": 1.0}])
-    config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
-    with pytest.raises(UserError, match="2 workers for 1 GPUs: use --workers 1"):
-        train_on_ray(config, tmp_path / "run", 2)
-
-
 def without_a_cluster(monkeypatch, fit):
     """Ray Train's ``fit`` is the function given, and a worker that it calls is alone, in this process."""
-    monkeypatch.setattr(on_ray, "start_ray", lambda: None)
-    monkeypatch.setattr(on_ray, "cluster_machines", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(on_ray, "worker_threads", lambda *_: 1)
     monkeypatch.setattr(stream, "blocks_by_ray", blocks_in_process)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
@@ -160,7 +122,7 @@ def test_a_mistake_that_a_worker_meets_is_told_by_the_driver_in_one_line(tmp_pat
     without_a_cluster(monkeypatch, fit)
     config = load_config("debug_bigface", [f"data.path={root}", "tracking.uri=off"])
     with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged") as caught:
-        train_on_ray(config, tmp_path / "run", 1)
+        train_on_ray(config, tmp_path / "run", ScalingConfig())
     assert "\n" not in str(caught.value)
     assert lives == [{}]
     assert not list((tmp_path / "run").glob(on_ray.MISTAKES))
@@ -173,7 +135,7 @@ def test_a_mistake_that_no_file_tells_is_found_among_what_ray_says(dataset, tmp_
     without_a_cluster(monkeypatch, fit)
     config = load_config("debug_bigface", [f"data.path={dataset}", "tracking.uri=off"])
     with pytest.raises(UserError, match=r"^the mend$"):
-        train_on_ray(config, tmp_path / "run", 1)
+        train_on_ray(config, tmp_path / "run", ScalingConfig())
 
 
 @pytest.mark.soak
@@ -183,7 +145,7 @@ def test_a_mistake_inside_the_workers_comes_out_in_one_line(tmp_path):
     flip_a_bit(root / "shard-00000.parquet", 5000)
     config = load_config("debug_bigface", [f"data.path={root}", "tracking.uri=off"])
     with pytest.raises(UserError, match=r"shard-00000\.parquet is damaged") as caught:
-        train_on_ray(config, tmp_path / "run", 1)
+        train_on_ray(config, tmp_path / "run", ScalingConfig())
     assert "\n" not in str(caught.value)
 
 
