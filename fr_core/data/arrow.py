@@ -66,12 +66,14 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
     try:
         facts = path.stat()
         source = f"{path.resolve()} {root.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
-        if not index.is_file() or pq.read_schema(index).metadata[b"source"] != source:
-            part = index.with_suffix(".part")
-            with local_copy(path) as local:
-                pq.write_table(_unpack(path, local, out, root).table(source), part)
-            part.replace(index)
-        return pq.read_table(index)
+        if index.is_file() and pq.read_schema(index).metadata[b"source"] == source:
+            return pq.read_table(index)
+        with local_copy(path) as local:
+            table = _unpack(path, local, out, root).table(source)
+        part = index.with_suffix(".part")
+        pq.write_table(table, part)
+        part.replace(index)
+        return table
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         kind = "Arrow" if path.suffix == ".arrow" else "Parquet"
         reason = (str(error) or type(error).__name__).splitlines()[0]
