@@ -9,7 +9,7 @@ from shlex import quote
 import numpy as np
 
 from fr_core.data.archives import tar_members, zip_members
-from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
+from fr_core.data.folders import LOOSE, find_files, images_of, is_split, owners_of, why_passed
 from fr_core.data.labels import read_labels, read_record_labels
 from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
 from fr_core.data.lmdb_images import SUFFIXES as LMDBS
@@ -175,9 +175,18 @@ def _seen(passed: Mapping[str, int]) -> str:
         return "the images lie loose: give each person a folder, or a list by --labels"
     if not passed:
         return "it holds no files: expected IDENTITY/*.jpg"
+    return f"it holds {_most(passed)}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
+
+
+def _beside(passed: Mapping[str, int]) -> str:
+    """Return what else lies beside images, for a message."""
+    return f"; beside them are {_most(passed)}, which name nobody" if passed else ""
+
+
+def _most(passed: Mapping[str, int]) -> str:
+    """Return the most frequent kinds of files that were passed over, and their numbers."""
     most = sorted(passed.items(), key=lambda item: -item[1])[:3]
-    seen = ", ".join(f"{reason} ({count:,})" for reason, count in most)
-    return f"it holds {seen}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
+    return ", ".join(f"{reason} ({count:,})" for reason, count in most)
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:
@@ -222,7 +231,8 @@ def list_archives(
             images = [members[i] for i in found]
             names = [member.name for member in images]
             of_folders, said = owners_of(names, path, level)
-            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, all(of_folders))
+            in_folders = all(of_folders) and (len(archives) > 1 or len(set(of_folders)) > 1)
+            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, in_folders)
         if labels is None and not any(of_folders) and level is None:
             labels = [path.stem] * len(images)
             unlabelled.append(path.stem)
@@ -231,10 +241,13 @@ def list_archives(
         places += [(number, member.start, member.length) for member in images]
         passed += others - images_of(sorted(beside))[1]
         notes += said if len(archives) == 1 else []
-    if len(unlabelled) > 1 and _running_numbers(unlabelled):
+    if len(archives) == 1 and unlabelled:
+        beside = "" if zipped else ", or with the person in KEY.cls beside KEY.jpg"
+        raise UserError(f"{root}: its images lie in no folders{_beside(passed)}: pack them as PERSON/photo.jpg{beside}")
+    if len(unlabelled) > 1 and (_running_numbers(unlabelled) or all(map(is_split, unlabelled))):
         raise UserError(
-            f"{root}: {unlabelled[0]} and the others have neither folders nor labels: unpack each into a folder if it "
-            "holds one person, or add KEY.cls files if they are shards"
+            f"{root}: {unlabelled[0]} and the others have neither folders nor labels{_beside(passed)}: unpack each "
+            "into a folder if it holds one person, or add KEY.cls files if they are shards"
         )
     if loose := owners.count(None):
         passed[LOOSE] = loose

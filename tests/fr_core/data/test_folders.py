@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from fr_core.data.folders import HIDDEN, LOOSE
@@ -38,7 +40,46 @@ def test_splits_are_joined_by_name(tmp_path):
     listing = list_folder(tmp_path)
     assert listing.names == ["anna", "ben", "cleo"]
     assert len(listing.paths) == 8
-    assert listing.notes == ("Train (2 people), val_set (2 people) are splits of one set; 1 people are in several",)
+    assert listing.notes == (
+        "Train (2 people), val_set (2 people) are splits of one set; names in several are one person each: 1 "
+        "(else ingest each alone, then bigface merge)",
+    )
+
+
+@pytest.mark.parametrize("split", ["fold{}", "Part_{}", "batch-{}", "shard-0000{}", "train{}", "Fold {}"])
+def test_numbered_folders_of_people_are_splits(tmp_path, split):
+    make(
+        tmp_path,
+        *people(*(f"{split.format(number)}/{name}" for number in range(2) for name in (f"anna{number}", "ben"))),
+    )
+    listing = list_folder(tmp_path)
+    assert listing.names == ["anna0", "anna1", "ben"]
+    assert len(listing.paths) == 8
+    assert (
+        f"{split.format(1)} (2 people) are splits of one set; names in several are one person each: 1 "
+        in listing.notes[0]
+    )
+    assert list_folder(tmp_path, level=1).names == [split.format(0), split.format(1)]
+
+
+def test_numbered_folders_of_photos_are_people(tmp_path):
+    make(tmp_path, *people("part1", "part2", "part3/film"))
+    assert list_folder(tmp_path).names == ["part1", "part2", "part3"]
+
+
+def test_splits_in_splits_are_looked_through(tmp_path):
+    for fold in range(9):
+        make(
+            tmp_path, *people(f"cv/fold{fold}/train/anna{fold}", f"cv/fold{fold}/train/ben", f"cv/fold{fold}/test/ben")
+        )
+    listing = list_folder(tmp_path)
+    assert listing.names == [*(f"anna{fold}" for fold in range(9)), "ben"]
+    assert listing.notes == (
+        "people are the folders of cv",
+        "fold0/test (1 person), fold0/train (2 people), fold1/test (1 person), fold1/train (2 people), "
+        "fold2/test (1 person), …, fold8/train (2 people) are splits of one set; "
+        "names in several are one person each: 1 (else ingest each alone, then bigface merge)",
+    )
 
 
 def test_folders_below_a_person_are_that_persons(tmp_path):
@@ -50,6 +91,10 @@ def test_groups_of_people_are_not_taken_for_people(tmp_path):
     make(tmp_path, *people(*(f"{group}/m.{group[0]}{i}" for group in ("african", "asian") for i in range(30))))
     with pytest.raises(UserError, match="african holds 30 folders of photos: give --level 1 if african is"):
         list_folder(tmp_path)
+    make(tmp_path / "set" / "around", *people(*(f"{group}/p{i}" for group in ("a", "b") for i in range(20))))
+    with pytest.raises(UserError, match="a holds 20 folders of photos: give --level 2 if a is a person, or --level 3"):
+        list_folder(tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
     assert len(list_folder(tmp_path, level=1).names) == 2
     assert len(list_folder(tmp_path, level=2).names) == 30 + 30 - 30
 

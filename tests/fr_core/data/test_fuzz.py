@@ -285,7 +285,7 @@ def test_landmarks(fresh, change, text, more):
         assert points.shape == (len(PEOPLE), 5, 2)
 
 
-@given(data=st.data(), suffix=st.sampled_from([".json", ".cls", ".txt", ".cls.txt"]))
+@given(data=st.data(), suffix=st.sampled_from([".json", ".cls", ".id", ".cls.txt", ".target.cls"]))
 def test_webdataset(fresh, data, suffix):
     """A tar whose files beside the images hold anything."""
     numbers = st.integers(0, 2).map(lambda label: b"%d" % label)
