@@ -75,7 +75,7 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
         part.replace(index)
         return table
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        kind = "Arrow" if path.suffix == ".arrow" else "Parquet"
+        kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable {kind} file: {reason}") from None
 
@@ -118,7 +118,7 @@ def _unpack(path: AnyPath, local: Path, out: Path, root: AnyPath) -> _Rows:
 @contextmanager
 def _open_table(path: Path) -> Iterator[tuple[pa.Schema, Callable[[str, str], Iterator[pa.RecordBatch]]]]:
     """Open a table; provide its schema, and what reads two of its columns in small batches."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
             yield (
                 file.schema_arrow,

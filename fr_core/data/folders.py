@@ -69,10 +69,18 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             f"{folder}: {error.strerror}; make the folder readable, or its images would be missing"
         ) from None
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
         else:
             yield f"{prefix}{entry.name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def owners_of(paths: Sequence[str], source: object, level: int | None = None) -> tuple[list[str | None], list[str]]:

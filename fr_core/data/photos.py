@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from fr_core.data.stand_ins import HEAD, stand_in
 from fr_core.data.store import AnyPath
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"}
@@ -25,7 +26,6 @@ START, END = b"\xff\xd8", b"\xff\xd9"  # markers of a JPEG
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk of a complete PNG, with its checksum
 BITS_OF_PNG = 24  # offset of the byte that tells the bits of a value
-POINTER = b"version https://git-lfs.github.com/spec/"  # of a file that Git LFS did not fetch
 OTHERS = ("BMP", "WEBP", "TIFF", "GIF", "PPM")  # formats that Pillow decodes
 HARMLESS = ("extraneous bytes", "Invalid SOS parameters", "JFIF revision", "Adobe color")  # warnings of libjpeg
 PILLOW_ERRORS = (OSError, ValueError, TypeError, SyntaxError, struct.error, EOFError, IndexError, KeyError)
@@ -81,8 +81,8 @@ def read_photo(data: bytes) -> Photo:
     """
     if not data:
         raise RejectedImage("empty file")
-    if data.startswith(POINTER):
-        raise RejectedImage("a Git LFS pointer, not the image: run git lfs pull")
+    if what := stand_in(data[:HEAD]):
+        raise RejectedImage(what)
     if data[:2] == START:
         return _read_jpeg(data)
     if data[:8] == PNG:

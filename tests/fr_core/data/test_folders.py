@@ -1,8 +1,11 @@
 import shutil
+import unicodedata
 
 import pytest
 
 from fr_core.data.folders import HIDDEN, LOOSE
+from fr_core.data.listing import read_image
+from fr_core.data.photos import RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 from tests.helpers.packed import make_zip
@@ -103,6 +106,33 @@ def test_names_that_differ_in_case_alone_are_refused(tmp_path):
     archive = make_zip(tmp_path / "faces.zip", dict.fromkeys(people("Anna", "anna", "ben"), b"x"))
     with pytest.raises(UserError, match="Anna and anna differ in case alone; rename one, or put their images together"):
         list_source(archive)
+
+
+def test_names_that_differ_in_unicode_form_alone_are_refused(tmp_path):
+    """macOS writes an accent apart from its letter."""
+    apart, whole = (unicodedata.normalize(form, "Zo\u00eb") for form in ("NFD", "NFC"))
+    make(tmp_path / "both", *people(apart, whole, "ben"))
+    with pytest.raises(UserError, match="differ in Unicode form alone; rename one, or put their images together"):
+        list_folder(tmp_path / "both")
+    make(tmp_path / "apart", *people(apart, "ben"))
+    (tmp_path / "list.csv").write_text(f"{whole}/0.jpg,{whole}\n{whole}/1.jpg,{whole}\nben/0.jpg,ben\nben/1.jpg,ben\n")
+    assert list_source(tmp_path / "apart", tmp_path / "list.csv").paths == people(apart, "ben")
+
+
+def test_links_to_nothing_and_to_themselves_are_counted(tmp_path):
+    make(tmp_path, *people("anna", "ben"))
+    links = {"self": "self", "ben/self.jpg": "self.jpg", "gone": "nowhere", "anna/gone.jpg": "no.jpg"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    listing = list_folder(tmp_path)
+    assert listing.passed == {"files without suffix": 2}
+    reasons = []
+    for path in ("anna/gone.jpg", "ben/self.jpg"):
+        assert path in listing.paths
+        with pytest.raises(RejectedImage) as rejected:
+            read_image("files", str(tmp_path), path, 0, 0)
+        reasons.append(str(rejected.value))
+    assert reasons == ["No such file or directory", "Too many levels of symbolic links"]
 
 
 def test_links_are_followed_and_circles_cut(tmp_path):

@@ -127,9 +127,11 @@ def test_images_of_a_few_pixels_make_no_crop(shape):
             make_crop(encoded(form, SMOOTH[: shape[0], :1].repeat(shape[1], 1)), 112)
 
 
-def test_a_pointer_of_git_lfs_is_named():
-    with pytest.raises(RejectedImage, match="a Git LFS pointer, not the image: run git lfs pull"):
+def test_what_lies_in_place_of_an_image_is_named():
+    with pytest.raises(RejectedImage, match="a Git LFS pointer, not the file itself: run git lfs pull"):
         read_rgb(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(RejectedImage, match="a web page, not the file itself: download it again"):
+        read_rgb(b"\n<!DOCTYPE html><html>404</html>")
 
 
 FORMS = {form: encoded(form) for form in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF")}
