@@ -13,6 +13,7 @@ from fr_core.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # before the bytes of each zip member
 LOCAL_MAGIC = b"PK\3\4"
+AGAIN = "copy it again, or pack it anew"
 ENCRYPTED, CHECKSUM_BEHIND, UTF8 = 0x1, 0x8, 0x800  # flags of a header
 
 
@@ -44,7 +45,7 @@ def zip_members(path: Path, names_in: str | None = None) -> Iterator[Member]:
                 if not info.filename.endswith(("/", "\\")):
                     yield Member(_zip_name(path, info, names_in), info.header_offset, info.compress_size)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path}: not a readable zip archive: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a readable zip archive: {_first_line(error)}; {AGAIN}") from None
 
 
 def _zip_name(path: Path, info: zipfile.ZipInfo, names_in: str | None) -> str:
@@ -83,8 +84,8 @@ def tar_members(path: Path) -> Iterator[Member]:
                 if block.strip(b"\0"):
                     raise ValueError(f"damaged after byte {end}, or several archives in one file")
     except (OSError, ValueError, tarfile.TarError, OverflowError, RecursionError, MemoryError) as error:
-        hint = "; decompress it first, since images do not compress further" if path.suffix != ".tar" else ""
-        raise UserError(f"{path}: not a readable tar archive: {_first_line(error)}{hint}") from None
+        mend = AGAIN if path.suffix.lower() == ".tar" else "decompress it first, since images do not compress further"
+        raise UserError(f"{path}: not a readable tar archive: {_first_line(error)}; {mend}") from None
 
 
 def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, length: int, longest: int) -> bytes:
@@ -110,13 +111,13 @@ def read_zip_member(data: memoryview | LocalBytes | RemoteBytes, start: int, len
     if magic != LOCAL_MAGIC or len(packed) < length:
         raise ValueError("damaged archive")
     if flags & ENCRYPTED:
-        raise ValueError("encrypted")
+        raise ValueError("encrypted: unpack the archive first")
     if method == zipfile.ZIP_STORED:
         content = bytes(packed)
     elif method == zipfile.ZIP_DEFLATED:
         content = _inflate(packed, longest)
     else:
-        raise ValueError("compressed by another method than deflate")
+        raise ValueError("compressed by another method than deflate: unpack the archive first")
     if not flags & CHECKSUM_BEHIND and zlib.crc32(content) != checksum:
         raise ValueError("damaged archive")
     return content

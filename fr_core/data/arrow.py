@@ -66,14 +66,16 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
     try:
         facts = path.stat()
         source = f"{path.resolve()} {root.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()
-        if not index.is_file() or pq.read_schema(index).metadata[b"source"] != source:
-            part = index.with_suffix(".part")
-            with local_copy(path) as local:
-                pq.write_table(_unpack(path, local, out, root).table(source), part)
-            part.replace(index)
-        return pq.read_table(index)
+        if index.is_file() and pq.read_schema(index).metadata[b"source"] == source:
+            return pq.read_table(index)
+        with local_copy(path) as local:
+            table = _unpack(path, local, out, root).table(source)
+        part = index.with_suffix(".part")
+        pq.write_table(table, part)
+        part.replace(index)
+        return table
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        kind = "Arrow" if path.suffix == ".arrow" else "Parquet"
+        kind = "Arrow" if path.suffix.lower() == ".arrow" else "Parquet"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable {kind} file: {reason}") from None
 
@@ -116,7 +118,7 @@ def _unpack(path: AnyPath, local: Path, out: Path, root: AnyPath) -> _Rows:
 @contextmanager
 def _open_table(path: Path) -> Iterator[tuple[pa.Schema, Callable[[str, str], Iterator[pa.RecordBatch]]]]:
     """Open a table; provide its schema, and what reads two of its columns in small batches."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
             yield (
                 file.schema_arrow,

@@ -18,6 +18,7 @@ TEMPLATE_SIZE = 112  # side of the crop that TEMPLATE refers to, pixels
 ALIGNED_WITHIN = 1 / 6  # share of the side: an aligned crop's points lie nearer to the template on average
 FARTHEST = 15  # root mean square distance of a face's points from the template after the fit, pixels of 112
 SMALLEST_FACE = 8  # side of the square in the image that becomes the crop, pixels
+TINY = f"smaller than {SMALLEST_FACE} pixels"
 QUALITY = 95  # JPEG quality of encoded crops
 
 
@@ -47,11 +48,13 @@ def make_crop(
         find: finds the five points in an image, uint8 [H, W, 3] RGB; called if ``landmarks`` is None.
 
     Raises:
-        RejectedImage: as :func:`fr_core.data.photos.read_photo` and ``find``, or the landmarks are not those of a face
-            in the image.
+        RejectedImage: as :func:`fr_core.data.photos.read_photo` and ``find``, the image is a few pixels wide or high,
+            or the landmarks are not those of a face in it.
     """
     image, as_stored, repaired = read_photo(data)
     height, width = image.shape[:2]
+    if min(height, width) < SMALLEST_FACE:
+        raise RejectedImage(TINY)
     if landmarks is None and find is not None:
         landmarks = find(image)
     if landmarks is not None:

@@ -16,9 +16,13 @@ SPLIT = re.compile(
     r"([-_ ]?(set|split|images|data|faces))?",
     re.IGNORECASE,
 )
+NUMBERED = re.compile(
+    r"(fold|part|batch|shard|chunk|split|subset|set|train|val|valid|validation|dev|test)[-_ ]?\d+", re.IGNORECASE
+)
 SYSTEM = {"__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"}
 HIDDEN = "files in hidden, @ and trash folders"
 LOOSE = "photos in no person's folder"
+SHOWN_SPLITS = 6  # named in a note, at most
 GROUPS, IN_A_GROUP = 20, 20  # at most so many folders of at least so many folders may be groups of people
 
 
@@ -65,17 +69,26 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             f"{folder}: {error.strerror}; make the folder readable, or its images would be missing"
         ) from None
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
         else:
             yield f"{prefix}{entry.name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def owners_of(paths: Sequence[str], source: object, level: int | None = None) -> tuple[list[str | None], list[str]]:
     """Return the identity of each image, and notes for the user.
 
     The identity is the first folder below the folders that all images share. Folders of splits, such as ``train`` and
-    ``val``, are looked through: a name in both is one person.
+    ``val``, are looked through: a name in both is one person. So are numbered ones, such as ``fold0`` and ``fold1``,
+    if they hold folders alone.
 
     Args:
         paths: images relative to the source.
@@ -97,16 +110,50 @@ def owners_of(paths: Sequence[str], source: object, level: int | None = None) ->
         shared = shared[:-1]
     notes = [f"people are the folders of {'/'.join(shared)}"] if shared else []
     below = [parts[len(shared) :] for parts in folders]
-    firsts = {parts[0] for parts in below if parts}
-    if firsts and all(map(SPLIT.fullmatch, firsts)) and any(len(parts) > 1 for parts in below):
-        people = {first: {parts[1] for parts in below if parts[:1] == [first] and len(parts) > 1} for first in firsts}
-        several = sum(map(len, people.values())) - len(set().union(*people.values()))
-        splits = ", ".join(f"{first} ({len(people[first]):,} people)" for first in sorted(firsts))
-        notes.append(f"{splits} are splits of one set" + (f"; {several:,} people are in several" if several else ""))
-        below = [parts[1:] for parts in below]
-    else:
-        refuse_groups(below, source)
+    splits = 0
+    while _are_splits([parts[splits:] for parts in below]):
+        splits += 1
+    if splits:
+        notes.append(_note_of_splits(below, splits))
+        below = [parts[splits:] for parts in below]
+    refuse_groups(below, source, len(shared) + splits + 1)
     return [parts[0] if parts else None for parts in below], notes
+
+
+def is_split(name: str) -> bool:
+    """Return whether a folder's name is that of a part of a set, such as ``train`` or ``fold0``."""
+    return bool(SPLIT.fullmatch(name) or NUMBERED.fullmatch(name))
+
+
+def _are_splits(folders: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first folders of all images are splits of one set, by their names and what they hold."""
+    firsts = {parts[0] for parts in folders if parts}
+    if not all(map(is_split, firsts)):
+        return False
+    with_photos = {parts[0] for parts in folders if len(parts) == 1}
+    return any(len(parts) > 1 for parts in folders) and not any(map(NUMBERED.fullmatch, with_photos))
+
+
+def _note_of_splits(folders: Sequence[Sequence[str]], depth: int) -> str:
+    """Return a note that names the splits of a set, and tells how many names are in several of them.
+
+    Args:
+        folders: those that each image lies in.
+        depth: how many of them are splits.
+    """
+    people: dict[str, set[str]] = {}
+    for parts in folders:
+        if len(parts) >= depth:
+            people.setdefault("/".join(parts[:depth]), set()).update(parts[depth : depth + 1])
+    counts = {split: f"{len(names):,} {'person' if len(names) == 1 else 'people'}" for split, names in people.items()}
+    splits = [f"{split} ({count})" for split, count in sorted(counts.items())]
+    if len(splits) > SHOWN_SPLITS:
+        splits[SHOWN_SPLITS - 1 : -1] = ["…"]
+    note = f"{', '.join(splits)} are splits of one set"
+    several = sum(count > 1 for count in Counter(itertools.chain(*people.values())).values())
+    if not several:
+        return note
+    return f"{note}; names in several are one person each: {several:,} (else ingest each alone, then bigface merge)"
 
 
 def _common(first: Sequence[str], last: Sequence[str]) -> list[str]:
@@ -115,8 +162,13 @@ def _common(first: Sequence[str], last: Sequence[str]) -> list[str]:
     return [folder for folder, _ in pairs]
 
 
-def refuse_groups(folders: Sequence[Sequence[str]], source: object) -> None:
+def refuse_groups(folders: Sequence[Sequence[str]], source: object, level: int) -> None:
     """Refuse first folders that may be groups of people: a few, each of many folders and without photos of its own.
+
+    Args:
+        folders: those that each image lies in.
+        source: the source, for messages.
+        level: which folder below the source the first is, counted from 1.
 
     Raises:
         UserError: the first folders may be people or groups.
@@ -131,6 +183,6 @@ def refuse_groups(folders: Sequence[Sequence[str]], source: object) -> None:
         return
     first, deeper = min(inside.items())
     raise UserError(
-        f"{source}: {first} holds {len(deeper):,} folders of photos: give --level 1 if {first} is a person, or "
-        "--level 2 if each of them is"
+        f"{source}: {first} holds {len(deeper):,} folders of photos: give --level {level} if {first} is a person, or "
+        f"--level {level + 1} if each of them is"
     )

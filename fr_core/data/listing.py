@@ -3,6 +3,7 @@
 :func:`read_image` reads an image's bytes from the source, in any process and in any order.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -113,7 +114,7 @@ def make_listing(
 
     Raises:
         UserError: there is only one identity, or only one image per identity, or a name is not UTF-8, or two names
-            differ in case alone.
+            look alike.
     """
     try:
         coded, named = pa.array(owners).dictionary_encode(), pa.array(paths, pa.string())
@@ -126,7 +127,7 @@ def make_listing(
         raise UserError(f"{root}: only one identity, {names[0]!r}; give the folder that holds one folder per person")
     if len(names) == len(paths) and names != [UNLABELLED]:
         raise UserError(f"{root}: one image per identity; training needs two or more images of a person")
-    refuse_other_case(root, names)
+    refuse_look_alikes(root, names)
     order = np.argsort(labels, kind="stable")
     where = np.zeros((len(paths), 3), np.int64) if places is None else np.asarray(places, np.int64)
     columns = [named.take(pa.array(order)), labels[order], *where[order].T]
@@ -134,18 +135,20 @@ def make_listing(
     return Listing(root, kind, names, files, table, tuple(lost), dict(sorted((passed or {}).items())), tuple(notes))
 
 
-def refuse_other_case(root: AnyPath, names: Sequence[str]) -> None:
-    """Refuse names that differ in case alone.
+def refuse_look_alikes(root: AnyPath, names: Sequence[str]) -> None:
+    """Refuse names that differ in case alone, or in their Unicode form: macOS writes letter and accent apart.
 
     Raises:
         UserError: there are such names.
     """
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.casefold(), name)
+        form = unicodedata.normalize("NFC", name)
+        other = seen.setdefault(form.casefold(), name)
         if other != name:
+            what = "Unicode form" if unicodedata.normalize("NFC", other) == form else "case"
             raise UserError(
-                f"{root}: {other} and {name} differ in case alone; rename one, or put their images together"
+                f"{root}: {other} and {name} differ in {what} alone; rename one, or put their images together"
             )
 
 

@@ -37,7 +37,7 @@ def find_lmdbs(folder: AnyPath) -> list[AnyPath]:
     """Return the LMDB files in a folder, which may be the folder of one of them."""
     if (folder / FOLDER_FILE).is_file():
         return [folder / FOLDER_FILE]
-    found = [path for path in find_paths(folder, "*") if path.suffix in SUFFIXES]
+    found = [path for path in find_paths(folder, "*") if path.suffix.lower() in SUFFIXES]
     return [path / FOLDER_FILE if path.is_dir() else path for path in found]
 
 

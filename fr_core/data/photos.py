@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from fr_core.data.stand_ins import HEAD, stand_in
 from fr_core.data.store import AnyPath
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"}
@@ -23,6 +24,8 @@ LONGEST = 64 * 2**20  # bytes of an encoded image, at most
 UPRIGHT, ORIENTATION = 1, 0x0112  # Exif: value for upright, tag of the orientation
 START, END = b"\xff\xd8", b"\xff\xd9"  # markers of a JPEG
 PNG = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk of a complete PNG, with its checksum
+BITS_OF_PNG = 24  # offset of the byte that tells the bits of a value
 OTHERS = ("BMP", "WEBP", "TIFF", "GIF", "PPM")  # formats that Pillow decodes
 HARMLESS = ("extraneous bytes", "Invalid SOS parameters", "JFIF revision", "Adobe color")  # warnings of libjpeg
 PILLOW_ERRORS = (OSError, ValueError, TypeError, SyntaxError, struct.error, EOFError, IndexError, KeyError)
@@ -70,13 +73,16 @@ def read_rgb(data: bytes) -> np.ndarray:
 def read_photo(data: bytes) -> Photo:
     """Decode an image of a known format.
 
-    Transparency is dropped. 16-bit values keep their upper 8 bits. Of several frames, the first is taken.
+    Transparency is dropped. Values of more than 8 bits become 8 (:func:`eight_bits`). Of several frames, the first is
+    taken.
 
     Raises:
         RejectedImage: the image is empty, corrupt, truncated, too large, or of another format.
     """
     if not data:
         raise RejectedImage("empty file")
+    if what := stand_in(data[:HEAD]):
+        raise RejectedImage(what)
     if data[:2] == START:
         return _read_jpeg(data)
     if data[:8] == PNG:
@@ -128,20 +134,22 @@ def _decode(data: bytes) -> tuple[np.ndarray | None, str | None]:
 
 
 def _read_png(data: bytes) -> np.ndarray:
-    """Decode a PNG, refusing a truncated one."""
+    """Decode a PNG, refusing a truncated one, of which OpenCV would return the readable part."""
     try:
         width, height = struct.unpack(">II", data[16:24])
     except struct.error:
         raise RejectedImage("corrupt or truncated") from None
     _refuse_huge(height, width)
+    if not height * width or PNG_END not in data:
+        raise RejectedImage("corrupt or truncated")
+    deep = cv2.IMREAD_ANYDEPTH if data[BITS_OF_PNG] > 8 else 0
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | deep)
     except cv2.error:
         image = None
-    # OpenCV returns the readable part of a truncated PNG, but a complete PNG ends in an IEND chunk.
-    if image is None or b"IEND" not in data[-16:]:
+    if image is None:
         raise RejectedImage("corrupt or truncated")
-    return image
+    return eight_bits(image) if deep else image
 
 
 def _read_by_pillow(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
@@ -155,11 +163,23 @@ def _read_by_pillow(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
     _refuse_huge(image.height, image.width)
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":  # more than 8 bits, which Pillow would clip at 255
+            image = Image.fromarray(eight_bits(np.asarray(image)))
         return np.asarray(image.convert("RGB"))
     except PILLOW_ERRORS:
         raise RejectedImage("corrupt or truncated") from None
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Turn values of more than 8 bits into uint8.
+
+    16-bit values keep their upper 8 bits, unless none is above 255: then a program wrote 8-bit values as 16-bit ones.
+    Floats reach to 1, or to 255 if one is above 1.
+    """
+    top = values.max()
+    if values.dtype.kind == "f":
+        return np.nan_to_num(values * (255 if top <= 1 else 1)).clip(0, 255).round().astype(np.uint8)
+    return (values.astype(np.int64) >> (8 if top > 255 else 0)).clip(0, 255).astype(np.uint8)
 
 
 def _refuse_huge(height: int, width: int) -> None:

@@ -1,5 +1,6 @@
 """Finds the files that a list means although it writes their paths for another place, system or format."""
 
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
@@ -46,8 +47,11 @@ def without_suffix(path: str) -> str:
 
 
 def letters(path: str) -> str:
-    """Return the letters and digits of a path without its suffix, in lower case, folder by folder."""
-    parts = without_suffix(path).casefold().split("/")
+    """Return the letters and digits of a path without its suffix, in lower case, folder by folder.
+
+    An accent may stand apart from its letter, as macOS writes it.
+    """
+    parts = unicodedata.normalize("NFC", without_suffix(path)).casefold().split("/")
     return "/".join("".join(filter(str.isalnum, part)) for part in parts)
 
 

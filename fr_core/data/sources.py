@@ -3,18 +3,20 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
 
 from fr_core.data.archives import tar_members, zip_members
-from fr_core.data.folders import LOOSE, find_files, images_of, owners_of, why_passed
+from fr_core.data.folders import LOOSE, find_files, images_of, is_split, owners_of, why_passed
 from fr_core.data.labels import read_labels, read_record_labels
-from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
+from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
 from fr_core.data.lmdb_images import SUFFIXES as LMDBS
 from fr_core.data.lmdb_images import find_lmdbs, list_lmdb
 from fr_core.data.recordio import CUT_OFF, list_records
+from fr_core.data.stand_ins import refuse_stand_ins
 from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.data.tables import SUFFIXES as TABLES
 from fr_core.data.tables import find_tables, list_tables
@@ -24,6 +26,8 @@ from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
+REPLACED = "files that a later one of the same name replaces"
+BESIDE_PACKED = "photos beside a file that packs others"
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
@@ -50,6 +54,7 @@ def list_source(
         UserError: there is no readable source, no image, only one identity, or only one image per identity.
     """
     source = to_path(source)
+    refuse_stand_ins([source] if labels is None else [source, to_path(labels)])
     if labels is not None:
         return _list_labelled(source, to_path(labels))
     if source.is_dir():
@@ -59,7 +64,7 @@ def list_source(
     suffix = source.suffix.lower()
     if suffix == ".rec":
         return list_rec(source)
-    if suffix == ".zip" or ".tar" in source.suffixes or suffix == ".tgz":
+    if suffix in (".zip", ".tgz") or ".tar" in source.name.lower():
         return list_archives(source, [source], level, names_in)
     if suffix in LMDBS:
         return list_lmdb(source)
@@ -106,31 +111,36 @@ def _list_dir(
     inside = sorted((entry for entry in visible if entry.is_file()), key=str)
     records = [entry for entry in inside if entry.suffix.lower() == ".rec"]
     zips, tars = ([entry for entry in inside if entry.suffix.lower() == suffix] for suffix in (".zip", ".tar"))
-    compressed = [entry for entry in inside if ".tar" in entry.suffixes[:-1] or entry.suffix == ".tgz"]
+    compressed = [entry for entry in inside if re.search(r"\.tar\..|\.tgz$", entry.name, re.IGNORECASE)]
     tfrecords = [entry for entry in inside if is_tfrecord(entry)]
     lmdbs, tables = find_lmdbs(source), find_tables(source)
     tables_here = [table for table in tables if table.parent == source]
-    folders = [entry for entry in visible if entry.is_dir() and entry.suffix not in LMDBS]
+    folders = [entry for entry in visible if entry.is_dir() and entry.suffix.lower() not in LMDBS]
     kinds = [kind[0] for kind in (records, zips, tars, compressed, lmdbs, tfrecords, tables_here) if kind]
     if len(records) > 1 or len(lmdbs) > 1 or len(kinds) > 1 or (kinds and folders):
         beside = [path.name for path in (*records, *lmdbs, *kinds, *folders)][:3]
         names = ", ".join(dict.fromkeys(beside))
-        raise UserError(f"{source}: holds several kinds of sources, {names}; give the path of one of them")
+        mend = "give the path of one of them, or move the others"
+        raise UserError(f"{source}: holds several kinds of sources, {names}; {mend}")
+    refuse_stand_ins([*records, *zips, *tars, *compressed, *lmdbs, *tfrecords, *tables])
     if compressed:
         raise UserError(f"{compressed[0]}: decompress it first, since images do not compress further")
     if records:
-        return list_rec(records[0])
-    if zips or tars:
-        return list_archives(source, zips or tars, level, names_in)
-    if lmdbs:
-        return list_lmdb(lmdbs[0])
-    if tfrecords:
-        return list_tfrecords(source, tfrecords)
-    if tables:
+        listing = list_rec(records[0])
+    elif zips or tars:
+        listing = list_archives(source, zips or tars, level, names_in)
+    elif lmdbs:
+        listing = list_lmdb(lmdbs[0])
+    elif tfrecords:
+        listing = list_tfrecords(source, tfrecords)
+    elif tables:
         return list_tables(source, tables, scratch)
-    if len(folders) == 1 and depth < WRAPPERS and _holds_files(folders[0]):
+    elif len(folders) == 1 and depth < WRAPPERS and _holds_files(folders[0]):
         return _list_dir(folders[0], scratch, level, names_in, depth + 1)
-    return list_folder(source, level)
+    else:
+        return list_folder(source, level)
+    photos = sum(is_image(entry.name) for entry in inside)
+    return replace(listing, passed=listing.passed | {BESIDE_PACKED: photos}) if photos else listing
 
 
 def _holds_files(folder: AnyPath) -> bool:
@@ -175,9 +185,18 @@ def _seen(passed: Mapping[str, int]) -> str:
         return "the images lie loose: give each person a folder, or a list by --labels"
     if not passed:
         return "it holds no files: expected IDENTITY/*.jpg"
+    return f"it holds {_most(passed)}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
+
+
+def _beside(passed: Mapping[str, int]) -> str:
+    """Return what else lies beside images, for a message."""
+    return f"; beside them are {_most(passed)}, which name nobody" if passed else ""
+
+
+def _most(passed: Mapping[str, int]) -> str:
+    """Return the most frequent kinds of files that were passed over, and their numbers."""
     most = sorted(passed.items(), key=lambda item: -item[1])[:3]
-    seen = ", ".join(f"{reason} ({count:,})" for reason, count in most)
-    return f"it holds {seen}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
+    return ", ".join(f"{reason} ({count:,})" for reason, count in most)
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:
@@ -208,7 +227,7 @@ def list_archives(
         UserError: an image lacks its label while others have one, the archives may be shards or people, or as
             :func:`list_folder`.
     """
-    zipped = archives[0].suffix == ".zip"
+    zipped = archives[0].suffix.lower() == ".zip"
     paths: list[str] = []
     owners: list[str | None] = []
     places: list[tuple[int, int, int]] = []
@@ -217,30 +236,39 @@ def list_archives(
     unlabelled = []
     for number, path in enumerate(archives):
         with local_copy(path) as file:
-            members = sorted(zip_members(file, names_in) if zipped else tar_members(file), key=lambda m: m.name)
+            stored = sorted(zip_members(file, names_in) if zipped else tar_members(file), key=lambda m: m.name)
+            members = list({member.name: member for member in stored}.values())
             found, others = images_of([member.name for member in members])
             images = [members[i] for i in found]
             names = [member.name for member in images]
             of_folders, said = owners_of(names, path, level)
-            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, all(of_folders))
-        if labels is None and not any(of_folders) and level is None:
+            in_folders = all(of_folders) and (len(archives) > 1 or len(set(of_folders)) > 1)
+            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, in_folders)
+        if labels is None and images and not any(of_folders) and level is None:
             labels = [path.stem] * len(images)
             unlabelled.append(path.stem)
         owners += of_folders if labels is None else labels
         paths += names if len(archives) == 1 else [f"{path.name}/{name}" for name in names]
         places += [(number, member.start, member.length) for member in images]
         passed += others - images_of(sorted(beside))[1]
+        if replaced := len(stored) - len(members):
+            passed[REPLACED] += replaced
         notes += said if len(archives) == 1 else []
-    if len(unlabelled) > 1 and _running_numbers(unlabelled):
+    if len(archives) == 1 and unlabelled:
+        form = "PERSON/photo.jpg" if zipped else "PERSON/photo.jpg, or with the person in KEY.cls beside KEY.jpg"
+        raise UserError(f"{root}: its images lie in no folders{_beside(passed)}: pack them as {form}")
+    if len(unlabelled) > 1 and (_running_numbers(unlabelled) or all(map(is_split, unlabelled))):
         raise UserError(
-            f"{root}: {unlabelled[0]} and the others have neither folders nor labels: unpack each into a folder if it "
-            "holds one person, or add KEY.cls files if they are shards"
+            f"{root}: {unlabelled[0]} and the others have neither folders nor labels{_beside(passed)}: unpack each "
+            "into a folder if it holds one person, or add KEY.cls files if they are shards"
         )
     if loose := owners.count(None):
         passed[LOOSE] = loose
     kept = [i for i, owner in enumerate(owners) if owner]
     if not kept:
-        raise UserError(f"{root}: holds no images of people" + (f", but {_seen(passed)}" if passed else ""))
+        seen = f", but {_most(passed)}" if passed else ""
+        form = "PERSON/photo.jpg; archives inside are not read"
+        raise UserError(f"{root}: holds no images of people{seen}: expected {form}")
     return make_listing(
         root,
         "zip" if zipped else "plain",

@@ -38,7 +38,7 @@ def find_tables(folder: AnyPath, depth: int = 2) -> list[AnyPath]:
             raise UserError(f"{folder}: some of its rows are left out: save dataset.flatten_indices() instead")
         return [folder / name for name in _names_in(folder / "state.json", "_data_files")]
     entries = find_paths(folder, "*")
-    tables = [path for path in entries if path.suffix in SUFFIXES and path.is_file()]
+    tables = [path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     if tables and (folder / "manifest.json").exists():
         raise UserError(f"{folder}: already a dataset; bigface merge copies it, bigface unpack turns it into images")
     if tables or not depth:

@@ -83,7 +83,7 @@ class _Images:
 
 def is_tfrecord(path: AnyPath) -> bool:
     """Return whether a name has the suffix of a TFRecord file, such as in ``train.tfrecord-00000-of-00010``."""
-    return any(suffix.startswith(".tfrecord") for suffix in path.suffixes)
+    return any(suffix.lower().startswith(".tfrecord") for suffix in path.suffixes)
 
 
 def is_tface_list(table: AnyPath) -> bool:

@@ -1,7 +1,8 @@
 """The identities of images in WebDataset tars: files beside the images name them.
 
-``KEY.jpg`` has its identity in ``KEY.cls``, ``KEY.cls.txt``, ``KEY.txt`` or ``KEY.json``. A key may hold dots. A JSON
-names the identity by one of the columns that lists have (:data:`fr_core.data.text_tables.IDENTITY_COLUMNS`).
+``KEY.jpg`` has its identity in ``KEY.cls``, ``KEY.json`` or another of :data:`BESIDE`. A key may hold dots. A JSON
+names the identity by one of the columns that lists have (:data:`fr_core.data.text_tables.IDENTITY_COLUMNS`). Fields may
+have names: ``KEY.input.jpg`` and ``KEY.target.cls``. Such a key ends at its first dot, as WebDataset reads it.
 """
 
 import json
@@ -13,7 +14,8 @@ from fr_core.data.store import LocalBytes
 from fr_core.data.text_tables import IDENTITY_COLUMNS
 from fr_core.errors import UserError
 
-BESIDE = (".cls.txt", ".cls", ".json", ".txt")  # the first that a key has counts
+CERTAIN = (".cls.txt", ".cls", ".identity")  # name a person, also of images that lie in folders
+BESIDE = (*CERTAIN, ".class", ".label", ".json", ".id", ".txt")  # the first that a key has counts
 LONGEST = {".json": 2**20}  # bytes read of a file beside an image
 SHORT = 1000
 
@@ -30,22 +32,26 @@ def labels_beside(
         in_folders: images lie in folders of identities, so texts and JSON beside them are about something else.
 
     Raises:
-        UserError: an image has none while others have one, or a file names no identity.
+        UserError: an image has none while others have one, a file names no identity, or two fields may name it.
     """
-    suffixes = BESIDE[:2] if in_folders else BESIDE
+    suffixes = CERTAIN if in_folders else BESIDE
     beside: dict[str, tuple[str, Member]] = {}
     for suffix in suffixes:
         for member in members:
             if member.name.lower().endswith(suffix):
                 beside.setdefault(member.name[: -len(suffix)], (suffix, member))
     found = [next((beside[key] for key in keys_of(image.name) if key in beside), None) for image in images]
+    if not any(found) and not in_folders:
+        named = _named_fields(path, members, suffixes)
+        found = [named.get(_key_and_field(image.name)[0]) for image in images]
     if not any(found):
         return None, set()
     data = LocalBytes(path)
     owners, used = [], set()
     for image, label in zip(images, found, strict=True):
         if label is None:
-            raise UserError(f"{path}: {image.name} has no .cls or .json beside it, as others have; add it")
+            beside_others = next(suffix for suffix, _ in filter(None, found))
+            raise UserError(f"{path}: {image.name} has no {beside_others} beside it, as others have; add it")
         suffix, member = label
         content = bytes(data[member.start : member.start + min(member.length, LONGEST.get(suffix, SHORT))])
         owners.append(_identity(f"{path}: {member.name}", suffix, content))
@@ -58,6 +64,33 @@ def keys_of(name: str) -> list[str]:
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
     return [folder + slash + ".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _named_fields(path: Path, members: Sequence[Member], suffixes: Sequence[str]) -> dict[str, tuple[str, Member]]:
+    """Return the label of each key from the field whose name ends in one of the suffixes, such as ``target.cls``.
+
+    Raises:
+        UserError: two fields end in the same suffix.
+    """
+    fields: dict[str, dict[str, Member]] = {}
+    for member in members:
+        key, field = _key_and_field(member.name)
+        fields.setdefault(field, {})[key] = member
+    for suffix in suffixes:
+        ending = sorted(field for field in fields if field.endswith(suffix))
+        if len(ending) > 1:
+            either = f"KEY{ending[0]} or KEY{ending[1]}"
+            raise UserError(f"{path}: {either} may name the person; pack one of them as KEY.cls")
+        if ending:
+            return {key: (suffix, member) for key, member in fields[ending[0]].items()}
+    return {}
+
+
+def _key_and_field(name: str) -> tuple[str, str]:
+    """Return WebDataset's key of a file and the name of its field, cut at the first dot behind the folders."""
+    folder, slash, base = name.rpartition("/")
+    key, dot, field = base.partition(".")
+    return folder + slash + key, dot + field.lower()
 
 
 def _identity(place: str, suffix: str, content: bytes) -> str:

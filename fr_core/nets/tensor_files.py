@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from fr_core.data.stand_ins import stand_in
 from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 
@@ -29,8 +30,6 @@ BOOKKEEPING = re.compile(
 )
 # What a file begins with that is no weights at all.
 OTHERS = {
-    b"version https://git-lfs": "a Git LFS pointer: fetch the file that it stands for",
-    b"<": "a web page, not weights: download the file again",
     b"\x89HDF": "an HDF5 file, as Keras writes it: convert the net to ONNX",
     b"\x12\x01\x00\x00": "parameters of MXNet: convert the net to ONNX",
 }
@@ -64,6 +63,8 @@ def read_tensor_file(path: AnyPath) -> TensorFile:
         with local_copy(path) as file:
             with file.open("rb") as stream:
                 start = stream.read(64)
+            if what := stand_in(start):
+                raise UserError(f"{path}: {what}")
             for begins, what in OTHERS.items():
                 if start.lstrip().startswith(begins):
                     raise UserError(f"{path}: {what}")

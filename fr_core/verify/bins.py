@@ -6,13 +6,8 @@ Images are bytes, bytearrays or numpy's bytes; flags are truth values or numbers
 from pathlib import Path
 
 from fr_core.data.pickles import DAMAGES, read_plain_pickle
+from fr_core.data.stand_ins import HEAD, stand_in
 from fr_core.errors import UserError
-
-# What a file begins with that only bears the name of a set.
-OTHERS = {
-    b"<": "a web page: download the file again",
-    b"version https://git-lfs": "a Git LFS pointer: fetch the file that it stands for",
-}
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
@@ -25,9 +20,8 @@ def read_bin(path: str | Path) -> tuple[list[bytes], list[bool]]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    for begins, what in OTHERS.items():
-        if data.lstrip().startswith(begins):
-            raise UserError(f"{path}: not a verification set: {what}")
+    if what := stand_in(data[:HEAD]):
+        raise UserError(f"{path}: not a verification set: {what}")
     try:
         content = read_plain_pickle(data)
     except DAMAGES as error:

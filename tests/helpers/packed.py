@@ -7,6 +7,8 @@ import zipfile
 
 import numpy as np
 
+from fr_core.data.listing import read_image
+
 MAGIC = struct.pack("<I", 0xCED7230A)
 
 
@@ -55,3 +57,16 @@ def make_tar(path, files):
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def content(listing):
+    """identity -> its images' bytes, in order."""
+    found = {}
+    for row in listing.images.to_pylist():
+        data = read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"])
+        found.setdefault(listing.names[row["label"]], []).append(data)
+    return found
+
+
+def files_of(photos, prefix):
+    return {f"{prefix}{p.relative_to(photos)}": p.read_bytes() for p in sorted(photos.rglob("*.jpg"))}

@@ -1,6 +1,11 @@
+import shutil
+import unicodedata
+
 import pytest
 
 from fr_core.data.folders import HIDDEN, LOOSE
+from fr_core.data.listing import read_image
+from fr_core.data.photos import RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
 from tests.helpers.packed import make_zip
@@ -38,7 +43,46 @@ def test_splits_are_joined_by_name(tmp_path):
     listing = list_folder(tmp_path)
     assert listing.names == ["anna", "ben", "cleo"]
     assert len(listing.paths) == 8
-    assert listing.notes == ("Train (2 people), val_set (2 people) are splits of one set; 1 people are in several",)
+    assert listing.notes == (
+        "Train (2 people), val_set (2 people) are splits of one set; names in several are one person each: 1 "
+        "(else ingest each alone, then bigface merge)",
+    )
+
+
+@pytest.mark.parametrize("split", ["fold{}", "Part_{}", "batch-{}", "shard-0000{}", "train{}", "Fold {}"])
+def test_numbered_folders_of_people_are_splits(tmp_path, split):
+    make(
+        tmp_path,
+        *people(*(f"{split.format(number)}/{name}" for number in range(2) for name in (f"anna{number}", "ben"))),
+    )
+    listing = list_folder(tmp_path)
+    assert listing.names == ["anna0", "anna1", "ben"]
+    assert len(listing.paths) == 8
+    assert (
+        f"{split.format(1)} (2 people) are splits of one set; names in several are one person each: 1 "
+        in listing.notes[0]
+    )
+    assert list_folder(tmp_path, level=1).names == [split.format(0), split.format(1)]
+
+
+def test_numbered_folders_of_photos_are_people(tmp_path):
+    make(tmp_path, *people("part1", "part2", "part3/film"))
+    assert list_folder(tmp_path).names == ["part1", "part2", "part3"]
+
+
+def test_splits_in_splits_are_looked_through(tmp_path):
+    for fold in range(9):
+        make(
+            tmp_path, *people(f"cv/fold{fold}/train/anna{fold}", f"cv/fold{fold}/train/ben", f"cv/fold{fold}/test/ben")
+        )
+    listing = list_folder(tmp_path)
+    assert listing.names == [*(f"anna{fold}" for fold in range(9)), "ben"]
+    assert listing.notes == (
+        "people are the folders of cv",
+        "fold0/test (1 person), fold0/train (2 people), fold1/test (1 person), fold1/train (2 people), "
+        "fold2/test (1 person), …, fold8/train (2 people) are splits of one set; "
+        "names in several are one person each: 1 (else ingest each alone, then bigface merge)",
+    )
 
 
 def test_folders_below_a_person_are_that_persons(tmp_path):
@@ -50,6 +94,10 @@ def test_groups_of_people_are_not_taken_for_people(tmp_path):
     make(tmp_path, *people(*(f"{group}/m.{group[0]}{i}" for group in ("african", "asian") for i in range(30))))
     with pytest.raises(UserError, match="african holds 30 folders of photos: give --level 1 if african is"):
         list_folder(tmp_path)
+    make(tmp_path / "set" / "around", *people(*(f"{group}/p{i}" for group in ("a", "b") for i in range(20))))
+    with pytest.raises(UserError, match="a holds 20 folders of photos: give --level 2 if a is a person, or --level 3"):
+        list_folder(tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
     assert len(list_folder(tmp_path, level=1).names) == 2
     assert len(list_folder(tmp_path, level=2).names) == 30 + 30 - 30
 
@@ -58,6 +106,33 @@ def test_names_that_differ_in_case_alone_are_refused(tmp_path):
     archive = make_zip(tmp_path / "faces.zip", dict.fromkeys(people("Anna", "anna", "ben"), b"x"))
     with pytest.raises(UserError, match="Anna and anna differ in case alone; rename one, or put their images together"):
         list_source(archive)
+
+
+def test_names_that_differ_in_unicode_form_alone_are_refused(tmp_path):
+    """macOS writes an accent apart from its letter."""
+    apart, whole = (unicodedata.normalize(form, "Zo\u00eb") for form in ("NFD", "NFC"))
+    make(tmp_path / "both", *people(apart, whole, "ben"))
+    with pytest.raises(UserError, match="differ in Unicode form alone; rename one, or put their images together"):
+        list_folder(tmp_path / "both")
+    make(tmp_path / "apart", *people(apart, "ben"))
+    (tmp_path / "list.csv").write_text(f"{whole}/0.jpg,{whole}\n{whole}/1.jpg,{whole}\nben/0.jpg,ben\nben/1.jpg,ben\n")
+    assert list_source(tmp_path / "apart", tmp_path / "list.csv").paths == people(apart, "ben")
+
+
+def test_links_to_nothing_and_to_themselves_are_counted(tmp_path):
+    make(tmp_path, *people("anna", "ben"))
+    links = {"self": "self", "ben/self.jpg": "self.jpg", "gone": "nowhere", "anna/gone.jpg": "no.jpg"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    listing = list_folder(tmp_path)
+    assert listing.passed == {"files without suffix": 2}
+    reasons = []
+    for path in ("anna/gone.jpg", "ben/self.jpg"):
+        assert path in listing.paths
+        with pytest.raises(RejectedImage) as rejected:
+            read_image("files", str(tmp_path), path, 0, 0)
+        reasons.append(str(rejected.value))
+    assert reasons == ["No such file or directory", "Too many levels of symbolic links"]
 
 
 def test_links_are_followed_and_circles_cut(tmp_path):

@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
+import shutil
 import tarfile
 
 import pyarrow as pa
@@ -92,16 +94,31 @@ def originals(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Makes an empty folder and removes the one before; pytest's own would look at all of them for each new one."""
+    root = tmp_path_factory.mktemp("fuzz")
+    numbers = itertools.count()
+
+    def make():
+        number = next(numbers)
+        shutil.rmtree(root / str(number - 1), ignore_errors=True)
+        (root / str(number)).mkdir()
+        return root / str(number)
+
+    return make
+
+
 @given(change=changes(), name=st.sampled_from(["deflated.zip", "stored.zip", "a.tar"]))
-def test_archives(originals, tmp_path_factory, change, name):
-    path = tmp_path_factory.mktemp("fuzz") / name
+def test_archives(originals, fresh, change, name):
+    path = fresh() / name
     path.write_bytes(change((originals / name).read_bytes()))
     read_all(path)
 
 
 @given(change=changes(), of_index=st.booleans(), index=st.booleans())
-def test_recordio(originals, tmp_path_factory, change, of_index, index):
-    root = tmp_path_factory.mktemp("fuzz")
+def test_recordio(originals, fresh, change, of_index, index):
+    root = fresh()
     for name in ("a.rec", "a.idx") if index else ("a.rec",):
         data = (originals / name).read_bytes()
         (root / name).write_bytes(change(data) if of_index == (name == "a.idx") else data)
@@ -109,8 +126,8 @@ def test_recordio(originals, tmp_path_factory, change, of_index, index):
 
 
 @given(change=changes(), name=st.sampled_from(["msgpack.lmdb", "pickle.lmdb", "datum.lmdb"]))
-def test_lmdb(originals, tmp_path_factory, change, name):
-    path = tmp_path_factory.mktemp("fuzz") / "a.lmdb"
+def test_lmdb(originals, fresh, change, name):
+    path = fresh() / "a.lmdb"
     path.write_bytes(change((originals / name).read_bytes()))
     read_all(path)
 
@@ -132,30 +149,30 @@ def page_changes(draw):
 
 
 @given(change=page_changes(), name=st.sampled_from(["msgpack.lmdb", "pickle.lmdb", "datum.lmdb"]))
-def test_pages_of_lmdb(originals, tmp_path_factory, change, name):
-    path = tmp_path_factory.mktemp("fuzz") / "a.lmdb"
+def test_pages_of_lmdb(originals, fresh, change, name):
+    path = fresh() / "a.lmdb"
     path.write_bytes(change((originals / name).read_bytes()))
     read_all(path)
 
 
 @given(change=changes())
-def test_tfrecord(originals, tmp_path_factory, change):
-    path = tmp_path_factory.mktemp("fuzz") / "a.tfrecord"
+def test_tfrecord(originals, fresh, change):
+    path = fresh() / "a.tfrecord"
     path.write_bytes(change((originals / "a.tfrecord").read_bytes()))
     read_all(path)
 
 
 @given(data=st.binary(max_size=200), change=changes())
-def test_examples_in_tfrecord(tmp_path_factory, data, change):
+def test_examples_in_tfrecord(fresh, data, change):
     """Whole records of changed Examples."""
-    path = tmp_path_factory.mktemp("fuzz") / "a.tfrecord"
+    path = fresh() / "a.tfrecord"
     write_tfrecord(path, [change(example(label=i // 2, image=b"image" * i)) for i in range(4)] + [data])
     read_all(path)
 
 
 @given(change=changes(), of_list=st.booleans())
-def test_tface_lists(originals, tmp_path_factory, change, of_list):
-    root = tmp_path_factory.mktemp("fuzz")
+def test_tface_lists(originals, fresh, change, of_list):
+    root = fresh()
     for name in ("T-00000.tfrecord", "list.txt"):
         data = (originals / name).read_bytes()
         (root / name).write_bytes(change(data) if of_list == (name == "list.txt") else data)
@@ -163,18 +180,21 @@ def test_tface_lists(originals, tmp_path_factory, change, of_list):
 
 
 @given(change=changes(), name=st.sampled_from(["a.parquet", "file.arrow", "saved/data-00000-of-00001.arrow"]))
-def test_tables(originals, tmp_path_factory, change, name):
-    path = tmp_path_factory.mktemp("fuzz") / f"a.{name.rpartition('.')[2]}"
+def test_tables(originals, fresh, change, name):
+    path = fresh() / f"a.{name.rpartition('.')[2]}"
     path.write_bytes(change((originals / name).read_bytes()))
     read_all(path)
 
 
 @given(change=changes(), name=st.sampled_from(["state.json", "dataset_info.json"]))
-def test_files_of_save_to_disk(originals, tmp_path_factory, change, name):
-    root = tmp_path_factory.mktemp("fuzz") / "saved"
+def test_files_of_save_to_disk(originals, fresh, change, name):
+    root = fresh() / "saved"
     root.mkdir()
     for file in (originals / "saved").iterdir():
-        (root / file.name).write_bytes(change(file.read_bytes()) if file.name == name else file.read_bytes())
+        if file.name == name:
+            (root / name).write_bytes(change(file.read_bytes()))
+        else:
+            (root / file.name).symlink_to(file)
     read_all(root)
 
 
@@ -182,8 +202,8 @@ SUFFIXES = ["zip", "tar", "rec", "csv", "txt", "tsv", "lmdb", "tfrecord", "parqu
 
 
 @given(data=st.binary(max_size=400), suffix=st.sampled_from(SUFFIXES))
-def test_any_bytes(tmp_path_factory, data, suffix):
-    path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
+def test_any_bytes(fresh, data, suffix):
+    path = fresh() / f"a.{suffix}"
     path.write_bytes(data)
     read_all(path)
 
@@ -197,9 +217,9 @@ TREES = st.lists(st.tuples(st.lists(FOLDER_NAMES, max_size=4), FILE_NAMES), max_
 
 
 @given(tree=TREES, level=st.none() | st.integers(1, 3))
-def test_folders(tmp_path_factory, tree, level):
+def test_folders(fresh, tree, level):
     """Every file below a folder becomes an image or is counted."""
-    root = tmp_path_factory.mktemp("fuzz") / "people"
+    root = fresh() / "people"
     root.mkdir()
     for folders, name in tree:
         with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
@@ -224,8 +244,8 @@ LISTS = [
 
 
 @given(change=changes(), text=st.sampled_from(LISTS))
-def test_lists_of_labels(originals, tmp_path_factory, change, text):
-    path = tmp_path_factory.mktemp("fuzz") / "list.txt"
+def test_lists_of_labels(originals, fresh, change, text):
+    path = fresh() / "list.txt"
     path.write_bytes(change(text.encode()))
     with contextlib.suppress(UserError):
         assert all(name and who for name, who in read_labels(path))
@@ -240,8 +260,8 @@ RECORD_LISTS = [
 
 
 @given(change=changes(), text=st.sampled_from(RECORD_LISTS))
-def test_lists_of_records(originals, tmp_path_factory, change, text):
-    path = tmp_path_factory.mktemp("fuzz") / "list.txt"
+def test_lists_of_records(originals, fresh, change, text):
+    path = fresh() / "list.txt"
     path.write_bytes(change(text.encode()))
     read_all(originals / "a.rec", path)
 
@@ -256,8 +276,8 @@ LANDMARKS = [
 
 
 @given(change=changes(), text=st.sampled_from(LANDMARKS), more=st.sampled_from(["", "nan", "1e39", "-inf", "1" * 5000]))
-def test_landmarks(tmp_path_factory, change, text, more):
-    path = tmp_path_factory.mktemp("fuzz") / "points.txt"
+def test_landmarks(fresh, change, text, more):
+    path = fresh() / "points.txt"
     path.write_bytes(change(text.replace("71.7", more or "71.7", 3).encode()))
     with contextlib.suppress(UserError):
         table = read_landmarks(path)
@@ -265,8 +285,8 @@ def test_landmarks(tmp_path_factory, change, text, more):
         assert points.shape == (len(PEOPLE), 5, 2)
 
 
-@given(data=st.data(), suffix=st.sampled_from([".json", ".cls", ".txt", ".cls.txt"]))
-def test_webdataset(tmp_path_factory, data, suffix):
+@given(data=st.data(), suffix=st.sampled_from([".json", ".cls", ".id", ".cls.txt", ".target.cls"]))
+def test_webdataset(fresh, data, suffix):
     """A tar whose files beside the images hold anything."""
     numbers = st.integers(0, 2).map(lambda label: b"%d" % label)
     fields = st.dictionaries(
@@ -277,7 +297,7 @@ def test_webdataset(tmp_path_factory, data, suffix):
     for i in range(data.draw(st.integers(1, 6))):
         files[f"s/{i}.x.jpg"] = b"face" * i
         files[f"s/{i}{data.draw(st.sampled_from(['', '.x']))}{suffix}"] = data.draw(beside)
-    path = make_tar(tmp_path_factory.mktemp("fuzz") / "a.tar", files)
+    path = make_tar(fresh() / "a.tar", files)
     read_all(path)
 
 
@@ -292,8 +312,8 @@ def test_urls_of_the_hub(url):
 
 
 @given(change=changes())
-def test_manifests(dataset, tmp_path_factory, change):
-    root = tmp_path_factory.mktemp("fuzz")
+def test_manifests(dataset, fresh, change):
+    root = fresh()
     for file in dataset.iterdir():
         (root / file.name).symlink_to(file)
     manifest = root / "manifest.json"

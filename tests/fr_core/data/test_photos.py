@@ -41,6 +41,45 @@ def test_16_bits_keep_their_upper_8(form):
     assert np.abs(read_rgb(out.getvalue())[..., 1].astype(int) - (grey >> 8)).max() <= 1
 
 
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_eight_bits_in_a_wider_file_are_not_black(form):
+    grey = SMOOTH[..., 0]
+    for values in (
+        grey.astype(np.uint16),
+        grey.astype(np.int32),
+        grey.astype(np.float32),
+        grey.astype(np.float32) / 255,
+    ):
+        if form == "PNG" and values.dtype != np.uint16:
+            continue
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, form)
+        assert np.abs(read_rgb(out.getvalue())[..., 2].astype(int) - grey).max() <= 1
+    colours = cv2.imencode(f".{form.lower()}", SMOOTH[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert np.abs(read_rgb(colours).astype(int) - SMOOTH).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_modes_of_png_become_rgb(mode):
+    image = Image.fromarray(SMOOTH).convert(mode)
+    options = {"transparency": 0} if mode == "P" else {}
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(SMOOTH[..., 0]))
+    out = io.BytesIO()
+    image.save(out, "PNG", **options)
+    plain = image.convert("RGB") if mode in ("1", "L", "P") else image.convert("RGBA").convert("RGB")
+    for data in (out.getvalue(), out.getvalue() + bytes(50)):
+        assert np.abs(read_rgb(data).astype(int) - np.asarray(plain)).max() <= 1
+
+
+def test_the_first_frame_of_a_moving_webp_is_read():
+    out = io.BytesIO()
+    Image.fromarray(SMOOTH).save(
+        out, "WEBP", save_all=True, append_images=[Image.fromarray(255 - SMOOTH)], lossless=True
+    )
+    assert np.array_equal(read_rgb(out.getvalue()), SMOOTH)
+
+
 def test_cmyk_is_read_in_colour():
     out = io.BytesIO()
     Image.fromarray(SMOOTH).convert("CMYK").save(out, "JPEG", quality=95)
@@ -79,6 +118,20 @@ def test_a_huge_image_is_rejected_by_its_header():
             data = b"P6\n100000 100000\n255\n" + bytes(data[15:])
         with pytest.raises(RejectedImage, match="more than 64 megapixels"):
             read_rgb(bytes(data))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 200), (200, 7)])
+def test_images_of_a_few_pixels_make_no_crop(shape):
+    for form in ("PNG", "JPEG"):
+        with pytest.raises(RejectedImage, match="smaller than 8 pixels"):
+            make_crop(encoded(form, SMOOTH[: shape[0], :1].repeat(shape[1], 1)), 112)
+
+
+def test_what_lies_in_place_of_an_image_is_named():
+    with pytest.raises(RejectedImage, match="a Git LFS pointer, not the file itself: run git lfs pull"):
+        read_rgb(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(RejectedImage, match="a web page, not the file itself: download it again"):
+        read_rgb(b"\n<!DOCTYPE html><html>404</html>")
 
 
 FORMS = {form: encoded(form) for form in ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF")}

@@ -1,6 +1,5 @@
 import os
 import tarfile
-import zipfile
 
 import pytest
 
@@ -8,7 +7,7 @@ from fr_core.data.listing import read_image
 from fr_core.data.photos import LONGEST, RejectedImage
 from fr_core.data.sources import list_folder, list_source
 from fr_core.errors import UserError
-from tests.helpers.packed import make_tar, make_zip, payload, write_rec
+from tests.helpers.packed import content, files_of, make_zip, payload, write_rec
 
 
 def test_identities_and_images_are_listed_by_name(photos):
@@ -44,47 +43,6 @@ def test_a_folder_that_cannot_be_read_is_named(photos, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match="person3: Permission denied; make the folder readable"):
         list_folder(photos)
-
-
-def content(listing):
-    """identity -> its images' bytes, in order."""
-    found = {}
-    for row in listing.images.to_pylist():
-        data = read_image(listing.kind, listing.files[row["file"]], row["path"], row["start"], row["length"])
-        found.setdefault(listing.names[row["label"]], []).append(data)
-    return found
-
-
-def files_of(photos, prefix):
-    return {f"{prefix}{p.relative_to(photos)}": p.read_bytes() for p in sorted(photos.rglob("*.jpg"))}
-
-
-def test_archives_hold_what_the_folder_holds(photos, tmp_path):
-    whole = content(list_source(photos))
-    files = files_of(photos, "data/faces/") | {"data/readme.txt": b"no image", "data/faces/person0/": b""}
-    archives = [
-        make_zip(tmp_path / "deflated.zip", files),
-        make_zip(tmp_path / "stored.zip", files, zipfile.ZIP_STORED),
-        make_tar(tmp_path / "faces.tar", {k: v for k, v in files.items() if not k.endswith("/")}),
-    ]
-    for archive in archives:
-        assert content(list_source(archive)) == whole
-
-
-def test_a_folder_of_archives_each_with_its_own_root(photos, tmp_path):
-    files = files_of(photos, "")
-    for number in range(3):
-        own = {f"0_{number}/{k}": v for k, v in files.items() if int(k[6]) % 3 == number}
-        make_zip(tmp_path / f"0_{number}.zip", own)
-    listing = list_source(tmp_path)
-    assert content(listing) == content(list_source(photos))
-    assert listing.paths[0] == "0_0.zip/0_0/person0/0.jpg"
-
-
-def test_an_archive_of_one_person_and_one_without_folders(tmp_path):
-    make_tar(tmp_path / "anna.tar", {"1.jpg": b"a", "2.jpg": b"b"})
-    make_tar(tmp_path / "x.tar", {"photos/ben/1.jpg": b"c", "photos/ben/2.jpg": b"d"})
-    assert content(list_source(tmp_path)) == {"anna": [b"a", b"b"], "ben": [b"c", b"d"]}
 
 
 def test_lists_of_files(photos, tmp_path):
@@ -134,83 +92,6 @@ def test_sources_that_cannot_be_read(tmp_path):
         list_source(tmp_path / "absent.rec")
 
 
-def test_members_that_cannot_be_read_say_why(tmp_path):
-    bomb = make_zip(tmp_path / "bomb.zip", {"a/1.jpg": bytes(LONGEST + 1), "b/1.jpg": b"x", "b/2.jpg": b"y"})
-    listing = list_source(bomb)
-    first = listing.images.to_pylist()[0]
-    with pytest.raises(RejectedImage, match="too large"):
-        read_image("zip", str(bomb), first["path"], first["start"], first["length"])
-    files = {"a/1.jpg": b"x" * 900, "b/1.jpg": b"x", "b/2.jpg": b"y" * 900}
-    damaged = make_zip(tmp_path / "damaged.zip", files, zipfile.ZIP_STORED)
-    data = bytearray(damaged.read_bytes())
-    data[0] ^= 1
-    damaged.write_bytes(bytes(data))
-    with pytest.raises(RejectedImage, match="damaged archive"):
-        content(list_source(damaged))
-    tar = make_tar(tmp_path / "cut.tar", files)
-    places = list_source(tar).images.to_pylist()
-    tar.write_bytes(tar.read_bytes()[:2000])
-    with pytest.raises(RejectedImage, match="truncated archive"):
-        read_image("plain", str(tar), "", places[2]["start"], 2000)
-    with pytest.raises(RejectedImage, match="No such file"):
-        read_image("files", str(tmp_path), "absent.jpg", 0, 0)
-
-
-def test_webdataset_tars_by_their_classes(tmp_path):
-    make_tar(tmp_path / "0.tar", {"1.jpg": b"a", "1.cls": b"7", "2.png": b"b", "2.cls": b"8\n", "2.json": b"{}"})
-    make_tar(tmp_path / "1.tar", {"./x/3.jpg": b"c", "./x/3.cls": b"7"})
-    assert content(list_source(tmp_path)) == {"7": [b"a", b"c"], "8": [b"b"]}
-    make_tar(tmp_path / "1.tar", {"x/3.jpg": b"c", "x/3.cls": b"7", "x/4.jpg": b"d"})
-    with pytest.raises(UserError, match=r"x/4\.jpg has no \.cls or \.json beside it"):
-        list_source(tmp_path)
-
-
-def test_webdataset_tars_by_texts_and_json(tmp_path):
-    files = {"a.b.jpg": b"a", "a.b.json": b'{"caption": "x", "label": 7}', "c.img.jpg": b"c", "c.json": b'{"label": 7}'}
-    make_tar(tmp_path / "0.tar", files)
-    make_tar(tmp_path / "1.tar", {"d.jpg": b"d", "d.cls.txt": b"8", "d.txt": b"a face", "e.jpg": b"e", "e.txt": b"8"})
-    listing = list_source(tmp_path)
-    assert content(listing) == {"7": [b"a", b"c"], "8": [b"d", b"e"]}
-    assert listing.passed == {".txt files": 1}
-    make_tar(tmp_path / "1.tar", {"d.jpg": b"d", "d.json": b'{"caption": "x", "score": 1}'})
-    with pytest.raises(UserError, match=r"d\.json names no identity; its fields are caption, score: rename one"):
-        list_source(tmp_path)
-    make_tar(tmp_path / "1.tar", {f"{who}/{i}.jpg": b"d" for who in "xy" for i in "12"} | {"x/1.json": b"{}"})
-    assert set(content(list_source(tmp_path / "1.tar"))) == {"x", "y"}
-
-
-def test_tars_without_folders_and_labels_may_be_shards_or_people(tmp_path):
-    for number in range(3):
-        make_tar(tmp_path / f"faces-{number:04d}.tar", {"1.jpg": b"a", "2.jpg": b"b"})
-    with pytest.raises(UserError, match=r"have neither folders nor labels: unpack each into a folder if it holds one"):
-        list_source(tmp_path)
-    (tmp_path / "faces-0001.tar").rename(tmp_path / "ben.tar")
-    assert len(content(list_source(tmp_path))) == 3
-
-
-def test_names_in_zips(photos, tmp_path):
-    def renamed(name):
-        return name.replace("person", "\u5f20")
-
-    files = {renamed(name): data for name, data in files_of(photos, "").items()}
-    whole = {renamed(name): images for name, images in content(list_source(photos)).items()}
-    with pytest.raises(UserError, match="its names are in no stated encoding; give --names-in gbk"):
-        list_source(named_in(tmp_path / "a.zip", files, "gbk"))
-    assert content(list_source(named_in(tmp_path / "a.zip", files, "gbk"), names_in="gbk")) == whole
-    assert content(list_source(named_in(tmp_path / "a.zip", files, "utf-8"))) == whole
-
-
-def named_in(path, files, encoding):
-    """A zip whose names are bytes of an encoding that it does not state, with backslashes between folders."""
-    named = {name.replace("/", "\\").encode(encoding): data for name, data in files.items()}
-    make_zip(path, {f"{number:03d}".ljust(len(name), "_"): data for number, (name, data) in enumerate(named.items())})
-    raw = path.read_bytes()
-    for number, name in enumerate(named):
-        raw = raw.replace(f"{number:03d}".ljust(len(name), "_").encode(), name)
-    path.write_bytes(raw)
-    return path
-
-
 def test_a_folder_around_tables_or_archives_is_looked_through(photos, tmp_path):
     (tmp_path / "hub" / "data").mkdir(parents=True)
     (tmp_path / "hub" / "README.md").touch()
@@ -224,43 +105,6 @@ def test_what_a_folder_without_images_holds_is_said(tmp_path):
         (tmp_path / f"{number}.tfr").touch()
     with pytest.raises(UserError, match=r"it holds \.tfr files \(12\): expected IDENTITY"):
         list_source(tmp_path)
-
-
-def test_damaged_tars_are_refused_whole(tmp_path):
-    files = {f"{who}/{i}.jpg": bytes(700) for who in "abcd" for i in range(3)}
-    whole = make_tar(tmp_path / "a.tar", files).read_bytes()
-    header = whole.index(b"c/0.jpg")
-    (tmp_path / "a.tar").write_bytes(whole[: header + 150] + b"x" + whole[header + 151 :])  # its checksum
-    (tmp_path / "b.tar").write_bytes(whole + whole)
-    for name in ("a.tar", "b.tar"):
-        with pytest.raises(UserError, match="damaged after byte"):
-            list_source(tmp_path / name)
-
-
-def test_tars_that_walk_in_circles_or_nest_without_end(tmp_path):
-    def header(name, size, kind):
-        info = tarfile.TarInfo(name)
-        info.type = kind
-        block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
-        block[124:136] = size
-        block[148:156] = b"        "
-        block[148:156] = b"%06o\0 " % sum(block)
-        return bytes(block)
-
-    first = header("a/1.jpg", b"00000000000\0", tarfile.REGTYPE)
-    circle = first + header("a/2.jpg", b"\xff" * 10 + (-512).to_bytes(2, "big", signed=True), tarfile.REGTYPE)
-    nested = header("x", b"00000000001\0", tarfile.GNUTYPE_LONGNAME) + b"y".ljust(512, b"\0")
-    huge = header("x", b"\x80" + (2**60).to_bytes(11, "big"), tarfile.GNUTYPE_LONGNAME)
-    for data in (circle * 3, nested * 3000, first + huge):
-        (tmp_path / "a.tar").write_bytes(data)
-        with pytest.raises(UserError, match=r"a\.tar"):
-            list_source(tmp_path / "a.tar")
-
-
-def test_what_macos_leaves_beside_images_is_none(photos, tmp_path):
-    files = files_of(photos, "faces/")
-    files |= {f"__MACOSX/{name.replace('/0', '/._0')}": b"x" for name in files} | {"faces/person1/._2.jpg": b"x"}
-    assert content(list_source(make_zip(tmp_path / "a.zip", files))) == content(list_source(photos))
 
 
 def test_kinds_beside_each_other_are_refused(photos, tmp_path):
@@ -297,15 +141,6 @@ def test_loose_files_that_are_no_files(tmp_path):
     for path, reason in (("pipe.jpg", "no regular file"), ("large.jpg", "too large"), ("a\0.jpg", "no path")):
         with pytest.raises(RejectedImage, match=reason):
             read_image("files", str(tmp_path), path, 0, 0)
-
-
-def test_a_flipped_bit_in_a_zip_is_found(tmp_path):
-    path = make_zip(tmp_path / "a.zip", {"a/1.jpg": b"x" * 500, "b/1.jpg": b"y", "b/2.jpg": b"z"}, zipfile.ZIP_STORED)
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(bytes(data))
-    with pytest.raises(RejectedImage, match="damaged archive"):
-        content(list_source(path))
 
 
 RECORD_LISTS = {

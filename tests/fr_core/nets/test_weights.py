@@ -282,9 +282,13 @@ def test_programs_and_damaged_files_are_explained(tmp_path):
         with pytest.raises(UserError, match=r"net\.pth: not readable as PyTorch weights: \S"):
             open_net(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(UserError, match="a Git LFS pointer: fetch the file"):
+    with pytest.raises(UserError, match="a Git LFS pointer, not the file itself: run git lfs pull"):
         open_net(path)
-    others = {b"<!DOCTYPE html>": "a web page, not weights", b"\x89HDF\r\n": "Keras", b"\x12\x01\x00\x00\0": "MXNet"}
+    others = {
+        b"<!DOCTYPE html>": "a web page, not the file itself",
+        b"\x89HDF\r\n": "Keras",
+        b"\x12\x01\x00\x00\0": "MXNet",
+    }
     for begins, what in others.items():
         path.write_bytes(begins)
         with pytest.raises(UserError, match=what):
