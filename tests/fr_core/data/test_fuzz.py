@@ -88,7 +88,7 @@ def originals(tmp_path_factory):
     table = pa.table({"image": cells, "label": [label for _, label in images]})
     table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
     pq.write_table(table, root / "a.parquet", row_group_size=4)
-    save_to_disk(root / "saved", [table], {})
+    save_to_disk(root / "saved", [table.take([0, 1, 3, 4])], {})
     with pa.ipc.new_file(root / "file.arrow", table.schema) as file:
         file.write_table(table)
     return root
