@@ -8,6 +8,7 @@ import pytest
 import ray
 import requests
 import yaml
+from ray._private.state import actors
 from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 from ray.autoscaler._private.util import prepare_config
 from ray.train import ScalingConfig
@@ -57,6 +58,7 @@ def joined(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(machines, "start_ray", lambda: None)
+    monkeypatch.setattr(machines, "keep_no_machine", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": UP[0]}, {"Alive": False, "Resources": {}}])
     return tmp_path
 
@@ -183,6 +185,15 @@ def test_a_run_waits_until_its_machines_are_free(caplog, monkeypatch):
     caplog.clear()
     await_machines(ScalingConfig(num_workers=2, resources_per_worker={"CPU": machine["CPU"] / 2}))
     assert heard(caplog) == []  # they were free at once
+
+
+@pytest.mark.ray
+def test_the_lasting_actor_of_ray_data_is_on_the_node_that_starts_a_run():
+    start_ray()
+    machines.keep_no_machine()
+    ray.get_actor("datasets_stats_actor", "_dataset_stats_actor")
+    (actor,) = [actor for actor in actors().values() if actor["Name"] == "datasets_stats_actor"]
+    assert actor["Address"]["NodeID"] in ("", ray.get_runtime_context().get_node_id())  # empty while it starts
 
 
 @pytest.mark.ray
