@@ -100,7 +100,7 @@ def describe(
 
 def figures_table(figures: Mapping[str, float]) -> list[tuple[str, ...]]:
     """Return all figures of a run's report as a table, header first."""
-    return [("figure", "value"), *((name, f"{value:,.4g}") for name, value in figures.items())]
+    return [("figure", "value"), *((name, _as_text(value)) for name, value in figures.items())]
 
 
 def headline(figures: Mapping[str, float]) -> str:
@@ -117,3 +117,7 @@ def headline(figures: Mapping[str, float]) -> str:
 
 def _is_tar(figure: str) -> bool:
     return figure.startswith("tar_at_far_") and not figure.endswith(("_low", "_high"))
+
+
+def _as_text(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

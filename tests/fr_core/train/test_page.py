@@ -89,7 +89,7 @@ def test_the_description_has_the_command_and_the_headline(tracked):
         note = mlflow_run(tracked).data.tags[NOTE]
         assert command in note
         assert headline(figures) in note
-        assert f"| images | {figures['images']:,.4g} |" in note
+        assert f"| images | {figures['images']:,} |" in note
         train(config, out, in_process=True, resume=True)
     assert client.get_experiment_by_name("bigface").tags[NOTE] == CHOOSE_VIEW
 
