@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from fr_core.data.stand_ins import refuse_stand_ins
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.names import weights_name
@@ -236,10 +237,13 @@ def read_model(path: Path, with_data: bool = False) -> "ModelProto":
     from google.protobuf.message import DecodeError
     from onnx.external_data_helper import load_external_data_for_model
 
+    refuse_stand_ins([path])
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty: copy it again")
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise UserError(f"{path}: not readable as ONNX: {error}") from None
+        raise UserError(f"{path}: not readable as ONNX: {error}; cut off, damaged or another format") from None
     if not model.graph.node:
         raise UserError(f"{path}: not readable as ONNX: it has no operators")
     own = {*DOMAINS, *(function.domain for function in model.functions)}

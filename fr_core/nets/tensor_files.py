@@ -7,7 +7,9 @@ real code is neither imported nor called. A file that names anything else is ref
 
 import pickle
 import re
+import struct
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,11 +30,15 @@ BOOKKEEPING = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|torchmetrics|omegaconf|easydict|yacs|ml_collections|mmengine|mmcv"
     r"|argparse|pathlib|numpy|_codecs|collections)\."
 )
-# What a file begins with that is no weights at all.
+# What the first bytes of a file may be that is no weights of PyTorch: where they stand, and the mend.
 OTHERS = {
-    b"\x89HDF": "an HDF5 file, as Keras writes it: convert the net to ONNX",
-    b"\x12\x01\x00\x00": "parameters of MXNet: convert the net to ONNX",
+    b"\x89HDF": (0, "an HDF5 file, as Keras writes it: convert the net to ONNX"),
+    b"\x12\x01\x00\x00": (0, "parameters of MXNet: convert the net to ONNX"),
+    b"TFL3": (4, "a net of TensorFlow Lite: convert it to ONNX"),
+    b"\x1f\x8b": (0, "compressed by gzip: decompress it first"),
 }
+PICKLE, ZIP = b"\x80", b"PK\x03\x04"
+DAMAGED = "cut off or damaged: copy the file again"
 
 
 @dataclass(frozen=True)
@@ -63,19 +69,30 @@ def read_tensor_file(path: AnyPath) -> TensorFile:
         with local_copy(path) as file:
             with file.open("rb") as stream:
                 start = stream.read(64)
-            if what := stand_in(start):
-                raise UserError(f"{path}: {what}")
-            for begins, what in OTHERS.items():
-                if start.lstrip().startswith(begins):
-                    raise UserError(f"{path}: {what}")
-            pickled = start.startswith((b"PK\x03\x04", b"\x80"))
-            if pickled or not (path.name.endswith(".safetensors") or start[8:9] == b"{"):
-                return TensorFile(dict(_flat(_unpickled(path, file, start.startswith(b"PK")))))
+            if start.startswith((ZIP, PICKLE)):
+                return TensorFile(dict(_flat(_unpickled(path, file, start.startswith(ZIP)))))
+            _refuse_others(path, start)
             with safe_open(file, "pt") as header:
                 net = (header.metadata() or {}).get("net")
             return TensorFile(load_file(file), net)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors weights: {error}") from None
+        mend = f"; {DAMAGED}" if isinstance(error, SafetensorError) else ""
+        raise UserError(f"{path}: not readable as safetensors weights: {error}{mend}") from None
+
+
+def _refuse_others(path: AnyPath, start: bytes) -> None:
+    """Refuse a file that is neither safetensors nor a zip or a pickle, by its first bytes.
+
+    Raises:
+        UserError: The file is one; the message says what it is, if that is known.
+    """
+    if not start:
+        raise UserError(f"{path}: the file is empty: copy it again")
+    what = stand_in(start) or next((what for key, (at, what) in OTHERS.items() if start[at:].startswith(key)), None)
+    if what:
+        raise UserError(f"{path}: {what}")
+    if not path.name.endswith(".safetensors") and start[8:9] != b"{":
+        raise UserError(f"{path}: no file of weights: give safetensors, ONNX or what torch.save writes")
 
 
 def _unpickled(path: AnyPath, file: Path, zipped: bool) -> object:
@@ -84,6 +101,8 @@ def _unpickled(path: AnyPath, file: Path, zipped: bool) -> object:
     Raises:
         UserError: The file is damaged, or would have to run code.
     """
+    if zipped:
+        _refuse_other_zips(path, file)
     try:
         with warnings.catch_warnings(action="ignore"):
             unknown = get_unsafe_globals_in_checkpoint(file) if zipped else []
@@ -103,7 +122,25 @@ def _unpickled(path: AnyPath, file: Path, zipped: bool) -> object:
         if "torchscript" in str(error).lower():
             raise UserError(f"{path}: refused: a TorchScript program: save the net's state_dict() instead") from None
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not readable as PyTorch weights: {reason}") from None
+        raise UserError(f"{path}: not readable as PyTorch weights: {reason}; {DAMAGED}") from None
+
+
+def _refuse_other_zips(path: AnyPath, file: Path) -> None:
+    """Refuse a zip that is cut off, or that ``torch.save`` did not write.
+
+    Raises:
+        UserError: The file is one.
+    """
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"{path}: not readable as PyTorch weights: {DAMAGED}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error):
+        raise UserError(f"{path}: not readable as PyTorch weights: {DAMAGED}") from None
+    if not any(name.endswith("/data.pkl") for name in names):
+        held = f", which holds {names[0]}" if names else ""
+        raise UserError(f"{path}: a zip that torch.save did not write{held}: unpack it, and give the weights in it")
 
 
 def _stand_in(name: str) -> type:

@@ -114,7 +114,10 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
         UserError: All pairs are of one kind, there are fewer than two folds, or scores are not finite.
     """
     if pairs.same.all() or not pairs.same.any():
-        raise UserError("verification needs both same and different pairs: add pairs of the other kind")
+        have, lack = ("one person", "two people") if pairs.same.all() else ("two people", "one person")
+        raise UserError(
+            f"all {len(pairs.same):,} pairs are of {have}, but verification needs both: add pairs of {lack}"
+        )
     if not np.isfinite(scores).all():
         raise UserError("the net's embeddings are not finite: its training diverged, or its weights are broken")
     folds = np.unique(pairs.fold)
@@ -133,6 +136,22 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
         accuracy_interval(right, people(pairs)),
         tar_intervals(scores, pairs.same, people(pairs), fars),
     )
+
+
+def odd_pairs(pairs: Pairs) -> dict[str, int]:
+    """Count the pairs that a good list does not have, by what is odd about them; those that do not occur are left out.
+
+    The order of a pair's images does not matter.
+    """
+    ends_P2 = np.sort(np.column_stack([pairs.left, pairs.right]), axis=1)
+    key_P = ends_P2 @ np.array([len(pairs.paths), 1])
+    distinct = len(np.unique(key_P))
+    counts = {
+        "pairs that repeat others": len(key_P) - distinct,
+        "pairs called both same and different": len(np.unique(2 * key_P + pairs.same)) - distinct,
+        "pairs of an image with itself": int((ends_P2[:, 0] == ends_P2[:, 1]).sum()),
+    }
+    return {what: count for what, count in counts.items() if count}
 
 
 def resolved_fars(same: np.ndarray) -> list[float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from fr_core.data.resolve import resolve
 from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
@@ -43,6 +44,7 @@ PAIRS = "Pairs, as bigface verify takes them."
 PAIRS_IMAGES = "Folder of the pairs' images, to verify before and after."
 CENTRE = "the centre was taken for the face"
 PHOTOS = ("A.jpg", "B.jpg")  # placeholders in commands to copy
+SHOWN_IMAGES = 10  # left out of a verification, that are named
 VERIFY_FILES = ("roc.png", "det.png", "scores.png", "results.md")
 
 
@@ -139,6 +141,7 @@ def pair_figures(results: "Mapping[str, Result]") -> tuple[dict[str, float], dic
     Returns:
         The figures of all sets, and image -> why it was left out.
     """
+    from fr_core.verify.pairs import odd_pairs
     from fr_core.verify.report import verification_figures
 
     figures: dict[str, float] = {}
@@ -148,9 +151,13 @@ def pair_figures(results: "Mapping[str, Result]") -> tuple[dict[str, float], dic
         figures |= verification_figures(result.verification, prefix)
         figures |= {f"{prefix}missing_images": len(result.failed), f"{prefix}skipped_pairs": result.skipped}
         missing |= {f"{name}/{path}" if name else path: reason for path, reason in result.failed.items()}
-        for path, reason in sorted(result.failed.items()):
+        for path, reason in sorted(result.failed.items())[:SHOWN_IMAGES]:
             show_line(f"{path}: {reason}", "yellow")
+        if (more := len(result.failed) - SHOWN_IMAGES) > 0:
+            show_line(f"… and {more:,} more; --json lists all", "yellow")
         of_set = f"{name}: " if name else ""
+        for what, count in odd_pairs(result.pairs).items():
+            show_line(f"warning: {of_set}{what}: {count:,}", "yellow")
         if result.not_square:
             show_line(f"warning: {of_set}{len(result.not_square)} images are no square crops; {CENTRE}", "bold red")
         if result.failed:
@@ -204,7 +211,7 @@ def example_photos(result: "Result", images: Path | None) -> tuple[str, str]:
     pairs = result.pairs
     if images is None or pairs.images:
         return PHOTOS
-    left, right = pairs.paths[pairs.left[0]], pairs.paths[pairs.right[0]]
+    left, right = resolve([pairs.paths[pairs.left[0]], pairs.paths[pairs.right[0]]], images)
     return str(images / left), str(images / right)
 
 

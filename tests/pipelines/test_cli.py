@@ -79,14 +79,15 @@ def test_verify_and_match_use_the_run(trained, photos, tmp_path):
     pairs = tmp_path / "pairs.csv"
     rows = [(f"person{i}/{k}.jpg", f"person{i}/{k + 1}.jpg", 1, i % 2) for i in range(6) for k in range(4)]
     rows += [(f"person{i}/{k}.jpg", f"person{(i + 2) % 6}/{k}.jpg", 0, i % 2) for i in range(6) for k in range(4)]
-    rows.append(("person0/0.jpg", "person0/absent.jpg", 1, 0))
+    rows += [("person0/0.jpg", f"person0/absent{i}.jpg", 1, 0) for i in range(12)]
+    rows.append(("person0/1.jpg", "person0/0.jpg", 0, 0))  # contradicts the first
     with pairs.open("w", newline="") as file:
         csv.writer(file).writerows([("image_a", "image_b", "same", "fold"), *rows])
     output = bigface(
         "verify", trained, "--images", photos, "--pairs", pairs, "--out", tmp_path, "--json", tmp_path / "v.json"
     )
     found = figures(tmp_path / "v.json")
-    assert (found["pairs"], found["missing_images"], found["skipped_pairs"]) == (48, 1, 1)
+    assert (found["pairs"], found["missing_images"], found["skipped_pairs"]) == (49, 12, 12)
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{trained.parent}/mlflow.db")
@@ -96,8 +97,11 @@ def test_verify_and_match_use_the_run(trained, photos, tmp_path):
         "verify/pairs/roc.png",
         "verify/pairs/det.png",
     }
-    assert "person0/absent.jpg: missing" in output
-    assert json.loads((tmp_path / "v.json").read_text())["missing"] == {"person0/absent.jpg": "missing"}
+    assert "warning: pairs called both same and different: 1" in output
+    assert output.count(": missing") == 10
+    assert "… and 2 more; --json lists all" in output
+    absent = {f"person0/absent{i}.jpg": "missing" for i in range(12)}
+    assert json.loads((tmp_path / "v.json").read_text())["missing"] == absent
     assert (tmp_path / "roc.png").stat().st_size > 1000
     assert (tmp_path / "scores.png").stat().st_size > 1000
     a, b = photos / "person0/0.jpg", photos / "person0/1.jpg"

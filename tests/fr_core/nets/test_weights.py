@@ -1,8 +1,10 @@
 """Weights of other projects: opened with their own pixels, asked for where a file does not tell, or refused."""
 
 import argparse
+import gzip
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -279,7 +281,9 @@ def test_programs_and_damaged_files_are_explained(tmp_path):
     good = saved(settled(Insight(), gain=False).state_dict(), path).read_bytes()
     for damaged in (good[:100], good[: len(good) // 2], good[:-30], b"\x80\x02}", b"PK\x03\x04"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"net\.pth: not readable as PyTorch weights: \S"):
+        with pytest.raises(
+            UserError, match=r"not readable as PyTorch weights: .*cut off or damaged: copy the file"
+        ):
             open_net(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match="a Git LFS pointer, not the file itself: run git lfs pull"):
@@ -288,9 +292,34 @@ def test_programs_and_damaged_files_are_explained(tmp_path):
         b"<!DOCTYPE html>": "a web page, not the file itself",
         b"\x89HDF\r\n": "Keras",
         b"\x12\x01\x00\x00\0": "MXNet",
+        b"\x1c\0\0\0TFL3": "TensorFlow Lite: convert it to ONNX",
+        gzip.compress(good): "compressed by gzip: decompress it first",
+        b"": "the file is empty: copy it again",
+        b"\x08\x01\x12\xb0" * 20: "no file of weights: give safetensors, ONNX or what torch.save writes",  # a .pb
     }
     for begins, what in others.items():
         path.write_bytes(begins)
+        with pytest.raises(UserError, match=what):
+            open_net(path)
+
+
+def test_a_zip_around_weights_is_to_be_unpacked(tmp_path):
+    path = saved(settled(Insight(), gain=False).state_dict(), tmp_path / "inner.pth")
+    with zipfile.ZipFile(tmp_path / "net.pth", "w") as archive:
+        archive.write(path, "inner.pth")
+    with pytest.raises(UserError, match=r"a zip that torch\.save did not write, which holds inner\.pth: unpack it"):
+        open_net(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
+def test_files_that_are_empty_cut_off_or_were_not_fetched(tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    for data, what in (
+        (b"", "the file is empty: copy it again"),
+        (b"<!DOCTYPE html>", "a web page, not the file itself"),
+        ((2000).to_bytes(8, "little") + b'{"a":', "cut off"),
+    ):
+        path.write_bytes(data)
         with pytest.raises(UserError, match=what):
             open_net(path)
 

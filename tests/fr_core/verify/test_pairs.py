@@ -13,6 +13,7 @@ from fr_core.verify.pairs import (
     Pairs,
     best_threshold,
     make_pairs,
+    odd_pairs,
     read_crops,
     read_images,
     score_pairs,
@@ -78,7 +79,8 @@ def test_tar_is_given_only_for_rates_that_the_impostors_resolve():
 @pytest.mark.parametrize(
     ("scores", "same", "fold", "message"),
     [
-        ([1, 2, 3], [1, 1, 1], [0, 1, 2], "both same and different"),
+        ([1, 2, 3], [1, 1, 1], [0, 1, 2], "all 3 pairs are of one person, but .* both: add pairs of two people"),
+        ([1, 2, 3], [0, 0, 0], [0, 1, 2], "all 3 pairs are of two people, but .* both: add pairs of one person"),
         ([1, 2, 3], [1, 0, 1], [0, 0, 0], "two folds"),
         ([1, np.nan, 3], [1, 0, 1], [0, 1, 2], "not finite"),
     ],
@@ -86,6 +88,17 @@ def test_tar_is_given_only_for_rates_that_the_impostors_resolve():
 def test_what_cannot_be_scored_is_refused(scores, same, fold, message):
     with pytest.raises(UserError, match=message):
         score_pairs(np.array(scores, float), pairs_of(same, fold))
+
+
+def test_pairs_that_a_good_list_does_not_have_are_counted():
+    left, right = np.array([0, 1, 0, 2, 2, 3]), np.array([1, 0, 1, 3, 2, 2])
+    pairs = Pairs(list("abcd"), left, right, np.array([1, 1, 0, 0, 1, 1], bool), np.zeros(6, int))
+    assert odd_pairs(pairs) == {
+        "pairs that repeat others": 3,
+        "pairs called both same and different": 2,
+        "pairs of an image with itself": 1,
+    }
+    assert odd_pairs(pairs.keep(np.array([False, False, True, False]))) == {"pairs of an image with itself": 1}
 
 
 def test_missing_and_broken_images_are_named_and_their_pairs_left_out(photos, tmp_path):
