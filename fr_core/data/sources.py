@@ -12,7 +12,7 @@ import numpy as np
 from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.folders import LOOSE, find_files, images_of, is_split, owners_of, why_passed
 from fr_core.data.labels import read_labels, read_record_labels
-from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
+from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
 from fr_core.data.lmdb_images import SUFFIXES as LMDBS
 from fr_core.data.lmdb_images import find_lmdbs, list_lmdb
 from fr_core.data.recordio import CUT_OFF, list_records
@@ -28,6 +28,7 @@ LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
 REPLACED = "files that a later one of the same name replaces"
 BESIDE_PACKED = "photos beside a file that packs others"
+INDEXES = {".idx", ".index", ".mdb"}  # read beside a .rec and TFRecords; LMDB's lock
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
@@ -139,8 +140,10 @@ def _list_dir(
         return _list_dir(folders[0], scratch, level, names_in, depth + 1)
     else:
         return list_folder(source, level)
-    photos = sum(is_image(entry.name) for entry in inside)
-    return replace(listing, passed=listing.passed | {BESIDE_PACKED: photos}) if photos else listing
+    used = {*records, *zips, *tars, *lmdbs, *tfrecords}
+    others = [entry.name for entry in inside if entry not in used and entry.suffix.lower() not in INDEXES]
+    passed = Counter(listing.passed) + Counter(why_passed(name) or BESIDE_PACKED for name in others)
+    return replace(listing, passed=dict(sorted(passed.items())))
 
 
 def _holds_files(folder: AnyPath) -> bool:
@@ -174,13 +177,15 @@ def list_folder(root: str | AnyPath, level: int | None = None) -> Listing:
     if loose := len(images) - len(paths):
         passed[LOOSE] = loose
     if not paths:
-        raise UserError(f"{root}: no identity folders with images; {_seen(passed)}")
+        raise UserError(f"{root}: no identity folders with images; {_seen(passed, level)}")
     kept = [owner for owner in owners if owner]
     return make_listing(root, "files", [str(root.resolve())], paths, kept, passed=passed, notes=notes)
 
 
-def _seen(passed: Mapping[str, int]) -> str:
+def _seen(passed: Mapping[str, int], level: int | None) -> str:
     """Return what a folder without images of people holds, and the mend."""
+    if LOOSE in passed and level:
+        return f"no photo lies {level} folders deep: give a lower --level"
     if LOOSE in passed:
         return "the images lie loose: give each person a folder, or a list by --labels"
     if not passed:
@@ -267,7 +272,11 @@ def list_archives(
     kept = [i for i, owner in enumerate(owners) if owner]
     if not kept:
         seen = f", but {_most(passed)}" if passed else ""
-        form = "PERSON/photo.jpg; archives inside are not read"
+        form = (
+            "PERSON/photo.jpg; archives inside are not read"
+            if not level
+            else f"folders {level} deep, or a lower --level"
+        )
         raise UserError(f"{root}: holds no images of people{seen}: expected {form}")
     return make_listing(
         root,

@@ -281,9 +281,7 @@ def test_programs_and_damaged_files_are_explained(tmp_path):
     good = saved(settled(Insight(), gain=False).state_dict(), path).read_bytes()
     for damaged in (good[:100], good[: len(good) // 2], good[:-30], b"\x80\x02}", b"PK\x03\x04"):
         path.write_bytes(damaged)
-        with pytest.raises(
-            UserError, match=r"not readable as PyTorch weights: .*cut off or damaged: copy the file"
-        ):
+        with pytest.raises(UserError, match=r"not readable as PyTorch weights: .*cut off or damaged: copy the file"):
             open_net(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match="a Git LFS pointer, not the file itself: run git lfs pull"):
