@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from fr_core.data.photos import SUFFIXES
@@ -40,6 +40,12 @@ def images_of(paths: Sequence[str]) -> tuple[list[int], Counter[str]]:
     reasons = [why_passed(path) for path in paths]
     images = [i for i, reason in enumerate(reasons) if reason is None]
     return images, Counter(reason for reason in reasons if reason is not None)
+
+
+def most_of(passed: Mapping[str, int]) -> str:
+    """Return the most frequent reasons for which files are passed over, and their numbers."""
+    most = sorted(passed.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{reason} ({count:,})" for reason, count in most)
 
 
 def find_files(root: AnyPath) -> Iterator[str]:

@@ -2,17 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
 
-from fr_core.data.archives import tar_members, zip_members
-from fr_core.data.folders import LOOSE, find_files, images_of, is_split, owners_of, why_passed
+from fr_core.data.archive_images import list_archives
+from fr_core.data.folders import LOOSE, find_files, images_of, most_of, owners_of, why_passed
 from fr_core.data.labels import read_labels, read_record_labels
-from fr_core.data.listing import UNLABELLED, Listing, is_image, list_rows, make_listing
+from fr_core.data.listing import UNLABELLED, Listing, list_rows, make_listing
 from fr_core.data.lmdb_images import SUFFIXES as LMDBS
 from fr_core.data.lmdb_images import find_lmdbs, list_lmdb
 from fr_core.data.recordio import CUT_OFF, list_records
@@ -21,13 +21,12 @@ from fr_core.data.store import AnyPath, local_copy, to_path
 from fr_core.data.tables import SUFFIXES as TABLES
 from fr_core.data.tables import find_tables, list_tables
 from fr_core.data.tfrecord import is_tface_list, is_tfrecord, list_tface, list_tfrecords
-from fr_core.data.webdataset import labels_beside
 from fr_core.errors import UserError
 
 LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
-REPLACED = "files that a later one of the same name replaces"
 BESIDE_PACKED = "photos beside a file that packs others"
+INDEXES = {".idx", ".index", ".mdb"}  # read beside a .rec and TFRecords; LMDB's lock
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
@@ -139,8 +138,10 @@ def _list_dir(
         return _list_dir(folders[0], scratch, level, names_in, depth + 1)
     else:
         return list_folder(source, level)
-    photos = sum(is_image(entry.name) for entry in inside)
-    return replace(listing, passed=listing.passed | {BESIDE_PACKED: photos}) if photos else listing
+    used = {*records, *zips, *tars, *lmdbs, *tfrecords}
+    others = [entry.name for entry in inside if entry not in used and entry.suffix.lower() not in INDEXES]
+    passed = Counter(listing.passed) + Counter(why_passed(name) or BESIDE_PACKED for name in others)
+    return replace(listing, passed=dict(sorted(passed.items())))
 
 
 def _holds_files(folder: AnyPath) -> bool:
@@ -174,29 +175,20 @@ def list_folder(root: str | AnyPath, level: int | None = None) -> Listing:
     if loose := len(images) - len(paths):
         passed[LOOSE] = loose
     if not paths:
-        raise UserError(f"{root}: no identity folders with images; {_seen(passed)}")
+        raise UserError(f"{root}: no identity folders with images; {_seen(passed, level)}")
     kept = [owner for owner in owners if owner]
     return make_listing(root, "files", [str(root.resolve())], paths, kept, passed=passed, notes=notes)
 
 
-def _seen(passed: Mapping[str, int]) -> str:
+def _seen(passed: Mapping[str, int], level: int | None) -> str:
     """Return what a folder without images of people holds, and the mend."""
+    if LOOSE in passed and level:
+        return f"no photo lies {level} folders deep: give a lower --level"
     if LOOSE in passed:
         return "the images lie loose: give each person a folder, or a list by --labels"
     if not passed:
         return "it holds no files: expected IDENTITY/*.jpg"
-    return f"it holds {_most(passed)}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
-
-
-def _beside(passed: Mapping[str, int]) -> str:
-    """Return what else lies beside images, for a message."""
-    return f"; beside them are {_most(passed)}, which name nobody" if passed else ""
-
-
-def _most(passed: Mapping[str, int]) -> str:
-    """Return the most frequent kinds of files that were passed over, and their numbers."""
-    most = sorted(passed.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{reason} ({count:,})" for reason, count in most)
+    return f"it holds {most_of(passed)}: expected IDENTITY/*.jpg, archives, .rec or .parquet"
 
 
 def list_unlabelled(root: str | AnyPath) -> Listing:
@@ -212,81 +204,6 @@ def list_unlabelled(root: str | AnyPath) -> Listing:
         raise UserError(f"{root}: no images in it" if place.is_dir() else f"{root}: no such folder")
     paths, owners = [files[i] for i in found], [UNLABELLED] * len(found)
     return make_listing(place, "files", [str(place.resolve())], paths, owners, passed=passed)
-
-
-def list_archives(
-    root: AnyPath, archives: Sequence[AnyPath], level: int | None = None, names_in: str | None = None
-) -> Listing:
-    """List the images in archives, all zip or all tar, each a tree of identity folders.
-
-    Folders count as in a folder of photos. In archives without folders, each archive is an identity. In a WebDataset
-    tar, files beside the images name the identities (:mod:`fr_core.data.webdataset`). Archives may share identities, by
-    name.
-
-    Raises:
-        UserError: an image lacks its label while others have one, the archives may be shards or people, or as
-            :func:`list_folder`.
-    """
-    zipped = archives[0].suffix.lower() == ".zip"
-    paths: list[str] = []
-    owners: list[str | None] = []
-    places: list[tuple[int, int, int]] = []
-    passed: Counter[str] = Counter()
-    notes: list[str] = []
-    unlabelled = []
-    for number, path in enumerate(archives):
-        with local_copy(path) as file:
-            stored = sorted(zip_members(file, names_in) if zipped else tar_members(file), key=lambda m: m.name)
-            members = list({member.name: member for member in stored}.values())
-            found, others = images_of([member.name for member in members])
-            images = [members[i] for i in found]
-            names = [member.name for member in images]
-            of_folders, said = owners_of(names, path, level)
-            in_folders = all(of_folders) and (len(archives) > 1 or len(set(of_folders)) > 1)
-            labels, beside = (None, set()) if zipped else labels_beside(file, members, images, in_folders)
-        if labels is None and images and not any(of_folders) and level is None:
-            labels = [path.stem] * len(images)
-            unlabelled.append(path.stem)
-        owners += of_folders if labels is None else labels
-        paths += names if len(archives) == 1 else [f"{path.name}/{name}" for name in names]
-        places += [(number, member.start, member.length) for member in images]
-        passed += others - images_of(sorted(beside))[1]
-        if replaced := len(stored) - len(members):
-            passed[REPLACED] += replaced
-        notes += said if len(archives) == 1 else []
-    if len(archives) == 1 and unlabelled:
-        form = "PERSON/photo.jpg" if zipped else "PERSON/photo.jpg, or with the person in KEY.cls beside KEY.jpg"
-        raise UserError(f"{root}: its images lie in no folders{_beside(passed)}: pack them as {form}")
-    if len(unlabelled) > 1 and (_running_numbers(unlabelled) or all(map(is_split, unlabelled))):
-        raise UserError(
-            f"{root}: {unlabelled[0]} and the others have neither folders nor labels{_beside(passed)}: unpack each "
-            "into a folder if it holds one person, or add KEY.cls files if they are shards"
-        )
-    if loose := owners.count(None):
-        passed[LOOSE] = loose
-    kept = [i for i, owner in enumerate(owners) if owner]
-    if not kept:
-        seen = f", but {_most(passed)}" if passed else ""
-        form = "PERSON/photo.jpg; archives inside are not read"
-        raise UserError(f"{root}: holds no images of people{seen}: expected {form}")
-    return make_listing(
-        root,
-        "zip" if zipped else "plain",
-        [str(path.resolve()) for path in archives],
-        [paths[i] for i in kept],
-        [str(owners[i]) for i in kept],
-        [places[i] for i in kept],
-        passed=passed,
-        notes=notes,
-    )
-
-
-def _running_numbers(names: Sequence[str]) -> bool:
-    """Return whether names end in numbers that run on by one, as shards have them."""
-    numbers = [re.search(r"(\d+)$", name) for name in names]
-    ends = sorted(int(number[1]) for number in numbers if number)
-    starts = {name[: number.start()] for name, number in zip(names, numbers, strict=True) if number}
-    return len(ends) == len(names) and len(starts) == 1 and ends == list(range(ends[0], ends[0] + len(ends)))
 
 
 def list_rec(path: AnyPath, table: AnyPath | None = None) -> Listing:

@@ -11,7 +11,7 @@ from fr_core.data.listing import read_image
 from fr_core.data.photos import LONGEST, RejectedImage
 from fr_core.data.sources import list_source
 from fr_core.errors import UserError
-from tests.helpers.packed import content, files_of, make_tar, make_zip
+from tests.helpers.packed import content, files_of, make_tar, make_zip, payload, write_rec
 
 
 def test_archives_hold_what_the_folder_holds(photos, tmp_path):
@@ -97,10 +97,17 @@ def test_archives_of_archives_are_refused_and_photos_beside_them_counted(photos,
     with pytest.raises(UserError, match=r"holds no images of people: expected PERSON"):
         list_source(make_zip(tmp_path / "outer.zip", {}))
     (tmp_path / "outer.zip").unlink()
-    (tmp_path / "me.jpg").touch()
+    for name in ("me.jpg", "README", "lfw.bin", "cfp.bin"):
+        (tmp_path / name).touch()
     listing = list_source(tmp_path)
     assert content(listing) == content(list_source(photos))
-    assert listing.passed == {"photos beside a file that packs others": 1}
+    passed = {"photos beside a file that packs others": 1, "files without suffix": 1, ".bin files": 2}
+    assert listing.passed == passed
+    (tmp_path / "anna.zip").unlink()
+    write_rec(tmp_path / "train.rec", [payload(b"face", float(i // 2), i) for i in range(4)])
+    assert list_source(tmp_path).passed == passed
+    with pytest.raises(UserError, match=r"holds no images of people, .*: expected folders 3 deep, or a lower --level"):
+        list_source(make_zip(tmp_path / "outer.zip", files_of(photos, "")), level=3)
 
 
 def test_tars_without_folders_and_labels_may_be_shards_or_people(tmp_path):

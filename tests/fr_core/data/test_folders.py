@@ -97,6 +97,8 @@ def test_groups_of_people_are_not_taken_for_people(tmp_path):
     make(tmp_path / "set" / "around", *people(*(f"{group}/p{i}" for group in ("a", "b") for i in range(20))))
     with pytest.raises(UserError, match="a holds 20 folders of photos: give --level 2 if a is a person, or --level 3"):
         list_folder(tmp_path / "set")
+    with pytest.raises(UserError, match="no photo lies 4 folders deep: give a lower --level"):
+        list_folder(tmp_path / "set", level=4)
     shutil.rmtree(tmp_path / "set")
     assert len(list_folder(tmp_path, level=1).names) == 2
     assert len(list_folder(tmp_path, level=2).names) == 30 + 30 - 30
