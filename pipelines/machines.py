@@ -131,7 +131,6 @@ def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> 
         UserError: the cluster never has room for the workers.
     """
     start_ray()
-    import ray.data
     from ray.train import ScalingConfig
 
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
@@ -147,7 +146,7 @@ def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> 
     if (most_ever := room(machines, each)) < least:
         raise UserError(_never(least, each, most_ever, config))
     if config:
-        ray.data.range(1)  # starts Ray Data's lasting actor here: a worker's would keep its machine for ever
+        keep_no_machine()
     return ScalingConfig(
         num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
         use_gpu=gpus > 0,
@@ -155,6 +154,16 @@ def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> 
         placement_strategy="SPREAD",
         elastic_resize_monitor_interval_s=RESIZE_EVERY,  # type: ignore[call-arg]
     )
+
+
+def keep_no_machine() -> None:
+    """Start the actor of Ray Data that outlives a run here, on the head. A worker would start it on its own machine.
+
+    An autoscaler never takes the machine of such an actor.
+    """
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_stats_actor()
 
 
 def await_machines(scaling: "ScalingConfig", minutes: float = WAIT) -> None:

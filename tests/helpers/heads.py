@@ -99,7 +99,7 @@ def autoscaler_config(cpus, machines, port):
     kinds[FAKE_HEAD_NODE_TYPE] = {**node, "resources": {"CPU": cpus}, "max_workers": 0}
     config = {"cluster_name": "here", "provider": provider, "auth": {}, "available_node_types": kinds}
     config |= {"head_node_type": FAKE_HEAD_NODE_TYPE, "max_workers": 8, "upscaling_speed": 1.0}
-    config |= {"idle_timeout_minutes": 1.0, "docker": {}, "file_mounts": {}}
+    config |= {"idle_timeout_minutes": 2.0, "docker": {}, "file_mounts": {}}
     lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
     lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude")
     return config | {name: [] for name in (*lists, "rsync_filter")}

@@ -57,6 +57,7 @@ def joined(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(machines, "start_ray", lambda: None)
+    monkeypatch.setattr(machines, "keep_no_machine", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": UP[0]}, {"Alive": False, "Resources": {}}])
     return tmp_path
 
@@ -183,6 +184,13 @@ def test_a_run_waits_until_its_machines_are_free(caplog, monkeypatch):
     caplog.clear()
     await_machines(ScalingConfig(num_workers=2, resources_per_worker={"CPU": machine["CPU"] / 2}))
     assert heard(caplog) == []  # they were free at once
+
+
+@pytest.mark.ray
+def test_the_lasting_actor_of_ray_data_starts_before_a_worker_needs_it():
+    start_ray()
+    machines.keep_no_machine()
+    ray.get_actor("datasets_stats_actor", "_dataset_stats_actor")  # raises where there is none
 
 
 @pytest.mark.ray
