@@ -1,6 +1,6 @@
 """A cluster whose head has nothing to give, as cluster.yaml's, and Ray's stand-in for a cloud, by either autoscaler.
 
-Two machines of two CPUs may come. Of a range of workers, each has a machine of its own.
+Two machines of two CPUs may come. Of a range of workers, each has a machine of its own; a number of workers share one.
 """
 
 import json
@@ -79,3 +79,12 @@ def test_machines_come_for_a_run_and_go_after_it(growing, dataset, tmp_path):
     while answer(NODES, growing) != "1":  # the head
         assert time.monotonic() < deadline
         time.sleep(2)
+
+
+def test_machines_come_for_a_number_of_workers_too(growing, dataset, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    driver = training(dataset, out, log, growing, "train.max_steps=20", "--workers", "2")
+    assert driver.wait(600) == 0, log.read_text()
+    assert json.loads((out / "report.json").read_text())["figures"]["workers"] == 2
+    waiting = [event for event in events(log) if event["event"] == "waiting for machines"]
+    assert next((event["room_for"], event["each"]) for event in waiting) == (0, "0.5 CPU")
