@@ -34,7 +34,8 @@ def knobs(
     else:
         for table in tables(chosen):
             name, *more = HEADER
-            printed = Printed(Column(name, no_wrap=True), *more, title=escape(table.title or "top level"))
+            others = [Column(heading, overflow="fold") for heading in more]  # a narrow terminal must hide nothing
+            printed = Printed(Column(name, no_wrap=True), *others, title=escape(table.title or "top level"))
             for row in table.rows:
                 printed.add_row(*map(escape, row))
             console.print(printed)

@@ -12,6 +12,7 @@ from fr_core.config import Config
 from fr_core.config.reference import all_knobs, held_sections, markdown, select, tables
 from fr_core.config.sections import Section
 from fr_core.errors import UserError
+from pipelines.cli.output import console
 from tests.helpers.commands import bigface, figures
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,13 @@ def test_the_command_prints_tables_and_json(tmp_path):
     assert first["choices"] == {"method": "attfc"}
     with pytest.raises(UserError, match=r"no section or knob 'metod\.attfc': did you mean method\.attfc"):
         bigface("knobs", "metod.attfc")
+
+
+def test_a_narrow_terminal_hides_nothing(monkeypatch):
+    monkeypatch.setattr(console, "width", 80)
+    printed = bigface("knobs")
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
 
 
 @pytest.mark.parametrize(
