@@ -77,7 +77,7 @@ def _check_pairs(identities: int, shots: int, pairs: int) -> None:
     distinct = identities // FOLDS * math.comb(shots, 2)
     if pairs > distinct:
         show_line(
-            f"warning: a fold has {count_of(distinct, 'different pair')} of one person: --pairs {pairs} repeats some",
+            f"warning: a fold has {count_of(distinct, 'distinct pair')} of one person: --pairs {pairs} repeats some",
             "yellow",
         )
 

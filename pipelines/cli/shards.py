@@ -252,7 +252,7 @@ def split(
     people, images = int(figures["held_out_identities"]), int(figures["held_out_images"])
     drawn, distinct, folds = (int(figures[name]) for name in ("pairs", "distinct_pairs", "folds"))
     show_line(
-        f"held out: {people:,} people, {count_of(images, 'image')}; {drawn:,} pairs of them, {distinct:,} different, "
+        f"held out: {people:,} people, {count_of(images, 'image')}; {drawn:,} pairs of them, {distinct:,} distinct, "
         f"in {folds} folds"
     )
     dataset = open_dataset(to_path(shards))

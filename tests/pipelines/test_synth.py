@@ -21,5 +21,5 @@ def test_the_fewest_people_make_pairs_and_repeats_are_told(tmp_path, monkeypatch
     given = ("--identities", 20, "--shots", 2, "--size", 16, "--pairs", 3)
     printed = bigface("synth", "--out", tmp_path / "a", *given)
     assert len((tmp_path / "a" / "pairs.csv").read_text().splitlines()) == 1 + 10 * 2 * 3
-    assert "a fold has 2 different pairs of one person: --pairs 3 repeats some" in printed
+    assert "a fold has 2 distinct pairs of one person: --pairs 3 repeats some" in printed
     assert advanced[-1] == (40, 40)
