@@ -201,6 +201,7 @@ class Comparison:
         table: list[tuple[str, ...]],
         files: Iterable[AnyPath] = (),
         status: str = "FINISHED",
+        figures: Mapping[str, float] | None = None,
     ) -> None:
         """Describe the parent run by a verdict and a table, add files, and end it. Log a warning if MLflow fails.
 
@@ -208,6 +209,7 @@ class Comparison:
             verdict: what was found, in Markdown.
             table: figures of the runs, header first.
             status: FINISHED, FAILED or KILLED.
+            figures: those that the run list shows for the whole.
         """
         run_id = self.run_id
         if run_id is None:
@@ -216,6 +218,8 @@ class Comparison:
         def end() -> None:
             self.client.set_tag(run_id, NOTE, describe(self.origin, verdict, table))
             self.client.log_text(run_id, f"{verdict}\n\n{markdown(table)}", "comparison.md")
+            for name, value in (figures or {}).items():
+                self.client.log_metric(run_id, name, value)
             for path in files:
                 with local_copy(path) as file:
                     self.client.log_artifact(run_id, str(file))

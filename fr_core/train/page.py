@@ -46,7 +46,6 @@ def run_tags(config: Config, origin: Mapping[str, str]) -> dict[str, str]:
     """Return the tags of a run: what was trained on what, from which source, by whom and where."""
     width = f" width {config.net.width}" if isinstance(config.net, IResNetNet) else ""
     facts = {
-        "recipe": origin.get("recipe", ""),
         "method": config.method.kind,
         "net": f"{config_name(config.net)}{width}",
         "data": config.data.path or "",
@@ -58,6 +57,7 @@ def run_tags(config: Config, origin: Mapping[str, str]) -> dict[str, str]:
 def origin_tags(origin: Mapping[str, str]) -> dict[str, str]:
     """Return the tags of any MLflow run that tell how it was started. MLflow shows some as source, version and user."""
     tags = {
+        "recipe": origin.get("recipe", ""),
         "commit": origin.get("commit", ""),
         "host": origin.get("host", ""),
         "mlflow.user": origin.get("user", ""),

@@ -160,8 +160,14 @@ def verdict(search: Search, trials: Sequence[Trial]) -> str:
     counts = f"{finished} of {len(trials)} trials finished; searched for {goal}."
     if not winners:
         return f"**No best trial.** {counts}"
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in best_figures(search, trials).items())
     values = ", ".join(f"{name} {value:.4g}" for name, value in winners[0].values.items())
-    return f"**Best: {winners[0].name}** with {values}. {counts}"
+    return f"**Best: {winners[0].name}, {scores}**, with {values}. {counts}"
+
+
+def best_figures(search: Search, trials: Sequence[Trial]) -> dict[str, float]:
+    """Return the objectives of the best trial; none if no trial finished."""
+    return {name: trial.figures[name] for trial in best(search, trials)[:1] for name in search.objectives}
 
 
 def write_results(search: Search, trials: Sequence[Trial], out: AnyPath) -> list[AnyPath]:

@@ -29,7 +29,16 @@ from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import resolved_fars
 from fr_core.verify.report import far_name
 from pipelines.datasets.split import Fold, folds_of, refuse_pairs
-from pipelines.experiments.search import Search, Trial, deliver_trials, read_trials, table, verdict, write_results
+from pipelines.experiments.search import (
+    Search,
+    Trial,
+    best_figures,
+    deliver_trials,
+    read_trials,
+    table,
+    verdict,
+    write_results,
+)
 from pipelines.experiments.trial import MISTAKE, Launch, run_trial
 from pipelines.experiments.tuner import make_tuner
 from pipelines.logs import start_logging
@@ -154,7 +163,7 @@ def tune(
     if parent:
         deliver_trials(trials, base, out)
         status = "KILLED" if not whole else "FINISHED" if reached else "FAILED"
-        parent.close(verdict(search, trials), table(search, trials), files, status)
+        parent.close(verdict(search, trials), table(search, trials), files, status, best_figures(search, trials))
     if trials and not reached:
         raise UserError(f"all {len(trials)} trials failed, the last: {trials[-1].reason}")
     return trials, signals[0] if signals else None

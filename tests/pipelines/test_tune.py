@@ -266,7 +266,7 @@ def test_the_best_and_the_pareto_front(dataset):
     ]
     assert [t.name for t in best(search(dataset), trials)] == ["b", "a", "c"]
     assert [t.name for t in best(search(dataset, against="seconds"), trials)] == ["b", "a"]
-    assert verdict(search(dataset), trials).startswith("**Best: b** with lr 0.1, m3 0.2. ")
+    assert verdict(search(dataset), trials).startswith("**Best: b, loss 1**, with lr 0.1, m3 0.2. ")
     assert verdict(search(dataset), []) == "**No best trial.** 0 of 0 trials finished; searched for min loss."
 
 
@@ -443,6 +443,9 @@ def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch, mlflow_d
     runs = {run.info.run_name: run for run in search_mlflow(f"sqlite:///{tmp_path}/mlflow.db", "bigface", "")}
     parent = runs.pop("search")
     assert parent.info.status == "FINISHED"
+    accuracies = [trial["figures"]["accuracy"] for trial in found.values() if trial["state"] == "finished"]
+    assert parent.data.metrics == {"accuracy": max(accuracies)}
+    assert parent.data.tags["recipe"] == "debug_bigface"
     assert "winner.toml" in {file.path for file in client.list_artifacts(parent.info.run_id)}
     statuses = {"finished": "FINISHED", "stopped": "KILLED"}
     assert {name: run.info.status for name, run in runs.items()} == {n: statuses[t["state"]] for n, t in found.items()}
