@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -52,13 +51,12 @@ class Embeddings:
         Yields:
             labels int64 [I], rising; sample ids int64 [I], rising within a label; embeddings float32 [I, D].
         """
-        files = ds.dataset([str(self.root / file) for file in self.facts.files])
-        counts = np.bincount(files.to_table(columns=["label"])["label"].to_numpy())
+        files = [str(self.root / file) for file in self.facts.files]
+        counts = np.bincount(pq.ParquetDataset(files).read(columns=["label"])["label"].to_numpy())
         turn = np.cumsum(counts) * 4 * self.facts.embedding // in_memory
         begins = np.flatnonzero(np.diff(turn, prepend=-1))
         for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(counts)], strict=True):
-            label = ds.field("label")
-            table = files.to_table(filter=(label >= first) & (label < last))
+            table = pq.ParquetDataset(files, filters=[("label", ">=", first), ("label", "<", last)]).read()
             table = table.sort_by([("label", "ascending"), ("sample_id", "ascending")]).combine_chunks()
             flat = table["embedding"].combine_chunks().flatten().to_numpy()
             labels, ids = (table[name].to_numpy().astype(np.int64) for name in ("label", "sample_id"))
@@ -129,8 +127,8 @@ def _write_by_id(embeddings: Embeddings, dataset: Dataset, index: Path, vectors:
         UserError: images of the dataset have no embedding.
     """
     root, facts = embeddings.root, embeddings.facts
-    files = [root / file for file in facts.files]
-    ids_I = ds.dataset(files).to_table(columns=["sample_id"])["sample_id"].to_numpy()
+    files = [str(root / file) for file in facts.files]
+    ids_I = pq.ParquetDataset(files).read(columns=["sample_id"])["sample_id"].to_numpy()
     missing = np.setdiff1d(_sample_ids(dataset), ids_I)
     if len(missing):
         raise UserError(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fr_core.config import Config, lane_count
 from fr_core.config.recipes import flat, stored_config
@@ -392,8 +391,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
 
 
 def _rank_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimiser that holds this rank's state."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    """Return the optimiser that holds this rank's state. With ``optim.shard_state`` it is wrapped in another."""
+    wrapped = getattr(optimizer, "optim", optimizer)
+    return wrapped if isinstance(wrapped, torch.optim.Optimizer) else optimizer
 
 
 def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
