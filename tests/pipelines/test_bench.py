@@ -67,6 +67,7 @@ def test_bench_ingest_writes_what_ingest_reads(tmp_path):
     assert _held_by(os.getpid()) > 2**20
 
 
+@pytest.mark.soak
 def test_bench_quant_measures_every_form():
     from fr_core.config.nets import IResNetNet
     from pipelines.bench.quant import bench_quant

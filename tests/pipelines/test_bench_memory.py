@@ -31,6 +31,7 @@ def test_the_table(monkeypatch):
     assert figures["two_ranks_all_mib"] == 25
 
 
+@pytest.mark.soak
 def test_two_ranks_are_measured_in_processes_of_their_own():
     """More identities, more memory: of rank 0's half of the class matrix and its momentum."""
     config = load_config("bigface_r100", [*SMALL, "method.update=fused"])

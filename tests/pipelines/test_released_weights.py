@@ -79,7 +79,7 @@ def run_of(shards, out, path, net, *more):
     return out
 
 
-SOAK = {name: pytest.mark.soak for name in FAMILIES if name not in ("cvlface", "facexzoo")}
+SOAK = {name: pytest.mark.soak for name in FAMILIES if name != "cvlface"}
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=SOAK.get(name, ())) for name in FAMILIES])

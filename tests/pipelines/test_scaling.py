@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -51,8 +52,9 @@ def test_runs_on_the_disk(folders, tmp_path):
     assert (tmp_path / "law.png").stat().st_size > 1000
 
 
-def test_runs_in_mlflow(tmp_path):
+def test_runs_in_mlflow(tmp_path, mlflow_database):
     """Metrics as runs log them now; one older run, whose report its artifacts hold; and runs that are no points."""
+    shutil.copy(mlflow_database, tmp_path)
     client, experiment = open_mlflow(Tracking(), tmp_path)
 
     def run(name, status="FINISHED", tags=None, report=None, **metrics):
