@@ -61,6 +61,13 @@ def test_the_page_says_which_files_each_addition_touches():
         assert named == (touched - set(new)) | placeholders, chapter.split("\n")[0]
 
 
+def test_the_page_fits_the_sources(extended):
+    """What it says to add and to change can be applied, and compiles."""
+    for path, _, _ in BLOCK.findall((ROOT / "docs" / "extending.md").read_text()):
+        compile((extended / path).read_text(), path, "exec")
+
+
+@pytest.mark.soak
 def test_what_the_page_adds_trains(extended):
     """The tests in ``tests/extended`` pass on the extended sources."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/extended"]

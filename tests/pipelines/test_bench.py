@@ -15,6 +15,7 @@ def forked(monkeypatch):
     monkeypatch.setattr(turns, "mp", SimpleNamespace(get_context=lambda _: mp.get_context("forkserver")))
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("forked")
 def test_bench_head_on_a_small_problem():
     """The formulations agree (else it raises) and every figure is there; speed is not judged here."""
