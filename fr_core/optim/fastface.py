@@ -226,7 +226,7 @@ class HaarWindow:
     A_t is the mean of the last m losses, and a half has ⌊m/2⌋ means.
 
     Raises:
-        UserError: the window is shorter than two steps.
+        UserError: the window is shorter than two steps, or so long that the run ends before its first change.
     """
 
     STATE = ("m", "factor", "detector", "steps", "count", "cuts", "sum", "older", "newer")
@@ -238,6 +238,12 @@ class HaarWindow:
             raise UserError(
                 f"schedule.window = {config.window} of {steps} steps after the warm-up is less than 2 steps: "
                 "raise schedule.window, or give schedule.m"
+            )
+        if steps <= 4 * self.m:
+            given = f"m = {config.m}" if config.m else f"window = {config.window}"
+            raise UserError(
+                f"schedule.{given} changes the rate after {4 * self.m:,} steps at the earliest, and the run has "
+                f"{steps:,} steps after the warm-up: lower it"
             )
         self.factor, self.detector = 1.0, 0.0
         self.steps = self.count = self.cuts = 0

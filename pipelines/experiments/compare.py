@@ -232,10 +232,12 @@ def compare(
         The lines of the results for these settings and seeds.
 
     Raises:
-        UserError: no setting has the name of ``conditions.against``. There are no pairs to verify on, too few people
-            for the folds, or the results file belongs to another comparison.
+        UserError: no setting has the name of ``conditions.against``. There are no pairs to verify on, or too few people
+            for the folds. Or the results file has no ending, or belongs to another comparison or to other data.
     """
     results, suite, baseline = conditions.results, conditions.suite, conditions.against or next(iter(settings))
+    if not results.suffix:
+        raise UserError(f"--results {results}: the runs' folder has this name: use {results}.csv")
     if baseline not in settings:
         raise UserError(f"--against {baseline}: no such setting: use one of {', '.join(settings)}")
     columns = (*COLUMNS[:2], *(["fold"] if conditions.folds else []), *COLUMNS[2:])
@@ -243,7 +245,9 @@ def compare(
     started, rows = time.monotonic(), read_results(results, columns)
     runs = list_runs(recipe, settings, overrides, conditions)
     for run in runs:
-        checked_plan(run.config, conditions.workers)
+        manifest = checked_plan(run.config, conditions.workers).dataset.manifest
+        if row := line_of(run, rows):
+            refuse_other_run(results, run, row, (manifest.images, manifest.identities))
     for _, pairs_file in find_sets(suite).values() if suite else ():
         read_pairs(pairs_file)  # a damaged file should fail before the first run
     tracking = runs[0].config.tracking
@@ -251,19 +255,14 @@ def compare(
     if comparison:
         child = tracking.model_copy(update={"parent": comparison.run_id, "uri": comparison.uri, "net": False})
         runs = [replace(run, config=run.config.model_copy(update={"tracking": child})) for run in runs]
-    done = {(row["setting"], row["seed"], row.get("fold", "")): row for row in rows}
     finished: list[dict[str, str]] = []
     try:
         for run in runs:
-            same = [row for key, row in done.items() if (row["overrides"], *key[1:]) == (run.overrides, *run.key[1:])]
-            if run.key in done:
-                row = done[run.key]
-                if row["overrides"] != run.overrides:
-                    raise UserError(f"{results}: {run.title} was run as {row['overrides']}: give another --results")
-            elif same:  # another setting has trained this very run
-                row = same[0] | {"setting": run.setting}
+            row = line_of(run, rows)
+            if row and row["setting"] != run.setting:  # another setting has trained this very run
+                row = row | {"setting": run.setting}
                 append_row(results, columns, row)
-            else:
+            elif row is None:
                 if time.monotonic() - started > 60 * conditions.minutes:
                     say(f"{conditions.minutes:g} minutes are over; the same command continues with {run.title}")
                     break
@@ -275,12 +274,38 @@ def compare(
                 row |= {"overrides": run.overrides, "commit": commit()}
                 append_row(results, columns, row)
                 say(f"{run.title}: accuracy {float(row['accuracy']):.4f} in {float(row['seconds']):.1f} s")
-            done[run.key] = row
+            rows.append(row)
             finished.append(row)
     finally:
         if comparison:
             comparison.close(verdict(finished, baseline), summary(finished, tuple(SHOWN)))
     return finished
+
+
+def line_of(run: Run, rows: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """Return a run's line of the results, or else that of another setting with the same overrides."""
+    alike = [row for row in rows if (row["seed"], row.get("fold", "")) == run.key[1:]]
+    own = [row for row in alike if row["setting"] == run.setting]
+    return next(iter([*own, *(row for row in alike if row["overrides"] == run.overrides)]), None)
+
+
+def refuse_other_run(results: Path, run: Run, row: Mapping[str, str], data: tuple[int, int]) -> None:
+    """Refuse a line of the results that is of other overrides, or of another dataset in the same folder.
+
+    Args:
+        data: images and identities that the run would train on.
+
+    Raises:
+        UserError: it is.
+    """
+    if row["overrides"] != run.overrides:
+        raise UserError(f"{results}: {run.title} was run as {row['overrides']}: give another --results")
+    then, now = (row["images"], row["identities"]), tuple(f"{number:.6g}" for number in data)  # as the lines have them
+    if all(then) and then != now:
+        raise UserError(
+            f"{results}: {run.title} was run on {then[0]} images of {then[1]} identities, and there are {now[0]} of "
+            f"{now[1]} now: give another --results"
+        )
 
 
 def list_runs(

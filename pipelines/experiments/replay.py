@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fr_core.config.optim import FastFace, FastFaceHaar, FastFaceRecurrence
 from fr_core.errors import UserError
-from fr_core.optim.fastface import HaarWindow, watcher
+from fr_core.optim.fastface import watcher
 from fr_core.optim.schedules import learning_rate
 
 FORMS: dict[str, type[FastFace] | type[FastFaceRecurrence] | type[FastFaceHaar]] = {
@@ -61,11 +61,6 @@ def replay(
     except UserError as error:
         raise UserError(as_options(str(error))) from None
     assert fastface is not None
-    if isinstance(fastface, HaarWindow) and len(losses) <= 4 * fastface.m:
-        raise UserError(
-            f"a window of {fastface.m:,} steps first changes the rate after {4 * fastface.m:,} steps, and the log has "
-            f"{len(losses):,}: lower it with --set m={max(2, len(losses) // 10)}"
-        )
     changes: list[dict[str, float]] = []
     detector, factors = np.empty(len(losses)), np.empty(len(losses))
     for step, loss in enumerate(losses.tolist(), 1):
@@ -85,6 +80,7 @@ def as_options(message: str) -> str:
     ``schedule.patience = 0.05 …`` becomes ``--set patience=0.05 …``. A log has no warm-up.
     """
     message = message.replace('schedule.kind = "fastface"', "--form run").replace(" after the warm-up", "")
+    message = message.replace("the run has", "the log has")
     return re.sub(r"schedule\.(\w+)", r"--set \1=…", re.sub(r"schedule\.(\w+) = ", r"--set \1=", message))
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import multiprocessing as mp
+import shutil
 
 import pytest
 
@@ -25,6 +26,7 @@ from pipelines.experiments.compare import (
 )
 from pipelines.experiments.paired import mean_interval
 from tests.helpers.commands import bigface
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,22 @@ def test_a_comparison_by_folds_writes_a_row_for_each(given, tmp_path, monkeypatc
     assert "3 of 3 runs are finished" in bigface("compare", "settings", recipe, *fixed, *overrides)
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert sum(row["fold"].endswith("/3") for row in rows) == 3  # folds of another cut are other runs
+
+
+def test_lines_of_other_data_in_the_same_folder_are_refused(given, tmp_path, monkeypatch):
+    figures = {"accuracy": "0.5", "seconds": "1", "images": "100", "identities": "25"}
+    monkeypatch.setattr(compare, "train_in_child", lambda *_: figures)
+    shards = write_dataset(tmp_path / "shards", 100, 25)
+    recipe, _, *overrides = [*given, f"data.path={shards}", "train.global_batch=32"]
+    asked = ["compare", "settings", recipe, "--results", tmp_path / "r.csv", "--in-process", *overrides, "--setting"]
+    bigface(*asked, "a: train.max_steps=1")
+    bigface(*asked, "a: train.max_steps=1")
+    shutil.rmtree(shards)
+    write_dataset(shards, 120, 25)
+    for name in ("a", "b"):  # b is the same run by another name
+        with pytest.raises(UserError, match=f"{name}, seed 0 was run on 100 images of 25 .*, and there are 120 of 25"):
+            bigface(*asked, f"{name}: train.max_steps=1")
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 2
 
 
 def test_differences_by_hand():

@@ -67,7 +67,7 @@ def test_a_replay_leaves_no_file_unasked(tmp_path, monkeypatch):
         ("step,loss\n99,2\n", ["--form", "wave"], "recurrence, haar"),
         ("step,loss\n99,2\n", ["--lr", "-1"], "--lr -1: a rate is greater than 0"),
         ("step,loss\n99,2\n", ["--set", "foo=1"], "--set foo=1: no such setting; run has"),
-        ("step,loss\n80,2\n", ["--form", "haar", "--set", "m=2000"], "after 8,000 steps, and the log has 80"),
+        ("step,loss\n80,2\n", ["--form", "haar", "--set", "m=2000"], "after 8,000 steps .*, and the log has 80"),
         ("step,loss\n99,2\n", ["--form", "recurrence", "--set", "m=4000"], "recurrence has alpha"),
         ("step,loss\n99,2\n", ["--set", "alpha"], "not of the form"),
     ],

@@ -214,6 +214,11 @@ def test_runs_too_short_to_decide_are_refused():
         RunWindow(FastFace(patience=0.01), 99)
     with pytest.raises(UserError, match=r"window = 0.015 of 100 steps"):
         HaarWindow(FastFaceHaar(), 100)
+    with pytest.raises(UserError, match=r"schedule.m = 10 changes the rate after 40 steps .* the run has 40 steps"):
+        HaarWindow(FastFaceHaar(m=10), 40)
+    assert changes(HaarWindow(FastFaceHaar(m=10), 41), [1.0] * 41) == [(41, 0.5)]  # the run's last step
+    with pytest.raises(UserError, match=r"schedule.window = 0.25 changes the rate after 400 steps"):
+        HaarWindow(FastFaceHaar(window=0.25), 400)
 
 
 def rates_of(ranks):

@@ -151,7 +151,7 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
         ["train.ema=0.9", "data.augment.erase=0.5"],
         ["method.update=fused", f"schedule={{{RECURRENCE}, patience=0.2}}"],
         ["schedule={kind='fastface', window=0.2, slope=0.99, patience=0.1, tail=0.5}", "schedule.warmup_epochs=0.05"],
-        ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=4, threshold=9.0}"],
+        ["method.update=fused", "method.sample_rate=0.5", "schedule={kind='fastface_haar', m=2, threshold=9.0}"],
         ["optim={kind='lars', lr=2.0, head={lr=0.05}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
         ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
