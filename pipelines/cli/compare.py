@@ -48,7 +48,8 @@ def compare_schedules(
     json: Json = None,
 ) -> None:
     """Compare a recipe in full with FastFace and cosine in fewer epochs: accuracy and time over seeds."""
-    from pipelines.experiments.compare import Conditions, schedules
+    from pipelines.experiments.compare import Conditions
+    from pipelines.experiments.settings import schedules
 
     settings = schedules(epochs, fast_epochs, set_ or [])
     columns = ("accuracy", "tar_at_far_1e-3", "seconds")
@@ -80,7 +81,8 @@ def compare_heads(
     from fr_core.data.schema import open_dataset
     from fr_core.data.stream import make_plan
     from pipelines.datasets.split import folds_of
-    from pipelines.experiments.compare import PUBLISHED, Conditions, heads
+    from pipelines.experiments.compare import Conditions
+    from pipelines.experiments.settings import PUBLISHED, heads
 
     config = load_started(recipe, [*(overrides or []), f"data.path={flat}", "method.kind=bigface"])
     flat_facts, grouped_facts = open_dataset(flat).manifest, open_dataset(grouped).manifest
@@ -121,7 +123,8 @@ def compare_settings(
     json: Json = None,
 ) -> None:
     """Compare any settings of a recipe with each other."""
-    from pipelines.experiments.compare import Conditions, named_settings, suite_columns
+    from pipelines.experiments.compare import Conditions, suite_columns
+    from pipelines.experiments.settings import named_settings
 
     settings = named_settings(setting or [])
     for name, extra in settings.items():

@@ -14,17 +14,14 @@ from fr_core.verify.pairs import write_pairs
 from fr_core.verify.report import markdown
 from pipelines.experiments import compare
 from pipelines.experiments.compare import (
-    PUBLISHED,
     Conditions,
     differences,
-    heads,
     list_runs,
-    named_settings,
-    schedules,
     summary,
     verdict,
 )
 from pipelines.experiments.paired import mean_interval
+from pipelines.experiments.settings import PUBLISHED, heads, named_settings, schedules
 from tests.helpers.commands import bigface
 from tests.helpers.datasets import write_dataset
 
