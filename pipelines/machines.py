@@ -119,37 +119,43 @@ def cpus_for_one_worker_per_node(machines: Sequence[Resources]) -> float:
     return least / 2 + 0.5
 
 
-def scale_workers(workers: int | tuple[int, int], cpus: float | None = None) -> "ScalingConfig":
+def scale_workers(workers: int | tuple[int, int]) -> "ScalingConfig":
     """Start or join Ray, and return how Ray Train places a run's workers on the cluster, as it is or may become.
 
     Args:
         workers: number of workers, or the least and the most. Of a range, as many run as there are cards at the time;
             without cards, as many as there are nodes.
-        cpus: CPUs that each worker reserves; None takes what fits a cluster with this run alone.
 
     Raises:
         UserError: the cluster never has room for the workers.
     """
     start_ray()
-    from ray.train import ScalingConfig
-
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     config = autoscaler_config()
     machines = machines_of(config)
     all_cpus, gpus = capacity(machines)
     if not gpus and not all_cpus:
         raise UserError("no node of this cluster offers a CPU or a GPU: start worker nodes")
-    if cpus is None:
-        whole = least == most or gpus
-        cpus = worker_cpus(machines, most) if whole else cpus_for_one_worker_per_node(machines)
-    each = {"CPU": cpus, "GPU": 1} if gpus else {"CPU": cpus}
-    if (most_ever := room(machines, each)) < least:
-        raise UserError(_never(least, each, most_ever, config))
+    whole = least == most or gpus
+    each = reserved(worker_cpus(machines, most) if whole else cpus_for_one_worker_per_node(machines), gpus)
+    check_room(least, each, machines, config)
     if config:
         keep_no_machine()
+    return place_workers(workers, each)
+
+
+def reserved(cpus: float, gpus: float) -> dict[str, float]:
+    """Return what a worker reserves: these CPUs, and a card if the cluster has any."""
+    return {"CPU": cpus, "GPU": 1} if gpus else {"CPU": cpus}
+
+
+def place_workers(workers: int | tuple[int, int], each: dict[str, float]) -> "ScalingConfig":
+    """Return how Ray Train places workers that each reserve these resources: spread over the nodes."""
+    from ray.train import ScalingConfig
+
     return ScalingConfig(
         num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
-        use_gpu=gpus > 0,
+        use_gpu="GPU" in each,
         resources_per_worker=each,
         placement_strategy="SPREAD",
         elastic_resize_monitor_interval_s=RESIZE_EVERY,  # type: ignore[call-arg]
@@ -207,14 +213,26 @@ def free_room(each: Resources) -> int:
     return room(list(available_resources_per_node().values()), each)
 
 
-def _never(workers: int, each: Resources, most_ever: int, config: dict[str, Any] | None) -> str:
-    """Return why a cluster never has room for so many workers, and the mend."""
+def check_room(workers: int, each: Resources, machines: Sequence[Resources], config: dict[str, Any] | None) -> None:
+    """Refuse workers for which a cluster never has room.
+
+    Args:
+        each: resources that each worker reserves.
+        machines: those that are up or may come.
+        config: of the autoscaler, if machines may come.
+
+    Raises:
+        UserError: it names the number that fits, and the field to raise.
+    """
+    most_ever = room(machines, each)
+    if most_ever >= workers:
+        return
     verb = "grows to" if config else "has room for"
     found = f"{workers} workers of {_words(each)}, and this cluster {verb} {most_ever}"
     if not most_ever:
-        return f"{found}: it needs machines that have these together"
+        raise UserError(f"{found}: it needs machines that have these together")
     field = "maxReplicas" if config and config["provider"]["type"] == "kuberay" else "max_workers"
-    return f"{found}: use --workers {most_ever}{f', or raise {field}' if config else ''}"
+    raise UserError(f"{found}: use --workers {most_ever}{f', or raise {field}' if config else ''}")
 
 
 def _words(each: Resources) -> str:

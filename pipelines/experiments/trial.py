@@ -42,7 +42,7 @@ class Launch(TypedDict):
     in_process: bool
     pbt: bool
     judged: bool  # a scheduler may stop trials
-    cpus: float  # that each worker reserves
+    each: dict[str, float]  # resources that a worker reserves
     at_once: int  # trials that run at once
     objectives: list[str]
     folds: list[Fold]  # a trial trains once for each; empty: once, on the recipe's data
@@ -144,7 +144,7 @@ def train_on_workers(config: Config, out: AnyPath, launch: Launch, total: int) -
     """Train on Ray Train's workers, whose reports reach Ray Tune, and return the run's figures."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.machines import scale_workers
+    from pipelines.machines import place_workers
     from pipelines.on_ray import train_on_ray
 
     class ToTune(TuneReportCallback):
@@ -157,7 +157,7 @@ def train_on_workers(config: Config, out: AnyPath, launch: Launch, total: int) -
             if goes_to_scheduler(metrics[0], launch, total):
                 super().after_report(run_context, metrics, checkpoint)
 
-    scaling = scale_workers(launch["workers"], launch["cpus"])
+    scaling = place_workers(launch["workers"], launch["each"])  # a trial does not see the machines that may come
     return train_on_ray(config, out, scaling, [ToTune()], launch["at_once"])
 
 

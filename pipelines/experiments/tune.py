@@ -113,7 +113,7 @@ def tune(
     Raises:
         UserError: bad options, a folder of another search, or all trials failed.
     """
-    from pipelines.machines import capacity, cluster_machines
+    from pipelines.machines import autoscaler_config, capacity, check_room, keep_no_machine, machines_of, reserved
     from pipelines.ray_start import start_ray
 
     out = out.resolve()
@@ -123,8 +123,15 @@ def tune(
     folds = folds_of_search(search, out)
     search, steps_per_epoch = check_search(search, out, at_once, folds)
     start_ray(dashboard=not search.in_process)  # without it a second trial of Ray Train waits for ever
-    cpus, gpus = capacity(cluster_machines())
+    grows = autoscaler_config()
+    if grows:
+        keep_no_machine()
+    machines = machines_of(grows)
+    cpus, gpus = capacity(machines)
     shared = share_cluster(cpus, gpus, search.workers, search.in_process, at_once)
+    each = reserved(shared.cpus, gpus)
+    if not search.in_process:
+        check_room(search.workers, each, machines, grows)
     at_once = claim_folder(search, out, resume, shared.at_once, asked=at_once is not None)
     tracking = search.config.tracking
     origin = origin_of(search.recipe)
@@ -142,7 +149,7 @@ def tune(
         "in_process": search.in_process,
         "pbt": search.stop == "pbt",
         "judged": search.stop != "none",
-        "cpus": shared.cpus,
+        "each": each,
         "at_once": at_once,
         "objectives": search.objectives,
         "folds": folds,

@@ -14,7 +14,8 @@ from ray.train import ScalingConfig
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from fr_core.errors import UserError
-from pipelines import machines
+from pipelines import machines, on_ray
+from pipelines.experiments.trial import train_on_workers
 from pipelines.machines import (
     autoscaler_config,
     await_machines,
@@ -22,6 +23,7 @@ from pipelines.machines import (
     cluster_machines,
     cpus_for_one_worker_per_node,
     machines_of,
+    reserved,
     room,
     scale_workers,
     worker_cpus,
@@ -145,6 +147,16 @@ def test_more_workers_than_replicas_may_come_are_refused_with_the_field_to_raise
     assert scale_workers(4).use_gpu
     with pytest.raises(UserError, match="grows to 4: use --workers 4, or raise maxReplicas"):
         scale_workers(5)
+
+
+def test_a_trial_is_placed_as_the_head_says(joined, monkeypatch, tmp_path):
+    """A trial's driver may stand on a worker's machine, which knows of no machines that may come."""
+    placed = []
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", object)  # works in a trial alone
+    monkeypatch.setattr(on_ray, "train_on_ray", lambda config, out, scaling, *_: placed.append(scaling))
+    launch = {"workers": 8, "each": reserved(1, 32), "at_once": 1}
+    train_on_workers(None, tmp_path, launch, 10)
+    assert (placed[0].num_workers, placed[0].resources_per_worker) == (8, {"CPU": 1, "GPU": 1})
 
 
 def test_cards_without_a_cpu_are_refused(joined, monkeypatch):
