@@ -32,8 +32,8 @@ def fields(**types):
 
 # The fields of KubeRay 1.6's RayJob that the manifest uses; the rest of a pod is Kubernetes' own.
 POD = fields(spec=fields(
-    serviceAccountName="string", restartPolicy={"enum": ["Never"]}, terminationGracePeriodSeconds="integer",
-    tolerations="array", containers="array", volumes="array",
+    serviceAccountName="string", automountServiceAccountToken="boolean", restartPolicy={"enum": ["Never"]},
+    terminationGracePeriodSeconds="integer", tolerations="array", containers="array", volumes="array",
 ))  # fmt: skip
 START = {"type": "object", "additionalProperties": {"type": "string"}}
 WORKERS = fields(
@@ -186,6 +186,17 @@ def test_the_rayjob_is_whole():
     templates = [cluster["headGroupSpec"]["template"], workers["template"]]
     images = {template["spec"]["containers"][0]["image"] for template in templates}
     assert images == {read(AWS)["docker"]["image"]}
+
+
+def test_workers_on_kubernetes_have_none_of_the_rights_of_the_autoscaler():
+    """KubeRay gives them to the account of the head."""
+    cluster = read(RAYJOB)["spec"]["rayClusterSpec"]
+    head, *groups = (group["template"]["spec"] for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]])
+    for pod in groups:
+        assert pod["serviceAccountName"] != head["serviceAccountName"]
+        assert pod["automountServiceAccountToken"] is False
+    made = set(re.findall(r"kubectl create serviceaccount (\S+)", RAYJOB.read_text()))
+    assert made == {pod["serviceAccountName"] for pod in [head, *groups]}
 
 
 def test_a_field_that_kuberay_does_not_know_is_found():
