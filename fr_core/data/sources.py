@@ -231,6 +231,8 @@ def list_rec(path: AnyPath, table: AnyPath | None = None) -> Listing:
         owners = [said[key] for key in keys]
         known = {*keys, *records.lost_keys.tolist()}
         lost += [(str(key), NO_RECORD) for key in said if key not in known]
+    elif len(set(records.labels_I.tolist())) == 1 and lost:
+        raise UserError(f"{path}: cut off: {len(keys):,} of {len(keys) + len(lost):,} images are left; copy it again")
     elif len(set(records.labels_I.tolist())) == 1:
         mend = "give --labels LIST, with the number and the person of each record"
         raise UserError(f"{path}: all {len(keys):,} records have the label {records.labels_I[0]}: {mend}")
