@@ -31,6 +31,7 @@ def written(tmp_path, line, before="", name="list.txt", encoding="utf-8"):
         ("", lambda i, path, who: f"1\t{path}\t{who}"),  # insightface
         ("", lambda i, path, who: f"{path} 0 {who} 0"),  # MagFace
         ("photo,who\n", lambda i, path, who: f"{path},{who}"),
+        ("# of 2024\n# path, person\n", lambda i, path, who: f"{path},{who}"),
         (f"{BOM}identity;score;path\n", lambda i, path, who: f"{who};.5;{path}"),
         ("file_name,label\n", lambda i, path, who: f'"{path}", {who}'),
         ("id,label,name,image\n", lambda i, path, who: f"{i},{who},{who},{path}"),
@@ -62,6 +63,8 @@ def test_a_list_in_utf16_as_windows_saves_it(tmp_path):
         ("path,identity\na.jpg,\n", "line 2: expected a path and an identity"),
         ('{"path": "a.jpg", "id": 1}\n{"path": "b.jpg"}\n', "line 2: no JSON object with the fields of the first"),
         (b"a.jpg \xff\n", "byte 6 is not UTF-8; save the file as UTF-8"),
+        ("a.jpg 1\n".encode("utf-16-le"), "UTF-16 without its mark; save the file as UTF-8"),
+        ('[{"path": "a.jpg", "id": 1}]', "a JSON list; write one JSON object on each line"),
     ],
 )
 def test_a_list_that_may_mean_two_things_or_nothing_is_refused(tmp_path, text, message):
