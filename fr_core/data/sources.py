@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 import numpy as np
@@ -27,6 +27,7 @@ LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
 BESIDE_PACKED = "photos beside a file that packs others"
 INDEXES = {".idx", ".index", ".mdb"}  # read beside a .rec and TFRecords; LMDB's lock
+METADATA = ("metadata.csv", "metadata.jsonl")  # the list of an image folder of Hugging Face's datasets
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
@@ -97,8 +98,9 @@ def _list_labelled(source: AnyPath, table: AnyPath) -> Listing:
     if len(records) == 1:
         return list_rec(records[0], table)
     if not source.is_dir():
-        what = "names its people itself: leave --labels out" if source.exists() else "no such file or folder"
-        raise UserError(f"{source}: {what}")
+        packed = source.suffix.lower() in (".zip", ".tar")
+        what = "leave --labels out" + (" if its folders are people, else unpack it first" if packed else "")
+        raise UserError(f"{source}: {what if source.exists() else 'no such file or folder'}")
     return list_files(table, source)
 
 
@@ -177,6 +179,11 @@ def list_folder(root: str | AnyPath, level: int | None = None) -> Listing:
     if not paths:
         raise UserError(f"{root}: no identity folders with images; {_seen(passed, level)}")
     kept = [owner for owner in owners if owner]
+    tables = [path for path in files if PurePosixPath(path).name in METADATA]
+    if len(set(kept)) == 1 and tables:
+        raise UserError(
+            f"{root}: all images lie in one folder, {kept[0]}: give --labels {quote(str(root / tables[0]))}"
+        )
     return make_listing(root, "files", [str(root.resolve())], paths, kept, passed=passed, notes=notes)
 
 

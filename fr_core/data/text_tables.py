@@ -19,6 +19,7 @@ PATH_COLUMNS = (
 IDENTITY_COLUMNS = (
     *("identity", "label", "name", "class", "cls", "person", "subject", "identity_id", "person_id", "subject_id"),
     *("class_id", "label_id", "id", "target", "person_name", "subject_name", "identity_name", "class_name", "user_id"),
+    *("celeb_id", "celebrity"),
 )
 COMMENT = re.compile(r"\s*#(\s|$)")
 JSON_LIST = re.compile(r'\[\s*([\[{"]|$)')

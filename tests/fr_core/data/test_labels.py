@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fr_core.data.labels import read_labels
 from fr_core.data.sources import list_source
 from fr_core.errors import UserError
+from tests.helpers.packed import make_zip
 
 ROWS = [(f"p {n}/{i}.jpg", str(n)) for n in range(3) for i in range(3)]
 BOM = "\ufeff"
@@ -92,6 +93,21 @@ def test_paths_of_another_place_system_or_format_are_found(photos, tmp_path, for
     assert listing.labels.tolist() == whole.labels.tolist()
     told = f"{len(whole.paths)} paths of list.csv were found by their ends below"
     assert [note.startswith(told) for note in listing.notes] == ([] if form("a") == "./a" else [True])
+
+
+def test_a_list_of_an_archive_and_of_an_image_folder_of_the_hub_name_the_mend(tmp_path):
+    files = {f"train/{i}.jpg": b"a" for i in range(4)}
+    archive = make_zip(tmp_path / "a.zip", files)
+    with pytest.raises(UserError, match=r"a\.zip: leave --labels out if its folders are people, else unpack it"):
+        list_source(archive, tmp_path / "list.txt")
+    (tmp_path / "hub" / "train").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "hub" / name).write_bytes(data)
+    table = tmp_path / "hub" / "train" / "metadata.csv"
+    table.write_text("file_name,label\n" + "".join(f"{i}.jpg,{i // 2}\n" for i in range(4)))
+    with pytest.raises(UserError, match=r"all images lie in one folder, train: give --labels \S+metadata\.csv"):
+        list_source(tmp_path / "hub")
+    assert list_source(tmp_path / "hub", table).names == ["0", "1"]
 
 
 def test_a_line_that_repeats_another_is_counted(photos, tmp_path):
