@@ -171,7 +171,7 @@ def _note_of_splits(folders: Sequence[Sequence[str]], depth: int, person: int) -
 
 def _around_people(folders: Sequence[Sequence[str]]) -> list[str]:
     """Return the folders around the people: those that all images share, but not a folder that holds all images."""
-    deep = [parts for parts in folders if parts] or [[]]
+    deep = [list(parts) for parts in folders if parts] or [[]]
     shared = _common(min(deep), max(deep))
     return shared[:-1] if all(len(parts) <= len(shared) for parts in folders) else shared
 

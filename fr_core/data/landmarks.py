@@ -35,7 +35,7 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
     """
     table = read_table(to_path(path), PATH_COLUMNS)
     first, columns = _columns_by_name(table, table.header) if table.header else _columns_by_place(table)
-    points = {}
+    points: dict[str, np.ndarray] = {}
     for number, row in enumerate(table.rows):
         try:
             values = np.array([float(row[column]) for column in columns])
