@@ -10,7 +10,7 @@ from fr_core.data.archives import tar_members, zip_members
 from fr_core.data.folders import LOOSE, images_of, is_split, most_of, owners_of
 from fr_core.data.listing import Listing, make_listing
 from fr_core.data.store import AnyPath, local_copy
-from fr_core.data.webdataset import labels_beside
+from fr_core.data.webdataset import labels_beside, refuse_other_labels
 from fr_core.errors import UserError
 
 REPLACED = "files that a later one of the same name replaces"
@@ -37,7 +37,8 @@ def list_archives(
     name.
 
     Raises:
-        UserError: an image lacks its label while others have one, the archives may be shards or people, or as
+        UserError: an image lacks its label while others have one, or folders and labels contradict each other. The
+            archives may be shards or people. Or as
             :func:`fr_core.data.sources.list_folder`.
     """
     found, nameless = [], []
@@ -94,6 +95,8 @@ def _read(path: AnyPath, file: Path, zipped: bool, alone: bool, level: int | Non
     if not zipped:
         in_folders = all(owners) and (not alone or len(set(owners)) > 1)
         labels, used = labels_beside(file, members, images, in_folders)
+        if labels is None and in_folders and level is None:
+            refuse_other_labels(file, members, images, owners)
         owners = owners if labels is None else [*labels]
         passed -= images_of(sorted(used))[1]
     if len(stored) > len(members):

@@ -20,9 +20,12 @@ from fr_core.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "face", "bytes", "file_name", "image_path", "path")
 ROWS = 256  # rows in memory at a time
+OTHERS = set(IDENTITY_COLUMNS) - {"id"}  # columns that may name people, too; an id may be the image's
+NOTE = b"note"  # key of an index's metadata
 FILE_START, STREAM_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's two forms
 BOMB = 100  # a table may unpack to this many times its size; images do not compress further
 BOMB_SIZE = 2**30  # bytes that any table may unpack to
+LONGEST_PATH = 1000  # letters; a longer text is an image in base64
 ROW_SIZE = 100  # bytes that each row counts for
 
 
@@ -36,12 +39,14 @@ class _Rows:
     length: list[int] = field(default_factory=list)  # bytes
     file: list[str | None] = field(default_factory=list)  # None for the scratch file
     lost: list[str | None] = field(default_factory=list)  # why there is no image
+    note: str = ""  # which of several columns names the people
 
     def table(self, source: bytes) -> pa.Table:
-        """Return the index; its metadata tells the source."""
+        """Return the index; its metadata tells the source, and the note."""
+        columns = {name: values for name, values in vars(self).items() if name != "note"}
         kinds = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), pa.string())
-        arrays = {name: pa.array(values, kind) for (name, values), kind in zip(vars(self).items(), kinds, strict=True)}
-        return pa.table(arrays).replace_schema_metadata({b"source": source})
+        arrays = {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), kinds, strict=True)}
+        return pa.table(arrays).replace_schema_metadata({b"source": source, NOTE: self.note.encode()})
 
 
 def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
@@ -57,7 +62,7 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
 
     Returns:
         The index: ``path``, ``identity``, ``start``, ``length`` of each image, ``file``, which is null for ``out``, and
-        ``lost``, the reason why a row has no image.
+        ``lost``, the reason why a row has no image. Its metadata holds a note for the user.
 
     Raises:
         UserError: the table is unreadable, lacks these columns, or has a row without identity.
@@ -69,7 +74,8 @@ def unpack_table(path: AnyPath, out: Path, root: AnyPath) -> pa.Table:
         if index.is_file() and pq.read_schema(index).metadata[b"source"] == source:
             return pq.read_table(index)
         with local_copy(path) as local:
-            table = _unpack(path, local, out, root).table(source)
+            rows = _unpack(path, local, out, root)
+        table = rows.table(source)
         part = index.with_suffix(".part")
         pq.write_table(table, part)
         part.replace(index)
@@ -87,6 +93,9 @@ def _unpack(path: AnyPath, local: Path, out: Path, root: AnyPath) -> _Rows:
     with _open_table(local) as (schema, read), out.open("wb") as scratch:
         image, identity = (_column(path, schema, known) for known in (IMAGE_COLUMNS, IDENTITY_COLUMNS))
         _check_types(path, schema, image, identity)
+        others = [name for name in schema.names if name.lower() in OTHERS and name != identity]
+        if others:
+            rows.note = f"people are the column {identity}, not {' or '.join(others)}: rename the right one to identity"
         names = _class_names(schema, identity, {path.parent, root})
         for batch in read(image, identity):
             for cell, value in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -95,7 +104,9 @@ def _unpack(path: AnyPath, local: Path, out: Path, root: AnyPath) -> _Rows:
                 owner = _name(value, names)
                 called, data = _parts(cell)
                 file, length, lost = None, 0, None
-                if data is None and called:
+                if called and len(called) > LONGEST_PATH:
+                    called, lost = None, "a text that is no path: decode it to bytes"
+                elif data is None and called:
                     file, length, lost = _find_image(called, path.parent, root)
                 elif data is None:
                     lost = "no image"
@@ -200,6 +211,8 @@ def _name(value: object, names: list[str] | None) -> str | None:
     """Return the name of an identity, or None if it is a number that stands for no class."""
     if names and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

@@ -12,14 +12,17 @@ from fr_core.data.store import AnyPath, RemotePath
 from fr_core.errors import UserError
 
 SPLIT = re.compile(
-    r"(train|training|val|valid|validation|dev|test|testing|eval|gallery|probe|query)"
+    r"(train|training|val|valid|validation|dev|test|testing|eval|gallery|probe|query|holdout|seen|unseen|extra)"
     r"([-_ ]?(set|split|images|data|faces))?",
     re.IGNORECASE,
 )
+WITH_SPLIT = re.compile(r"(.*[^a-z])?(train|training|val|valid|validation|test|testing)([^a-z].*)?", re.IGNORECASE)
 NUMBERED = re.compile(
     r"(fold|part|batch|shard|chunk|split|subset|set|train|val|valid|validation|dev|test)[-_ ]?\d+", re.IGNORECASE
 )
-SYSTEM = {"__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"}
+SYSTEM = {"__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"} | {
+    *("__pycache__", "node_modules", "thumbnails", "thumbs"),
+}
 HIDDEN = "files in hidden, @ and trash folders"
 LOOSE = "photos in no person's folder"
 SHOWN_SPLITS = 6  # named in a note, at most
@@ -110,25 +113,28 @@ def owners_of(paths: Sequence[str], source: object, level: int | None = None) ->
     folders = [[part for part in path.split("/")[:-1] if part not in ("", ".")] for path in paths]
     if level is not None:
         return [parts[level - 1] if len(parts) >= level else None for parts in folders], []
-    deep = [parts for parts in folders if parts] or [[]]
-    shared = _common(min(deep), max(deep))
-    if all(len(parts) <= len(shared) for parts in folders):
-        shared = shared[:-1]
+    shared = _around_people(folders)
     notes = [f"people are the folders of {'/'.join(shared)}"] if shared else []
     below = [parts[len(shared) :] for parts in folders]
     splits = 0
     while _are_splits([parts[splits:] for parts in below]):
         splits += 1
+    level = len(shared) + splits + 1
     if splits:
-        notes.append(_note_of_splits(below, splits))
-        below = [parts[splits:] for parts in below]
-    refuse_groups(below, source, len(shared) + splits + 1)
+        shared = _around_people([parts[splits:] for parts in below])
+        notes.append(_note_of_splits(below, splits, splits + len(shared)))
+        notes += [f"people are the folders of {'/'.join(shared)} in each"] if shared else []
+        below = [parts[splits + len(shared) :] for parts in below]
+        level += len(shared)
+    else:
+        _refuse_mixture(below, source, level)
+    notes += _note_of_groups(below, source, level)
     return [parts[0] if parts else None for parts in below], notes
 
 
 def is_split(name: str) -> bool:
     """Return whether a folder's name is that of a part of a set, such as ``train`` or ``fold0``."""
-    return bool(SPLIT.fullmatch(name) or NUMBERED.fullmatch(name))
+    return any(form.fullmatch(name) for form in (SPLIT, NUMBERED, WITH_SPLIT))
 
 
 def _are_splits(folders: Sequence[Sequence[str]]) -> bool:
@@ -140,17 +146,18 @@ def _are_splits(folders: Sequence[Sequence[str]]) -> bool:
     return any(len(parts) > 1 for parts in folders) and not any(map(NUMBERED.fullmatch, with_photos))
 
 
-def _note_of_splits(folders: Sequence[Sequence[str]], depth: int) -> str:
+def _note_of_splits(folders: Sequence[Sequence[str]], depth: int, person: int) -> str:
     """Return a note that names the splits of a set, and tells how many names are in several of them.
 
     Args:
         folders: those that each image lies in.
         depth: how many of them are splits.
+        person: how many of them lie around a person.
     """
     people: dict[str, set[str]] = {}
     for parts in folders:
         if len(parts) >= depth:
-            people.setdefault("/".join(parts[:depth]), set()).update(parts[depth : depth + 1])
+            people.setdefault("/".join(parts[:depth]), set()).update(parts[person : person + 1])
     counts = {split: f"{len(names):,} {'person' if len(names) == 1 else 'people'}" for split, names in people.items()}
     splits = [f"{split} ({count})" for split, count in sorted(counts.items())]
     if len(splits) > SHOWN_SPLITS:
@@ -162,14 +169,41 @@ def _note_of_splits(folders: Sequence[Sequence[str]], depth: int) -> str:
     return f"{note}; names in several are one person each: {several:,} (else ingest each alone, then bigface merge)"
 
 
+def _around_people(folders: Sequence[Sequence[str]]) -> list[str]:
+    """Return the folders around the people: those that all images share, but not a folder that holds all images."""
+    deep = [list(parts) for parts in folders if parts] or [[]]
+    shared = _common(min(deep), max(deep))
+    return shared[:-1] if all(len(parts) <= len(shared) for parts in folders) else shared
+
+
+def _refuse_mixture(folders: Sequence[Sequence[str]], source: object, level: int) -> None:
+    """Refuse first folders of which some are splits of several folders, such as ``train``, and some are not.
+
+    Args:
+        folders, source, level: as :func:`_note_of_groups` takes them.
+
+    Raises:
+        UserError: there are such.
+    """
+    firsts = {parts[0] for parts in folders if parts}
+    inside = Counter(first for first, _ in {(parts[0], parts[1]) for parts in folders if len(parts) > 1})
+    splits = sorted(first for first, count in inside.items() if count > 1 and SPLIT.fullmatch(first))
+    others = sorted(first for first in firsts if not is_split(first))
+    if splits and others:
+        raise UserError(
+            f"{source}: {splits[0]} looks like a part of a set, {others[0]} does not: move one away, or give --level "
+            f"{level} if both are people"
+        )
+
+
 def _common(first: Sequence[str], last: Sequence[str]) -> list[str]:
     """Return the folders that two paths share at their beginning."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return [folder for folder, _ in pairs]
 
 
-def refuse_groups(folders: Sequence[Sequence[str]], source: object, level: int) -> None:
-    """Refuse first folders that may be groups of people: a few, each of many folders and without photos of its own.
+def _note_of_groups(folders: Sequence[Sequence[str]], source: object, level: int) -> list[str]:
+    """Return a note if first folders may be groups of people: a few, each of folders and without photos of its own.
 
     Args:
         folders: those that each image lies in.
@@ -177,17 +211,20 @@ def refuse_groups(folders: Sequence[Sequence[str]], source: object, level: int) 
         level: which folder below the source the first is, counted from 1.
 
     Raises:
-        UserError: the first folders may be people or groups.
+        UserError: they may well be, since each holds many folders.
     """
     inside: dict[str, set[str]] = {}
     for parts in folders:
         if len(parts) == 1:
-            return  # a photo lies in a first folder itself, so this is a person
+            return []  # a photo lies in a first folder itself, so this is a person
         if parts:
             inside.setdefault(parts[0], set()).add(parts[1])
-    if not 2 <= len(inside) <= GROUPS or min(map(len, inside.values())) < IN_A_GROUP:
-        return
+    fewest = min(map(len, inside.values()), default=0)
+    if not 2 <= len(inside) <= GROUPS or fewest < 2:
+        return []
     first, deeper = min(inside.items())
+    if fewest < IN_A_GROUP:
+        return [f"{first}, which holds {len(deeper)} folders, is a person; give --level {level + 1} if each of them is"]
     raise UserError(
         f"{source}: {first} holds {len(deeper):,} folders of photos: give --level {level} if {first} is a person, or "
         f"--level {level + 1} if each of them is"

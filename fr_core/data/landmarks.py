@@ -31,17 +31,20 @@ def read_landmarks(path: str | AnyPath) -> dict[str, np.ndarray]:
         path → float32 [5, 2], pixels of that image; NaN where the table has no number of pixels.
 
     Raises:
-        UserError: the file is unreadable, a column is missing, or a cell is no number (names the line).
+        UserError: the file is unreadable, a column is missing, a cell is no number, or an image occurs twice.
     """
     table = read_table(to_path(path), PATH_COLUMNS)
     first, columns = _columns_by_name(table, table.header) if table.header else _columns_by_place(table)
-    points = {}
+    points: dict[str, np.ndarray] = {}
     for number, row in enumerate(table.rows):
         try:
             values = np.array([float(row[column]) for column in columns])
-            points[row[first]] = np.where(np.abs(values) < FAR_OFF, values, np.nan).astype(np.float32).reshape(-1, 2)
+            found = np.where(np.abs(values) < FAR_OFF, values, np.nan).astype(np.float32).reshape(-1, 2)
+            earlier = points.setdefault(row[first], found)
         except (IndexError, ValueError):
             raise table.bad_line(number, f"not {len(columns)} numbers; correct the line") from None
+        if not np.array_equal(earlier, found, equal_nan=True):
+            raise table.bad_line(number, f"{row[first]} has other points in an earlier line; keep one face of an image")
     if len(columns) == len(DENSE_COLUMNS):
         return {name: five_points(dense) for name, dense in points.items()}
     return points if table.header else _by_point(points)

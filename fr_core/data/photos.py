@@ -17,7 +17,12 @@ from PIL import Image, ImageOps
 from fr_core.data.stand_ins import HEAD, stand_in
 from fr_core.data.store import AnyPath
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"}
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pnm"),
+    *(".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".dib"),  # of photos, too: read if they are another format
+}
+FILE_TYPE = b"ftyp"  # bytes 4 to 8 of HEIC and AVIF
 MAX_PIXELS = 64_000_000  # larger images are refused by their header
 HUGE = f"more than {MAX_PIXELS // 1_000_000} megapixels"
 LONGEST = 64 * 2**20  # bytes of an encoded image, at most
@@ -83,6 +88,8 @@ def read_photo(data: bytes) -> Photo:
         raise RejectedImage("empty file")
     if what := stand_in(data[:HEAD]):
         raise RejectedImage(what)
+    if data[4:8] == FILE_TYPE:
+        raise RejectedImage("HEIC or AVIF: convert it to JPEG")
     if data[:2] == START:
         return _read_jpeg(data)
     if data[:8] == PNG:

@@ -41,7 +41,7 @@ def list_records(path: Path) -> Records:
 
     Raises:
         UserError: the file is unreadable or no RecordIO, has no images, or has a label that is no whole number. Also
-            if the index belongs to another file or contradicts itself, or if most of the images are cut off.
+            if the index belongs to another file, contradicts itself or lacks records, or if most images are cut off.
     """
     try:
         data = np.memmap(path, np.uint8, "r")
@@ -51,6 +51,7 @@ def list_records(path: Path) -> Records:
     indexed = index.is_file()
     keys, starts = _read_index(index) if indexed else _scan_records(path, data)
     inside = starts <= len(data) - FRAME - HEADER.itemsize
+    end_of_known = starts[~inside].min(initial=len(data))
     behind, keys, starts = keys[~inside], keys[inside], starts[inside]
     if not len(starts):
         raise UserError(f"{path}: no records; the file is empty or truncated")
@@ -61,6 +62,8 @@ def list_records(path: Path) -> Records:
         )
     header = np.ascontiguousarray(fixed[:, FRAME:]).view(HEADER)[:, 0]
     words = np.ascontiguousarray(fixed[:, 4:FRAME]).view("<u4")[:, 0]
+    if indexed:
+        _refuse_gaps(index, data[:end_of_known], starts, words)
     images = (header["flag"] != 2) | (words != HEADER.itemsize + 8)  # not a record of two labels alone
     labels = header["label"].astype(np.float64)
     several = np.flatnonzero(images & (header["flag"] > 0))
@@ -147,6 +150,30 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
         first, second = keys[in_file[twice[0] : twice[0] + 2]]
         raise UserError(f"{path}: records {first} and {second} begin at one byte; make the index anew, or remove it")
     return keys, starts
+
+
+def _refuse_gaps(index: Path, data: np.ndarray, starts: np.ndarray, words: np.ndarray) -> None:
+    """Refuse an index that lacks records of its file, as one that was cut off does.
+
+    Args:
+        index: the index, for the message.
+        data: bytes of the file, up to a record that was cut off.
+        starts: offsets of the records before it that the index lists.
+        words: their length words. The end of a record in parts is not looked for.
+
+    Raises:
+        UserError: another record begins where a listed one ends.
+    """
+    order = np.argsort(starts)
+    begins, words = starts[order], words[order].astype(np.int64)
+    whole = words >> 29 == WHOLE
+    ends = np.append(0, (begins + FRAME + -(-words // 4) * 4)[whole])
+    nexts = np.append(begins[:1], np.append(begins[1:], len(data))[whole])
+    gaps = ends[(ends < nexts) & (ends <= len(data) - FRAME)]
+    another = np.ascontiguousarray(_gather(data, gaps, 4)).view("<u4")[:, 0] == MAGIC
+    if another.any():
+        where = gaps[another][0]
+        raise UserError(f"{index}: lacks the record at byte {where}: copy it again, or remove it: it is not needed")
 
 
 def _keys_behind(path: Path, count: int, end: float) -> np.ndarray:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 
 import numpy as np
@@ -27,6 +27,7 @@ LISTS = {".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl"}
 PACKED = {".rec", ".zip", ".tar", ".tgz", ".tfrecord", *LMDBS, *TABLES}
 BESIDE_PACKED = "photos beside a file that packs others"
 INDEXES = {".idx", ".index", ".mdb"}  # read beside a .rec and TFRecords; LMDB's lock
+METADATA = ("metadata.csv", "metadata.jsonl")  # the list of an image folder of Hugging Face's datasets
 NO_RECORD = "listed, but not in the file"
 WRAPPERS = 3  # folders around the files of a source that are looked through
 
@@ -97,8 +98,9 @@ def _list_labelled(source: AnyPath, table: AnyPath) -> Listing:
     if len(records) == 1:
         return list_rec(records[0], table)
     if not source.is_dir():
-        what = "names its people itself: leave --labels out" if source.exists() else "no such file or folder"
-        raise UserError(f"{source}: {what}")
+        packed = source.suffix.lower() in (".zip", ".tar")
+        what = "leave --labels out" + (" if its folders are people, else unpack it first" if packed else "")
+        raise UserError(f"{source}: {what if source.exists() else 'no such file or folder'}")
     return list_files(table, source)
 
 
@@ -177,6 +179,11 @@ def list_folder(root: str | AnyPath, level: int | None = None) -> Listing:
     if not paths:
         raise UserError(f"{root}: no identity folders with images; {_seen(passed, level)}")
     kept = [owner for owner in owners if owner]
+    tables = [path for path in files if PurePosixPath(path).name in METADATA]
+    if len(set(kept)) == 1 and tables:
+        raise UserError(
+            f"{root}: all images lie in one folder, {kept[0]}: give --labels {quote(str(root / tables[0]))}"
+        )
     return make_listing(root, "files", [str(root.resolve())], paths, kept, passed=passed, notes=notes)
 
 
@@ -231,6 +238,8 @@ def list_rec(path: AnyPath, table: AnyPath | None = None) -> Listing:
         owners = [said[key] for key in keys]
         known = {*keys, *records.lost_keys.tolist()}
         lost += [(str(key), NO_RECORD) for key in said if key not in known]
+    elif len(set(records.labels_I.tolist())) == 1 and lost:
+        raise UserError(f"{path}: cut off: {len(keys):,} of {len(keys) + len(lost):,} images are left; copy it again")
     elif len(set(records.labels_I.tolist())) == 1:
         mend = "give --labels LIST, with the number and the person of each record"
         raise UserError(f"{path}: all {len(keys):,} records have the label {records.labels_I[0]}: {mend}")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fr_core.data.arrow import unpack_table
+from fr_core.data.arrow import NOTE, unpack_table
 from fr_core.data.listing import Listing, is_image, make_listing
 from fr_core.data.store import AnyPath, find_paths
 from fr_core.errors import UserError
@@ -70,8 +70,12 @@ def list_tables(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -
     unpacked = [scratch / f"{number:05d}.images" for number in range(len(files))]
     numbers = {str(file.resolve()): number for number, file in enumerate(unpacked)}  # of the files with images
     folder = root if root.is_dir() else root.parent
+    notes: dict[str, None] = {}  # each once
     for table, out in zip(files, unpacked, strict=True):
-        for row in unpack_table(table, out, folder).to_pylist():
+        index = unpack_table(table, out, folder)
+        if note := index.schema.metadata[NOTE].decode():
+            notes[note] = None
+        for row in index.to_pylist():
             if row["lost"]:
                 lost.append((row["path"], row["lost"]))
                 continue
@@ -85,7 +89,7 @@ def list_tables(root: AnyPath, files: Sequence[AnyPath], scratch: Path | None) -
         )
     if not paths:
         raise UserError(f"{root}: holds no images" + (f"; {lost[0][0]}: {lost[0][1]}" if lost else ""))
-    return make_listing(root, "plain", list(numbers), paths, owners, places, lost)
+    return make_listing(root, "plain", list(numbers), paths, owners, places, lost, notes=list(notes))
 
 
 def _names_in(path: AnyPath, key: str) -> list[str]:

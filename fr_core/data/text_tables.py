@@ -19,7 +19,10 @@ PATH_COLUMNS = (
 IDENTITY_COLUMNS = (
     *("identity", "label", "name", "class", "cls", "person", "subject", "identity_id", "person_id", "subject_id"),
     *("class_id", "label_id", "id", "target", "person_name", "subject_name", "identity_name", "class_name", "user_id"),
+    *("celeb_id", "celebrity"),
 )
+COMMENT = re.compile(r"\s*#(\s|$)")
+JSON_LIST = re.compile(r'\[\s*([\[{"]|$)')
 _IMAGE = re.compile(rf"^.*({'|'.join(re.escape(suffix) for suffix in sorted(SUFFIXES))})$", re.IGNORECASE)
 
 
@@ -46,6 +49,7 @@ def read_table(path: AnyPath, known: Collection[str]) -> Table:
     """Read a text table in UTF-8, or in UTF-16 with a byte-order mark.
 
     The first line is a header if one of its cells is a ``known`` name. JSON Lines are a table whose header is the keys.
+    Lines that begin with ``#`` and a blank are comments.
 
     Args:
         path: the file, local or at a URL.
@@ -54,8 +58,12 @@ def read_table(path: AnyPath, known: Collection[str]) -> Table:
     Raises:
         UserError: the file is unreadable, or no text of a known encoding.
     """
-    lines = [(number, line) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    if lines and lines[0][1].lstrip().startswith("{"):
+    numbered = enumerate(read_text(path).splitlines(), 1)
+    lines = [(number, line) for number, line in numbered if line.strip() and not COMMENT.match(line)]
+    start = lines[0][1].lstrip() if lines else ""
+    if JSON_LIST.match(start):
+        raise UserError(f"{path}: a JSON list; write one JSON object on each line, or a CSV")
+    if start.startswith("{"):
         return _read_json_lines(path, lines)
     delimiter = find_delimiter([line for _, line in lines[:SAMPLE]], known)
     try:
@@ -104,6 +112,8 @@ def read_text(path: AnyPath) -> str:
             data = local.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    if b"\0" in data[:SAMPLE] and data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: no text, or UTF-16 without its mark; save the file as UTF-8")
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:

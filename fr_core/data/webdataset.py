@@ -16,8 +16,10 @@ from fr_core.errors import UserError
 
 CERTAIN = (".cls.txt", ".cls", ".identity")  # name a person, also of images that lie in folders
 BESIDE = (*CERTAIN, ".class", ".label", ".json", ".id", ".txt")  # the first that a key has counts
+LABELS = tuple(name for name in IDENTITY_COLUMNS if name not in ("name", "id"))  # these may be the image's own
 LONGEST = {".json": 2**20}  # bytes read of a file beside an image
 SHORT = 1000
+LONGEST_NAME = 6  # words of a person's name in a text, at most; captions have more
 
 
 def labels_beside(
@@ -57,6 +59,40 @@ def labels_beside(
         owners.append(_identity(f"{path}: {member.name}", suffix, content))
         used.add(member.name)
     return owners, used
+
+
+def refuse_other_labels(
+    path: Path, members: Sequence[Member], images: Sequence[Member], owners: Sequence[str | None]
+) -> None:
+    """Refuse a tar whose folders and JSON files divide the images into other people, as folders of parts do.
+
+    Args:
+        path, members, images: as :func:`labels_beside` takes them.
+        owners: the folder of each image.
+
+    Raises:
+        UserError: the two contradict each other.
+    """
+    places = {member.name[: -len(".json")]: member for member in members if member.name.lower().endswith(".json")}
+    beside = [next((places[key] for key in keys_of(image.name) if key in places), None) for image in images]
+    data = LocalBytes(path)
+    labels = []
+    for member in beside:
+        if member is None:
+            return
+        try:
+            fields = json.loads(bytes(data[member.start : member.start + min(member.length, LONGEST[".json"])]))
+        except (ValueError, RecursionError):
+            return
+        values = {name.lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
+        labels.append(next((str(values[name]) for name in LABELS if name in values), None))
+    if None in labels or not 1 < len(set(labels)) < len(labels):
+        return
+    if len(set(zip(owners, labels, strict=True))) > len(set(owners)):
+        raise UserError(
+            f"{path}: {images[0].name} lies in a folder of several people, says the JSON beside it: name people in "
+            "KEY.cls files, or give --level if folders are people"
+        )
 
 
 def keys_of(name: str) -> list[str]:
@@ -105,10 +141,15 @@ def _identity(place: str, suffix: str, content: bytes) -> str:
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise UserError(f"{place} is not readable as {'JSON' if suffix == '.json' else 'UTF-8 text'}") from None
     if isinstance(fields, dict):
-        name = next((name for name in IDENTITY_COLUMNS if isinstance(fields.get(name), str | int)), None)
-        if name is None:
+        values = {name.lower(): value for name, value in fields.items()}
+        named = next(
+            (values[name] for name in IDENTITY_COLUMNS if isinstance(values.get(name), str | int | float)), None
+        )
+        if named is None:
             raise UserError(f"{place} names no identity; its fields are {', '.join(fields)}: rename one to identity")
-        return str(fields[name])
+        return str(int(named) if isinstance(named, float) and named.is_integer() else named)
+    if suffix == ".txt" and len(text.split()) > LONGEST_NAME:
+        raise UserError(f"{place} holds a caption, not a person: name the person in KEY.cls, or by a folder")
     identity = str(fields) if isinstance(fields, str | int) else text.strip()
     if not identity or "\n" in identity or (fields is not None and not isinstance(fields, str | int)):
         raise UserError(f"{place} names no identity; write one name or number into it")

@@ -68,7 +68,7 @@ class Recogniser:
             normalise: Scale embeddings to length 1. Template protocols need the original lengths.
 
         Returns:
-            float32 [N, D].
+            float32 [N, D]. NaN where a net of broken weights gives no direction: only zeros, or an endless length.
 
         Raises:
             ValueError: The images have another shape or dtype.
@@ -83,11 +83,18 @@ class Recogniser:
             out_BD = self.net(x_BCHW)
             if flip:
                 out_BD = out_BD + self.net(x_BCHW.flip(3))
-            out_BD = nn.functional.normalize(out_BD) if normalise else out_BD
+            out_BD = directions(out_BD) if normalise else out_BD
             embeddings[start : start + batch] = out_BD.cpu().numpy()
             if progress:
                 progress(len(chunk))
         return embeddings
+
+
+def directions(embeddings_BD: torch.Tensor) -> torch.Tensor:
+    """Return embeddings scaled to length 1; NaN where the length is 0 or not finite."""
+    lengths_B1 = embeddings_BD.norm(dim=1, keepdim=True)
+    usable_B1 = (lengths_B1 > 0) & lengths_B1.isfinite()
+    return torch.where(usable_B1, embeddings_BD / lengths_B1, torch.nan)
 
 
 def open_net(

@@ -70,7 +70,9 @@ def read_tensor_file(path: AnyPath) -> TensorFile:
             with file.open("rb") as stream:
                 start = stream.read(64)
             if start.startswith((ZIP, PICKLE)):
-                return TensorFile(dict(_flat(_unpickled(path, file, start.startswith(ZIP)))))
+                tensors = dict(_flat(_unpickled(path, file, start.startswith(ZIP))))
+                _refuse_no_arrays(path, tensors)
+                return TensorFile(tensors)
             _refuse_others(path, start)
             with safe_open(file, "pt") as header:
                 net = (header.metadata() or {}).get("net")
@@ -148,10 +150,22 @@ def _stand_in(name: str) -> type:
     return OrderedDict if name.endswith("Dict") else type(name.rpartition(".")[2], (_StandIn,), {})
 
 
+def _refuse_no_arrays(path: AnyPath, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no plain arrays of numbers.
+
+    Raises:
+        UserError: A tensor is one without values, a sparse or a quantised one, or one of complex numbers.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            what = "has no values" if tensor.is_meta else "is sparse, quantised or complex"
+            raise UserError(f"{path}: its tensor {name} {what}: save the float net's state_dict() instead")
+
+
 def _flat(content: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dictionaries with dotted names."""
+    """Yield the tensors of nested dictionaries and lists with dotted names."""
     if isinstance(content, Tensor):
         yield name, content.detach()
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
+    elif isinstance(content, Mapping | list | tuple):
+        for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
             yield from _flat(value, f"{name}.{key}" if name else str(key))

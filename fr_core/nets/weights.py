@@ -118,6 +118,8 @@ def _check(weights: Weights) -> None:
         elif found.shape != tensor.shape:
             shapes = f"{tensor_name} of shape {list(found.shape)}, not {list(tensor.shape)}"
             raise _Misfit(f"holds {name}, but its tensor {shapes}: give another file")
+        elif tensor.is_floating_point() and not found.is_floating_point():
+            raise _Misfit(f"holds whole numbers in {tensor_name}: give the float net, before it was quantised")
         elif not found.isfinite().all():
             raise _Misfit(f"holds numbers that are not finite, in {tensor_name}: give another file")
     if strange := set(weights.state) - set(wanted):

@@ -53,7 +53,7 @@ def nonmatches(
     alone = gallery_MD is None
     gallery_MD, people_M = (probes_ND, people_N) if gallery_MD is None or people_M is None else (gallery_MD, people_M)
     if not (np.isfinite(probes_ND).all() and np.isfinite(gallery_MD).all()):
-        raise UserError("the net's embeddings are not finite: its training diverged, or its weights are broken")
+        raise UserError("the net's embeddings are not finite, or all 0: training diverged, or the weights are broken")
     everybody = np.unique(np.concatenate([people_N, people_M]))
     counts_N, counts_M = (np.searchsorted(everybody, people) for people in (people_N, people_M))
     own = np.bincount(counts_N, minlength=len(everybody)) * np.bincount(counts_M, minlength=len(everybody))

@@ -1,13 +1,13 @@
 """Reads lists of pairs in the forms that the field writes (docs/verification.md).
 
 - CSV with a header, columns in any order: ``image_a,image_b,same[,fold]`` and other names of these.
-- LFW's ``pairs.txt``, with or without its first line: ``name i j`` and ``name i name j``.
+- LFW's ``pairs.txt``, with or without its first line: ``name i j`` and ``name i name j``. Also with commas.
 - ``path path 0``, ``path path 1`` or ``path path -1`` on each line, or the flag first.
 - ``.bin``, which holds the images.
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -23,6 +23,7 @@ LEFT, RIGHT = (
 )
 SAME = ("same", "is_same", "issame", "label", "match", "is_match", "target", "genuine")
 FOLD = ("fold", "fold_id", "split")
+NAME = ("name", "name1", "name_1")  # begins the header of LFW's lists as CSV
 MEANING = {
     **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y", "same", "genuine", "positive", "pos", "match"), True),
     **dict.fromkeys(("0", "0.0", "-1", "-1.0", "false", "f", "no", "n", "different", "diff"), False),
@@ -74,7 +75,23 @@ def read_pairs(path: str | Path) -> Pairs:
             fold[same == value] = np.arange((same == value).sum()) % FOLDS
     elif (fold < 0).any():
         raise table.bad_line(int(np.argmax(fold < 0)), "it has no fold, but others do: give it one, or drop the column")
-    return Pairs(list(index), left, right, same, fold)
+    pairs = Pairs(list(index), left, right, same, fold)
+    _refuse_turned_flags(path, pairs)
+    return pairs
+
+
+def _refuse_turned_flags(path: Path, pairs: Pairs) -> None:
+    """Refuse flags that mean the opposite: all pairs in one folder are of two people, and all others of one.
+
+    Raises:
+        UserError: the flags are such.
+    """
+    folders = np.array([PurePosixPath(name.replace("\\", "/")).parent.name for name in pairs.paths])
+    in_one = folders[pairs.left] == folders[pairs.right]
+    if in_one.any() and not in_one.all() and np.array_equal(in_one, ~pairs.same):
+        raise UserError(
+            f"{path}: pairs in one folder are flagged as two people, all others as one: 1 must mean the same person"
+        )
 
 
 def _by_header(table: Table) -> list[Row]:
@@ -99,10 +116,12 @@ def _by_header(table: Table) -> list[Row]:
 
 def _by_form(table: Table) -> list[Row]:
     """Read the rows of a list without a header: paths and a flag, or names and numbers as LFW has them."""
-    lines = [row if table.delimiter else [" ".join(row)] for row in table.rows]
+    lines = [_without_empty_end(row) if table.delimiter else [" ".join(row)] for row in table.rows]
+    if lines[1:] and lines[0][0].lower() in NAME and _names(lines[1]) is not None:
+        lines = lines[1:]
     counts = _lfw_counts(lines[0]) if lines else []
     body = lines[1:] if counts else lines
-    first = len(lines) - len(body)
+    first = len(table.rows) - len(body)
     triples = [_triple(row) for row in body]
     if triples and triples[0] is not None:
         return [_flagged(table, number, triple) for number, triple in enumerate(triples, first)]
@@ -116,13 +135,20 @@ def _by_form(table: Table) -> list[Row]:
     return _lfw_rows(table, body, counts)
 
 
+def _without_empty_end(row: list[str]) -> list[str]:
+    """Return a row without the empty cells at its end."""
+    return row[: max((i for i, cell in enumerate(row, 1) if cell), default=1)]
+
+
 def _triple(row: list[str]) -> tuple[str, ...] | None:
     """Return two paths and a flag, or None."""
     if len(row) == 1:
         if found := _TRIPLE.fullmatch(row[0]):
             return found.groups()
-        found = _FLAG_FIRST.fullmatch(row[0])
-        return (found[2], found[3], found[1]) if found else None
+        if found := _FLAG_FIRST.fullmatch(row[0]):
+            return found[2], found[3], found[1]
+        words = row[0].split()  # paths without suffix
+        return tuple(words) if len(words) == 3 and "/" in words[0] and "/" in words[1] else None
     if len(row) != 3 or (_COUNT.fullmatch(row[1]) and _COUNT.fullmatch(row[2])):
         return None
     flag_first = names_image(row[1]) and names_image(row[2])

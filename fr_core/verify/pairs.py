@@ -119,7 +119,7 @@ def score_pairs(scores: np.ndarray, pairs: Pairs) -> Verification:
             f"all {len(pairs.same):,} pairs are of {have}, but verification needs both: add pairs of {lack}"
         )
     if not np.isfinite(scores).all():
-        raise UserError("the net's embeddings are not finite: its training diverged, or its weights are broken")
+        raise UserError("the net's embeddings are not finite, or all 0: training diverged, or the weights are broken")
     folds = np.unique(pairs.fold)
     if len(folds) < 2:
         raise UserError("verification needs two folds or more: change the column fold, or drop it for ten folds")

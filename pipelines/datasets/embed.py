@@ -52,7 +52,8 @@ class ShardEmbedder:
             labels += [label for _, label, *_ in images]
         embeddings = np.concatenate(parts)
         if not np.isfinite(embeddings).all():
-            raise UserError(f"the net's embeddings of {self.facts.files[shard]} are not finite: use another checkpoint")
+            mend = "use another checkpoint"
+            raise UserError(f"the net's embeddings of {self.facts.files[shard]} are not finite, or all 0: {mend}")
         write_embeddings(self.out / self.facts.files[shard], np.array(ids), np.array(labels), embeddings)
         return {"images": len(ids)}
 

@@ -55,7 +55,7 @@ def match(
         raise UserError(f"--threshold {threshold:g}: a cosine lies between -1 and 1")
     cosine, not_square = photo_similarity(recogniser, a, b, align)
     if not math.isfinite(cosine):
-        raise UserError(f"{model}: its embeddings of these photos are not finite: give other weights")
+        raise UserError(f"{model}: its embeddings of these photos are not finite, or all 0: give other weights")
     verified, same_weights = recogniser.verified, True
     if recogniser.checkpoint is not None:
         verified, same_weights = verification_of(recogniser.checkpoint)

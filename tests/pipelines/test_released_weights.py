@@ -184,6 +184,8 @@ def test_match_never_prints_nan(tmp_path, photos):
     torch.save(net.state_dict(), path)
     a, b = sorted(photos.glob("*/0.jpg"))[:2]
     assert "its embeddings of these photos are not finite" in failed("match", a, b, "--model", path)
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}, path)
+    assert "not finite, or all 0" in failed("match", a, b, "--model", path, "--net", "insightface")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 import struct
@@ -185,7 +186,7 @@ def test_images_that_a_table_only_names_lie_beside_it_or_below_the_source(photos
         "more/none.jpg": "No such file or directory",
         "more": "No such file or directory",
         "a\0.jpg": "no path",
-        "x" * 5000: "no path",
+        "x" * 500: "no path",
     }
     rows += [(path, "person0") for path in bad]
     cells = {
@@ -294,3 +295,17 @@ def test_identities_of_other_types(tmp_path):
     ):
         pq.write_table(pa.table({"image": faces, "label": identities}), tmp_path / "a.parquet")
         assert list_source(tmp_path / "a.parquet", scratch=tmp_path / "scratch").names == names
+
+
+def test_images_as_text_and_several_columns_of_names(photos, tmp_path):
+    faces = [path.read_bytes() for path in sorted(photos.glob("*/*.jpg"))[:4]]
+    texts = [base64.b64encode(face * 3).decode() for face in faces]
+    pq.write_table(pa.table({"image": texts, "label": [0, 0, 1, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"holds no images; a\.parquet:0: a text that is no path: decode it to bytes$"):
+        list_source(tmp_path / "a.parquet", scratch=tmp_path / "scratch")
+    columns = {"image": faces, "label": [0.0, 0.0, 1.0, 1.0], "name": ["a", "b", "a", "b"]}
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    for _ in ("unpacked", "used again"):
+        listing = list_source(tmp_path / "b.parquet", scratch=tmp_path / "scratch")
+        assert listing.names == ["0", "1"]
+        assert listing.notes == ("people are the column label, not name: rename the right one to identity",)

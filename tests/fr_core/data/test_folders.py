@@ -85,6 +85,37 @@ def test_splits_in_splits_are_looked_through(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "splits", [("lfw_train", "lfw_test"), ("images-train", "images-val"), ("train.small", "val"), ("train", "unseen")]
+)
+def test_splits_with_other_words_in_their_names(tmp_path, splits):
+    make(tmp_path, *people(*(f"{split}/{name}" for split in splits for name in ("anna", "ben"))))
+    assert list_folder(tmp_path).names == ["anna", "ben"]
+
+
+def test_a_folder_inside_each_split_is_looked_through(tmp_path):
+    make(tmp_path, *people("train/images/anna", "train/images/ben", "val/images/cleo"))
+    listing = list_folder(tmp_path)
+    assert listing.names == ["anna", "ben", "cleo"]
+    assert listing.notes == (
+        "train (2 people), val (1 person) are splits of one set",
+        "people are the folders of images in each",
+    )
+
+
+def test_a_split_beside_something_else_is_refused(tmp_path):
+    make(tmp_path, *people("train/anna", "train/ben", "figures"))
+    with pytest.raises(UserError, match="train looks like a part of a set, figures does not: move one away, or give"):
+        list_folder(tmp_path)
+    assert list_folder(tmp_path, level=1).names == ["figures", "train"]
+
+
+def test_a_few_folders_of_folders_are_said_to_be_people(tmp_path):
+    make(tmp_path, *people("men/anna", "men/ben", "women/cleo", "women/dora"))
+    note = "men, which holds 2 folders, is a person; give --level 2 if each of them is"
+    assert list_folder(tmp_path).notes == (note,)
+
+
 def test_folders_below_a_person_are_that_persons(tmp_path):
     make(tmp_path, *people("anna/film 1", "anna/film 2", "ben/film 1", "test/film 9"))
     assert list_folder(tmp_path).names == ["anna", "ben", "test"]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fr_core.data.labels import read_labels
 from fr_core.data.sources import list_source
 from fr_core.errors import UserError
+from tests.helpers.packed import make_zip
 
 ROWS = [(f"p {n}/{i}.jpg", str(n)) for n in range(3) for i in range(3)]
 BOM = "\ufeff"
@@ -31,6 +32,7 @@ def written(tmp_path, line, before="", name="list.txt", encoding="utf-8"):
         ("", lambda i, path, who: f"1\t{path}\t{who}"),  # insightface
         ("", lambda i, path, who: f"{path} 0 {who} 0"),  # MagFace
         ("photo,who\n", lambda i, path, who: f"{path},{who}"),
+        ("# of 2024\n# path, person\n", lambda i, path, who: f"{path},{who}"),
         (f"{BOM}identity;score;path\n", lambda i, path, who: f"{who};.5;{path}"),
         ("file_name,label\n", lambda i, path, who: f'"{path}", {who}'),
         ("id,label,name,image\n", lambda i, path, who: f"{i},{who},{who},{path}"),
@@ -62,6 +64,8 @@ def test_a_list_in_utf16_as_windows_saves_it(tmp_path):
         ("path,identity\na.jpg,\n", "line 2: expected a path and an identity"),
         ('{"path": "a.jpg", "id": 1}\n{"path": "b.jpg"}\n', "line 2: no JSON object with the fields of the first"),
         (b"a.jpg \xff\n", "byte 6 is not UTF-8; save the file as UTF-8"),
+        ("a.jpg 1\n".encode("utf-16-le"), "UTF-16 without its mark; save the file as UTF-8"),
+        ('[{"path": "a.jpg", "id": 1}]', "a JSON list; write one JSON object on each line"),
     ],
 )
 def test_a_list_that_may_mean_two_things_or_nothing_is_refused(tmp_path, text, message):
@@ -89,6 +93,21 @@ def test_paths_of_another_place_system_or_format_are_found(photos, tmp_path, for
     assert listing.labels.tolist() == whole.labels.tolist()
     told = f"{len(whole.paths)} paths of list.csv were found by their ends below"
     assert [note.startswith(told) for note in listing.notes] == ([] if form("a") == "./a" else [True])
+
+
+def test_a_list_of_an_archive_and_of_an_image_folder_of_the_hub_name_the_mend(tmp_path):
+    files = {f"train/{i}.jpg": b"a" for i in range(4)}
+    archive = make_zip(tmp_path / "a.zip", files)
+    with pytest.raises(UserError, match=r"a\.zip: leave --labels out if its folders are people, else unpack it"):
+        list_source(archive, tmp_path / "list.txt")
+    (tmp_path / "hub" / "train").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "hub" / name).write_bytes(data)
+    table = tmp_path / "hub" / "train" / "metadata.csv"
+    table.write_text("file_name,label\n" + "".join(f"{i}.jpg,{i // 2}\n" for i in range(4)))
+    with pytest.raises(UserError, match=r"all images lie in one folder, train: give --labels \S+metadata\.csv"):
+        list_source(tmp_path / "hub")
+    assert list_source(tmp_path / "hub", table).names == ["0", "1"]
 
 
 def test_a_line_that_repeats_another_is_counted(photos, tmp_path):

@@ -51,6 +51,15 @@ def test_bad_landmark_tables_name_the_line(tmp_path, text, message):
         read_landmarks(path)
 
 
+def test_two_faces_of_one_image_are_refused_but_not_a_line_that_repeats(tmp_path):
+    row = "a.jpg " + " ".join(map(str, range(10))) + "\n"
+    (tmp_path / "table.txt").write_text(row * 2)
+    assert list(read_landmarks(tmp_path / "table.txt")) == ["a.jpg"]
+    (tmp_path / "table.txt").write_text(row + row.replace(" 9", " 8"))
+    with pytest.raises(UserError, match=r"line 2: a\.jpg has other points in an earlier line; keep one face"):
+        read_landmarks(tmp_path / "table.txt")
+
+
 def test_a_table_of_other_images_is_refused(photos):
     with pytest.raises(UserError, match=r"names none of the images, such as person0/0\.jpg"):
         match_landmarks(list_folder(photos).paths, {"x.jpg": np.zeros((5, 2))})

@@ -86,6 +86,11 @@ def test_cmyk_is_read_in_colour():
     assert np.abs(read_rgb(out.getvalue()).astype(int) - SMOOTH).mean() < 12
 
 
+def test_heic_and_avif_name_the_mend():
+    with pytest.raises(RejectedImage, match="HEIC or AVIF: convert it to JPEG"):
+        read_photo(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
 def test_a_jpeg_without_an_end_or_with_extra_bytes_is_repaired():
     """Every image whose pixels are all there is kept, whatever its last byte is; crops of it are encoded anew."""
     for seed in range(40):

@@ -106,6 +106,14 @@ def test_a_file_that_lacks_most_of_its_images_is_refused(tmp_path):
             list_records(path)
 
 
+@pytest.mark.parametrize("kept", [slice(0, 5), slice(2, None), slice(0, None, 2)])
+def test_an_index_that_lacks_records_of_its_file_is_refused(insightface, kept):
+    index = insightface.with_suffix(".idx")
+    index.write_text("".join(index.read_text().splitlines(True)[kept]))
+    with pytest.raises(UserError, match=r"train\.idx: lacks the record at byte \d+: copy it again, or remove it"):
+        list_records(insightface)
+
+
 def test_index_lines_that_occur_twice(insightface):
     index = insightface.with_suffix(".idx")
     lines = index.read_text().splitlines(keepends=True)

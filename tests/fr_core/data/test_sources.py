@@ -189,7 +189,7 @@ def test_records_without_labels_ask_for_a_list_and_other_sources_refuse_one(tmp_
         list_source(path)
     (tmp_path / "list.txt").write_text("0 a\n1 a\n2 b\n")
     archive = make_zip(tmp_path / "a.zip", {"a/1.jpg": b"a", "a/2.jpg": b"b", "b/1.jpg": b"c"})
-    with pytest.raises(UserError, match=r"a\.zip: names its people itself: leave --labels out"):
+    with pytest.raises(UserError, match=r"a\.zip: leave --labels out if its folders are people"):
         list_source(archive, tmp_path / "list.txt")
     with pytest.raises(UserError, match=r"none\.zip: no such file or folder"):
         list_source(tmp_path / "none.zip", tmp_path / "list.txt")

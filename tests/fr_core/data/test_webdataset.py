@@ -45,6 +45,30 @@ def test_webdataset_tars_by_other_fields(tmp_path, image, label):
     assert not listing.passed
 
 
+def test_folders_of_parts_whose_json_names_the_people_are_refused(tmp_path):
+    files = {f"{shot:03d}/{who}.jpg": b"a" for who in range(3) for shot in range(2)}
+    files |= {name.replace("jpg", "json"): b'{"label": %d}' % int(name[4]) for name in files}
+    tar = make_tar(tmp_path / "0.tar", files)
+    with pytest.raises(
+        UserError, match=r"000/0\.jpg lies in a folder of several people, says the JSON beside it: name"
+    ):
+        list_source(tar)
+    assert set(content(list_source(tar, level=1))) == {"000", "001"}
+
+
+def test_json_with_numbers_of_any_kind_and_capitals(tmp_path):
+    files = {f"{i}.jpg": b"%d" % i for i in range(4)} | {f"{i}.json": b'{"Label": %.1f}' % (i // 2) for i in range(4)}
+    assert content(list_source(make_tar(tmp_path / "0.tar", files))) == {"0": [b"0", b"1"], "1": [b"2", b"3"]}
+
+
+def test_captions_are_no_people(tmp_path):
+    files = {f"{i}.jpg": b"a" for i in range(4)} | {
+        f"{i}.txt": b"a photo of a smiling face number %d" % i for i in range(4)
+    }
+    with pytest.raises(UserError, match=r"0\.txt holds a caption, not a person: name the person in KEY\.cls"):
+        list_source(make_tar(tmp_path / "0.tar", files))
+
+
 def test_fields_that_do_not_tell_the_person(tmp_path):
     files = {f"{i}.{field}": b"%d" % (i // 2) for i in range(4) for field in ("img.jpg", "age.cls", "who.cls")}
     with pytest.raises(UserError, match=r"KEY\.age\.cls or KEY\.who\.cls may name the person; pack one of them as"):

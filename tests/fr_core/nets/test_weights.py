@@ -229,6 +229,27 @@ def test_numbers_that_are_not_finite_are_refused(value, suffix, tmp_path):
         open_net(saved(state, tmp_path / f"net{suffix}"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to("meta"), r"its tensor layer2\.0\.conv1\.weight has no values"),
+        (lambda tensor: tensor.to_sparse(), r"its tensor layer2\.0\.conv1\.weight is sparse, quantised or complex"),
+        (lambda tensor: tensor.to(torch.complex64), r"layer2\.0\.conv1\.weight is sparse, quantised or complex"),
+        (lambda tensor: tensor.to(torch.int8), r"holds whole numbers in layer2\.0\.conv1\.weight: give the float net"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused(change, message, tmp_path):
+    state = settled(Insight(), gain=False).state_dict()
+    state["layer2.0.conv1.weight"] = change(state["layer2.0.conv1.weight"])
+    with pytest.raises(UserError, match=message):
+        open_net(saved(state, tmp_path / "net.pth"))
+
+
+def test_a_net_in_a_list_opens(tmp_path):
+    state = settled(Insight(), gain=False).state_dict()
+    assert torch.equal(open_net(saved((7, [state]), tmp_path / "net.pth"), device=CPU).net.fc.bias, state["fc.bias"])
+
+
 def test_half_precision_opens(tmp_path):
     net = settled(Insight(), gain=False)
     wanted = embedded(net, noise(), *RGB)

@@ -44,6 +44,7 @@ def test_lfw_pairs(tmp_path):
         ("", "no pairs"),
         ("what,ever\n1,2\n", "neither a CSV"),
         ("image_a,image_b,same\na,b,2\n", "line 2"),
+        ("p/1.jpg p/2.jpg 0\np/1.jpg q/1.jpg 1\n", "flagged as two people, all others as one: 1 must mean the same"),
         ("one,two,same\na.jpg,b.jpg,1\n", "no column image_a"),
         ("a.jpg b.jpg 1 3\n", "neither a CSV"),
         ("image_a,image_b,same\na,b,1\na\n", "line 3"),
@@ -112,6 +113,7 @@ def write(path, line, before=""):
         ("", lambda a, b, same: f"{int(same)} {a} {b}"),
         ("", lambda a, b, same: f"{'positive' if same else 'negative'},{a},{b}"),
         ("24\n", lambda a, b, same: f"{a} {b} {int(same)}"),
+        ("# two paths, and 1 for the same person\n", lambda a, b, same: f"{a} {b} {int(same)}"),
         ("Left,Right,Same\n", lambda a, b, same: f"{a},{b},{same}"),
         ("Image 1, Image 2, Label\n", lambda a, b, same: f"{a}, {b}, {int(same)}"),
         ("", lambda a, b, same: f'{{"image1": "{a}", "image2": "{b}", "label": {int(same)}}}'),
@@ -132,6 +134,18 @@ def test_names_with_blanks_in_lfws_form(tmp_path, before, blank):
     (tmp_path / "pairs.txt").write_text((before + "\n".join(rows) + "\n").format(blank))
     pairs = read_pairs(tmp_path / "pairs.txt")
     assert [(pairs.paths[a], pairs.paths[b], bool(s)) for a, b, s in zip(pairs.left, pairs.right, pairs.same)] == ROWS  # noqa: B905
+
+
+def test_lfws_lists_as_csv_with_a_header_and_an_empty_cell(tmp_path):
+    rows = ["a b,1,2,", "a b,1,c,12"] * 12
+    (tmp_path / "pairs.csv").write_text("\n".join(["name,imagenum1,imagenum2,", *rows]) + "\n")
+    pairs = read_pairs(tmp_path / "pairs.csv")
+    assert [(pairs.paths[a], pairs.paths[b], bool(s)) for a, b, s in zip(pairs.left, pairs.right, pairs.same)] == ROWS  # noqa: B905
+
+
+def test_paths_without_suffix(tmp_path):
+    (tmp_path / "pairs.txt").write_text("a/1 a/2 1\na/1 b/2 0\n" * 5)
+    assert read_pairs(tmp_path / "pairs.txt").paths == ["a/1", "a/2", "b/2"]
 
 
 def test_a_list_in_which_some_pairs_have_a_fold_is_refused(tmp_path):
