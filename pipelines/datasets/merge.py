@@ -7,7 +7,7 @@ so the result is shuffled too.
 import csv
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from pipelines.datasets.ingest import IMAGES_PER_SHARD, MIN_SHARDS, chunk_starts
 STARTED, EMBEDDINGS = "merge.json", "embeddings"
 OWN_FILES = ("shard-*.parquet", "shard-*.part", "manifest.json*", "identities.parquet", "identity_map.csv*")
 MAP_COLUMNS = ("dataset", "identity", "becomes", "cosine")
+GONE = -1  # number of an identity that is not in the result
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Part:
     """A dataset and its place in the result. Legend: N identities of the dataset."""
 
     dataset: Dataset
-    labels_N: np.ndarray  # int64, label of each identity in the result; −1: left out
+    labels_N: np.ndarray  # int64, label of each identity in the result, or GONE
     without: Mapping[int, str] = field(default_factory=dict)  # sample id to leave out → its identity, or ""
     first_id: int = 0  # added to the sample ids
 
@@ -84,8 +85,8 @@ def merge(
         chunk: as for :func:`write_parts`.
 
     Returns:
-        images, identities, joined (identities that joined one of an earlier dataset), left_out (images), and
-        shared_names (names that several datasets have).
+        images, identities, joined (identities that joined one of an earlier dataset), left_out (images),
+        identities_left_out (all their images are on the list), and shared_names (names that several datasets have).
 
     Raises:
         UserError: datasets of different layout or image size, ``out`` in use, or an unreadable list.
@@ -104,7 +105,11 @@ def merge(
         _join_by_name(names, becomes)
     if model:
         _join_by_centre(opened, becomes, cosines, model, net, overlap, out / EMBEDDINGS, on_ray, progress)
-    used, new_labels = np.unique(np.concatenate(becomes), return_inverse=True)
+    if left_out:
+        becomes[0][_images_left(opened[0], left_out) == 0] = GONE
+    numbers = np.concatenate(becomes)
+    used = np.unique(numbers[numbers != GONE])
+    new_labels = np.where(numbers == GONE, GONE, np.searchsorted(used, numbers))
     labels = np.split(new_labels, np.cumsum([len(own_names) for own_names in names])[:-1])
     titles = _result_names([path.resolve().name for path in datasets], names, used)
     first_ids = np.cumsum([0] + [_largest_sample_id(dataset) + 1 for dataset in opened[:-1]])
@@ -118,15 +123,18 @@ def merge(
         for path, own_names, own_labels, own_cosines in zip(datasets, names, labels, cosines, strict=True):
             rows = zip(own_names, own_labels.tolist(), own_cosines.tolist(), strict=True)
             for name, label, cosine in rows:
-                writer.writerow((path, name, titles[label], "" if np.isnan(cosine) else f"{cosine:.4f}"))
+                writer.writerow(
+                    (path, name, "" if label == GONE else titles[label], "" if np.isnan(cosine) else f"{cosine:.4f}")
+                )
     manifest = write_parts(parts, titles, out, " + ".join(map(str, datasets)), chunk=chunk, progress=progress)
     (out / STARTED).unlink()
     before = sum(dataset.manifest.images for dataset in opened)
     return {
         "images": manifest.images,
         "identities": manifest.identities,
-        "joined": sum(map(len, names)) - len(used),
+        "joined": int((numbers != GONE).sum()) - len(used),
         "left_out": before - manifest.images,
+        "identities_left_out": int((numbers == GONE).sum()),
         "shared_names": sum(count > 1 for count in Counter(itertools.chain(*map(set, names))).values()),
     }
 
@@ -240,7 +248,7 @@ def _relabelled_chunks(part: Part, shard: int, group: int, layout: Layout) -> tu
                         f"sample {sample_id} is {listed!r} in the list, {actual!r} in the dataset: "
                         "the list is of another dataset"
                     )
-            elif part.labels_N[label] >= 0:
+            elif part.labels_N[label] != GONE:
                 rows.append((part.first_id + sample_id, int(part.labels_N[label]), jpeg, points))
         if rows:
             kept.append(rows)
@@ -308,12 +316,24 @@ def _join_by_centre(
         known_ND = np.concatenate([known_ND, own_ND]) if number else own_ND
 
 
+def _images_left(dataset: Dataset, listed: Mapping[int, str]) -> np.ndarray:
+    """Return how many images each identity has that are not on a list: int64 [N]."""
+    counts_N = np.zeros(dataset.manifest.identities, np.int64)
+    for ids, labels in _ids_and_labels(dataset):
+        kept = ~np.isin(ids, list(listed))
+        counts_N += np.bincount(labels[kept], minlength=len(counts_N))
+    return counts_N
+
+
 def _largest_sample_id(dataset: Dataset) -> int:
-    """Return the largest sample id; reads only the column of ids."""
+    """Return the largest sample id."""
+    return max(int(ids.max()) for ids, _ in _ids_and_labels(dataset))
+
+
+def _ids_and_labels(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the sample ids and labels of each row group; reads only their columns."""
     grouped = dataset.manifest.layout == "grouped"
-    column = "sample_ids" if grouped else "sample_id"
-    largest = 0
+    columns = ["sample_ids" if grouped else "sample_id", "label"]
     for shard, group, _ in dataset.row_groups.tolist():
-        ids = dataset.read_row_group(shard, group, [column])[column].to_numpy()
-        largest = max(largest, int((np.concatenate(ids) if grouped else ids).max()))
-    return largest
+        ids, labels = (column.to_numpy() for column in dataset.read_row_group(shard, group, columns).columns)
+        yield (np.concatenate(ids), labels.repeat([len(chunk) for chunk in ids])) if grouped else (ids, labels)
