@@ -31,6 +31,7 @@ global batch. Otherwise their rates drift apart. The state is float64 (Python fl
 double pole loses a fifth of D within 50,000 steps.
 """
 
+import math
 from array import array
 from typing import Any, Protocol, assert_never
 
@@ -143,6 +144,8 @@ class RunWindow(Stretch):
         self.newer += loss - middle
         self.losses[at] = loss
         self.steps += 1
+        if self.steps % (2 * w) == 0:  # O(1) a step, and no rounding error grows old, also that of a huge loss
+            self.older, self.newer = math.fsum(self.losses[:w]), math.fsum(self.losses[w:])
         if self.steps == w:
             self.first = self.newer
         if self.steps < 2 * w:

@@ -115,6 +115,13 @@ def test_the_run_form_ignores_scale_and_offset_of_the_loss(seed, scale, offset):
     assert detectors(RunWindow(FastFace(), 1000), scale * losses + offset) == pytest.approx(found, rel=1e-4, abs=1e-5)
 
 
+def test_a_huge_loss_is_forgotten_with_its_window():
+    losses = np.linspace(9, 1, 400) + np.random.default_rng(0).normal(0, 0.1, 400)
+    found = detectors(RunWindow(FastFace(window=0.05), 400), losses)
+    losses[100] = 1e20  # in float64, sums lose all that is below 1e4 beside it
+    assert detectors(RunWindow(FastFace(window=0.05), 400), losses)[160:] == pytest.approx(found[160:], abs=1e-9)
+
+
 def test_the_run_form_cuts_a_loss_that_rises_and_one_that_stays():
     for losses in ([1.0] * 200, np.linspace(1, 2, 200)):
         found = changes(RunWindow(FastFace(window=0.05, patience=0.1, max_cuts=2), 200), losses)
