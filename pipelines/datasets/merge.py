@@ -85,8 +85,8 @@ def merge(
         chunk: as for :func:`write_parts`.
 
     Returns:
-        images, identities, joined (identities that joined one of an earlier dataset), left_out (images),
-        identities_left_out (all their images are on the list), and shared_names (names that several datasets have).
+        images, identities, joined (identities that joined one of an earlier dataset), left_out (images on the list),
+        identities_left_out (without an image left), and shared_names (names that several datasets have).
 
     Raises:
         UserError: datasets of different layout or image size, ``out`` in use, or an unreadable list.
