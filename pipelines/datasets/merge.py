@@ -85,8 +85,8 @@ def merge(
         chunk: as for :func:`write_parts`.
 
     Returns:
-        images, identities, joined (identities that joined one of an earlier dataset), left_out (images on the list),
-        identities_left_out (without an image left), and shared_names (names that several datasets have).
+        images and identities of the result; joined: identities that joined one of an earlier dataset; shared_names:
+        names that several datasets have. Also left_out: images; identities_left_out: those without an image left.
 
     Raises:
         UserError: datasets of different layout or image size, ``out`` in use, or an unreadable list.
