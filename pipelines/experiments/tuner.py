@@ -13,6 +13,7 @@ import numpy as np
 
 from fr_core.data.store import AnyPath, RemotePath, find_paths, remove_folder
 from pipelines.experiments.search import Search, mode, ray_domain
+from pipelines.experiments.whole_files import whole_files
 from pipelines.logs import log
 from tune_spaces.fields import Choice, Domain, Knob
 
@@ -49,11 +50,12 @@ def make_tuner(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial leaves its traceback in its folder
     trainable = ray_tune.with_resources(trainable, {name: n for name, n in held.items() if n})
     space = {knob.name: ray_domain(knob.domain, search.search == "grid") for knob in search.knobs}
+    place, files = (out.key, out.filesystem) if isinstance(out, RemotePath) else (str(out), whole_files())
     if resume and find_paths(out / "ray", "experiment_state-*.json"):
         return ray_tune.Tuner.restore(
-            (out / "ray").key if isinstance(out, RemotePath) else str(out / "ray"),
+            f"{place}/ray",
             trainable,
-            storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
+            storage_filesystem=files,
             resume_unfinished=True,
             resume_errored=True,  # after a machine is lost, a trial continues from its newest checkpoint
             param_space=space,
@@ -75,8 +77,8 @@ def make_tuner(
         ),
         run_config=ray_tune.RunConfig(
             name="ray",
-            storage_path=out.key if isinstance(out, RemotePath) else str(out),
-            storage_filesystem=out.filesystem if isinstance(out, RemotePath) else None,
+            storage_path=place,
+            storage_filesystem=files,
             failure_config=ray_tune.FailureConfig(max_failures=LIVES - 1),
             verbose=0,
             callbacks=[trial_callback(search, trial_scheduler)],

@@ -234,7 +234,8 @@ def test_schedules_warm_up_as_long_as_the_recipe():
     runs = {name: load_config("bigface_small", given) for name, given in schedules(16, 4, ["patience=0.2"]).items()}
     assert [run.schedule.kind for run in runs.values()] == ["cosine", "cosine", "fastface"]
     assert [run.train.epochs for run in runs.values()] == [16, 4, 4]
-    assert {run.schedule.warmup_epochs for run in runs.values()} == {load_config("bigface_small").schedule.warmup_epochs}
+    recipe = load_config("bigface_small").schedule
+    assert {run.schedule.warmup_epochs for run in runs.values()} == {recipe.warmup_epochs}
     assert runs["fastface"].schedule.patience == 0.2
 
 

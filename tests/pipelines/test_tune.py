@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from pipelines.experiments.search import Search, Trial, best, deliver_trials, ve
 from pipelines.experiments.trial import MISTAKE, goes_to_scheduler, run_trial, turn
 from pipelines.experiments.tune import DRIVER, claim_folder, end_tune_early, share_cluster
 from pipelines.experiments.tuner import clip_to_domains, make_tuner
+from pipelines.experiments.whole_files import whole_files
 from pipelines.ray_start import start_ray
 from pipelines.train import train
 from tests.helpers.commands import bigface
@@ -406,6 +408,20 @@ def test_what_trials_could_not_tell_mlflow_is_delivered_at_the_end(small, tmp_pa
     found = MlflowClient(uri).get_run(run_id)
     assert (found.data.metrics["late"], found.info.status) == (7.0, "FINISHED")
     assert not (run / UNDELIVERED).exists()
+
+
+def test_tunes_state_is_whole_whenever_a_search_is_killed(tmp_path):
+    files, path = whole_files(), tmp_path / "state.json"
+    for text in (b"first", b"second"):
+        before = path.read_bytes() if path.exists() else None
+        stream = files.open_output_stream(str(path))
+        stream.write(text)
+        stream.flush()
+        assert (path.read_bytes() if path.exists() else None) == before
+        stream.close()
+        assert path.read_bytes() == text
+    assert list(tmp_path.iterdir()) == [path]
+    assert pickle.loads(pickle.dumps(files)).open_input_stream(str(path)).read() == b"second"
 
 
 def steps_of(run):
