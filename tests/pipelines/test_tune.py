@@ -429,6 +429,7 @@ def steps_of(run):
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_search_that_was_killed_goes_on(small, tmp_path, monkeypatch, mlflow_database):
     """Killed with its process group, in its second trial; the first is not run again."""

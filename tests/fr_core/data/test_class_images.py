@@ -172,7 +172,7 @@ def test_a_row_group_is_read_when_a_reader_does_not_hold_it(grouped, monkeypatch
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("order", [[], APART], ids=["held whole", "in strands"])
+@pytest.mark.parametrize("order", [pytest.param([], marks=pytest.mark.soak), APART], ids=["held whole", "in strands"])
 def test_ray_reads_the_same_chunks_as_this_process(grouped, order, monkeypatch):
     start_ray()
     monkeypatch.setattr(stream, "GROUP_ROWS", 200)
