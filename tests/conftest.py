@@ -23,7 +23,7 @@ settings.register_profile("fuzz", deadline=None, max_examples=10_000)
 settings.load_profile("default")
 
 collect_ignore = [] if "BIGFACE_EXTENDED" in os.environ else ["extended"]
-LONG = ["tests", "train", "pipelines"]  # folders whose files take the longest
+LONG = ["tests", "train", "pipelines", "pretend_card"]  # folders whose files take the longest
 RANKS = ["tests.helpers.ranks", "tests.helpers.runs", "tests.helpers.killed"]
 mp.get_context("forkserver").set_forkserver_preload(RANKS)  # with the loop: imported once, for all ranks
 
