@@ -15,6 +15,7 @@ Legend: G faces of the global batch, D embedding, S rows of this rank that take 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,20 +141,23 @@ class _MarginSoftmax(torch.autograd.Function):
         operand_GD = _operand(unit_GD, softmax.precision)
         sums = _LogSumExp(unit_GD, scale)
         inverses = []
-        for tile in _tiles(unit_GD, weight_ND, column_G, rows_S, softmax):
+        size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
+        positives = _Positives(*column_G.sort(), len(weight_ND if rows_S is None else rows_S), size)
+        for tile in _tiles(weight_ND, rows_S, positives, softmax):
             sums.add(tile.negatives(operand_GD))
             inverses.append(tile.inverse_T)
         negative_G, positive_G = _over_ranks(sums, torch.where(column_G >= 0, scale * value_G, 0), ranks)
         loss = F.softplus(negative_G - positive_G).mean()
-        per_face = (column_G, cos_G, slope_G, negative_G, positive_G)
+        per_face = (cos_G, slope_G, negative_G, positive_G)
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
-        ctx.softmax, ctx.sgd, ctx.finite = softmax, sgd, sgd is None or bool(loss.isfinite())
+        ctx.softmax, ctx.positives = softmax, positives
+        ctx.sgd, ctx.finite = sgd, sgd is None or bool(loss.isfinite())
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, rows_S, inverse_S, column_G, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
@@ -163,7 +167,7 @@ class _MarginSoftmax(torch.autograd.Function):
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
-        for tile in _tiles(unit_GD, weight_ND, column_G, rows_S, softmax, inverse_S):
+        for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
             push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each)
             _add_product(grad_GD, 1, push_GT, tile.operand_TD)
             if grad_SD is None:
@@ -193,14 +197,13 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
-        starts, (face_P, column_P) = range(0, len(centres_SD), size), excluded
-        edges = _edges(column_P, starts, size)
-        for start, first, last in zip(starts, edges, edges[1:], strict=False):
+        face_P, column_P = excluded
+        for start, places in _Positives(column_P, face_P, len(centres_SD), size):
             operand_TD = _operand(centres_SD[start : start + size], softmax.precision)
             logits_GT = _product(operand_GD, operand_TD.T).mul_(scale)
             _drop(logits_GT, softmax)
-            if first < last:
-                logits_GT[face_P[first:last], column_P[first:last] - start] = MASKED
+            if places:
+                _mask(logits_GT, places)
             shrink_G = sums.add(logits_GT)
             pull_GD.mul_(shrink_G[:, None])
             _add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
@@ -216,6 +219,22 @@ class _FixedCentresSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GD,) = ctx.saved_tensors
         return grad * grad_GD, *[None] * 4
+
+
+class _Positives:
+    """The places of positives in each tile, found once: faces and columns, sorted by column."""
+
+    def __init__(self, column_P: Tensor, face_P: Tensor, rows: int, size: int) -> None:
+        self.column_P, self.face_P, self.size = column_P, face_P, size
+        self.starts = range(0, rows, size)
+        edges = torch.arange(len(self.starts) + 1, device=column_P.device) * size
+        self.edges = torch.searchsorted(column_P, edges).tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[Tensor, Tensor] | None]]:
+        """Yield the start of each tile, and the faces and columns of its positives; None if it has none."""
+        for start, (first, last) in zip(self.starts, pairwise(self.edges), strict=True):
+            here = slice(first, last)
+            yield start, (self.face_P[here], self.column_P[here] - start) if first < last else None
 
 
 @dataclass(frozen=True)
@@ -235,7 +254,7 @@ class _Tile:
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
         _drop(logits_GT, self.softmax)
         if self.positives:
-            logits_GT[self.positives] = MASKED
+            _mask(logits_GT, self.positives)
         return logits_GT
 
     def push(
@@ -297,32 +316,18 @@ def tile_size(faces: int, embedding: int, device: torch.device) -> int:
 
 
 def _tiles(
-    unit_GD: Tensor,
-    weight_ND: Tensor,
-    column_G: Tensor,
-    rows_S: Tensor | None,
-    softmax: Softmax,
-    inverse_S: Tensor | None = None,
+    weight_ND: Tensor, rows_S: Tensor | None, positives: _Positives, softmax: Softmax, inverse_S: Tensor | None = None
 ) -> Iterator[_Tile]:
     """Yield the rows that take part, tile by tile; ``inverse_S``: their inverse lengths, if already known."""
-    size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
-    starts = range(0, len(weight_ND if rows_S is None else rows_S), size)
-    column_P, face_P = column_G.sort()
-    edges = _edges(column_P, starts, size)
-    for start, first, last in zip(starts, edges, edges[1:], strict=False):
-        rows = slice(start, start + size) if rows_S is None else rows_S[start : start + size]
+    for start, places in positives:
+        end = start + positives.size
+        rows = slice(start, end) if rows_S is None else rows_S[start:end]
         weight_TD = weight_ND[rows]
         if inverse_S is None:
             inverse_T = torch.linalg.vector_norm(weight_TD, dim=1).clamp_min_(MIN_NORM).reciprocal_()
         else:
-            inverse_T = inverse_S[start : start + size]
-        positives = (face_P[first:last], column_P[first:last] - start) if first < last else None
-        yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, positives, softmax)
-
-
-def _edges(column_P: Tensor, starts: range, size: int) -> list[int]:
-    """Return where in the sorted columns each tile begins, and where the last tile ends."""
-    return torch.searchsorted(column_P, torch.tensor([*starts, starts[-1] + size], device=column_P.device)).tolist()
+            inverse_T = inverse_S[start:end]
+        yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, places, softmax)
 
 
 def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -333,6 +338,11 @@ def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Ten
 
 def _rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
     return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
+
+
+def _mask(logits_GT: Tensor, places: tuple[Tensor, Tensor]) -> None:
+    """Mask logits at some faces and columns. A number would be copied to a GPU, which waits for it."""
+    logits_GT[places] = logits_GT.new_full((), MASKED)
 
 
 def _drop(logits_GT: Tensor, softmax: Softmax) -> None:
