@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import time
 import urllib.error
@@ -118,6 +119,22 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(head, dataset, tmp_path):
     assert not (out / "report.json").exists()
     again = training(dataset, out, log, environment, "--resume", before=[*jobs, "again", "--"])
     assert again.wait(180) == 0, log.read_text()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
+
+
+@pytest.mark.soak
+def test_a_job_whose_tracker_stays_away_succeeds_and_says_what_is_not_delivered(head, dataset, tmp_path):
+    environment, address, _ = head
+    out, log = tmp_path / "run", tmp_path / "log"
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and never listens
+        away = f"tracking.uri=http://127.0.0.1:{nobody.getsockname()[1]}"
+        submit = [RAY, "job", "submit", "--address", address, "--submission-id", "untracked", "--"]
+        assert training(dataset, out, log, environment, away, before=submit).wait(300) == 0, log.read_text()
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line.startswith("{")]
+    assert sum("MLflow" in event and "training goes on" in event for event in events) == 1
+    assert sum("not delivered to MLflow" in event for event in events) == 1
+    assert (out / "undelivered.jsonl").stat().st_size
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
 
 
