@@ -1,7 +1,9 @@
 """Real Ray heads: one has token authentication and gets a training from an empty folder, one dies."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -135,6 +137,35 @@ def test_a_job_whose_tracker_stays_away_succeeds_and_says_what_is_not_delivered(
     assert sum("MLflow" in event and "training goes on" in event for event in events) == 1
     assert sum("not delivered to MLflow" in event for event in events) == 1
     assert (out / "undelivered.jsonl").stat().st_size
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
+
+
+@pytest.mark.soak
+def test_a_job_tells_that_a_node_died_and_where_it_goes_on(head, dataset, tmp_path):
+    environment, address, _ = head
+    out, log = tmp_path / "run", tmp_path / "log"
+    node = [RAY, "start", f"--address={environment['RAY_ADDRESS']}", "--block", "--num-cpus=2"]
+    machine = subprocess.Popen(node, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    submit = [RAY, "job", "submit", "--address", address, "--submission-id", "two-nodes", "--"]
+    try:
+        while len(wait_for(f"{address}/nodes?view=summary", environment["RAY_AUTH_TOKEN"]).split('"raylet"')) < 3:
+            time.sleep(0.5)
+        job = training(dataset, out, log, environment, "--workers", "2", before=submit)
+        while not checkpoints(out):
+            assert job.poll() is None, log.read_text()
+            time.sleep(0.5)
+        os.killpg(machine.pid, signal.SIGKILL)
+        assert job.wait(300) == 0, log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(machine.pid, signal.SIGKILL)
+        machine.wait()
+    events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    names = [event["event"] for event in events]
+    (resumed,) = [event for event in events if event["event"] == "resumed"]
+    assert "worker failed" in names[: names.index("resumed")]
+    assert resumed["step"] % 20 == 0
+    assert resumed["seconds_since_failure"] > 0
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 201))
 
 
