@@ -37,9 +37,8 @@ def list_archives(
     name.
 
     Raises:
-        UserError: an image lacks its label while others have one, or folders and labels contradict each other. The
-            archives may be shards or people. Or as
-            :func:`fr_core.data.sources.list_folder`.
+        UserError: an image lacks its label while others have one, or folders and labels contradict each other. Also
+            if the archives may be shards or people, and as :func:`fr_core.data.sources.list_folder`.
     """
     found, nameless = [], []
     zipped = archives[0].suffix.lower() == ".zip"

@@ -20,7 +20,8 @@ WITH_SPLIT = re.compile(r"(.*[^a-z])?(train|training|val|valid|validation|test|t
 NUMBERED = re.compile(
     r"(fold|part|batch|shard|chunk|split|subset|set|train|val|valid|validation|dev|test)[-_ ]?\d+", re.IGNORECASE
 )
-SYSTEM = {"__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"} | {
+SYSTEM = {  # folders that a computer or a program makes
+    *("__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information", "trash"),
     *("__pycache__", "node_modules", "thumbnails", "thumbs"),
 }
 HIDDEN = "files in hidden, @ and trash folders"

@@ -51,7 +51,7 @@ class ShardedFC(Head):
         rows = self.hi - self.lo
         generator = torch.Generator().manual_seed(rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank))
         priority = torch.rand(rows, generator=generator).to(labels_G.device)
-        priority.index_fill_(0, own, 2.0)
+        priority.index_fill_(0, own, 2.0)  # priority[own] = 2.0 would copy the number to a GPU, and wait
         count = max(int(self.sample_rate * rows + 1e-9), len(own), 1)
         return priority.topk(count).indices.sort().values
 

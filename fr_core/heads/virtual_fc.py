@@ -112,7 +112,7 @@ class Anchors(Head):
         repeats_I = torch.zeros_like(group_I, dtype=torch.bool)
         repeats_I[order_I[1:]] = group_I[order_I].diff() == 0
         free_M = torch.ones(size, dtype=torch.bool, device=labels_I.device)
-        free_M.index_fill_(0, group_I, False)
+        free_M.index_fill_(0, group_I, False)  # by [] it would be copied to a GPU, which waits
         anchor_I = group_I.clone()
         anchor_I[repeats_I] = free_M.nonzero()[: int(repeats_I.sum()), 0]
         return anchor_I, repeats_I

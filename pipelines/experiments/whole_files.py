@@ -9,7 +9,7 @@ from io import BufferedWriter, FileIO
 from typing import Any
 
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem  # Ray Data brings fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 
