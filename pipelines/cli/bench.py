@@ -93,6 +93,22 @@ def bench_ingest(
         show("bench ingest", run(images, folder, console.log), json)
 
 
+@bench.command("manifest")
+def bench_manifest(
+    images: Annotated[int, typer.Option(min=1, help="Images of the dataset; default: as WebFace42M.")] = 42_474_558,
+    identities: Annotated[int, typer.Option(min=1, help="Identities of the dataset.")] = 2_059_906,
+    shards: Annotated[int, typer.Option(min=1, help="Shards of the dataset.")] = 5000,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of the run; the last one is measured.")] = 64,
+    json: Json = None,
+) -> None:
+    """Measure how a dataset of WebFace42M's size opens, plans an epoch and resumes, on shards without pixels."""
+    from pipelines.bench.manifest import bench_manifest as run
+
+    rows, figures = run(images, identities, shards, workers, console.log)
+    show_table(rows, "seconds, and growth of peak memory")
+    write_json("bench manifest", figures, json)
+
+
 @bench.command("masks")
 def bench_masks(
     images: Annotated[
