@@ -46,24 +46,27 @@ EAGER_SMALL = 11  # operators on a vector of a tile, in one pass over it
 KERNEL_SMALL = 1  # launches of fused kernels in one pass over a tile, besides its products
 
 
+Kind = Literal["convolution", "product", "maps", "weights", "logits"]
+
+
 class Operator(NamedTuple):
     """One operator. It takes as long as its arithmetic or its memory traffic, whichever is longer, or its launch.
 
     Args:
-        kind: convolution, product of matrices, sweep over memory, or sweep over a tile of logits.
+        kind: convolution, product of matrices, or sweep over feature maps, over weights, or over a tile of logits.
         precision: type of the operands.
         flops: multiplications and additions.
         bytes: bytes read and written.
     """
 
-    kind: Literal["convolution", "product", "sweep", "tile"]
+    kind: Kind
     precision: str
     flops: int
     bytes: int
 
 
 Work = Counter[Operator]  # how often each operator runs
-SMALL = Operator("sweep", "float32", 0, 0)  # its launch is all that counts
+SMALL = Operator("weights", "float32", 0, 0)  # its launch is all that counts
 
 
 class Passes(NamedTuple):
@@ -108,7 +111,7 @@ class Counting(TorchDispatchMode):
             tensors = [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
             again = MORE_READS.get(name, 0) * args[0].nbytes if name in MORE_READS else 0
             flops = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))  # it lacks addmm_
-            kind: Literal["convolution", "product", "sweep"] = "product" if flops else "sweep"
+            kind: Kind = "product" if flops else "maps"
             self.work[
                 Operator(
                     "convolution" if name.startswith("convolution") else kind,
@@ -297,13 +300,13 @@ def bytes_of(precision: str) -> int:
 
 
 def sweeps(size: int, *accesses: int) -> list[Operator]:
-    """Return operators on ``size`` bytes of memory, by how often each reads or writes them."""
-    return [Operator("sweep", "float32", 0, count * size) for count in accesses]
+    """Return operators on ``size`` bytes of weights, by how often each reads or writes them."""
+    return [Operator("weights", "float32", 0, count * size) for count in accesses]
 
 
 def logit_sweeps(logits: int, *accesses: int) -> list[Operator]:
     """Return operators on a tile of float32 logits, by how often each reads or writes them."""
-    return [Operator("tile", "float32", 0, count * FLOAT * logits) for count in accesses]
+    return [Operator("logits", "float32", 0, count * FLOAT * logits) for count in accesses]
 
 
 def pair_work(config: Config) -> Work:
@@ -319,39 +322,47 @@ def pair_work(config: Config) -> Work:
 # The update
 
 
-def update_work(config: Config, identities: int, ranks: Ranks) -> Work:
+def update_work(config: Config, identities: int, ranks: Ranks, device: torch.device) -> Work:
     """Count the end of a step: norms, clipping, optimisers, moving averages, and the copies of what a step may undo.
 
-    Each operator reads or writes all numbers of its tensors, several tensors in one launch.
+    Each operator reads or writes all numbers of its tensors. On a card it takes several tensors in one launch, and
+    PyTorch's optimisers read and write each number once.
+
+    Args:
+        identities: identities of the training set.
+        device: a card or a CPU.
     """
-    size, optim = backbone_size(config.net), config.optim
+    size, optim, on_card = backbone_size(config.net), config.optim, device.type == "cuda"
     numbers, tensors = size.numbers, len(size.shapes)
     shares = ranks.size if optim.shard_state else 1
     averages = (config.train.ema > 0) + (config.method.facts.encoder != "none")
     scaled = config.train.precision == "float16"
-    found = foreach(numbers, tensors, 1, *[2] * scaled, *[2] * (optim.clip is not None), *[3] * averages)
+    sgd: tuple[int, ...] = (5,) if on_card else (3, 2, 3, 3)  # decay, momentum, gradient, weight
+    moved: tuple[int, ...]
     match optim:
         case SGD():
-            found += foreach(numbers // shares, ceil(tensors / shares), 5)  # reads w, g, m; writes w, m
+            moved = sgd
         case AdamW():
-            found += foreach(numbers // shares, ceil(tensors / shares), 7)
+            moved = (7,) if on_card else (2, 3, 2, 3, 2, 2, 2, 4)
         case LARS():
-            found += foreach(numbers // shares, ceil(tensors / shares), 3, 1, 1, 2, 2, 3, 3)
+            moved = (3, 1, 1, 2, 2, 3, 3)
         case Muon():
-            found += foreach(numbers // shares, ceil(tensors / shares), 2, 3, 3, 2, 2, 3)
-            found += muon_products(size.shapes, shares)
-    found += [SMALL] * 2 * ceil(size.buffers / FOREACH_TENSORS)
+            moved = (2, 3, 3, 2, 2, 3)
+    found = foreach(numbers, tensors, on_card, 1, *[2] * scaled, *[2] * (optim.clip is not None), *[3] * averages)
+    found += foreach(numbers // shares, ceil(tensors / shares), on_card, *moved)
+    found += muon_products(size.shapes, shares) if isinstance(optim, Muon) else []
+    found += [SMALL] * 2 * (ceil(size.buffers / FOREACH_TENSORS) if on_card else size.buffers)
     matrix = config.method.class_matrix
     if matrix and matrix.update == "plain":
         rows = FLOAT * sampled_rows(config, identities, ranks) * config.net.embedding
         found += sweeps(rows, 1, *[2] * (matrix.clip_head is not None))
-        found += sweeps(rows, *((3, 3, 3, 3) if matrix.sample_rate < 1 else (5,)))  # rows gathered and written back
+        found += sweeps(rows, *((3, 3, 3, 3) if matrix.sample_rate < 1 else sgd))  # rows gathered and written back
     return Counter(found)
 
 
-def foreach(numbers: int, tensors: int, *accesses: int) -> list[Operator]:
-    """Return operators on a list of float32 tensors, by how often each reads or writes them; each in a few launches."""
-    launches = max(1, ceil(tensors / FOREACH_TENSORS), ceil(numbers / FOREACH_NUMBERS))
+def foreach(numbers: int, tensors: int, on_card: bool, *accesses: int) -> list[Operator]:
+    """Return operators on a list of float32 tensors, by how often each reads or writes them, launch by launch."""
+    launches = max(1, ceil(tensors / FOREACH_TENSORS), ceil(numbers / FOREACH_NUMBERS)) if on_card else tensors
     return sweeps(FLOAT * numbers // launches, *accesses) * launches
 
 

@@ -109,6 +109,20 @@ def bench_manifest(
     write_json("bench manifest", figures, json)
 
 
+@bench.command("plan")
+def bench_plan(
+    repeats: Annotated[int, typer.Option(min=1, help="Calibrations and measurements; figures are medians.")] = 7,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
+    json: Json = None,
+) -> None:
+    """Predict a training step on this machine's processors from a few timed operators, and measure it, by part."""
+    from pipelines.bench.plan import bench_plan as run
+
+    rows, figures = run(repeats, [int(number) for number in ranks.split(",")], console.log)
+    show_table(rows, "rank 0, one thread a rank")
+    write_json("bench plan", figures, json)
+
+
 @bench.command("masks")
 def bench_masks(
     images: Annotated[

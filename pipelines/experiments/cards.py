@@ -68,8 +68,7 @@ class Rates:
 
     Args:
         convolution, product: FLOP/s by precision.
-        memory: bytes a second of sweeps.
-        tile: bytes a second of sweeps over a tile of logits.
+        sweep: bytes a second of sweeps over feature maps, weights and logits. A CPU holds some of them in its cache.
         launch: seconds that an operator takes at least.
         ring: bytes a second that a rank sends and receives in a collective.
         hop: seconds that a collective takes for each doubling of the ranks.
@@ -78,8 +77,7 @@ class Rates:
 
     convolution: dict[str, float]
     product: dict[str, float]
-    memory: float
-    tile: float
+    sweep: dict[str, float]
     launch: float
     ring: float
     hop: float
@@ -87,11 +85,10 @@ class Rates:
 
     def seconds(self, operator: Operator) -> float:
         """Return the seconds of an operator: of its arithmetic, its memory traffic or its launch."""
-        moved = operator.bytes / (self.tile if operator.kind == "tile" else self.memory)
         if not operator.flops:
-            return max(moved, self.launch)
+            return max(operator.bytes / self.sweep[operator.kind], self.launch)
         speed = (self.convolution if operator.kind == "convolution" else self.product)[operator.precision]
-        return max(operator.flops / speed, moved, self.launch)
+        return max(operator.flops / speed, operator.bytes / self.sweep["maps"], self.launch)
 
 
 def card_of(kind: str) -> Card:
@@ -120,5 +117,6 @@ def rates_of(card: Card, workers: int, per_node: int, network: float) -> Rates:
         "float32": 1e12 * FLOAT32 * card.float32
     }
     memory, ring = 1e12 * MEMORY * card.memory, GB * LINK * card.link
-    rates = Rates(convolution, product, memory, memory, LAUNCH, ring, HOP, True)
+    sweep = {"maps": memory, "weights": memory, "logits": memory}
+    rates = Rates(convolution, product, sweep, LAUNCH, ring, HOP, True)
     return rates if workers <= per_node else replace(rates, ring=min(ring, GB * NETWORK * network))

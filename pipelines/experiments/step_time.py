@@ -87,7 +87,7 @@ def step_parts(
         works["teacher"] = teacher_work(who.teacher, who.teacher_net, images, precision)
     works = {name: repeated(work, micro) for name, work in works.items()}
     works |= {"head": head_work(config, identities, ranks, head_precision, device), "pairs": pair_work(config)}
-    works["update"] = update_work(config, identities, ranks)
+    works["update"] = update_work(config, identities, ranks, device)
     parts = {name: computed(work, rates) for name, work in works.items() if work}
     for exchange in exchanges(config, ranks, teacher_width(config.method.taught) or config.net.embedding):
         parts[f"{exchange.collective}: {exchange.carries}"] = exchanged(exchange, ranks.size, rates)

@@ -26,9 +26,8 @@ from pipelines.experiments.step_time import (
 )
 from tests.helpers.commands import bigface
 
-ROUND = Rates(
-    {"float32": 2e12, "bfloat16": 4e12}, {"float32": 1e12, "bfloat16": 4e12}, 1e12, 2e12, 5e-6, 1e9, 1e-5, True
-)
+SWEEP = {"maps": 1e12, "weights": 5e11, "logits": 2e12}
+ROUND = Rates({"float32": 2e12, "bfloat16": 4e12}, {"float32": 1e12, "bfloat16": 4e12}, SWEEP, 5e-6, 1e9, 1e-5, True)
 HALF = ("bfloat16", "bfloat16")
 
 
@@ -39,9 +38,10 @@ HALF = ("bfloat16", "bfloat16")
         (Operator("product", "bfloat16", 10**12, 0), 0.25),
         (Operator("convolution", "float32", 10**12, 0), 0.5),
         (Operator("product", "float32", 10**9, 10**12), 1),
-        (Operator("sweep", "float32", 0, 10**10), 0.01),
-        (Operator("tile", "float32", 0, 10**10), 0.005),
-        (Operator("sweep", "float32", 0, 0), 5e-6),
+        (Operator("maps", "float32", 0, 10**10), 0.01),
+        (Operator("weights", "float32", 0, 10**10), 0.02),
+        (Operator("logits", "float32", 0, 10**10), 0.005),
+        (Operator("weights", "float32", 0, 0), 5e-6),
     ],
 )
 def test_an_operator_takes_the_longest_of_arithmetic_memory_and_launch(operator, seconds):

@@ -177,7 +177,9 @@ def test_the_head_follows_the_method_the_ranks_and_the_micro_batches():
 def test_the_update_sweeps_over_all_weights():
     """SGD by hand: a read for the norm, two accesses to clip, five to move; a tenth of the matrix for Partial FC."""
     numbers, rows = backbone_size(load_config("bigface_r50").net).numbers, 4 * 1000 * 512
-    swept = lambda *given: sum_of(update_work(load_config("bigface_r50", list(given)), 1000, Ranks()), "bytes")  # noqa: E731
+    swept = lambda *given, device=CARD: sum_of(  # noqa: E731
+        update_work(load_config("bigface_r50", list(given)), 1000, Ranks(), device), "bytes"
+    )
     plain = swept()
     assert plain == pytest.approx(4 * numbers * 8 + rows * 6, rel=1e-5)
     assert swept("train.ema=0.9") - plain == pytest.approx(4 * numbers * 3, rel=1e-5)
@@ -185,7 +187,8 @@ def test_the_update_sweeps_over_all_weights():
     assert swept("method.update=fused") - plain == pytest.approx(-rows * 6, rel=1e-5)
     assert swept("method.sample_rate=0.1") - plain == pytest.approx(rows * (1.3 - 6), rel=1e-5)
     assert swept("optim={kind='adamw', head={lr=0.1}}") - plain == pytest.approx(4 * numbers * 2, rel=1e-5)
-    muon = update_work(load_config("bigface_r50", ["optim=muon"]), 1000, Ranks())
+    assert swept(device=CPU) - plain == pytest.approx(6 * (4 * numbers + rows), rel=1e-5)
+    muon = update_work(load_config("bigface_r50", ["optim=muon"]), 1000, Ranks(), CARD)
     shapes = [shape for shape in backbone_size(load_config("bigface_r50").net).shapes if len(shape) > 1]
     by_hand = 0
     for first, *others in shapes:
