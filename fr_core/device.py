@@ -3,8 +3,10 @@
 import ctypes
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # constants of glibc's malloc.h
 
@@ -22,6 +24,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device. A card gets it from pinned memory, so that the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def integers_on_device(parts: Sequence[Tensor | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy vectors of whole numbers of the host to a device, in one copy: int64 each."""
+    vectors = [torch.as_tensor(part, dtype=torch.int64) for part in parts]
+    return on_device(torch.cat(vectors), device).split([len(vector) for vector in vectors])
 
 
 def use_processor(threads: int) -> None:

@@ -222,6 +222,8 @@ class Train(Section):
     """Steps between two checkpoints."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Newest checkpoints that stay on disk."""
+    save_beside: bool = True
+    """Write checkpoints while the training goes on. It takes main memory for a copy of the state."""
     verify_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two verifications. None: only at the end."""
 

@@ -47,13 +47,16 @@ class ShardedFC(Head):
         """
         if self.sample_rate >= 1:
             return None
-        own = labels_G[(labels_G >= self.lo) & (labels_G < self.hi)].unique() - self.lo
-        rows = self.hi - self.lo
-        generator = torch.Generator().manual_seed(rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank))
-        priority = torch.rand(rows, generator=generator).to(labels_G.device)
-        priority.index_fill_(0, own, 2.0)  # priority[own] = 2.0 would copy the number to a GPU, and wait
-        count = max(int(self.sample_rate * rows + 1e-9), len(own), 1)
-        return priority.topk(count).indices.sort().values
+        rows, device = self.hi - self.lo, labels_G.device
+        is_own_G = (labels_G >= self.lo) & (labels_G < self.hi)
+        seed = rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank)
+        priority = torch.rand(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
+        priority = F.pad(priority, (0, 1))  # the last place is for faces of other ranks
+        priority.index_fill_(0, torch.where(is_own_G, labels_G - self.lo, rows), 2.0)
+        count = max(int(self.sample_rate * rows + 1e-9), 1)
+        if count < len(labels_G):  # then the positives may be more, and a card must be asked
+            count = max(count, len(labels_G[is_own_G].unique()))
+        return priority[:rows].topk(count).indices.sort().values
 
     def forward(
         self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None, sgd: TileSGD | None = None

@@ -141,4 +141,4 @@ def stepper(config: Config, ranks: Ranks, identities: int) -> Callable[[], float
     pixels_BHWC = torch.randint(0, 256, (share, side, side, 3), generator=random, dtype=torch.uint8)
     labels_B = torch.randint(0, identities, (share,), generator=random)
     batch = Batch(0, np.arange(share), labels_B, pixels_BHWC, pixels_BHWC[:, None, :0])
-    return lambda: step(config, state, batch, ranks)["loss"]
+    return lambda: step(config, state, batch, ranks).metrics["loss"]

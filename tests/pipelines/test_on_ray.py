@@ -102,7 +102,7 @@ def without_a_cluster(monkeypatch, fit):
     monkeypatch.setattr(on_ray, "worker_threads", lambda *_: 1)
     monkeypatch.setattr(stream, "blocks_by_ray", blocks_in_process)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(on_ray, "drained_nodes", set)
     monkeypatch.setattr(ray.train, "report", lambda metrics: None)
     made = lambda work, train_loop_config, **more: SimpleNamespace(fit=lambda: fit(work, train_loop_config))  # noqa: E731
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", made)

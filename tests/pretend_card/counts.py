@@ -39,11 +39,13 @@ class Counts:
         self.waits: Counter[Event] = Counter()
         self.copies: Counter[Event] = Counter()
         self.copied: Counter[Event] = Counter()
+        self.period = 0  # number of calls of clear
 
     def clear(self) -> None:
         """Forget all events."""
         for counter in (self.operators, self.waits, self.copies, self.copied):
             counter.clear()
+        self.period += 1
 
     def operator(self, name: str) -> None:
         """Count an operator."""

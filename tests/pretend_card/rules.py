@@ -52,16 +52,13 @@ def goes_to_card(packet: OpOverloadPacket, args: Any, kwargs: Any, from_card: bo
 
 
 def refuse_mixture(func: OpOverload, args: Any, kwargs: Any, inputs: list[Tensor]) -> None:
-    """Refuse operators that CUDA refuses: of tensors of the host and the card, or with random numbers of the host.
+    """Refuse operators that CUDA refuses: of tensors of the host and of the card.
 
     CUDA takes a CPU scalar beside its tensors in most operators, and CPU indices of its tensors.
 
     Raises:
         RuntimeError: as PyTorch does.
     """
-    generator = kwargs.get("generator")
-    if generator is not None and generator.device.type == "cpu":
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     packet = func.overloadpacket
     if packet in COPIES:
         return

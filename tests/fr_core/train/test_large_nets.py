@@ -31,7 +31,7 @@ def trained(ranks, config, steps=2, loss_scale=None):
         state = initial_state(config, plan, ranks, torch.device("cpu"))
     state.loss_scale = loss_scale or state.loss_scale
     stream = batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
-    losses = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(steps)]
+    losses = [loop.step(config, state, next(stream), ranks).metrics["loss"] for _ in range(steps)]
     stream.close()
     nets = {"net": state.backbone, "average": state.average, "encoder": state.encoder}
     found = {f"{key}.{name}": t for key, net in nets.items() if net for name, t in net.state_dict().items()}
