@@ -22,8 +22,8 @@ from fr_core.undo import Undo, fill, flat
 def move_weights(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
     """Let an optimiser take a step if it is good: bool scalar on the weights' device.
 
-    The host knows at once what a CPU found. On a card the optimiser itself looks, so that the host does not wait:
-    ``found_inf``, which PyTorch's fused optimisers take from ``GradScaler``, is 1 in a bad step.
+    The host knows at once what a CPU found. On a card the optimiser itself looks at ``found_inf``, which is 1 in a bad
+    step. PyTorch's fused optimisers know this tensor from ``GradScaler``.
     """
     if good.is_cuda:
         optimizer.found_inf = 1 - good.float()  # type: ignore[attr-defined]
