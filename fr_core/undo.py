@@ -36,6 +36,11 @@ class Undo:
             self.tensors[tensor.dtype].append(tensor)
         self.before = {dtype: flat(alike) for dtype, alike in self.tensors.items()}
 
+    def restore(self) -> None:
+        """Give the tensors their old values."""
+        for dtype, alike in self.tensors.items():
+            fill(alike, self.before[dtype])
+
     def unless(self, good: Tensor) -> None:
         """Give the tensors their old values, unless the step was good: bool scalar on their device."""
         for dtype, alike in self.tensors.items():

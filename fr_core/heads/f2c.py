@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
-from fr_core.device import integers_on_device
+from fr_core.device import integers_from_host
 from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
@@ -90,7 +90,7 @@ class ClassPool(Head):
         centres_GD = centres_GD.to(self.first_QD.dtype).nan_to_num(0, 0, 0)
         views = []
         for view_QD, written in ((self.first_QD, first), (self.latest_QD, latest)):
-            places, faces = integers_on_device([[*written], [*written.values()]], centres_GD.device)
+            places, faces = integers_from_host([[*written], [*written.values()]], centres_GD.device)
             views.append((view_QD, places, view_QD[places]))
             view_QD[places] = centres_GD[faces]
         self.overwritten = Overwritten(slots, views)
@@ -117,7 +117,7 @@ class ClassPool(Head):
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
             slots = [self.slots.get(label) for label in labels_B.tolist()]
-            places, known, other = integers_on_device(
+            places, known, other = integers_from_host(
                 [
                     [slot.place for slot in slots if slot],
                     [i for i, slot in enumerate(slots) if slot],

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
-from fr_core.device import integers_on_device
+from fr_core.device import integers_from_host
 from fr_core.errors import UserError
 from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
@@ -69,7 +69,7 @@ class Anchors(Head):
             labels_I, identity_G = labels_G.unique(return_inverse=True)
             own_B = torch.searchsorted(labels_I, labels_B)
             parts = (*self.assign(labels_I), identity_G, own_B)
-            anchors_I, borrowed_I, identity_G, own_B = integers_on_device(parts, x_GD.device)
+            anchors_I, borrowed_I, identity_G, own_B = integers_from_host(parts, x_GD.device)
             member_IG = (torch.arange(len(labels_I), device=x_GD.device)[:, None] == identity_G).float()
             # All ranks sum in the same order, so that their anchors are identical.
             centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core.config.methods import EKD, EmbeddingMSE, RelativeSimilarity
-from fr_core.device import on_device
+from fr_core.device import from_host
 from fr_core.losses.distill import distillation_loss
 
 RATES = 6  # number of false-positive rates, 1e-1 … 1e-6; each has a threshold
@@ -108,7 +108,7 @@ def split_pairs(labels_G: Tensor, one_P: Tensor, other_P: Tensor) -> tuple[Tenso
     """
     repeats = labels_G.unique(return_counts=True)[1]
     positives = int((repeats * (repeats - 1) // 2).sum())
-    there_G = on_device(labels_G, one_P.device)
+    there_G = from_host(labels_G, one_P.device)
     order_P = (there_G[one_P] == there_G[other_P]).byte().argsort(stable=True)
     return order_P[: len(order_P) - positives], order_P[len(order_P) - positives :]
 

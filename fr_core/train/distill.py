@@ -18,7 +18,7 @@ from fr_core.config import Config, distillation
 from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
-from fr_core.device import on_device
+from fr_core.device import from_host
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.names import option_named
@@ -46,7 +46,7 @@ class Teacher:
         if self.unlabelled is not None and batch.unlabelled is not None:
             more_UE = torch.from_numpy(self.unlabelled(batch.unlabelled.sample_ids))
         device = images_AXHWC[0].device
-        return [on_device(known, device) for known in _split_parts(known_BE, more_UE, len(images_AXHWC))]
+        return [from_host(known, device) for known in _split_parts(known_BE, more_UE, len(images_AXHWC))]
 
 
 def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teacher | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import FixedCentres
 from fr_core.data.stream import Batch
-from fr_core.device import on_device
+from fr_core.device import from_host
 from fr_core.heads.attfc import update_encoder
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
@@ -56,7 +56,7 @@ def queue_step(
     assert isinstance(queue, ClassQueue)
     assert state.encoder is not None
     images_ABHWC, class_images_ABKHWC = batch.images_BHWC.chunk(micro), batch.class_images_BKHWC.chunk(micro)
-    labels_AB = on_device(batch.labels_B, state.device).chunk(micro)
+    labels_AB = from_host(batch.labels_B, state.device).chunk(micro)
     total = torch.zeros((), device=state.device)
     begin_step(config, state)
     update_encoder(state.encoder, state.backbone, encoder_momentum)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fr_core.device import reached
 from fr_core.train.notice import Notice, strongest
 
 ASKED = "asked"  # name of the sum of all ranks' notices
@@ -27,7 +28,7 @@ class Reading:
     def __init__(self, step: int, names: Sequence[str], numbers: Tensor) -> None:
         self.step, self.names = step, names
         self.numbers = numbers.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+        self.arrived = reached(numbers.device)
 
     def read(self) -> dict[str, float]:
         """Wait until the device has done the step, and return the numbers by name."""

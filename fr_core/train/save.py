@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fr_core.config import Config
 from fr_core.data.store import AnyPath, find_paths, remove_folder
 from fr_core.data.stream import unlabelled
+from fr_core.device import reached
 from fr_core.errors import UserError
 from fr_core.heads.head import Head
 from fr_core.nets.checkpoint_files import (
@@ -138,7 +139,7 @@ def take_snapshot(config: Config, state: TrainState, ranks: Ranks) -> Snapshot:
         state.plan.dataset.root / IDENTITIES if rows and ranks.rank == 0 else None,
         config.net.model_dump_json(),
         _summary(config, state),
-        torch.cuda.current_stream().record_event() if state.device.type == "cuda" else None,
+        reached(state.device),
     )
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.pretend_card.counts import Counts
 from tests.pretend_card.rules import (
     COPIES,
+    UNREPEATABLE,
     goes_to_card,
     hidden_copies,
     is_composite,
@@ -104,6 +105,8 @@ class PretendCard(TorchDispatchMode):
             self.counts.copy("to card", x.nbytes)
         if wait := wait_of(packet, args, kwargs):
             self.counts.wait(wait)
+        if packet in UNREPEATABLE:
+            self.counts.unrepeatable.add(str(packet))
         if launches(func):
             self.counts.operator(str(packet))
 

@@ -38,6 +38,13 @@ def test_it_trains_saves_resumes_and_verifies(found):
 
 
 @pytest.mark.parametrize("found", EACH, indirect=True)
+def test_no_operator_lacks_a_deterministic_algorithm(found):
+    """With ``train.deterministic`` a card would refuse such an operator."""
+    _, result = found
+    assert result["unrepeatable"] == []
+
+
+@pytest.mark.parametrize("found", EACH, indirect=True)
 def test_a_step_costs_no_more_than_the_table_says(found):
     case, result = found
     assert not exceeded(result, read_table()[case])

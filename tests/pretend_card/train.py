@@ -54,7 +54,15 @@ def write_files(folder: Path) -> None:
 def config_of(case: str, folder: Path) -> Config:
     """Return the config of a case; its precision is that of the recipes for cards, unless the case says another."""
     pairs = [f"verify.images={folder}", f"verify.pairs={folder / 'pairs.csv'}"]
-    given = ["tracking.uri=off", "train.precision=auto", CLIP, *LENGTH, *pairs, *overrides_of(case, str(folder))]
+    given = [
+        "tracking.uri=off",
+        "train.precision=auto",
+        "train.compile=false",
+        CLIP,
+        *LENGTH,
+        *pairs,
+        *overrides_of(case, str(folder)),
+    ]
     return load_config(f"debug_{recipe_of(case)}", given)
 
 

@@ -13,7 +13,7 @@ import torch
 from fr_core.config import Config
 from fr_core.config.methods import BigFace
 from fr_core.data.stream import Batch
-from fr_core.device import on_device
+from fr_core.device import from_host
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.heads.streamed import TileSGD
 from fr_core.losses.distill import distillation_loss
@@ -44,7 +44,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     head, micro, distill = state.head, config.train.accumulate, method.distill
     assert isinstance(head, ShardedFC)
     images_AXHWC = micro_batches(batch, micro)
-    labels_AG = [ranks.gather(labels_B) for labels_B in on_device(batch.labels_B, state.device).chunk(micro)]
+    labels_AG = [ranks.gather(labels_B) for labels_B in from_host(batch.labels_B, state.device).chunk(micro)]
     rows_S = head.sample(torch.cat(labels_AG), state.step)
     labelled = len(batch.labels_B) // micro
     total, distance = torch.zeros(2, device=state.device).unbind()

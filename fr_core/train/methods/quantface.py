@@ -10,7 +10,7 @@ import torch
 from fr_core.config import Config
 from fr_core.config.methods import QuantFace
 from fr_core.data.stream import Batch
-from fr_core.device import on_device
+from fr_core.device import from_host
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
@@ -47,7 +47,7 @@ def quantface_step(config: Config, method: QuantFace, state: TrainState, batch: 
     loss = share = apart / ranks.size  # the backward pass of gather sums over ranks
     if method.cross_entropy:
         assert state.head is not None
-        margin_loss = state.head(x_GD, on_device(labels_G, state.device))
+        margin_loss = state.head(x_GD, from_host(labels_G, state.device))
         terms["margin_loss"] = margin_loss.detach()
         share = share + method.cross_entropy.weight * margin_loss / ranks.size
         loss = loss + method.cross_entropy.weight * margin_loss
