@@ -204,7 +204,7 @@ class Train(Section):
     has it, else float32."""
     tf32: bool = True
     """On a card, convolutions in float32 may use TensorFloat-32. Verification never does."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     """Compile the net's blocks by torch.compile, which takes minutes at the start. auto: on a card with Triton."""
     deterministic: bool = False
     """Let a card compute the same numbers in every run, at some cost in speed. A CPU always does."""

@@ -79,10 +79,8 @@ def trained_net(config: Config) -> Backbone:
 
 def compile_blocks(config: Config, net: Backbone, device: torch.device) -> None:
     """Compile a net's blocks at their first use, if the recipe says so. The net's weights keep their names."""
-    wanted = config.train.compile
-    if wanted == "auto":
-        wanted = device.type == "cuda" and find_spec("triton") is not None
-    if wanted:
+    by_itself = device.type == "cuda" and find_spec("triton") is not None
+    if config.train.compile == "on" or (config.train.compile == "auto" and by_itself):
         from torch import _dynamo  # takes seconds
 
         _dynamo.config.recompile_limit = MOST_CODES

@@ -57,7 +57,7 @@ def config_of(case: str, folder: Path) -> Config:
     given = [
         "tracking.uri=off",
         "train.precision=auto",
-        "train.compile=false",
+        "train.compile=off",
         CLIP,
         *LENGTH,
         *pairs,

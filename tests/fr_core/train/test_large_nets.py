@@ -195,7 +195,7 @@ def test_a_mixture_is_verified_resumed_and_opened(dataset, tmp_path):
 def test_compiled_blocks_train_and_verify_as_plain_ones(dataset, tmp_path):
     """Compilers fuse operators, which rounds otherwise: the losses of four steps differ by float32's rounding."""
     found = {}
-    for compiled in ("false", "true"):
+    for compiled in ("off", "on"):
         out = tmp_path / compiled
         run(config_of(dataset, f"train.compile={compiled}", "train.max_steps=4", "train.ema=0.5"), out)
         found[compiled] = losses(out), last_weights(out)
@@ -206,7 +206,7 @@ def test_compiled_blocks_train_and_verify_as_plain_ones(dataset, tmp_path):
 
 
 def test_nothing_is_compiled_on_a_cpu_unasked(dataset):
-    for asked, expected in (("auto", False), ("true", True)):
+    for asked, expected in (("auto", False), ("on", True)):
         state, stream = state_and_batches(config_of(dataset, f"train.compile={asked}"))
         stream.close()
         assert all((block._compiled_call_impl is not None) == expected for block in state.backbone.blocks())
