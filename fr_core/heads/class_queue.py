@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.heads.head import Head
-from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres, same_label
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 NO_CLASS = -1  # label of a slot that still holds its random first centre
 
@@ -63,5 +63,5 @@ class ClassQueue(Head):
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
-            excluded = same_label(labels_B, self.labels_S)
-            return fixed_centres_softmax(unit_BD, centres_BD.float(), self.centres_SD, excluded, self.softmax)
+            given = centres_BD.float(), self.centres_SD, labels_B, self.labels_S
+            return fixed_centres_softmax(unit_BD, *given, self.softmax)

@@ -125,14 +125,11 @@ class ClassPool(Head):
                 ],
                 x_BD.device,
             )
-            column_P, face_P = places.sort()
             total = unit_BD.new_zeros(())
             for centres_QD in (self.first_QD, self.latest_QD):
                 if len(known):
                     positive_KD = centres_QD[places].float()
-                    loss = fixed_centres_softmax(
-                        unit_BD[known], positive_KD, centres_QD, (face_P, column_P), self.softmax
-                    )
+                    loss = fixed_centres_softmax(unit_BD[known], positive_KD, centres_QD, places, None, self.softmax)
                     total = total + loss * (len(known) / len(labels_B))
                 if len(other):
                     total = total + self._push(unit_BD[other], centres_QD) * (len(other) / len(labels_B))

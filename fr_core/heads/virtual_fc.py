@@ -75,8 +75,8 @@ class Anchors(Head):
             centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))
             before_ID = self.anchors_MD[anchors_I]
             self.anchors_MD[anchors_I] = centres_ID.to(self.anchors_MD.dtype)
-            column_P, face_P = anchors_I[own_B].sort()
-            loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
+            given = centres_ID[own_B], self.anchors_MD, anchors_I[own_B], None
+            loss = fixed_centres_softmax(unit_BD, *given, self.softmax)
             self.assignment = Assignment(anchors_I, borrowed_I.bool(), before_ID)
             return loss
 

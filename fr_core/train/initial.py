@@ -24,6 +24,7 @@ from fr_core.optim.optimizers import make_optimizers
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
 from fr_core.train.methods import make_head
+from fr_core.train.precision import scales_loss
 from fr_core.train.state import TrainState
 
 MOST_CODES = (
@@ -62,7 +63,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
                 module.p = 0.0  # the encoder is in training mode for its batch norm alone
         compile_blocks(config, state.encoder, device)
         state.ships_encoder = config.method.facts.encoder == "shipped"
-    if config.train.precision == "float16":
+    if scales_loss(config, device):
         state.loss_scale = FIRST_LOSS_SCALE
     return state
 

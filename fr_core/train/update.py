@@ -19,7 +19,7 @@ from fr_core.optim.optimizers import move_weights
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
 from fr_core.train.notice import WEIGHTS
-from fr_core.train.precision import autocast
+from fr_core.train.precision import autocast, scales_loss
 from fr_core.train.reading import ASKED, Reading
 from fr_core.train.state import TrainState
 from fr_core.undo import Undo
@@ -153,7 +153,7 @@ def account(config: Config, state: TrainState, reading: Reading) -> None:
         state.watcher.observe(reading.read()["loss"])
     state.bad_steps = 0
     state.good_steps += 1
-    if config.train.precision == "float16" and state.good_steps == LOSS_SCALE_PATIENCE:
+    if scales_loss(config, state.device) and state.good_steps == LOSS_SCALE_PATIENCE:
         state.loss_scale *= 2
         state.good_steps = 0
 

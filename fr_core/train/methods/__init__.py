@@ -35,7 +35,7 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     """
     match config.method:
         case BigFace() as method:
-            return bigface.make_head(config, method, classes, ranks)
+            return bigface.make_head(config, method, classes, ranks, device)
         case AttFC() | DCQ() as method:
             return make_queue(config, method, classes, device)
         case F2C() as method:
@@ -43,7 +43,7 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
         case VirtualFC() as method:
             return virtual_fc.make_head(config, method, classes, device)
         case QuantFace() as method:
-            return quantface.make_head(config, method, classes, ranks)
+            return quantface.make_head(config, method, classes, ranks, device)
         case _ as unknown:
             assert_never(unknown)
 

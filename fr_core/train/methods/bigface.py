@@ -20,15 +20,16 @@ from fr_core.losses.distill import distillation_loss
 from fr_core.optim.optimizers import RowSGD
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
-from fr_core.train.precision import autocast
+from fr_core.train.precision import autocast, product_precision
 from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, update, without_sync
 
 
-def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks) -> ShardedFC:
+def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks, device: torch.device) -> ShardedFC:
     """Make this rank's rows of the class matrix."""
-    return ShardedFC(classes, config.net.embedding, method, ranks, config.seed)
+    precision = product_precision(config, method.precision, device)
+    return ShardedFC(classes, config.net.embedding, method, ranks, config.seed, precision)
 
 
 def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:

@@ -14,16 +14,19 @@ from fr_core.device import from_host
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
-from fr_core.train.precision import autocast
+from fr_core.train.precision import autocast, product_precision
 from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, update
 
 
-def make_head(config: Config, method: QuantFace, classes: int, ranks: Ranks) -> ShardedFC | None:
+def make_head(config: Config, method: QuantFace, classes: int, ranks: Ranks, device: torch.device) -> ShardedFC | None:
     """Make the class matrix of the cross-entropy; return None if the run has no cross-entropy."""
     matrix = method.class_matrix
-    return ShardedFC(classes, config.net.embedding, matrix, ranks, config.seed) if matrix else None
+    if matrix is None:
+        return None
+    precision = product_precision(config, matrix.precision, device)
+    return ShardedFC(classes, config.net.embedding, matrix, ranks, config.seed, precision)
 
 
 def quantface_step(config: Config, method: QuantFace, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
