@@ -1,4 +1,4 @@
-"""The kernels against float64, in Triton's interpreter, or on a card; test_kernels.py runs this file.
+"""The softmaxes by kernels against float64, in Triton's interpreter or on a card; test_kernels.py runs this file.
 
 It has a process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
 """
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
 from fr_core.heads import kernels
-from fr_core.heads.streamed import TileSGD
-from tests.helpers.kernel_steps import class_matrix_step, fixed_centres_step
+from fr_core.heads.softmax_on_cards import FixedCentresSoftmax, MarginSoftmax
+from fr_core.heads.streamed import Softmax, TileSGD
+from fr_core.ranks import Ranks
 
 if kernels.INTERPRETED:
     from tests.helpers.interpreter import mend_interpreter
@@ -48,12 +49,24 @@ def target(cos, margin):
     return torch.where(past, cos - margin.m2 * math.sin(margin.m2), value) - margin.m3
 
 
+def by_kernels(unit, weight, column, margin, precision, tile, drop_above=1.0, rows=None, eps=0.0, sgd=None):
+    """The loss and the gradients of faces and rows; None for rows that move."""
+    x, w = unit.clone().requires_grad_(), weight.requires_grad_()
+    w.grad = None
+    softmax = Softmax(margin, drop_above, precision, tile, eps)
+    loss = MarginSoftmax.apply(x, w, column, softmax, Ranks(), rows, sgd)
+    loss.backward()
+    grad_w = w.grad if rows is None or sgd else w.grad.to_dense()[rows]
+    weight.requires_grad_(False)
+    return loss.detach(), x.grad, grad_w
+
+
 def with_value(x, value):
     """x in the gradient, another number in the value."""
     return x + (value.double() - x).detach()
 
 
-def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None, elsewhere=0.0):
+def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None):
     """The formula over the whole matrix in float64 by autograd; the negatives' cosines are those of the operands."""
     x, w = unit.double().requires_grad_(), weight.double().requires_grad_()
     unit_w = F.normalize(w if rows is None else w[rows])
@@ -64,7 +77,7 @@ def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None
     mine[at[own], column[own]] = True
     negatives = (margin.scale * cos).masked_fill(mine | (cos.detach() > drop_above), -torch.inf)
     positive = margin.scale * target((x * unit_w[column.clamp_min(0)]).sum(1), margin)
-    positive = torch.where(own, positive, elsewhere)
+    positive = torch.where(own, positive, 0)  # what a rank adds for the rows of others
     logits = torch.cat([positive[:, None], negatives], 1)
     loss = F.cross_entropy(logits, torch.zeros_like(column))
     loss.backward()
@@ -86,9 +99,9 @@ def rounded(precision, margin, faces):
 def check(found, expected, weight, margin, precision):
     loss, grad_GD, grad_SD, p_GS = expected
     each = rounded(precision, margin, len(p_GS))
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
-    assert equal(found.grad_GD, grad_GD, each * p_GS.sum(1))
-    assert equal(found.grad_SD, grad_SD, each * p_GS.sum(0) / weight.norm(dim=1))
+    assert float(found[0]) == pytest.approx(float(loss), rel=1e-6)
+    assert equal(found[1], grad_GD, each * p_GS.sum(1))
+    assert equal(found[2], grad_SD, each * p_GS.sum(0) / weight.norm(dim=1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -97,12 +110,12 @@ def test_loss_and_gradients_equal_float64_autograd(shape, margin, precision):
     *sizes, tile = SHAPES[shape]
     unit, weight, column = problem(*sizes)
     case = unit, weight, column, margin, precision
-    check(class_matrix_step(*case, tile), reference(*case), weight, margin, precision)
+    check(by_kernels(*case, tile), reference(*case), weight, margin, precision)
 
 
 def test_one_identity_has_neither_loss_nor_gradient():
     unit, weight, column = problem(4, 8, 1)
-    loss, *gradients, _ = class_matrix_step(unit, weight, column, ARC, torch.float32, 16)
+    loss, *gradients = by_kernels(unit, weight, column, ARC, torch.float32, 16)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients)
 
@@ -111,8 +124,8 @@ def test_one_identity_has_neither_loss_nor_gradient():
 def test_rounded_operands_move_the_gradient_by_two_percent_at_most(precision):
     """As for the products of the streamed softmax."""
     case = *problem(16, 64, 100), COS
-    found, expected = class_matrix_step(*case, precision, 64), reference(*case, torch.float32)
-    for ours, theirs in zip((found.grad_GD, found.grad_SD), expected[1:3], strict=True):
+    found, expected = by_kernels(*case, precision, 64), reference(*case, torch.float32)
+    for ours, theirs in zip(found[1:], expected[1:3], strict=True):
         assert not torch.allclose(ours.double(), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
         assert torch.allclose(ours.double(), theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
 
@@ -121,7 +134,7 @@ def test_dropped_negatives_have_no_part():
     unit, weight, column = problem(19, 8, 75)
     case = unit, weight, column, COS, torch.float32
     expected = reference(*case, drop_above=0.3)
-    check(class_matrix_step(*case, 40, drop_above=0.3), expected, weight, COS, torch.float32)
+    check(by_kernels(*case, 40, drop_above=0.3), expected, weight, COS, torch.float32)
     assert float(expected[0]) != pytest.approx(float(reference(*case)[0]), rel=1e-3)
 
 
@@ -129,7 +142,7 @@ def test_positives_that_another_rank_holds_push_only():
     unit, weight, column = problem(19, 24, 75)
     column[::3] = -1
     case = unit, weight, column, COS, torch.float32
-    found, expected = class_matrix_step(*case, 40, elsewhere=5.0), reference(*case, elsewhere=5.0)
+    found, expected = by_kernels(*case, 40), reference(*case)
     check(found, expected, weight, COS, torch.float32)
 
 
@@ -139,7 +152,7 @@ def test_a_sample_of_rows_equals_the_softmax_over_them(precision):
     rows = torch.arange(1, 75, 2, device=DEVICE)
     column = torch.randint(0, len(rows), (19,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     case = unit, weight, column, ARC, precision
-    found, expected = class_matrix_step(*case, 16, rows_S=rows), reference(*case, rows=rows)
+    found, expected = by_kernels(*case, 16, rows=rows), reference(*case, rows=rows)
     check(found, expected, weight[rows], ARC, precision)
 
 
@@ -149,12 +162,12 @@ def test_rows_of_no_length_have_cosine_0_and_the_gradient_of_normalize():
     zero[[int(column[2]), 50, 74]] = True
     weight[zero] = 0
     case = unit, weight, column, COS, torch.float32
-    found, (loss, grad_GD, grad_SD, _) = class_matrix_step(*case, 40), reference(*case)
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
-    assert equal(found.grad_GD, grad_GD, 0)
+    found, (loss, grad_GD, grad_SD, _) = by_kernels(*case, 40), reference(*case)
+    assert float(found[0]) == pytest.approx(float(loss), rel=1e-6)
+    assert equal(found[1], grad_GD, 0)
     assert grad_SD[zero].abs().max() > 1e9  # divided by the smallest length
     for rows in (zero, ~zero):
-        assert equal(found.grad_SD[rows], grad_SD[rows], 0)
+        assert equal(found[2][rows], grad_SD[rows], 0)
 
 
 def test_unit_rows_are_those_of_normalize():
@@ -166,47 +179,48 @@ def test_unit_rows_are_those_of_normalize():
         assert torch.allclose(half.double(), expected, rtol=2**-8 * 1.01, atol=0)
 
 
-def moved(rows, finite, precision):
+def moved(rows, precision, bad=None):
     """Rows and momentum after two steps of SGD on the chip, and of SGD in float64 by the kernels' gradients."""
-    unit, weight, _ = problem(19, 24, 75)
+    unit, weight, _ = problem(11, 16, 43)
     ours, momentum = weight.clone(), torch.zeros_like(weight)
     theirs = torch.nn.Parameter(weight.double())
     optimizer = torch.optim.SGD([theirs], 0.1, momentum=0.9, weight_decay=0.01)
-    taken = torch.arange(75, device=DEVICE) if rows is None else rows
+    taken = torch.arange(43, device=DEVICE) if rows is None else rows
+    if bad is not None:
+        unit[2, 3] = bad
     for step in range(2):
-        column = (torch.arange(19, device=DEVICE) // 2 + step) % len(taken)
-        x = unit if finite else torch.where(column[:, None] == column[0], torch.nan, unit)
-        case = unit, ours, column, ARC, precision, 40
-        gradient = class_matrix_step(*case, rows_S=rows).grad_SD
+        column = (torch.arange(11, device=DEVICE) // 2 + step) % len(taken)
+        case = unit, ours, column, ARC, precision, 32
         theirs.grad = torch.zeros_like(theirs)
-        theirs.grad[taken] = gradient.double()
+        theirs.grad[taken] = by_kernels(*case, rows=rows)[2].double()
         optimizer.step()
-        class_matrix_step(x, *case[1:], rows_S=rows, sgd=TileSGD(momentum, 0.1, 0.9, 0.01))
+        by_kernels(*case, rows=rows, sgd=TileSGD(momentum, 0.1, 0.9, 0.01))
     return weight, ours, momentum, theirs.detach(), optimizer.state[theirs]["momentum_buffer"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_move_as_by_sgd(precision):
-    weight, ours, momentum, theirs, buffer = moved(None, True, precision)
+    weight, ours, momentum, theirs, buffer = moved(None, precision)
     assert (theirs - weight).abs().max() > 0.01
     assert torch.allclose(ours.double(), theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
     assert torch.allclose(momentum.double(), buffer, rtol=1e-6, atol=1e-6 * float(buffer.abs().max()))
 
 
 def test_only_the_rows_of_the_sample_move():
-    rows = torch.arange(1, 75, 2, device=DEVICE)
-    weight, ours, momentum, theirs, _ = moved(rows, True, torch.float32)
+    rows = torch.arange(1, 43, 2, device=DEVICE)
+    weight, ours, momentum, theirs, _ = moved(rows, torch.float32)
     assert torch.allclose(ours[rows].double(), theirs[rows], rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
     assert not torch.allclose(ours[rows], weight[rows])
     assert torch.equal(ours[::2], weight[::2])
     assert not momentum[::2].any()
 
 
-def test_nothing_moves_if_the_loss_is_not_finite():
-    weight, ours, momentum, theirs, _ = moved(None, False, torch.float32)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nothing_moves_if_the_loss_is_not_finite(bad):
+    weight, ours, momentum, theirs, _ = moved(None, torch.float32, bad)
     assert torch.equal(ours, weight)
     assert not momentum.any()
-    assert not torch.allclose(theirs.float(), weight)
+    assert not theirs.isfinite().all()
 
 
 TRAINED = Margin(scale=32, m3=0.3)
@@ -225,31 +239,31 @@ def trained():
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_the_filter_skips_blocks_of_small_probabilities_and_keeps_its_bound(trained, eps):
+def test_the_filter_skips_blocks_of_small_probabilities_and_keeps_its_bound(trained, eps, monkeypatch):
     case, (_, grad_GD, grad_SD, p_GS) = trained
-    found = class_matrix_step(*case, 160, eps=eps)
+    alive, whole = [], kernels.list_alive
+    monkeypatch.setattr(kernels, "list_alive", lambda alive_FC: alive.append(alive_FC) or whole(alive_FC))
+    found = by_kernels(*case, 160, eps=eps)
     block_G, block_T = kernels.block_sizes(torch.float32)
     top_FC = F.max_pool2d(p_GS[None], (block_G, block_T), ceil_mode=True)[0]
     assert ((top_FC / eps).log().abs() > 1e-4).all()  # no block is near the edge
-    skipped = (top_FC < eps).repeat_interleave(block_G, 0).repeat_interleave(block_T, 1)[: len(p_GS), : p_GS.shape[1]]
-    assert found.skipped == pytest.approx(float((top_FC < eps).double().mean()))
-    assert 0.1 < found.skipped < 1
+    assert torch.equal(torch.cat(alive, 1) == 0, top_FC < eps)
+    assert 0.1 < (top_FC < eps).double().mean() < 1
 
+    skipped = (top_FC < eps).repeat_interleave(block_G, 0).repeat_interleave(block_T, 1)[: len(p_GS), : p_GS.shape[1]]
     each, lost = rounded(torch.float32, TRAINED, len(p_GS)), TRAINED.scale / len(p_GS) * eps
     bound_G = each * p_GS.sum(1) + lost * skipped.sum(1)
     bound_S = (each * p_GS.sum(0) + lost * skipped.sum(0)) / case[1].norm(dim=1)
-    assert equal(found.grad_GD, grad_GD, bound_G)
-    assert equal(found.grad_SD, grad_SD, bound_S)
+    assert equal(found[1], grad_GD, bound_G)
+    assert equal(found[2], grad_SD, bound_S)
     if eps > 1e-4:  # else what it drops is hardly more than rounding
         with pytest.raises(AssertionError):
             check(found, trained[1], case[1], TRAINED, torch.float32)
 
 
-def test_a_filter_of_0_skips_nothing(trained):
+def test_without_a_filter_nothing_is_lost(trained):
     case, expected = trained
-    found = class_matrix_step(*case, 160)
-    assert found.skipped == 0
-    check(found, expected, case[1], TRAINED, torch.float32)
+    check(by_kernels(*case, 160), expected, case[1], TRAINED, torch.float32)
 
 
 def test_a_block_that_is_not_a_number_is_never_skipped():
@@ -305,11 +319,14 @@ def fixed_reference(unit, positives, centres, labels, labels_S, margin, precisio
 @pytest.mark.parametrize(("scale", "drop_above"), [(64.0, 1.0), (64.0, 0.6), (75.0, 1.0), (200.0, 1.0)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_fixed_centres_equal_float64_autograd(precision, scale, drop_above):
-    case = *fixed_problem(scale), precision
-    found = fixed_centres_step(*case, 40, drop_above)
-    loss, gradient, p_GS = fixed_reference(*case, drop_above)
-    assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
-    assert equal(found.grad_GD, gradient, rounded(precision, case[-2], len(p_GS)) * p_GS.sum(1))
+    *case, margin = fixed_problem(scale)
+    x = case[0].clone().requires_grad_()
+    found = FixedCentresSoftmax.apply(x, *case[1:], Softmax(margin, drop_above, precision, 40))
+    found.backward()
+    loss, gradient, p_GS = fixed_reference(*case, margin, precision, drop_above)
+    assert float(found.detach()) == pytest.approx(float(loss), rel=1e-6)
+    twice = 1 if DEVICE == "cuda" else 2  # the CPU's product of halves is rounded to them again
+    assert equal(x.grad, gradient, twice * rounded(precision, margin, len(p_GS)) * p_GS.sum(1))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -348,5 +365,5 @@ def test_a_queue_of_own_labels_only_has_no_gradient():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_results_repeat(precision):
     case = *problem(300, 128, 3000, 0.4), COS, precision, 1024
-    first, second = (class_matrix_step(*case, eps=1e-4) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+    first, second = (by_kernels(*case, eps=1e-4) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
