@@ -1,10 +1,15 @@
 """The processor of this process: its device, its native arithmetic, and PyTorch's threads and memory."""
 
 import ctypes
+import os
 import resource
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # constants of glibc's malloc.h
 
@@ -14,6 +19,7 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@cache
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 natively. Other CPUs emulate it, ten times slower than float32.
 
@@ -22,6 +28,46 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def reached(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event that a card reaches when it has done all that it was asked so far; None elsewhere."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def set_arithmetic(deterministic: bool, tf32: bool) -> None:
+    """Set how cards compute in this process.
+
+    Args:
+        deterministic: The same numbers in every run; else the fastest algorithms, which cuDNN finds by trying them.
+        tf32: Convolutions of float32 numbers may use TensorFloat-32.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute without TensorFloat-32 and without compiled code, as embeddings need from which thresholds are taken."""
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with cudnn.flags(**kept, allow_tf32=False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def from_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device. A card gets it from pinned memory, so that the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def integers_from_host(parts: Sequence[Tensor | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy vectors of whole numbers of the host to a device, in one copy: int64 each."""
+    vectors = [torch.as_tensor(part, dtype=torch.int64) for part in parts]
+    return from_host(torch.cat(vectors), device).split([len(vector) for vector in vectors])
 
 
 def use_processor(threads: int) -> None:

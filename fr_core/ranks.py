@@ -9,7 +9,7 @@ must then be *summed* over ranks (see ``fr_core/train/initial.py``). Gradients o
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +26,19 @@ class Ranks:
     rank: int = 0
     size: int = 1
     handed: Counter[str] = field(default_factory=Counter, compare=False, repr=False)  # collective -> bytes given
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)  # None: the default group
 
     @classmethod
     def current(cls) -> "Ranks":
         """Return the place in torch.distributed's default group, or a run of one if there is no group."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def beside(self) -> "Ranks":
+        """Return the same ranks with a group of their own, for another thread of each process. All ranks must call it.
+
+        Its collectives are those of main memory.
+        """
+        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
 
     def split(self, total: int) -> tuple[int, int]:
         """Return this rank's rows [lo, hi) of ``total``.
@@ -52,14 +60,14 @@ class Ranks:
         """Sum over ranks, in place, without gradient."""
         if self.size > 1:
             self.count("all_reduce", x)
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gather_objects(self, value: T) -> list[T]:
         """Gather picklable values of all ranks, in rank order. Meant for small values only."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_object(self, value: object) -> Any:
@@ -77,12 +85,12 @@ class _Gather(torch.autograd.Function):
         ctx.ranks = ranks
         ranks.count("all_gather", rows)
         gathered = rows.new_empty((ranks.size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=ranks.group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.ranks.count("reduce_scatter", grad)
         own = grad.new_empty((grad.shape[0] // ctx.ranks.size, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        dist.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.ranks.group)
         return own, None

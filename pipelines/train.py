@@ -76,8 +76,8 @@ def train(
     """
     from fr_core.data.stream import blocks_in_process
     from fr_core.device import use_processor
-    from fr_core.train.checkpoint import changed_settings
     from fr_core.train.loop import clear_run, holds_run, train_loop
+    from fr_core.train.resume import changed_settings
 
     if resume and overwrite:
         raise UserError("--resume continues the run and --overwrite removes it: leave out one of them")

@@ -199,12 +199,16 @@ class BigFace(BaseMethod):
     all."""
     clip_head: Positive | None = None
     """Largest norm of the class matrix's gradient. None: no clipping."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of products with the class matrix; their sums are float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of products with the class matrix; their sums are float32. auto: as the backbone trains. float16 is for
+    cards; a CPU takes float32 instead."""
     update: Literal["plain", "fused"] = "plain"
     """fused: update the class matrix tile by tile, without storing its gradient; needs less memory."""
     tile: Annotated[int, Field(ge=1)] | None = None
     """Classes computed at once. None: as many as fit the cache or the card."""
+    skip_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On a card, leave out the gradients of blocks of classes and faces whose probabilities are all smaller. 0: leave
+    out none. docs/methods/bigface.md states the error."""
     distill: Distill | None = None
     """Distillation from a teacher. None: no teacher."""
 
@@ -262,8 +266,9 @@ class FixedCentres(SectionMargin, BaseMethod):
     """Layers of centres: how many centres a class can have."""
     margin: Margin
     """Margin of the positive class."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products with the centres; auto: as the backbone trains."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of products with the centres; their sums are float32. auto: as the backbone trains. float16 is for
+    cards; a CPU takes float32 instead."""
     tile: Annotated[int, Field(ge=1)] | None = None
     """Centres computed at once. None: as many as fit the cache or the card."""
 

@@ -202,6 +202,12 @@ class Train(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the backbone's forward and backward pass; weights stay float32. auto: bfloat16 where the processor
     has it, else float32."""
+    tf32: bool = True
+    """On a card, convolutions in float32 may use TensorFloat-32. Verification never does."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the net's blocks by torch.compile, which takes minutes at the start. auto: on a card with Triton."""
+    deterministic: bool = False
+    """Let a card compute the same numbers in every run, at some cost in speed. A CPU always does."""
     recompute: bool = False
     """Activation checkpointing (Chen et al., 2016): the backward pass recomputes activations inside segments of
     residual blocks."""
@@ -222,6 +228,8 @@ class Train(Section):
     """Steps between two checkpoints."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Newest checkpoints that stay on disk."""
+    save_beside: bool = True
+    """Write checkpoints while the training goes on. It takes main memory for a copy of the state."""
     verify_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two verifications. None: only at the end."""
 

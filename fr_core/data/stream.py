@@ -58,6 +58,11 @@ class Batch:
     class_images_BKHWC: Tensor  # uint8; K = 0 for methods that need none
     unlabelled: "Batch | None" = None  # images for distillation only, from a stream with separate epochs
 
+    def pinned(self) -> "Batch":
+        """Return the batch in pinned memory, from which a card reads beside the host's work."""
+        images, others = self.images_BHWC.pin_memory(), self.class_images_BKHWC.pin_memory()
+        return replace(self, labels_B=self.labels_B.pin_memory(), images_BHWC=images, class_images_BKHWC=others)
+
 
 def make_plan(config: Config, dataset: Dataset) -> Plan:
     """Make the plan of a run.
@@ -159,7 +164,8 @@ def batches(
                 for epoch, pool in made:
                     yield from _grouped_batches(config, epoch, pool, each, threads)
 
-        with closing(ahead(decoded(), DECODED_AHEAD)) as stream:
+        made = (batch.pinned() for batch in decoded()) if torch.cuda.is_available() else decoded()
+        with closing(ahead(made, DECODED_AHEAD)) as stream:
             yield from itertools.islice(stream, stop - step)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.heads.head import Head
-from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres, same_label
+from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
 NO_CLASS = -1  # label of a slot that still holds its random first centre
 
@@ -46,12 +46,13 @@ class ClassQueue(Head):
         self.centres_SD[slots], self.labels_S[slots] = centres_GD.to(self.centres_SD.dtype), labels_G
 
     @torch.no_grad()
-    def drop_step(self) -> None:
-        """Restore the buffers and the centres that this step overwrote."""
-        super().drop_step()
+    def end_step(self, good: Tensor) -> None:
+        """Restore the buffers and the centres that this step overwrote, unless it was good."""
+        super().end_step(good)
         if self.replaced:
             slots, centres_GD, labels_G = self.replaced
-            self.centres_SD[slots], self.labels_S[slots] = centres_GD, labels_G
+            self.centres_SD[slots] = torch.where(good, self.centres_SD[slots], centres_GD)
+            self.labels_S[slots] = torch.where(good, self.labels_S[slots], labels_G)
 
     def forward(self, x_BD: Tensor, centres_BD: Tensor, labels_B: Tensor) -> Tensor:
         """Return the mean cross-entropy of the faces: own centre against every slot with another label.
@@ -62,5 +63,5 @@ class ClassQueue(Head):
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
-            excluded = same_label(labels_B, self.labels_S)
-            return fixed_centres_softmax(unit_BD, centres_BD.float(), self.centres_SD, excluded, self.softmax)
+            given = centres_BD.float(), self.centres_SD, labels_B, self.labels_S
+            return fixed_centres_softmax(unit_BD, *given, self.softmax)

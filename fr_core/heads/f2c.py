@@ -10,17 +10,17 @@ Legend: B faces of a rank, G faces of all ranks, D embedding, Q slots.
 """
 
 from collections import OrderedDict
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
+from fr_core.device import integers_from_host
 from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
 
-T = TypeVar("T")
 HARD_SHARE, HARD_FEWEST, HARD_MOST = 2e-4, 3, 10  # number of centres that push a face whose class is not in the pool
 
 
@@ -35,8 +35,7 @@ class Overwritten(NamedTuple):
     """What :meth:`ClassPool.write` overwrote: the slots of all classes, and places with their centres in each view."""
 
     slots: OrderedDict[int, Slot]
-    first: tuple[list[int], Tensor]
-    latest: tuple[list[int], Tensor]
+    views: list[tuple[Tensor, Tensor, Tensor]]  # view [Q, D], places [P] and centres [P, D]
 
 
 class ClassPool(Head):
@@ -66,6 +65,12 @@ class ClassPool(Head):
 
         A new class takes a free slot, or the slot of the least recently used class, and writes layer 0. A class that is
         in the pool writes the other layer of its slot. Each face writes, also when a label repeats.
+
+        The host deals out the slots before it knows whether the step is good, so a dropped step keeps its centres: no
+        gradient made them. A number that is not finite becomes 0.
+
+        Args:
+            labels_G: int64, on the host.
         """
         slots = self.slots.copy()
         first: dict[int, int] = {}  # slot -> the last face that writes it
@@ -82,49 +87,49 @@ class ClassPool(Head):
             latest[slot.place] = face
             if slot.latest == 0:
                 first[slot.place] = face
-        held = [(list(written), layer[list(written)]) for layer, written in self._layers(first, latest)]
-        for layer_QD, written in self._layers(first, latest):
-            layer_QD[list(written)] = centres_GD[list(written.values())].to(layer_QD.dtype)
-        self.overwritten = Overwritten(slots, *held)
+        centres_GD = centres_GD.to(self.first_QD.dtype).nan_to_num(0, 0, 0)
+        views = []
+        for view_QD, written in ((self.first_QD, first), (self.latest_QD, latest)):
+            places, faces = integers_from_host([[*written], [*written.values()]], centres_GD.device)
+            views.append((view_QD, places, view_QD[places]))
+            view_QD[places] = centres_GD[faces]
+        self.overwritten = Overwritten(slots, views)
 
     @torch.no_grad()
     def roll_back(self) -> None:
         """Undo the last :meth:`write` of this step, if there was one."""
         if self.overwritten:
             self.slots = self.overwritten.slots
-            for layer_QD, (places, centres_PD) in self._layers(self.overwritten.first, self.overwritten.latest):
-                layer_QD[places] = centres_PD
+            for view_QD, places, centres_PD in self.overwritten.views:
+                view_QD[places] = centres_PD
         self.overwritten = None
-
-    def drop_step(self) -> None:
-        """Restore the buffers and the pool as they were before this step."""
-        super().drop_step()
-        self.roll_back()
-
-    def _layers(self, first: T, latest: T) -> list[tuple[Tensor, T]]:
-        return [(self.first_QD, first), (self.latest_QD, latest)]
 
     def forward(self, x_BD: Tensor, labels_B: Tensor) -> Tensor:
         """Return the mean loss over the faces, summed over the two views.
 
         A face whose class is in the pool has a cross-entropy. For any other face, the loss is the mean positive cosine
         to its nearest centres.
+
+        Args:
+            x_BD: embeddings of this rank, not normalised.
+            labels_B: int64, on the host.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
             slots = [self.slots.get(label) for label in labels_B.tolist()]
-            known = torch.tensor([i for i, slot in enumerate(slots) if slot], dtype=torch.int64)
-            places = torch.tensor([slot.place for slot in slots if slot], dtype=torch.int64)
-            other = torch.tensor([i for i, slot in enumerate(slots) if not slot], dtype=torch.int64)
-            known, places, other = (x.to(x_BD.device) for x in (known, places, other))
-            column_P, face_P = places.sort()
+            places, known, other = integers_from_host(
+                [
+                    [slot.place for slot in slots if slot],
+                    [i for i, slot in enumerate(slots) if slot],
+                    [i for i, slot in enumerate(slots) if not slot],
+                ],
+                x_BD.device,
+            )
             total = unit_BD.new_zeros(())
             for centres_QD in (self.first_QD, self.latest_QD):
                 if len(known):
                     positive_KD = centres_QD[places].float()
-                    loss = fixed_centres_softmax(
-                        unit_BD[known], positive_KD, centres_QD, (face_P, column_P), self.softmax
-                    )
+                    loss = fixed_centres_softmax(unit_BD[known], positive_KD, centres_QD, places, None, self.softmax)
                     total = total + loss * (len(known) / len(labels_B))
                 if len(other):
                     total = total + self._push(unit_BD[other], centres_QD) * (len(other) / len(labels_B))

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
+
+from fr_core.undo import Undo
 
 
 class Head(nn.Module):
@@ -20,20 +21,15 @@ class Head(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._before: dict[str, Tensor] = {}
+        self._undo = Undo()
 
     def begin_step(self) -> None:
-        """Copy the small buffers, so that :meth:`drop_step` can restore them."""
-        self._before = {name: buffer.clone() for name, buffer in self._small_buffers().items()}
+        """Copy the small buffers, so that :meth:`end_step` can restore them."""
+        self._undo = Undo(buffer for name, buffer in self.named_buffers() if name not in self.too_large)
 
-    @torch.no_grad()
-    def drop_step(self) -> None:
-        """Restore the buffers after a step that was not finite.
+    def end_step(self, good: Tensor) -> None:
+        """Restore the buffers, unless the step was good: bool scalar on the device, which the host does not read.
 
         A head with ``too_large`` buffers extends this method: it remembers what it overwrites and restores that.
         """
-        for name, before in self._before.items():
-            self.get_buffer(name).copy_(before)
-
-    def _small_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.named_buffers() if name not in self.too_large}
+        self._undo.unless(good)

@@ -21,19 +21,30 @@ _INIT_ROWS = 4096  # rows drawn from one seed, so that the initial values do not
 class ShardedFC(Head):
     """This rank's rows [lo, hi) of the N×D class matrix, and the softmax over the rows of all ranks.
 
+    Args:
+        precision: type of the operands of products.
+
     Raises:
         ValueError: fewer identities than ranks.
     """
 
     sharded = ("weight",)
 
-    def __init__(self, identities: int, embedding: int, method: BigFace, ranks: Ranks, seed: int) -> None:
+    def __init__(
+        self,
+        identities: int,
+        embedding: int,
+        method: BigFace,
+        ranks: Ranks,
+        seed: int,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         if identities < ranks.size:
             raise ValueError(f"{identities} identities cannot be shared out to {ranks.size} ranks")
         self.ranks, self.seed, self.identities, self.sample_rate = ranks, seed, identities, method.sample_rate
         self.margin = make_margin(method.margin)
-        self.drop_above, self.precision, self.tile = method.drop_negatives_above, method.precision, method.tile
+        self.method, self.precision = method, precision
         self.lo, self.hi = ranks.split(identities)
         self.weight = nn.Parameter(initial_rows(self.lo, self.hi, embedding, seed))
 
@@ -47,13 +58,16 @@ class ShardedFC(Head):
         """
         if self.sample_rate >= 1:
             return None
-        own = labels_G[(labels_G >= self.lo) & (labels_G < self.hi)].unique() - self.lo
-        rows = self.hi - self.lo
-        generator = torch.Generator().manual_seed(rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank))
-        priority = torch.rand(rows, generator=generator).to(labels_G.device)
-        priority.index_fill_(0, own, 2.0)  # priority[own] = 2.0 would copy the number to a GPU, and wait
-        count = max(int(self.sample_rate * rows + 1e-9), len(own), 1)
-        return priority.topk(count).indices.sort().values
+        rows, device = self.hi - self.lo, labels_G.device
+        is_own_G = (labels_G >= self.lo) & (labels_G < self.hi)
+        seed = rng.torch_seed(self.seed, "partial fc", step, self.ranks.rank)
+        priority = torch.rand(rows, generator=torch.Generator(device).manual_seed(seed), device=device)
+        priority = F.pad(priority, (0, 1))  # the last place is for faces of other ranks
+        priority.index_fill_(0, torch.where(is_own_G, labels_G - self.lo, rows), 2.0)
+        count = max(int(self.sample_rate * rows + 1e-9), 1)
+        if count < len(labels_G):  # then the positives may be more, and a card must be asked
+            count = max(count, len(labels_G[is_own_G].unique()))
+        return priority[:rows].topk(count).indices.sort().values
 
     def forward(
         self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None, sgd: TileSGD | None = None
@@ -73,8 +87,10 @@ class ShardedFC(Head):
         column_G = torch.where(own_G, column_G, -1)
         with torch.autocast(x_GD.device.type, enabled=False):
             x_GD = x_GD.to(self.weight.dtype)
-            margin, precision = self.margin(x_GD.detach()), getattr(torch, self.precision)
-            softmax = Softmax(margin, self.drop_above, precision, self.tile)
+            given = self.method
+            softmax = Softmax(
+                self.margin(x_GD.detach()), given.drop_negatives_above, self.precision, given.tile, given.skip_below
+            )
             return margin_softmax(F.normalize(x_GD), self.weight, column_G, softmax, self.ranks, rows_S, sgd)
 
 

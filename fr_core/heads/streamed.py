@@ -15,6 +15,8 @@ Legend: G faces of the global batch, D embedding, S rows of this rank that take 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +33,7 @@ from fr_core.ranks import Ranks
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # smallest length of a row, as in F.normalize
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
+KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
 MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
 
@@ -43,12 +46,15 @@ class Softmax:
         drop_above: negatives with a larger cosine get probability 0 (inter-class filter); 1 keeps all.
         precision: type of the operands of matrix products; everything else is float32.
         tile: classes per tile; None: as many as fit the cache or the GPU.
+        skip_below: on a card, gradients of blocks are left out whose probabilities are all smaller
+            (:func:`fr_core.heads.kernels.exponentials` states the error); 0 leaves out none.
     """
 
     margin: Margin | FaceMargin
     drop_above: float = 1.0
     precision: torch.dtype = torch.float32
     tile: int | None = None
+    skip_below: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,19 @@ def margin_softmax(
         sgd: settings of the fused mode: the rows move in the backward pass and get no gradient. If the loss is not
             finite, nothing moves.
     """
-    return _MarginSoftmax.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
+    made: type[torch.autograd.Function] = _MarginSoftmax
+    if runs_kernels(unit_GD):
+        from fr_core.heads.softmax_on_cards import MarginSoftmax as made
+    return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
 
 
 def fixed_centres_softmax(
-    unit_GD: Tensor, positive_GD: Tensor, centres_SD: Tensor, excluded: tuple[Tensor, Tensor], softmax: Softmax
+    unit_GD: Tensor,
+    positive_GD: Tensor,
+    centres_SD: Tensor,
+    labels_G: Tensor,
+    labels_S: Tensor | None,
+    softmax: Softmax,
 ) -> Tensor:
     """Return the mean cross-entropy of faces against fixed centres, in one pass over the centres.
 
@@ -99,24 +113,46 @@ def fixed_centres_softmax(
         unit_GD: embeddings of length 1.
         positive_GD: unit centre of each face's class.
         centres_SD: unit centres, float32 or bfloat16.
-        excluded: faces and sorted columns of centres that are no negatives, from :func:`same_label`.
+        labels_G: int64, the label of each face.
+        labels_S: int64, the label of each centre; a centre with a face's label is no negative of it. None: the labels
+            are the places of the centres.
     """
-    return _FixedCentresSoftmax.apply(unit_GD, positive_GD, centres_SD, excluded, softmax)
+    made: type[torch.autograd.Function] = _FixedCentresSoftmax
+    if runs_kernels(unit_GD):
+        from fr_core.heads.softmax_on_cards import FixedCentresSoftmax as made
+    return made.apply(unit_GD, positive_GD, centres_SD, labels_G, labels_S, softmax)
+
+
+def runs_kernels(unit_GD: Tensor) -> bool:
+    """Tell whether a softmax of these faces runs by Triton kernels: on a card, with PyTorch's Triton there."""
+    return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def random_centres(count: int, embedding: int, precision: torch.dtype, seed: int) -> Tensor:
-    """Return unit centres in random directions [count, D]. They are drawn in place: there may be millions."""
+    """Return unit centres in random directions [count, D]. They are drawn in place: there may be millions.
+
+    Centres of products in float16 are stored in float32: averages of many steps would lose digits.
+    """
     centres_SD = torch.randn(count, embedding, generator=torch.Generator().manual_seed(seed))
     centres_SD /= torch.linalg.vector_norm(centres_SD, dim=1, keepdim=True)
-    return centres_SD.to(precision)
+    return centres_SD.to(torch.float32 if precision == torch.float16 else precision)
 
 
-def same_label(labels_G: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+def same_label(labels_G: Tensor, labels_S: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the pairs of a face and a centre with the same label: int64 faces [P], columns [P], sorted by column.
+
+    Without ``labels_S``, the label of a centre is its column.
 
     A binary search per centre finds the few centres with a label of the batch. Only these are compared with all faces.
     """
-    sorted_G = labels_G.sort().values
+    sorted_G, face_G = labels_G.sort(stable=True)
+    if labels_S is None:
+        return face_G, sorted_G
     place_S = torch.searchsorted(sorted_G, labels_S).clamp_max_(len(sorted_G) - 1)
     column_C = (sorted_G[place_S] == labels_S).nonzero()[:, 0]
     centre_P, face_P = (labels_S[column_C][:, None] == labels_G).nonzero().unbind(1)
@@ -136,7 +172,7 @@ class _MarginSoftmax(torch.autograd.Function):
         sgd: TileSGD | None,
     ) -> Tensor:
         scale = softmax.margin.scale
-        cos_G = (unit_GD * F.normalize(weight_ND[_rows_of(column_G, rows_S)])).sum(1)
+        cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums = _LogSumExp(unit_GD, scale)
@@ -146,7 +182,8 @@ class _MarginSoftmax(torch.autograd.Function):
         for tile in _tiles(weight_ND, rows_S, positives, softmax):
             sums.add(tile.negatives(operand_GD))
             inverses.append(tile.inverse_T)
-        negative_G, positive_G = _over_ranks(sums, torch.where(column_G >= 0, scale * value_G, 0), ranks)
+        own_G = torch.where(column_G >= 0, scale * value_G, 0)
+        negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
         loss = F.softplus(negative_G - positive_G).mean()
         per_face = (cos_G, slope_G, negative_G, positive_G)
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
@@ -169,7 +206,7 @@ class _MarginSoftmax(torch.autograd.Function):
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
         for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
             push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each)
-            _add_product(grad_GD, 1, push_GT, tile.operand_TD)
+            add_product(grad_GD, 1, push_GT, tile.operand_TD)
             if grad_SD is None:
                 tile.move(push_GT, operand_GD, radial_T, sgd, weight_ND)
             else:
@@ -189,7 +226,8 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         unit_GD: Tensor,
         positive_GD: Tensor,
         centres_SD: Tensor,
-        excluded: tuple[Tensor, Tensor],
+        labels_G: Tensor,
+        labels_S: Tensor | None,
         softmax: Softmax,
     ) -> Tensor:
         scale, own = softmax.margin.scale, tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
@@ -197,7 +235,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums, pull_GD = _LogSumExp(unit_GD, scale), torch.zeros_like(unit_GD)
-        face_P, column_P = excluded
+        face_P, column_P = same_label(labels_G, labels_S)
         for start, places in _Positives(column_P, face_P, len(centres_SD), size):
             operand_TD = _operand(centres_SD[start : start + size], softmax.precision)
             logits_GT = _product(operand_GD, operand_TD.T).mul_(scale)
@@ -206,7 +244,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
                 _mask(logits_GT, places)
             shrink_G = sums.add(logits_GT)
             pull_GD.mul_(shrink_G[:, None])
-            _add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
+            add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
         spread_G = sums.value_G() - scale * value_G
         total_G = sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)
         pull_GD.div_(total_G[:, None])  # the mean of the negatives, weighted by p
@@ -218,7 +256,7 @@ class _FixedCentresSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_GD,) = ctx.saved_tensors
-        return grad * grad_GD, *[None] * 4
+        return grad * grad_GD, *[None] * 5
 
 
 class _Positives:
@@ -274,13 +312,13 @@ class _Tile:
     def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, out_SD: Tensor) -> None:
         """Write the gradient of the rows to their place in ``out_SD``."""
         out_TD = out_SD[self.start : self.start + len(self.weight_TD)]
-        _add_product(out_TD, 0, push_GT.T, operand_GD)
+        add_product(out_TD, 0, push_GT.T, operand_GD)
         out_TD.addcmul_(self.weight_TD, radial_T[:, None], value=-1)
 
     def move(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, sgd: TileSGD, weight_ND: Tensor) -> None:
         """Move the rows by SGD, in place: m ← μ·m + gradient + λ·w, w ← w − lr·m."""
         momentum_TD = sgd.momentum_ND[self.rows]
-        _add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD)
+        add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD)
         momentum_TD.addcmul_(self.weight_TD, (sgd.weight_decay - radial_T)[:, None])
         self.weight_TD.add_(momentum_TD, alpha=-sgd.lr)
         if isinstance(self.rows, Tensor):  # indexing made copies: write them back
@@ -315,6 +353,14 @@ def tile_size(faces: int, embedding: int, device: torch.device) -> int:
     return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
 
 
+def kernel_tile_size(faces: int, embedding: int) -> int:
+    """Return the classes per tile of Triton's kernels, a multiple of the classes of a block.
+
+    A tile's exponentials take 128 MiB in 2 bytes each, and work for half a millisecond on a large card.
+    """
+    return max(MIN_TILE, KERNEL_LOGITS // max(faces, embedding) // MIN_TILE * MIN_TILE)
+
+
 def _tiles(
     weight_ND: Tensor, rows_S: Tensor | None, positives: _Positives, softmax: Softmax, inverse_S: Tensor | None = None
 ) -> Iterator[_Tile]:
@@ -330,13 +376,19 @@ def _tiles(
         yield _Tile(start, rows, weight_TD, _operand(weight_TD, softmax.precision), inverse_T, places, softmax)
 
 
-def _over_ranks(sums: _LogSumExp, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return log Σ exp over the negatives of all ranks, and the logit of the positive class, with one collective."""
-    parts_W2G = ranks.gather(torch.stack([sums.value_G(), positive_G])).unflatten(0, (ranks.size, 2))
+def over_ranks(negative_G: Tensor, positive_G: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return log Σ exp over the negatives of all ranks, and the logit of the positive class, with one collective.
+
+    Args:
+        negative_G: log Σ exp over the negatives of this rank.
+        positive_G: logit of the positive class, and 0 if another rank holds the class.
+    """
+    parts_W2G = ranks.gather(torch.stack([negative_G, positive_G])).unflatten(0, (ranks.size, 2))
     return parts_W2G[:, 0].logsumexp(0), parts_W2G[:, 1].sum(0)
 
 
-def _rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
+def rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
+    """Return the row of each face's class; some row, if another rank holds the class."""
     return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
 
 
@@ -351,7 +403,10 @@ def _drop(logits_GT: Tensor, softmax: Softmax) -> None:
 
 
 def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
-    """Round an operand of a product. Processors without bfloat16 products multiply the rounded numbers in float32."""
+    """Round an operand of a product. Processors without bfloat16 products multiply the rounded numbers in float32.
+
+    Only Triton's kernels take float16, and scale what it would round to 0; here it is float32.
+    """
     if precision != torch.bfloat16:
         return x
     rounded = x.bfloat16()
@@ -360,14 +415,14 @@ def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices with float32 sums. The result is float32; on a CPU it passes through bfloat16."""
-    if a.dtype != torch.bfloat16:
+    if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def _add_product(out: Tensor, keep: float, a: Tensor, b: Tensor) -> None:
+def add_product(out: Tensor, keep: float, a: Tensor, b: Tensor) -> None:
     """Compute out ← keep·out + a·b in place."""
-    if a.dtype != torch.bfloat16:
+    if a.dtype == out.dtype:
         out.addmm_(a, b, beta=keep)
     elif keep:
         out.mul_(keep).add_(_product(a, b))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core import rng
+from fr_core.device import integers_from_host
 from fr_core.errors import UserError
 from fr_core.heads.head import Head
 from fr_core.heads.streamed import Softmax, fixed_centres_softmax, random_centres
@@ -56,7 +57,9 @@ class Anchors(Head):
 
         Args:
             x_BD: embeddings of this rank, not normalised.
+            labels_B: int64, on the host.
             x_GD: embeddings of all ranks; they get no gradient.
+            labels_G: int64, on the host.
 
         Raises:
             UserError: the batch has more identities than there are anchors.
@@ -64,39 +67,34 @@ class Anchors(Head):
         with torch.autocast(x_BD.device.type, enabled=False):
             unit_BD = F.normalize(x_BD.float())
             labels_I, identity_G = labels_G.unique(return_inverse=True)
-            anchors_I, borrowed_I = self.assign(labels_I)
+            own_B = torch.searchsorted(labels_I, labels_B)
+            parts = (*self.assign(labels_I), identity_G, own_B)
+            anchors_I, borrowed_I, identity_G, own_B = integers_from_host(parts, x_GD.device)
             member_IG = (torch.arange(len(labels_I), device=x_GD.device)[:, None] == identity_G).float()
             # All ranks sum in the same order, so that their anchors are identical.
             centres_ID = F.normalize(member_IG @ F.normalize(x_GD.detach().float()))
             before_ID = self.anchors_MD[anchors_I]
             self.anchors_MD[anchors_I] = centres_ID.to(self.anchors_MD.dtype)
-            own_B = torch.searchsorted(labels_I, labels_B)
-            column_P, face_P = anchors_I[own_B].sort()
-            loss = fixed_centres_softmax(unit_BD, centres_ID[own_B], self.anchors_MD, (face_P, column_P), self.softmax)
-            self.assignment = Assignment(anchors_I, borrowed_I, before_ID)
+            given = centres_ID[own_B], self.anchors_MD, anchors_I[own_B], None
+            loss = fixed_centres_softmax(unit_BD, *given, self.softmax)
+            self.assignment = Assignment(anchors_I, borrowed_I.bool(), before_ID)
             return loss
 
     @torch.no_grad()
-    def restore_borrowed(self) -> None:
-        """Restore the old values of borrowed anchors, at the end of a step."""
+    def end_step(self, good: Tensor) -> None:
+        """Restore the buffers and all anchors that this step wrote; after a good step, the borrowed anchors alone."""
+        super().end_step(good)
         if self.assignment:
             anchors_I, borrowed_I, before_ID = self.assignment
-            self.anchors_MD[anchors_I[borrowed_I]] = before_ID[borrowed_I]
-        self.assignment = None
-
-    @torch.no_grad()
-    def drop_step(self) -> None:
-        """Restore the buffers and all anchors that this step wrote."""
-        super().drop_step()
-        if self.assignment:
-            self.anchors_MD[self.assignment.anchors_I] = self.assignment.before_ID
+            stays_I = good & ~borrowed_I
+            self.anchors_MD[anchors_I] = torch.where(stays_I[:, None], self.anchors_MD[anchors_I], before_ID)
         self.assignment = None
 
     def assign(self, labels_I: Tensor) -> tuple[Tensor, Tensor]:
         """Return the anchor of each identity, and whether it is borrowed for this step only.
 
         Args:
-            labels_I: sorted labels without repeats.
+            labels_I: sorted labels without repeats, on the host.
 
         Returns:
             int64 [I] and bool [I].
@@ -111,8 +109,8 @@ class Anchors(Head):
         order_I = group_I.argsort(stable=True)
         repeats_I = torch.zeros_like(group_I, dtype=torch.bool)
         repeats_I[order_I[1:]] = group_I[order_I].diff() == 0
-        free_M = torch.ones(size, dtype=torch.bool, device=labels_I.device)
-        free_M.index_fill_(0, group_I, False)  # by [] it would be copied to a GPU, which waits
+        free_M = torch.ones(size, dtype=torch.bool)
+        free_M[group_I] = False
         anchor_I = group_I.clone()
         anchor_I[repeats_I] = free_M.nonzero()[: int(repeats_I.sum()), 0]
         return anchor_I, repeats_I

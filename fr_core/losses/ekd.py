@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core.config.methods import EKD, EmbeddingMSE, RelativeSimilarity
+from fr_core.device import from_host
 from fr_core.losses.distill import distillation_loss
 
 RATES = 6  # number of false-positive rates, 1e-1 … 1e-6; each has a threshold
@@ -49,7 +50,7 @@ class Agreement(nn.Module):
         Args:
             student_GD: any floating type; computed in float32, or in float64 if it is float64, also under autocast.
             teacher_GE: embeddings without gradient; the MSE needs E = D.
-            labels_G: int64; images with equal labels form a positive pair.
+            labels_G: int64, on the host; images with equal labels form a positive pair.
 
         Returns:
             The loss, a float scalar. The metrics, without gradient: unweighted terms of the loss, and thresholds.
@@ -58,13 +59,13 @@ class Agreement(nn.Module):
         if isinstance(form, EmbeddingMSE):
             loss = distillation_loss("euclidean", student_GD, teacher_GE)
             return loss, {"distill_loss": loss.detach()}
-        one, other = torch.triu_indices(len(labels_G), len(labels_G), 1, device=labels_G.device)
+        one, other = torch.triu_indices(len(labels_G), len(labels_G), 1, device=student_GD.device)
         cosines_NP = torch.stack([cosines(x)[one, other] for x in (teacher_GE, student_GD)])
-        same_P = labels_G[one] == labels_G[other]
-        negatives_NP = cosines_NP[:, ~same_P]
+        negative_P, positive_P = split_pairs(labels_G, one, other)
+        negatives_NP = cosines_NP[:, negative_P]
         self.observe(negatives_NP.detach(), form.threshold_momentum)
         hardest_H = negatives_NP[1].topk(min(form.hardest, negatives_NP.shape[1])).indices
-        positive, negative = self.distance(cosines_NP[:, same_P]), self.distance(negatives_NP[:, hardest_H])
+        positive, negative = self.distance(cosines_NP[:, positive_P]), self.distance(negatives_NP[:, hardest_H])
         terms = {"positive_loss": positive.detach(), "negative_loss": negative.detach()}
         thresholds = dict(zip(THRESHOLDS, self.thresholds_NK.flatten().clone(), strict=True))
         return form.lambda_pos * positive + form.lambda_neg * negative, terms | thresholds
@@ -94,6 +95,22 @@ class Agreement(nn.Module):
         else:
             teacher, student = above_NPK
         return (teacher - student).square().sum() / max(1, student.numel())
+
+
+def split_pairs(labels_G: Tensor, one_P: Tensor, other_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of negative and of positive pairs among all pairs of images, in order.
+
+    The host counts the pairs, so that it need not ask the device for their number.
+
+    Args:
+        labels_G: int64, on the host.
+        one_P, other_P: the two images of each pair, on the device.
+    """
+    repeats = labels_G.unique(return_counts=True)[1]
+    positives = int((repeats * (repeats - 1) // 2).sum())
+    there_G = from_host(labels_G, one_P.device)
+    order_P = (there_G[one_P] == there_G[other_P]).byte().argsort(stable=True)
+    return order_P[: len(order_P) - positives], order_P[len(order_P) - positives :]
 
 
 def cosines(x_GD: Tensor) -> Tensor:

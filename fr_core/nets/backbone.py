@@ -1,5 +1,6 @@
 """The interface that all backbones share. Legend: B batch, H W pixels, D embedding."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ class Backbone(nn.Module):
     input_std: float = 127.5
     embedding: int  # D
     in_integers: ClassVar[bool] = False  # True: the forward pass simulates integers (fr_core/nets/quantised.py)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the blocks that the net repeats. They are compiled one by one; blocks of equal shapes share code."""
+        return []
 
     @property
     def last_norm(self) -> nn.Module | None:

@@ -91,7 +91,7 @@ def _around_prelu(net: IResNet | MobileFaceNet) -> Iterator[tuple[nn.Conv2d, nn.
             for block in blocks:
                 yield block.conv1, block.prelu, [block.conv2]
         case MobileFaceNet():
-            inside = [part for block in net.bottlenecks() for part in (block.expand, block.depthwise, block.project)]
+            inside = [part for block in net.blocks() for part in (block.expand, block.depthwise, block.project)]
             chain = [net.stem, net.stem_depthwise, *inside, net.expand, net.pool]
             for part, following in pairwise(chain):
                 if part.prelu is not None:

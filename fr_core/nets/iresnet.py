@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.prelu import PReLU
+from fr_core.undo import Undo
 
 BLOCKS = {  # depth -> residual blocks of the four stages
     10: (1, 1, 1, 1),
@@ -141,12 +142,11 @@ def _contexts(segment: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Restore a module's running statistics on exit: the recomputed batch has updated them already."""
-    before = [buffer.clone() for buffer in module.buffers()]
+    before = Undo(module.buffers())
     try:
         yield
     finally:
-        for buffer, old in zip(module.buffers(), before, strict=True):
-            buffer.copy_(old)
+        before.restore()
 
 
 def recompute(net: nn.Module, blocks: int) -> None:
@@ -213,6 +213,10 @@ class IResNet(Backbone):
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False  # gain stays 1: the head sets the embedding's scale
         draw_convolutions(self)
+
+    def blocks(self) -> list[IResBlock]:
+        """Return the residual blocks."""
+        return [module for module in self.modules() if isinstance(module, IResBlock)]
 
     @property
     def last_norm(self) -> nn.Module:

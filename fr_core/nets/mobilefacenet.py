@@ -115,7 +115,7 @@ class MobileFaceNet(Backbone):
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = norm_eps
 
-    def bottlenecks(self) -> list[Bottleneck]:
+    def blocks(self) -> list[Bottleneck]:
         """Return the bottlenecks of all stages in order."""
         return [module for module in self.modules() if isinstance(module, Bottleneck)]
 

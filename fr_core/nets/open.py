@@ -17,7 +17,7 @@ from fr_core.config.mends import as_toml
 from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.decode import resized
 from fr_core.data.store import AnyPath, local_copy, to_path
-from fr_core.device import default_device
+from fr_core.device import default_device, from_host, full_float32, reached
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.build import build_float_net, build_net, on_device
@@ -58,7 +58,7 @@ class Recogniser:
         progress: Callable[[int], None] | None = None,
         normalise: bool = True,
     ) -> np.ndarray:
-        """Return the embeddings of aligned face crops.
+        """Return the embeddings of aligned face crops, computed in full float32.
 
         Args:
             images_NHWC: uint8 [N, H, W, 3], RGB, of any size; they are resized to the net's input.
@@ -77,16 +77,30 @@ class Recogniser:
         if images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3 or images_NHWC.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [N, H, W, 3], not {images_NHWC.dtype} {images_NHWC.shape}")
         embeddings = np.empty((len(images_NHWC), self.net.embedding), np.float32)
-        for start in range(0, len(images_NHWC), batch):
-            chunk = np.stack([resized(image, self.net.input_size) for image in images_NHWC[start : start + batch]])
-            x_BCHW = normalised(torch.from_numpy(chunk).to(self.device), self.net)
-            out_BD = self.net(x_BCHW)
-            if flip:
-                out_BD = out_BD + self.net(x_BCHW.flip(3))
-            out_BD = directions(out_BD) if normalise else out_BD
-            embeddings[start : start + batch] = out_BD.cpu().numpy()
-            if progress:
-                progress(len(chunk))
+        running: tuple[slice, torch.Tensor, torch.cuda.Event | None] | None = None  # a card works one batch behind
+
+        def store() -> None:
+            if running:
+                rows, out_BD, done = running
+                if done:
+                    done.synchronize()
+                embeddings[rows] = out_BD.numpy()
+                if progress:
+                    progress(len(out_BD))
+
+        with full_float32():
+            for start in range(0, len(images_NHWC), batch):
+                rows = slice(start, start + batch)
+                chunk = np.stack([resized(image, self.net.input_size) for image in images_NHWC[rows]])
+                x_BCHW = normalised(from_host(torch.from_numpy(chunk), self.device), self.net)
+                out_BD = self.net(x_BCHW)
+                if flip:
+                    out_BD = out_BD + self.net(x_BCHW.flip(3))
+                out_BD = directions(out_BD) if normalise else out_BD
+                out_BD = out_BD.to("cpu", non_blocking=True)
+                store()
+                running = rows, out_BD, reached(self.device)
+            store()
         return embeddings
 
 

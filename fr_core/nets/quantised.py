@@ -127,7 +127,7 @@ def _mobilefacenet_layers(net: MobileFaceNet, config: QuantisedNet) -> Iterator[
     """Yield the layers between pixels and the last linear layer."""
     yield from _conv_prelu(net.stem.conv, net.stem.prelu, config)
     yield from _conv_prelu(net.stem_depthwise.conv, net.stem_depthwise.prelu, config)
-    for block in net.bottlenecks():
+    for block in net.blocks():
         inside = (block.expand, block.depthwise)
         branch = [layer for part in inside for layer in _conv_prelu(part.conv, part.prelu, config)]
         out = _inner_quantiser(config) if block.residual else _input_quantiser(config)

@@ -18,6 +18,7 @@ from fr_core.config import Config, distillation
 from fr_core.data.embeddings import EmbeddingsById, by_id, open_embeddings
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.stream import Batch
+from fr_core.device import from_host
 from fr_core.errors import UserError
 from fr_core.nets.backbone import Backbone, normalised
 from fr_core.nets.names import option_named
@@ -45,7 +46,7 @@ class Teacher:
         if self.unlabelled is not None and batch.unlabelled is not None:
             more_UE = torch.from_numpy(self.unlabelled(batch.unlabelled.sample_ids))
         device = images_AXHWC[0].device
-        return [known.to(device) for known in _split_parts(known_BE, more_UE, len(images_AXHWC))]
+        return [from_host(known, device) for known in _split_parts(known_BE, more_UE, len(images_AXHWC))]
 
 
 def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teacher | None:
@@ -84,12 +85,12 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
     return teacher
 
 
-def micro_batches(batch: Batch, count: int, device: torch.device) -> list[Tensor]:
+def micro_batches(batch: Batch, count: int) -> list[Tensor]:
     """Split a rank's images into equal parts, labelled images first in each: A tensors uint8 [X, H, W, 3]."""
-    images_BHWC, others_UHWC = batch.images_BHWC.to(device), None
+    others_UHWC = None
     if batch.unlabelled is not None:
-        others_UHWC = resized(batch.unlabelled.images_BHWC.to(device), images_BHWC.shape[1])
-    return _split_parts(images_BHWC, others_UHWC, count)
+        others_UHWC = resized(batch.unlabelled.images_BHWC, batch.images_BHWC.shape[1])
+    return _split_parts(batch.images_BHWC, others_UHWC, count)
 
 
 def resized(images_XHWC: Tensor, size: int) -> Tensor:

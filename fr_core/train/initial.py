@@ -2,6 +2,7 @@
 
 import copy
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from fr_core import rng
 from fr_core.config import Config, class_count, distillation, total_steps, warmup_steps
 from fr_core.config.nets import Residual
 from fr_core.data.plan import Plan
+from fr_core.device import set_arithmetic
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net, on_device
@@ -22,18 +24,24 @@ from fr_core.optim.optimizers import make_optimizers
 from fr_core.ranks import Ranks
 from fr_core.train.distill import open_teacher
 from fr_core.train.methods import make_head
+from fr_core.train.precision import scales_loss
 from fr_core.train.state import TrainState
 
+MOST_CODES = (
+    64  # versions of a block's compiled code: four stages with two shapes each, in training and with other sizes
+)
 FIRST_LOSS_SCALE = 2.0**16  # for float16 only
 MAPS = 6  # feature maps that autograd keeps of a residual block
 
 
 def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device) -> TrainState:
     """Return a state with seeded weights, which are the same on every rank and for every number of ranks."""
+    set_arithmetic(config.train.deterministic, config.train.tf32)
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
     backbone = on_device(trained_net(config), device)
     head = make_head(config, class_count(config, plan.dataset.manifest.identities), ranks, device)
     head = head.to(device) if head else None
+    compile_blocks(config, backbone, device)
     distill, teacher, adapter = distillation(config), open_teacher(config, plan.dataset, device), None
     if distill and distill.adapter and teacher:
         torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
@@ -53,8 +61,9 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
         for module in state.encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the encoder is in training mode for its batch norm alone
+        compile_blocks(config, state.encoder, device)
         state.ships_encoder = config.method.facts.encoder == "shipped"
-    if config.train.precision == "float16":
+    if scales_loss(config, device):
         state.loss_scale = FIRST_LOSS_SCALE
     return state
 
@@ -67,6 +76,17 @@ def trained_net(config: Config) -> Backbone:
     if blocks := segment_blocks(config):
         recompute(net, blocks)
     return net
+
+
+def compile_blocks(config: Config, net: Backbone, device: torch.device) -> None:
+    """Compile a net's blocks at their first use, if the recipe says so. The net's weights keep their names."""
+    by_itself = device.type == "cuda" and find_spec("triton") is not None
+    if config.train.compile == "on" or (config.train.compile == "auto" and by_itself):
+        from torch import _dynamo  # takes seconds
+
+        _dynamo.config.recompile_limit = MOST_CODES
+        for block in net.blocks():
+            block.compile()
 
 
 def segment_blocks(config: Config) -> int | None:

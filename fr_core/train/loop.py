@@ -15,6 +15,7 @@ from fr_core.config.sections import Augment, Masks
 from fr_core.data.plan import Plan
 from fr_core.data.store import AnyPath, explain_disk_errors, find_paths, remove_folder
 from fr_core.data.stream import Batch, batches, step_by_step, unlabelled
+from fr_core.data.transfer import on_card
 from fr_core.device import default_device, peak_memory
 from fr_core.errors import RunStopped, UserError
 from fr_core.nets.checkpoint_files import CHECKPOINTS, checkpoints, step_name
@@ -22,14 +23,16 @@ from fr_core.nets.open import Recogniser
 from fr_core.nets.verifications import VERIFICATIONS
 from fr_core.ranks import Ranks
 from fr_core.train.check import check_pairs, fitting_plan, open_training_data
-from fr_core.train.checkpoint import raise_together, resume, save_checkpoint
 from fr_core.train.initial import initial_state, parameter_figures
 from fr_core.train.methods import step
 from fr_core.train.notice import Notice
 from fr_core.train.outbox import UNDELIVERED
+from fr_core.train.resume import resume
+from fr_core.train.save import Saver, raise_together
 from fr_core.train.state import TrainState
 from fr_core.train.statistics import IMAGES, average_statistics, measure_last_norm
 from fr_core.train.tracking import Tracker
+from fr_core.train.update import metrics_of
 from fr_core.train.warm_start import calibrate, copy_rows_by_name, load_backbone, set_prototypes, settle_norms
 from fr_core.verify.pair_lists import read_pairs
 from fr_core.verify.pairs import read_images, verify_embeddings
@@ -57,7 +60,8 @@ def train_loop(
         blocks: source of the rows (``fr_core/data/stream.py``).
         report: receives the metrics of a step, on every rank. The second argument is None when a step is logged, and
             the folder of the checkpoint after one was saved.
-        notice: returns requests to this rank since the last call. A request to any rank holds for all ranks.
+        notice: returns requests to this rank since the last call, at once: it is called in every step. A request to any
+            rank holds for all ranks, which follow it after the same step; on a card, after the next one.
 
     Returns:
         The figures of the run's report.
@@ -70,17 +74,19 @@ def train_loop(
     first_step = state.step
     tracker = open_tracker(config, out, state, ranks)
     stream = remaining_batches(config, state, ranks, blocks)
+    saver = Saver(config, out, ranks)
     clock = Clock(config.train.global_batch + unlabelled_batch(config))
     try:
         while state.step < state.total_steps:
             batch = clock.next_batch(stream)
-            metrics = step(config, state, batch, ranks)
-            stop_if_diverged(config, state, out)
+            state.asked = max(notice(), saver.notice())
+            reading = step(config, state, batch, ranks)
+            stop_if_diverged(config, state, saver)
             if tracker:
                 tracker.step_done(batch)
-            metrics |= {"step": state.step, "epoch": epoch_of(state)}
+            metrics = {"step": state.step, "epoch": epoch_of(state)}
             if is_due(config.train.log_every, state):
-                metrics |= clock.rates(state.step)
+                metrics |= metrics_of(state, reading) | clock.rates(state.step)
                 if tracker:
                     tracker.log(state.step, metrics)
             last = state.step == state.total_steps
@@ -91,12 +97,13 @@ def train_loop(
             if is_due(config.train.log_every, state):
                 health = tracker.health() if tracker else {}
                 report(metrics | {"head_mib": head_mib(state)} | health, None)
-            request = shared_notice(config, state, ranks, notice)
-            if request or (is_due(config.train.save_every, state) and state.bad_steps == 0):
-                report(metrics, save(config, state, out, ranks, tracker))
+            request, state.notice = state.notice, Notice.NONE
+            if request or (is_due(config.train.save_every, state) and reading.good):
+                save(state, saver, tracker, partial(report, metrics | metrics_of(state, reading)))
             if request is Notice.STOP:
+                saver.wait()
                 raise RunStopped(state.step)
-        return finish(config, state, out, ranks, tracker, first_step)
+        return finish(config, state, ranks, saver, tracker, first_step)
     except BaseException as error:
         if tracker:
             with contextlib.suppress(Exception):  # report the first error, not one of the clean-up
@@ -105,6 +112,7 @@ def train_loop(
                 tracker.close("KILLED" if isinstance(error, RunStopped) else "FAILED")
         raise
     finally:
+        saver.close()
         stream.close()
 
 
@@ -137,10 +145,15 @@ def plain_batches(config: Config, plan: Plan, ranks: Ranks, blocks: Blocks, step
 
 
 def remaining_batches(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> Generator[Batch, None, None]:
-    """Read this rank's batches from the state's step on, with unlabelled images if the run takes them."""
+    """Read this rank's batches from the state's step on, with unlabelled images if the run takes them.
+
+    Their images lie on the run's device.
+    """
     steps = (state.step, state.total_steps)
     stream, other = batches(config, state.plan, ranks, *steps, blocks), unlabelled(config)
-    return stream if other is None else step_by_step(stream, batches(*other, ranks, *steps, blocks))
+    if other is not None:
+        stream = step_by_step(stream, batches(*other, ranks, *steps, blocks))
+    return on_card(stream, state.device)
 
 
 def open_tracker(config: Config, out: AnyPath, state: TrainState, ranks: Ranks) -> Tracker | None:
@@ -157,19 +170,17 @@ def is_due(every: int | None, state: TrainState) -> bool:
     return every is not None and state.step % every == 0
 
 
-def save(config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None) -> AnyPath:
-    """Save a checkpoint and return its folder. Deliver the figures first, so that a resumed run has them all."""
-    with raise_together(ranks):
-        if tracker:
-            tracker.deliver()
-    return save_checkpoint(config, state, out, ranks)
+def save(
+    state: TrainState, saver: Saver, tracker: Tracker | None, then: Callable[[AnyPath], None] = lambda _: None
+) -> None:
+    """Save a checkpoint beside the training. Deliver the figures first, so that a resumed run has them all.
 
-
-def shared_notice(config: Config, state: TrainState, ranks: Ranks, notice: Callable[[], Notice]) -> Notice:
-    """Return the strongest notice to any rank. Several ranks ask only when they log, to save collectives."""
-    if ranks.size == 1:
-        return notice()
-    return max(ranks.gather_objects(notice())) if is_due(config.train.log_every, state) else Notice.NONE
+    Args:
+        then: what each rank does when the checkpoint is whole; it gets the checkpoint's folder.
+    """
+    if tracker:
+        tracker.flush()
+    saver.save(state, tracker.wait if tracker else lambda: None, then)
 
 
 def epoch_of(state: TrainState) -> float:
@@ -183,14 +194,15 @@ def head_mib(state: TrainState) -> float:
     return sum(tensor.nbytes for tensor in classes.values()) / 2**20
 
 
-def stop_if_diverged(config: Config, state: TrainState, out: AnyPath) -> None:
+def stop_if_diverged(config: Config, state: TrainState, saver: Saver) -> None:
     """End a run whose loss or gradients stay non-finite.
 
     Raises:
         UserError: they were not finite for ``train.max_bad_steps`` steps; it names the last good checkpoint.
     """
     if state.bad_steps >= config.train.max_bad_steps:
-        saved = checkpoints(out)
+        saver.wait()
+        saved = checkpoints(saver.out)
         good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
         raise UserError(
             f"loss or gradients not finite for {state.bad_steps} steps up to step {state.step}: {good}; lower optim.lr"
@@ -229,7 +241,7 @@ def verify(config: Config, state: TrainState, ranks: Ranks, tracker: Tracker | N
 
 
 def finish(
-    config: Config, state: TrainState, out: AnyPath, ranks: Ranks, tracker: Tracker | None, first_step: int
+    config: Config, state: TrainState, ranks: Ranks, saver: Saver, tracker: Tracker | None, first_step: int
 ) -> dict[str, float]:
     """Save the last checkpoint, verify, write ``report.json`` and return its figures.
 
@@ -238,6 +250,8 @@ def finish(
     Args:
         first_step: step at which this call of the loop began.
     """
+    out = saver.out
+    saver.wait()
     if state.step == first_step and (known := ranks.broadcast_object(read_report(out, state.step))):
         if tracker:
             tracker.log_report(state.step, known)
@@ -246,7 +260,8 @@ def finish(
     seconds = time.monotonic() - state.began
     last = out / "checkpoints" / step_name(state.step)
     if not ranks.broadcast_object(last in checkpoints(out)):
-        save(config, state, out, ranks, tracker)
+        save(state, saver, tracker)
+        saver.wait()
     if tracker:
         tracker.log_net(state.step)
     peak = peak_memory(state.device)

@@ -13,10 +13,12 @@ from torch import Tensor
 from fr_core.config import Config
 from fr_core.config.methods import FixedCentres
 from fr_core.data.stream import Batch
+from fr_core.device import from_host
 from fr_core.heads.attfc import update_encoder
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, encode_class_images, update, without_sync
 
@@ -35,7 +37,7 @@ def queue_step(
     mix: Callable[[Tensor, Tensor], Tensor],
     order: Literal["paper", "reference"],
     encoder_momentum: float,
-) -> dict[str, float]:
+) -> Reading:
     """Train on one global batch.
 
     The encoder moves first, towards the weights before this step's update. Each rank computes the loss of its own
@@ -48,14 +50,13 @@ def queue_step(
             include centres of its own batch. ``reference``: after the loss, as in the published code.
 
     Returns:
-        The metrics of :func:`fr_core.train.update.update`.
+        The numbers of :func:`fr_core.train.update.update`.
     """
     queue, micro = state.head, config.train.accumulate
     assert isinstance(queue, ClassQueue)
     assert state.encoder is not None
-    images_ABHWC = batch.images_BHWC.to(state.device).chunk(micro)
-    class_images_ABKHWC = batch.class_images_BKHWC.to(state.device).chunk(micro)
-    labels_AB = batch.labels_B.to(state.device).chunk(micro)
+    images_ABHWC, class_images_ABKHWC = batch.images_BHWC.chunk(micro), batch.class_images_BKHWC.chunk(micro)
+    labels_AB = from_host(batch.labels_B, state.device).chunk(micro)
     total = torch.zeros((), device=state.device)
     begin_step(config, state)
     update_encoder(state.encoder, state.backbone, encoder_momentum)
@@ -70,8 +71,7 @@ def queue_step(
             loss = queue(x_BD, centres_BD, labels_AB[a]) / (micro * ranks.size)
             backward(config, state, loss, ranks)
         total += loss.detach()
-    step, metrics = state.step, update(config, state, total, ranks)
-    if order == "reference" and not state.bad_steps:
+    if order == "reference":
         centres_AGD, labels_AG = zip(*entries, strict=True)
-        queue.put(torch.cat(centres_AGD), torch.cat(labels_AG), step)
-    return metrics
+        queue.put(torch.cat(centres_AGD), torch.cat(labels_AG), state.step)
+    return update(config, state, total, ranks)

@@ -12,6 +12,9 @@ from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
 from fr_core.optim.fastface import FastFaceWatcher
 from fr_core.train.distill import Teacher
+from fr_core.train.notice import Notice
+from fr_core.train.reading import Reading
+from fr_core.undo import Undo
 
 
 @dataclass
@@ -39,7 +42,10 @@ class TrainState:
     bad_steps: int = 0  # non-finite steps in a row
     dropped_steps: int = 0  # non-finite steps of the whole run
     run_id: str | None = None  # id of the MLflow run
-    buffers: list[Tensor] = field(default_factory=list)  # buffers as they were before this step
+    undo: Undo = field(default_factory=Undo)  # buffers as they were before this step
+    unread: list[Reading] = field(default_factory=list)  # steps of which the host has drawn no conclusions yet
+    asked: Notice = Notice.NONE  # notice to this rank, for the next step to tell all ranks
+    notice: Notice = Notice.NONE  # strongest notice that all ranks know of and have not followed yet
 
     @property
     def trained(self) -> dict[str, Tensor]:

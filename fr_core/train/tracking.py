@@ -151,7 +151,7 @@ class Tracker:
 
     def _log_sample_batch(self, batch: Batch) -> None:
         """Save a picture of the first images of a batch, as the net sees them."""
-        images = batch.images_BHWC[:SAMPLE_IMAGES].numpy()
+        images = batch.images_BHWC[:SAMPLE_IMAGES].cpu().numpy()
         self.log_picture("sample_batch", contact_sheet(images, 8, f"training images, epoch {batch.epoch}"))
 
     def flush(self) -> None:
@@ -164,9 +164,11 @@ class Tracker:
                 self.outbox.post(["metrics", self.pending[start : start + CALL_METRICS]])
         self.pending = []
 
-    def deliver(self) -> None:
-        """Deliver all figures so far, or save them in the run's folder, so that a resumed run has them."""
-        self.flush()
+    def wait(self) -> None:
+        """Wait until MLflow has what was passed on so far, or save that in the run's folder, for a resumed run.
+
+        Another thread may call this.
+        """
         if self.outbox:
             self.outbox.wait(HEALTHY_WAIT)
 

@@ -3,8 +3,7 @@
 Legend: B images of a rank's micro-batch, K class images of each, D embedding.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,17 +15,21 @@ from fr_core.config import Config, warmup_steps
 from fr_core.config.nets import MoENet
 from fr_core.nets.backbone import normalised
 from fr_core.nets.moe import take_balance
-from fr_core.optim.optimizers import squared_norm
+from fr_core.optim.optimizers import move_weights
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
-from fr_core.train.precision import autocast
+from fr_core.train.notice import WEIGHTS
+from fr_core.train.precision import autocast, scales_loss
+from fr_core.train.reading import ASKED, Reading
 from fr_core.train.state import TrainState
+from fr_core.undo import Undo
 
 LOSS_SCALE_PATIENCE = 2000  # finite steps until the loss scale doubles
+READ_LATE = {"cuda": 1}  # steps by which the host's account lags behind, by kind of device; elsewhere 0
 
 
 def begin_step(config: Config, state: TrainState) -> None:
-    """Set the learning rates, and copy the buffers that a dropped step must restore."""
+    """Set the learning rates, and copy what a dropped step must restore."""
     share = learning_rate(config.schedule, state.step, state.total_steps, state.plan.steps_per_epoch)
     if state.watcher:
         share *= state.watcher.factor
@@ -34,7 +37,7 @@ def begin_step(config: Config, state: TrainState) -> None:
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
     state.backbone.train()
-    state.buffers = [buffer.clone() for buffer in buffers_to_restore(state)]
+    state.undo = Undo(buffers_to_restore(state))
     if state.head:
         state.head.begin_step()
 
@@ -87,11 +90,11 @@ def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> N
 
 def update(
     config: Config, state: TrainState, loss: Tensor, ranks: Ranks, terms: Mapping[str, Tensor] | None = None
-) -> dict[str, float]:
+) -> Reading:
     """Move the weights by the gradients of one global batch.
 
-    This clips gradients, and updates optimisers, moving average, FastFace and the loss scale. If the loss or a gradient
-    is not finite, all ranks drop the step: they restore the buffers, and ``state.bad_steps`` is not 0.
+    This clips gradients, and updates optimisers and moving average. If the loss or a gradient is not finite, all ranks
+    drop the step: weights and buffers stay as they were. The device decides this, so that the host need not wait.
 
     The loss scale is not left to ``GradScaler``: ranks with different rows of the class matrix must agree on it.
 
@@ -100,71 +103,102 @@ def update(
         terms: this rank's shares of the loss terms to report.
 
     Returns:
-        Metrics: the backbone's lr, loss and terms, gradient norms, and FastFace's detector. The head's norm is 0 if it
-        has no gradient.
+        The loss and its terms, and the gradient norms. The head's norm is 0 if it has no gradient.
     """
     terms = terms or {}
-    backbone = [p for p in state.trained.values() if p.grad is not None]
-    head = list(state.head.parameters()) if state.head else []
+    backbone = gradients(state.trained.values())
+    head = gradients(state.head.parameters()) if state.head else []
     if state.loss_scale != 1:
-        for param in (*backbone, *head):
-            if param.grad is not None:
-                param.grad.div_(state.loss_scale)
+        torch._foreach_div_([*backbone, *head], state.loss_scale)
+    asked = torch.full_like(loss, WEIGHTS[state.asked])
     backbone_norm = squared_norm(backbone, state.device).sqrt()
-    sums = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values()]))
-    norms = torch.stack([backbone_norm, sums[0].sqrt()])
-    numbers = torch.cat([norms, sums[1:]]).tolist()
-    metrics = {"lr": state.optimizers["backbone"].param_groups[0]["lr"]}
-    metrics |= dict(zip(("grad_norm", "head_grad_norm", "loss", *terms), numbers, strict=True))
-    if all(map(math.isfinite, numbers)):
-        _clip(backbone, metrics["grad_norm"], config.optim.clip)
-        if matrix := config.method.class_matrix:
-            _clip(head, metrics["head_grad_norm"], matrix.clip_head)
-        for optimizer in state.optimizers.values():
-            optimizer.step()
-        if state.watcher and state.step >= warmup_steps(config, state.plan.steps_per_epoch):
-            state.watcher.observe(metrics["loss"])
-        _after_good_step(config, state)
-    else:
+    sums = ranks.sum_(torch.stack([squared_norm(head, state.device), loss.detach(), *terms.values(), asked]))
+    numbers = torch.cat([torch.stack([backbone_norm, sums[0].sqrt()]), sums[1:]])
+    good = numbers.isfinite().all()
+    clip(backbone, numbers[0], config.optim.clip)
+    if matrix := config.method.class_matrix:
+        clip(head, numbers[1], matrix.clip_head)
+    for optimizer in state.optimizers.values():
+        move_weights(optimizer, good)
+        optimizer.zero_grad(set_to_none=True)
+    state.undo.unless(good)
+    if state.head:
+        state.head.end_step(good)
+    if state.average is not None:
+        # Early weights change fast: at first, average over few steps.
+        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
+        blend(state.average, state.backbone, 1 - decay)
+    reading = Reading(state.step, ("grad_norm", "head_grad_norm", "loss", *terms, ASKED), numbers)
+    state.step += 1
+    state.unread.append(reading)
+    while len(state.unread) > READ_LATE.get(state.device.type, 0):
+        account(config, state, state.unread.pop(0))
+    return reading
+
+
+def account(config: Config, state: TrainState, reading: Reading) -> None:
+    """Draw the host's conclusions from a step: FastFace, the loss scale, counts of steps, and notices.
+
+    On a card it is the step before the last one, whether the newest was read or not. So a run does not depend on how
+    often it logs.
+    """
+    state.notice = max(state.notice, reading.request)
+    if not reading.good:
         state.bad_steps += 1
         state.dropped_steps += 1
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
-        for buffer, before in zip(buffers_to_restore(state), state.buffers, strict=True):
-            buffer.copy_(before)
-        if state.head:
-            state.head.drop_step()
-    for optimizer in state.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    state.step += 1
+        return
+    if state.watcher and reading.step >= warmup_steps(config, state.plan.steps_per_epoch):
+        state.watcher.observe(reading.read()["loss"])
+    state.bad_steps = 0
+    state.good_steps += 1
+    if scales_loss(config, state.device) and state.good_steps == LOSS_SCALE_PATIENCE:
+        state.loss_scale *= 2
+        state.good_steps = 0
+
+
+def metrics_of(state: TrainState, reading: Reading) -> dict[str, float]:
+    """Return the metrics of the last step: learning rate, loss and terms, gradient norms, FastFace's detector."""
+    metrics = {"lr": state.optimizers["backbone"].param_groups[0]["lr"]} | reading.metrics
     if state.watcher:
         metrics |= {"detector": state.watcher.detector, "stationary": float(state.watcher.count)}
     return metrics
 
 
-def _after_good_step(config: Config, state: TrainState) -> None:
-    state.bad_steps = 0
-    state.good_steps += 1
-    if config.train.precision == "float16" and state.good_steps == LOSS_SCALE_PATIENCE:
-        state.loss_scale *= 2
-        state.good_steps = 0
-    if state.average is not None:
-        # Early weights change fast: at first, average over few steps.
-        decay = min(config.train.ema, (1 + state.step) / (10 + state.step))
-        _blend(state.average, state.backbone, 1 - decay)
+def gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """List the gradients of parameters; of a sparse gradient, the values."""
+    found = []
+    for param in params:
+        if param.grad is not None:
+            if param.grad.is_sparse:
+                param.grad = param.grad.coalesce()
+            found.append(param.grad._values() if param.grad.is_sparse else param.grad)
+    return found
+
+
+def squared_norm(grads: list[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of all gradients: float32 scalar."""
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads)).float().square().sum()
 
 
 @torch.no_grad()
-def _blend(average: nn.Module, current: nn.Module, share: float) -> None:
-    for ours, theirs in zip(average.state_dict().values(), current.state_dict().values(), strict=True):
-        if ours.is_floating_point():
-            ours.lerp_(theirs, share)
-        else:
-            ours.copy_(theirs)
+def clip(grads: list[Tensor], norm: Tensor, limit: float | None) -> None:
+    """Shrink gradients to a norm of at most ``limit``; None leaves them as they are."""
+    if limit is None or not grads:
+        return
+    factor = (limit / norm.double()).clamp_max(1).float()
+    if factor.is_cuda or factor < 1:  # a card is not asked: it multiplies by 1
+        torch._foreach_mul_(grads, factor)
 
 
-def _clip(params: Sequence[Tensor], norm: float, limit: float | None) -> None:
-    if limit is not None and norm > limit:
-        for param in params:
-            if param.grad is not None:
-                param.grad.mul_(limit / norm)
+@torch.no_grad()
+def blend(average: nn.Module, current: nn.Module, share: float) -> None:
+    """Move the weights and buffers of an average by a share of the way towards the current ones."""
+    ours, theirs = average.state_dict(), current.state_dict()
+    means = [name for name in ours if ours[name].is_floating_point()]
+    counts = [name for name in ours if name not in set(means)]
+    torch._foreach_lerp_([ours[name] for name in means], [theirs[name] for name in means], share)
+    torch._foreach_copy_([ours[name] for name in counts], [theirs[name] for name in counts])

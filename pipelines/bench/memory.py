@@ -25,6 +25,7 @@ from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state
 from fr_core.train.loop import step
+from fr_core.train.state import TrainState
 from pipelines.bench.turns import CPU, answer, child
 
 
@@ -123,6 +124,16 @@ def serve(questions: Connection, config: Config, ranks: Ranks, identities: int, 
 
 def stepper(config: Config, ranks: Ranks, identities: int) -> Callable[[], float]:
     """Return a function that takes a training step, on the same random images each time, and returns the loss."""
+    state, batch = made_up(config, ranks, identities)
+    return lambda: step(config, state, batch, ranks).metrics["loss"]
+
+
+def made_up(config: Config, ranks: Ranks, identities: int, root: Path = Path()) -> tuple[TrainState, Batch]:
+    """Return the state of a run on a dataset that nobody made, and a batch of random images.
+
+    Args:
+        root: folder of the dataset; saving needs its ``identities.parquet``.
+    """
     images, side = config.train.global_batch, config.net.input_size
     shard = Shard(file="", row_groups=(images,), images=images, bytes=0, sha256="")
     manifest = Manifest(
@@ -136,9 +147,8 @@ def stepper(config: Config, ranks: Ranks, identities: int) -> Callable[[], float
         rejects={},
         warnings={},
     )
-    state = initial_state(config, make_plan(config, Dataset(Path(), manifest)), ranks, CPU)
+    state = initial_state(config, make_plan(config, Dataset(root, manifest)), ranks, CPU)
     random, share = torch.Generator().manual_seed(ranks.rank), images // ranks.size
     pixels_BHWC = torch.randint(0, 256, (share, side, side, 3), generator=random, dtype=torch.uint8)
     labels_B = torch.randint(0, identities, (share,), generator=random)
-    batch = Batch(0, np.arange(share), labels_B, pixels_BHWC, pixels_BHWC[:, None, :0])
-    return lambda: step(config, state, batch, ranks)["loss"]
+    return state, Batch(0, np.arange(share), labels_B, pixels_BHWC, pixels_BHWC[:, None, :0])

@@ -78,6 +78,23 @@ def bench_memory(
     write_json("bench memory", figures, json)
 
 
+@bench.command("checkpoint")
+def bench_checkpoint(
+    identities: Annotated[int, typer.Option(min=1000, help="Identities of the class matrix.")] = 250_000,
+    folder: Annotated[Path, typer.Option(parser=local, help="Scratch folder for the checkpoints.")] = Path(
+        "bench_checkpoint"
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Checkpoints of each way; figures are their medians.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    json: Json = None,
+) -> None:
+    """Measure how long a checkpoint keeps the training waiting, written beside it and not."""
+    from pipelines.bench.checkpoint import bench_checkpoint as run
+
+    with explain_disk_errors(folder):
+        show("bench checkpoint", run(identities, folder, repeats, threads, console.log), json)
+
+
 @bench.command("ingest")
 def bench_ingest(
     images: Annotated[int, typer.Option(min=1000, help="Images to pack and ingest.")] = 200_000,

@@ -14,7 +14,7 @@ from fr_core.config.nets import QuantisedNet
 from fr_core.config.recipes import parse_config
 from fr_core.data.store import AnyPath, to_path, write_text_atomically
 from fr_core.errors import StorageError, UserError
-from fr_core.train.checkpoint import adopt_checkpoint
+from fr_core.train.resume import adopt_checkpoint
 from pipelines.datasets.split import Fold
 from pipelines.experiments.search import FOLD
 from pipelines.gauges import Gauges

@@ -19,7 +19,7 @@ from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import load_checkpoint
+from fr_core.train.resume import load_checkpoint
 from pipelines.datasets.ingest import ingest
 from pipelines.nets.export import export
 from tests.helpers import runs
@@ -146,7 +146,7 @@ def first_steps(ranks, config):
     """Return losses with batch norm in inference mode, which do not depend on the number of ranks."""
     state, stream = state_and_batches(config, ranks)
     state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
-    found = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(3)]
+    found = [loop.step(config, state, next(stream), ranks).metrics["loss"] for _ in range(3)]
     stream.close()
     return found
 

@@ -5,7 +5,7 @@ import signal
 from itertools import count
 
 import fr_core.nets.checkpoint_files as files
-import fr_core.train.checkpoint as checkpoint
+import fr_core.train.save as saving
 from tests.helpers.runs import config_of, run
 
 
@@ -33,5 +33,5 @@ def run_until_killed(dataset, out, moment):
     files.save_file = save
     files.sha256 = counted(files.sha256)
     for name in ("write_signed", "copy_file", "remove_folder"):
-        setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+        setattr(saving, name, counted(getattr(saving, name)))
     run(config_of(dataset, "train.save_every=5", "train.keep=1"), out)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,6 +21,8 @@ import pytest
 import ray.train
 from ray.cluster_utils import Cluster
 from ray.train import PreemptionInfo
+from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.preemption import PreemptionContext
 
 from fr_core.config import Config
 from fr_core.config.recipes import load_config
@@ -181,12 +184,30 @@ def test_ten_random_kills_lose_nothing(cluster, dataset, tmp_path):
 
 
 def test_a_drained_node_is_told_once_and_the_end_goes_before(tmp_path, monkeypatch):
-    going = iter([None, *(PreemptionInfo(None, {key: [0] for key in nodes}) for nodes in ("a", "a", "ab", "abc"))])
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(going))
-    other = on_ray.notice_watcher(tmp_path, 1, 2)
-    assert [other() for _ in range(4)] == [Notice.NONE, Notice.SAVE, Notice.NONE, Notice.SAVE]
-    (tmp_path / on_ray.STOP_REQUEST).touch()
-    assert on_ray.notice_watcher(tmp_path, 0, 2)() is Notice.STOP
+    drained, looks = set(), []
+    monkeypatch.setattr(on_ray, "drained_nodes", lambda: looks.append(None) or set(drained))
+
+    def heard(*nodes):
+        """Drain nodes, and return the notice when a whole look has passed."""
+        drained.update(nodes)
+        before = len(looks)
+        while len(looks) < before + 3:
+            time.sleep(0.01)
+        return notice()
+
+    with on_ray.notices(tmp_path, every=0.01) as notice:
+        assert [heard(), heard("a"), heard(), heard("a", "b", "c")] == [0, Notice.SAVE, 0, Notice.SAVE]
+        (tmp_path / on_ray.STOP_REQUEST).touch()
+        assert heard("d") is Notice.STOP
+        assert heard() is Notice.NONE
+
+
+def test_ray_has_told_a_worker_which_nodes_it_drains(monkeypatch):
+    told = PreemptionContext()
+    monkeypatch.setattr(context, "get_train_context", lambda: SimpleNamespace(preemption_context=told))
+    assert on_ray.drained_nodes() == set()
+    told.preemption_info = PreemptionInfo(None, {"a": [0], "b": [1]})
+    assert on_ray.drained_nodes() == {"a", "b"}
 
 
 def test_a_range_of_workers_must_fit_as_a_whole(dataset, tmp_path):

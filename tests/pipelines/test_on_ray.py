@@ -21,6 +21,7 @@ from ray.train import ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import save_file
 
+import fr_core.train.loop as loop
 from fr_core.config.recipes import load_config
 from fr_core.data import stream
 from fr_core.data.schema import open_dataset
@@ -116,10 +117,36 @@ def without_a_cluster(monkeypatch, fit):
     monkeypatch.setattr(on_ray, "worker_threads", lambda *_: 1)
     monkeypatch.setattr(stream, "blocks_by_ray", blocks_in_process)
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 1))
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    monkeypatch.setattr(on_ray, "drained_nodes", set)
     monkeypatch.setattr(ray.train, "report", lambda metrics: None)
     made = lambda work, train_loop_config, **more: SimpleNamespace(fit=lambda: fit(work, train_loop_config))  # noqa: E731
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", made)
+
+
+def test_a_worker_asks_ray_for_nothing_but_at_checkpoints(dataset, tmp_path, monkeypatch):
+    """A call of Ray's actors took 7 ms with 8 workers and 173 ms with 64, so no step may make one."""
+    steps, asked = [], []
+
+    def fit(work, launch):
+        return SimpleNamespace(return_value=work(launch))
+
+    without_a_cluster(monkeypatch, fit)
+    monkeypatch.setattr(ray.train, "report", lambda metrics: asked.append(metrics["step"]))
+    for name in ("get_preemption_info", "get_checkpoint", "get_dataset_shard"):
+        monkeypatch.setattr(ray.train, name, lambda *_: pytest.fail("a step asked Ray"))
+    for name in ("get", "wait", "nodes"):
+        monkeypatch.setattr(ray, name, lambda *_: pytest.fail("a step asked Ray"))
+    real = loop.step
+    monkeypatch.setattr(loop, "step", lambda *given: steps.append(1) or real(*given))
+    given = [
+        f"data.path={dataset}",
+        "tracking.uri=off",
+        "train.log_every=1",
+        "train.save_every=8",
+        "train.max_steps=20",
+    ]
+    train_on_ray(load_config("debug_bigface", given), tmp_path / "run", ScalingConfig())
+    assert (len(steps), asked) == (20, [8, 16])
 
 
 def test_a_mistake_that_a_worker_meets_is_told_by_the_driver_in_one_line(tmp_path, monkeypatch):

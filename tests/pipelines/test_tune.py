@@ -28,10 +28,10 @@ from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
 from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import adopt_checkpoint, resume
 from fr_core.train.initial import initial_state
 from fr_core.train.mlflow_runs import PARENT_TAG, search_mlflow
 from fr_core.train.outbox import UNDELIVERED
+from fr_core.train.resume import adopt_checkpoint, resume
 from fr_core.verify.pairs import write_pairs
 from pipelines.experiments import trial as trial_module
 from pipelines.experiments import tune

@@ -8,7 +8,8 @@ It changes torch for the whole process, which must have loaded the library of ``
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.pretend_card.counts import Counts
 from tests.pretend_card.rules import (
     COPIES,
+    UNREPEATABLE,
     goes_to_card,
     hidden_copies,
     is_composite,
@@ -53,6 +55,8 @@ class PretendCard(TorchDispatchMode):
         to_card = goes_to_card(packet, args, kwargs, from_card)
         if not from_card and not to_card:
             return self.on_host(func, args, kwargs)
+        if generator := kwargs.get("generator"):
+            CardGenerator.refuse_the_host(generator)
         refuse_mixture(func, args, kwargs, inputs)
         self.count(func, args, kwargs, inputs, to_card)
         own = {name: value for name, value in kwargs.items() if name != "pin_memory"}
@@ -101,6 +105,8 @@ class PretendCard(TorchDispatchMode):
             self.counts.copy("to card", x.nbytes)
         if wait := wait_of(packet, args, kwargs):
             self.counts.wait(wait)
+        if packet in UNREPEATABLE:
+            self.counts.unrepeatable.add(str(packet))
         if launches(func):
             self.counts.operator(str(packet))
 
@@ -125,12 +131,60 @@ def run_held(func: OpOverload, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+class CardGenerator(torch.Generator):
+    """A generator of random numbers; that of the card draws on the host, and is known by its address."""
+
+    of_card: ClassVar[dict[int, torch.Generator]] = {}
+
+    def __new__(cls, device: torch.device | str = "cpu") -> "CardGenerator":
+        """Make a generator of a device."""
+        made = super().__new__(cls)
+        if torch.device(device).type == "cuda":
+            cls.of_card[made._cdata] = made
+        return made
+
+    @classmethod
+    def refuse_the_host(cls, given: torch.Generator) -> None:
+        """Refuse a generator of the host, as CUDA does."""
+        if given._cdata not in cls.of_card:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+
+
+class CardQueue:
+    """The queue of a card, which does everything at once; it stands for streams and events.
+
+    Who asks for an event in the step that recorded it waits for all of the step. In a later step the card has more to
+    do meanwhile, and nothing is counted.
+    """
+
+    counts: Counts
+
+    def __init__(self, *_: Any) -> None:
+        self.recorded: int | None = None
+
+    def record_event(self) -> "CardQueue":
+        """Mark the place that the queue has reached."""
+        event = CardQueue()
+        event.recorded = self.counts.period
+        return event
+
+    def synchronize(self) -> None:
+        """Wait for an event."""
+        if self.recorded == self.counts.period:
+            self.counts.wait("event")
+
+    def wait_stream(self, other: "CardQueue") -> None:
+        """Let the card wait; the host does not."""
+
+
 def plug_in() -> PretendCard:
     """Change torch in this process as if it had a card of the newest kind; return the card, to be entered."""
     card = PretendCard()
+    CardQueue.counts = card.counts
     answers: dict[str, Callable[..., Any]] = {
         "_lazy_init": lambda: None,
         "current_device": lambda: 0,
+        "current_stream": CardQueue,
         "device_count": lambda: 1,
         "get_device_name": lambda *_: "pretend card",
         "is_available": lambda: True,
@@ -138,10 +192,15 @@ def plug_in() -> PretendCard:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "max_memory_allocated": lambda *_: 0,
+        "stream": nullcontext,
+        "Stream": CardQueue,
         "synchronize": lambda *_: card.counts.wait("synchronize"),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch.Generator = CardGenerator  # type: ignore[misc]
+    torch.Tensor.pin_memory = lambda x: x if card.is_pinned(x) else card.pin(x.clone())  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda x, queue: None  # type: ignore[method-assign, assignment]
     torch.__future__.set_swap_module_params_on_conversion(True)  # Module.to cannot fill a CPU parameter with a card's
     _foreach_supported_types.append(CardTensor)  # as for torch.Tensor
     return card

@@ -39,11 +39,14 @@ class Counts:
         self.waits: Counter[Event] = Counter()
         self.copies: Counter[Event] = Counter()
         self.copied: Counter[Event] = Counter()
+        self.unrepeatable: set[str] = set()  # operators so far that have no deterministic algorithm
+        self.period = 0  # number of calls of clear
 
     def clear(self) -> None:
         """Forget all events."""
         for counter in (self.operators, self.waits, self.copies, self.copied):
             counter.clear()
+        self.period += 1
 
     def operator(self, name: str) -> None:
         """Count an operator."""
@@ -63,6 +66,7 @@ class Counts:
         """Return the number of operators, and waits and copies by place."""
         return {
             "operators": self.operators.total(),
+            "unrepeatable": sorted(self.unrepeatable),
             "by_function": dict(Counter(event.place.function for event in self.operators.elements()).most_common()),
             "waits": [event_json(event, count) for event, count in sorted(self.waits.items())],
             "copies": [

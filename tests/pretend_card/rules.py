@@ -40,6 +40,24 @@ NO_LAUNCH = {  # they set sizes or allocate memory
     aten.resize_,
     aten.set_,
 }
+UNREPEATABLE = {  # with deterministic algorithms, CUDA refuses them (torch.use_deterministic_algorithms)
+    *(getattr(aten, f"_adaptive_avg_pool{n}d_backward") for n in (2, 3)),
+    *(getattr(aten, f"adaptive_max_pool{n}d_backward") for n in (2, 3)),
+    *(getattr(aten, f"fractional_max_pool{n}d_backward") for n in (2, 3)),
+    *(getattr(aten, f"max_unpool{n}d") for n in (2, 3)),
+    *(getattr(aten, f"reflection_pad{n}d_backward") for n in (1, 2, 3)),
+    *(getattr(aten, f"upsample_{name}_backward") for name in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
+    aten.avg_pool3d_backward,
+    aten.bincount,
+    aten.cumsum,
+    aten.grid_sampler_2d_backward,
+    aten.histc,
+    aten.kthvalue,
+    aten.median,
+    aten.nll_loss_forward,
+    aten.nll_loss2d_forward,
+    aten.put_,
+}
 ALL_ALIKE = {aten.cat, aten.stack, aten.searchsorted}  # they take no CPU scalar beside tensors of a card
 
 
@@ -52,16 +70,13 @@ def goes_to_card(packet: OpOverloadPacket, args: Any, kwargs: Any, from_card: bo
 
 
 def refuse_mixture(func: OpOverload, args: Any, kwargs: Any, inputs: list[Tensor]) -> None:
-    """Refuse operators that CUDA refuses: of tensors of the host and the card, or with random numbers of the host.
+    """Refuse operators that CUDA refuses: of tensors of the host and of the card.
 
     CUDA takes a CPU scalar beside its tensors in most operators, and CPU indices of its tensors.
 
     Raises:
         RuntimeError: as PyTorch does.
     """
-    generator = kwargs.get("generator")
-    if generator is not None and generator.device.type == "cpu":
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     packet = func.overloadpacket
     if packet in COPIES:
         return

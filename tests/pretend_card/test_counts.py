@@ -32,9 +32,16 @@ def test_it_trains_saves_resumes_and_verifies(found):
     assert result["refused"] is None
     assert result["devices"] == ["cuda:0"]
     assert result["stopped_at"] == STOPPED_AFTER
-    assert result["saved"] == [f"step_{step:08d}" for step in (STOPPED_AFTER, 2, STEPS)]
+    assert result["saved"] == [f"step_{step:08d}" for step in (2, STOPPED_AFTER, 4, STEPS)]
     assert result["figures"]["steps"] == STEPS
     assert 0 <= result["figures"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("found", EACH, indirect=True)
+def test_no_operator_lacks_a_deterministic_algorithm(found):
+    """With ``train.deterministic`` a card would refuse such an operator."""
+    _, result = found
+    assert result["unrepeatable"] == []
 
 
 @pytest.mark.parametrize("found", EACH, indirect=True)

@@ -1,5 +1,6 @@
 """Runs the real train loop on the pretend card, and counts a step that is neither logged nor saved."""
 
+import itertools
 import shutil
 import time
 import traceback
@@ -21,6 +22,7 @@ from fr_core.nets.checkpoint_files import checkpoints
 from fr_core.nets.iresnet import IResNet
 from fr_core.ranks import Ranks
 from fr_core.train.notice import Notice
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from tests.helpers.datasets import write_dataset
 from tests.helpers.embeddings import embedded
@@ -29,7 +31,8 @@ from tests.pretend_card.cases import overrides_of, recipe_of
 from tests.pretend_card.counts import PROJECT
 
 LOSS_SCALE = 256.0  # float16 does not overflow at it, so that the counted step is a good one
-STEPS, STOPPED_AFTER, COUNTED = 4, 1, 3  # steps of a run, the step after which it stops once, the step that is counted
+STEPS, ASKED_IN, STOPPED_AFTER = 6, 2, 3  # steps of a run; a stop is asked for in a step, and obeyed after the next
+COUNTED = 5  # the step that is counted
 CLIP = "optim.clip=0.001"  # below every gradient, so that each step clips
 LENGTH = [f"train.max_steps={STEPS}", "train.log_every=2", "train.save_every=2", "train.verify_every=2"]
 PAIRS = 8
@@ -51,7 +54,15 @@ def write_files(folder: Path) -> None:
 def config_of(case: str, folder: Path) -> Config:
     """Return the config of a case; its precision is that of the recipes for cards, unless the case says another."""
     pairs = [f"verify.images={folder}", f"verify.pairs={folder / 'pairs.csv'}"]
-    given = ["tracking.uri=off", "train.precision=auto", CLIP, *LENGTH, *pairs, *overrides_of(case, str(folder))]
+    given = [
+        "tracking.uri=off",
+        "train.precision=auto",
+        "train.compile=off",
+        CLIP,
+        *LENGTH,
+        *pairs,
+        *overrides_of(case, str(folder)),
+    ]
     return load_config(f"debug_{recipe_of(case)}", given)
 
 
@@ -63,7 +74,7 @@ class Counting:
         self.found: dict[str, Any] = {}
         self.devices: set[str] = set()
 
-    def __call__(self, config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+    def __call__(self, config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
         """Train on one batch."""
         if state.step == COUNTED - 1:
             self.card.counts.clear()
@@ -100,9 +111,16 @@ def train(case: str, folder: Path, card: PretendCard) -> dict[str, Any]:
 
 def stopped_run(config: Config, out: Path) -> int:
     """Train until a stop is asked for, and return the step that was saved then."""
-    steps = iter([*[Notice.NONE] * (STOPPED_AFTER - 1), Notice.STOP])
+    steps = itertools.count(1)
     try:
-        loop.train_loop(config, out, Ranks(), blocks_in_process, lambda metrics, saved: None, lambda: next(steps))
+        loop.train_loop(
+            config,
+            out,
+            Ranks(),
+            blocks_in_process,
+            lambda metrics, saved: None,
+            lambda: Notice.STOP if next(steps) == ASKED_IN else Notice.NONE,
+        )
     except RunStopped as stopped:
         return stopped.step
     raise AssertionError("the run did not stop")

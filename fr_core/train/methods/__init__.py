@@ -17,6 +17,7 @@ from fr_core.heads.head import Head
 from fr_core.ranks import Ranks
 from fr_core.train.methods import attfc, bigface, dcq, f2c, quantface, virtual_fc
 from fr_core.train.queue_step import make_queue
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 
 
@@ -34,7 +35,7 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
     """
     match config.method:
         case BigFace() as method:
-            return bigface.make_head(config, method, classes, ranks)
+            return bigface.make_head(config, method, classes, ranks, device)
         case AttFC() | DCQ() as method:
             return make_queue(config, method, classes, device)
         case F2C() as method:
@@ -42,16 +43,16 @@ def make_head(config: Config, classes: int, ranks: Ranks, device: torch.device) 
         case VirtualFC() as method:
             return virtual_fc.make_head(config, method, classes, device)
         case QuantFace() as method:
-            return quantface.make_head(config, method, classes, ranks)
+            return quantface.make_head(config, method, classes, ranks, device)
         case _ as unknown:
             assert_never(unknown)
 
 
-def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch with the method of the run.
 
     Returns:
-        The metrics of :func:`fr_core.train.update.update`.
+        The numbers of :func:`fr_core.train.update.update`.
     """
     match config.method:
         case BigFace() as method:

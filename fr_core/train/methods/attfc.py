@@ -11,10 +11,11 @@ from fr_core.data.stream import Batch
 from fr_core.heads.attfc import generative_centres
 from fr_core.ranks import Ranks
 from fr_core.train.queue_step import queue_step
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 
 
-def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def attfc_step(config: Config, method: AttFC, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch by :func:`fr_core.train.queue_step.queue_step`, with attention over class images."""
     mix = partial(generative_centres, strategy=method.strategy, temperature=method.temperature)
     return queue_step(config, state, batch, ranks, mix, method.order, method.momentum_at(state.step))

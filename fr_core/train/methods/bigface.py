@@ -13,23 +13,26 @@ import torch
 from fr_core.config import Config
 from fr_core.config.methods import BigFace
 from fr_core.data.stream import Batch
+from fr_core.device import from_host
 from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.heads.streamed import TileSGD
 from fr_core.losses.distill import distillation_loss
 from fr_core.optim.optimizers import RowSGD
 from fr_core.ranks import Ranks
 from fr_core.train.distill import micro_batches
-from fr_core.train.precision import autocast
+from fr_core.train.precision import autocast, product_precision
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, update, without_sync
 
 
-def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks) -> ShardedFC:
+def make_head(config: Config, method: BigFace, classes: int, ranks: Ranks, device: torch.device) -> ShardedFC:
     """Make this rank's rows of the class matrix."""
-    return ShardedFC(classes, config.net.embedding, method, ranks, config.seed)
+    precision = product_precision(config, method.precision, device)
+    return ShardedFC(classes, config.net.embedding, method, ranks, config.seed, precision)
 
 
-def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch.
 
     The loss is the mean over the global batch for any number of ranks and micro-batches. Only batch norm computes its
@@ -37,12 +40,12 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     images.
 
     Returns:
-        The metrics of :func:`fr_core.train.update.update`; a distilled run also has both terms of the loss.
+        The numbers of :func:`fr_core.train.update.update`; a distilled run also has both terms of the loss.
     """
     head, micro, distill = state.head, config.train.accumulate, method.distill
     assert isinstance(head, ShardedFC)
-    images_AXHWC = micro_batches(batch, micro, state.device)
-    labels_AG = [ranks.gather(labels_B) for labels_B in batch.labels_B.to(state.device).chunk(micro)]
+    images_AXHWC = micro_batches(batch, micro)
+    labels_AG = [ranks.gather(labels_B) for labels_B in from_host(batch.labels_B, state.device).chunk(micro)]
     rows_S = head.sample(torch.cat(labels_AG), state.step)
     labelled = len(batch.labels_B) // micro
     total, distance = torch.zeros(2, device=state.device).unbind()

@@ -11,10 +11,11 @@ from fr_core.data.stream import Batch
 from fr_core.heads.attfc import generative_centres
 from fr_core.ranks import Ranks
 from fr_core.train.queue_step import queue_step
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 
 
-def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def dcq_step(config: Config, method: DCQ, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch by :func:`fr_core.train.queue_step.queue_step`.
 
     There is one class image and no attention. Centres enter the queue after the loss.

@@ -16,6 +16,7 @@ from fr_core.heads.attfc import generative_centres, update_encoder
 from fr_core.heads.f2c import ClassPool
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, encode_class_images, update
 
@@ -26,7 +27,7 @@ def make_head(config: Config, method: F2C, classes: int, device: torch.device) -
     return ClassPool(slots, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
-def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch.
 
     Half of the images form pairs (a, b) with their class images. The other half are instances, split between the sides
@@ -37,19 +38,19 @@ def f2c_step(config: Config, method: F2C, state: TrainState, batch: Batch, ranks
     uniformly. And each net sees x and y as one batch.
 
     Returns:
-        The metrics of :func:`fr_core.train.update.update`.
+        The numbers of :func:`fr_core.train.update.update`.
     """
     pool = state.head
     assert isinstance(pool, ClassPool)
     assert state.encoder is not None
     x_BHWC, x_labels, y_BHWC, y_labels = sides(batch)
-    images_BHWC = torch.cat([x_BHWC, y_BHWC]).to(state.device)
+    images_BHWC = torch.cat([x_BHWC, y_BHWC])
     begin_step(config, state)
     update_encoder(state.encoder, state.backbone, method.momentum_at(state.step))
     faces_BD = embed(config, state, images_BHWC, ranks)
     centres_BD = generative_centres(faces_BD, encode_class_images(config, state, images_BHWC[:, None]), "single")
     (probe_x, probe_y), (gallery_x, gallery_y) = faces_BD.chunk(2), centres_BD.chunk(2)
-    all_x, all_y = (ranks.gather(labels.to(state.device)) for labels in (x_labels, y_labels))
+    all_x, all_y = ranks.gather(x_labels), ranks.gather(y_labels)
     pool.write(ranks.gather(gallery_y), all_y)
     loss = pool(probe_x, x_labels)
     pool.roll_back()
@@ -65,9 +66,7 @@ def sides(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Of four neighbours in the batch, two form pairs, the third is an instance of x, and the fourth an instance of y. The
     split is thus the same for every number of ranks.
     """
-    own, others, labels = batch.images_BHWC, batch.class_images_BKHWC[:, 0], batch.labels_B
-    x_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, :3].flatten()
-    y_of = torch.arange(len(labels)).unflatten(0, (-1, 4))[:, [0, 1, 3]].flatten()
-    is_pair = y_of % 4 < 2
-    y = torch.where(is_pair[:, None, None, None], others[y_of], own[y_of])
-    return own[x_of], labels[x_of], y, labels[y_of]
+    own, others = batch.images_BHWC.unflatten(0, (-1, 4)), batch.class_images_BKHWC[:, 0].unflatten(0, (-1, 4))
+    labels = batch.labels_B.unflatten(0, (-1, 4))
+    y_BHWC, y_labels = torch.cat([others[:, :2], own[:, 3:]], 1), torch.cat([labels[:, :2], labels[:, 3:]], 1)
+    return own[:, :3].flatten(0, 1), labels[:, :3].flatten(), y_BHWC.flatten(0, 1), y_labels.flatten()

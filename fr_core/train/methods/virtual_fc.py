@@ -14,6 +14,7 @@ from fr_core.data.stream import Batch
 from fr_core.heads.virtual_fc import Anchors
 from fr_core.ranks import Ranks
 from fr_core.train.precision import centre_softmax
+from fr_core.train.reading import Reading
 from fr_core.train.state import TrainState
 from fr_core.train.update import backward, begin_step, embed, update
 
@@ -24,24 +25,22 @@ def make_head(config: Config, method: VirtualFC, classes: int, device: torch.dev
     return Anchors(anchors, config.net.embedding, centre_softmax(config, method, device), config.seed)
 
 
-def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
+def virtual_fc_step(config: Config, state: TrainState, batch: Batch, ranks: Ranks) -> Reading:
     """Train on one global batch, and on its class images.
 
     Departure from the Virtual FC paper: there identities are drawn uniformly, with equally many images each. Here
     images are drawn uniformly, and each comes with its class images.
 
     Returns:
-        The metrics of :func:`fr_core.train.update.update`.
+        The numbers of :func:`fr_core.train.update.update`.
     """
     anchors = state.head
     assert isinstance(anchors, Anchors)
     count = batch.class_images_BKHWC.shape[1] + 1
-    images_XHWC = torch.cat([batch.images_BHWC, batch.class_images_BKHWC.flatten(0, 1)]).to(state.device)
-    labels_X = torch.cat([batch.labels_B, batch.labels_B.repeat_interleave(count - 1)]).to(state.device)
+    images_XHWC = torch.cat([batch.images_BHWC, batch.class_images_BKHWC.flatten(0, 1)])
+    labels_X = torch.cat([batch.labels_B, batch.labels_B.repeat_interleave(count - 1)])
     begin_step(config, state)
     x_XD = embed(config, state, images_XHWC, ranks)
     loss = anchors(x_XD, labels_X, ranks.gather(x_XD.detach()), ranks.gather(labels_X)) / ranks.size
     backward(config, state, loss, ranks)
-    metrics = update(config, state, loss, ranks)
-    anchors.restore_borrowed()
-    return metrics
+    return update(config, state, loss, ranks)

@@ -132,12 +132,12 @@ def test_a_dropped_steps_centres_are_taken_back():
     queue.begin_step()
     queue.put(torch.tensor([[1.0, 0, 0], [math.nan, 0, 0]]), torch.tensor([1, 2]), 1)
     assert queue.labels_S.tolist() == [NO_CLASS, NO_CLASS, 1, 2]
-    queue.drop_step()
+    queue.end_step(torch.tensor(False))
     assert torch.equal(queue.centres_SD, first)
     assert (queue.labels_S == NO_CLASS).all()
     queue.put(torch.eye(3)[:2], torch.tensor([3, 4]), 2)
     queue.begin_step()  # a step dropped before it puts anything in
-    queue.drop_step()
+    queue.end_step(torch.tensor(False))
     assert queue.labels_S.tolist() == [3, 4, NO_CLASS, NO_CLASS]
 
 

@@ -81,9 +81,18 @@ def test_rolling_back_leaves_no_trace():
     pool.begin_step()
     pool.write(F.normalize(torch.randn(4, 4)), torch.tensor([3, 4, 5, 3]))
     assert list(pool.slots) == [2, 4, 5, 3]
-    pool.drop_step()
+    pool.roll_back()
     assert all(torch.equal(value, before[name]) for name, value in pool.state_dict().items())
     assert list(pool.slots) == [1, 2, 3]
+
+
+def test_a_dropped_step_keeps_its_centres_and_no_number_that_is_not_finite():
+    pool = pool_of(4)
+    pool.begin_step()
+    pool.write(torch.tensor([[0.0, 1.0, 0.0, 0.0], [math.nan, math.inf, -math.inf, 0.6]]), torch.tensor([1, 2]))
+    pool.end_step(torch.tensor(False))
+    assert list(pool.slots) == [1, 2]
+    assert pool.first_QD[:2].tolist() == [[0, 1, 0, 0], [0, 0, 0, pytest.approx(0.6)]]
 
 
 def test_the_gradient_is_the_faces_alone_and_survives_later_writes():

@@ -192,9 +192,8 @@ def test_one_pass_over_fixed_centres(margin, drop_above):
     positives = F.normalize(unit + 0.5 * torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).double())
     labels_S = torch.arange(23) // 2
     x = unit.clone().requires_grad_()
-    loss = fixed_centres_softmax(
-        x, positives, centres, same_label(labels, labels_S), Softmax(margin, drop_above=drop_above, tile=5)
-    )
+    softmax = Softmax(margin, drop_above=drop_above, tile=5)
+    loss = fixed_centres_softmax(x, positives, centres, labels, labels_S, softmax)
     (3 * loss).backward()
 
     y = unit.clone().requires_grad_()
@@ -223,11 +222,8 @@ def test_a_card_computes_what_the_cpu_does(precision):
 
 def test_a_queue_of_own_labels_only_has_no_gradient():
     unit, centres, _ = problem(3, 8, 4)
-    x, excluded = (
-        unit.requires_grad_(),
-        same_label(torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)),
-    )
-    loss = fixed_centres_softmax(x, unit.detach(), F.normalize(centres), excluded, Softmax(ARC))
+    x, labels = unit.requires_grad_(), [torch.zeros(count, dtype=torch.int64) for count in (3, 4)]
+    loss = fixed_centres_softmax(x, unit.detach(), F.normalize(centres), *labels, Softmax(ARC))
     loss.backward()
     assert loss == 0
     assert (x.grad == 0).all()
@@ -240,5 +236,7 @@ def test_same_label_finds_what_comparing_all_with_all_does():
     dense = (labels_S[:, None] == labels).nonzero()
     assert torch.equal(torch.stack([columns, faces], 1), dense)
     assert (columns.diff() >= 0).all()
+    places = same_label(labels, None)
+    assert all(torch.equal(a, b) for a, b in zip(places, same_label(labels, torch.arange(30)), strict=True))
     none = same_label(torch.tensor([5]), torch.tensor([-1, 3]))
     assert [len(part) for part in none] == [0, 0]

@@ -34,7 +34,7 @@ def test_steps_equal_a_dictionary_of_anchors():
         head.begin_step()
         loss = head(x, labels, x, labels)
         loss.backward()
-        head.restore_borrowed()
+        head.end_step(torch.tensor(True))
 
         unit = F.normalize(x.detach().double())
         holders, returned = {}, {}
@@ -66,6 +66,5 @@ def test_a_dropped_step_leaves_no_trace():
     head.begin_step()
     head(x, torch.arange(4), x, torch.arange(4))
     assert not torch.equal(head.anchors_MD, before)
-    head.drop_step()
-    head.restore_borrowed()
+    head.end_step(torch.tensor(False))
     assert torch.equal(head.anchors_MD, before)

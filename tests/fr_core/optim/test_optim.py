@@ -7,7 +7,7 @@ import torch
 from fr_core.config.optim import Constant, Cosine, MultiStep, Polynomial
 from fr_core.config.recipes import parse_config
 from fr_core.heads.head import Head
-from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, squared_norm
+from fr_core.optim.optimizers import LayerwiseSGD, OrthogonalSGD, RowSGD, make_optimizers, orthogonal, shares
 from fr_core.optim.schedules import learning_rate
 from fr_core.ranks import Ranks
 
@@ -85,13 +85,14 @@ def test_lars_by_hand():
 def test_orthogonal_keeps_the_directions_of_a_matrix(shape):
     """In the bases of the matrix's singular vectors, the result is near the identity."""
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    seen = left.T @ orthogonal(matrix) @ right.T
-    assert (seen - torch.diag(seen.diag())).abs().max() < 0.05  # bfloat16
-    assert seen.diag().min() > 0.6
-    assert seen.diag().max() < 1.3
-    assert not orthogonal(torch.zeros(shape)).any()
+    matrices = torch.randn(3, *shape)
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    seen = left.mT @ orthogonal(matrices) @ right.mT
+    lengths = seen.diagonal(dim1=1, dim2=2)
+    assert (seen - torch.diag_embed(lengths)).abs().max() < 0.05  # bfloat16
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.3
+    assert not orthogonal(torch.zeros(1, *shape)).any()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch's came with 2.9")
@@ -116,6 +117,52 @@ def test_muon_equals_pytorchs_on_matrices_and_sgd_on_the_rest():
     for one, twin, start in zip((conv, wide, vector), twins, tensors, strict=True):
         moved = (twin - start.reshape(twin.shape)).norm()
         assert (one.reshape(twin.shape) - twin).norm() < 0.03 * moved  # bfloat16
+
+
+def rows_of(param):
+    """Give a parameter a sparse gradient of some of its rows."""
+    rows = torch.tensor([[0, 2]])
+    param.grad = torch.sparse_coo_tensor(rows, param.grad[rows[0]], param.shape).coalesce()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda params: RowSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+        lambda params: LayerwiseSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, trust=0.02),
+        lambda params: OrthogonalSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    ],
+    ids=["rows", "lars", "muon"],
+)
+def test_a_card_itself_drops_a_bad_step(made):
+    """A card tells the optimiser by ``found_inf``. The steps between bad ones are those without any."""
+    torch.manual_seed(0)
+    first, trails = torch.randn(6, 4), {}
+    for bad in ((), (0, 2)):
+        random = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(first.clone()), torch.nn.Parameter(first.clone() + 1)]
+        optimizer = made(params)
+        for step in range(4):
+            grads = [torch.randn(6, 4, generator=random) for _ in params] if step not in (0, 2) else None
+            if grads is None and not bad:
+                continue
+            for param, grad in zip(params, grads or [torch.full((6, 4), torch.nan)] * 2, strict=True):
+                param.grad = grad
+                if isinstance(optimizer, RowSGD):
+                    rows_of(param)
+            optimizer.found_inf = torch.tensor(float(grads is None)) if bad else None
+            optimizer.step()
+        state = [optimizer.state[param]["momentum_buffer"] for param in params]
+        trails[bad] = [tensor.detach().clone() for tensor in (*params, *state)]
+    assert all(torch.equal(a, b) for a, b in zip(*trails.values(), strict=True))
+
+
+def test_parameters_are_dealt_out_in_near_equal_shares():
+    params = [torch.empty(size) for size in (5, 1, 9, 4, 2, 8)]
+    dealt = shares(params, 3)
+    assert sorted(len(param) for share in dealt for param in share) == [1, 2, 4, 5, 8, 9]
+    assert [sum(map(len, share)) for share in dealt] == [10, 10, 9]  # 9 + 1, 8 + 2, 5 + 4
+    assert shares(params[:1], 2) == [[params[0]], []]
 
 
 class Net(torch.nn.Module):
@@ -170,11 +217,3 @@ def test_groups_rates_and_decay():
         (1e-3, (0.9, 0.98), 0.0),
     ]
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in adamw["head"]] == [(0.05, 0.9, 5e-4)]
-
-
-def test_squared_norm_of_dense_and_sparse_gradients():
-    dense, sparse = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3, 2))
-    dense.grad = torch.tensor([3.0, 4.0])
-    sparse.grad = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [1.0, 1.0]], (3, 2))  # values of a repeated row add up
-    assert float(squared_norm([dense, sparse], torch.device("cpu"))) == pytest.approx(25 + 4 + 1)
-    assert float(squared_norm([torch.nn.Parameter(torch.zeros(1))], torch.device("cpu"))) == 0

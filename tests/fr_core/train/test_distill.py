@@ -82,7 +82,7 @@ def test_a_step_is_the_formula(dataset, more, teacher):
     head = ShardedFC(40, 32, config.method, Ranks(), config.seed)
     margin = head(x[:32], batch.labels_B)
     (margin + 3 * distance).backward()
-    metrics = bigface_step(config, config.method, state, batch, Ranks())
+    metrics = bigface_step(config, config.method, state, batch, Ranks()).metrics
     assert metrics["margin_loss"] == pytest.approx(margin.item(), rel=1e-4)
     assert metrics["distill_loss"] == pytest.approx(distance.item(), rel=1e-4)
     assert metrics["loss"] == pytest.approx((margin + 3 * distance).item(), rel=1e-4)
@@ -162,11 +162,11 @@ def test_embeddings_stand_for_the_teacher_sample_by_sample(dataset, more, tmp_pa
     config = config_of(dataset, *given, "train.accumulate=2")
     state, stream = started(config)
     batch = next(stream)
-    targets = state.teacher.targets(batch, micro_batches(batch, 2, state.device))
+    targets = state.teacher.targets(batch, micro_batches(batch, 2))
     for half, target in zip((slice(0, 16), slice(16, 32)), targets, strict=True):
         expected = [vectors[batch.sample_ids[half]], others[batch.unlabelled.sample_ids[half]]]
         assert np.allclose(target, np.concatenate(expected), atol=5e-4)
-    metrics = bigface_step(config, config.method, state, batch, Ranks())
+    metrics = bigface_step(config, config.method, state, batch, Ranks()).metrics
     stream.close()
     assert metrics["loss"] == pytest.approx(metrics["margin_loss"] + 9 * metrics["distill_loss"], rel=1e-5)
 
@@ -188,11 +188,11 @@ def test_streams_of_the_same_shards_draw_apart(dataset, teacher):
 def test_unlabelled_images_follow_progressive_resizing(dataset, more, teacher):
     given = ["data.progressive={size=20,share=0.5}", "net.stem_stride=2", *unlabelled_of(more, "batch=8")]
     config = config_of(dataset, *teacher, *given)
-    state, stream = started(config)
+    _, stream = started(config)
     batch = next(stream)
     stream.close()
     assert (batch.images_BHWC.shape[1], batch.unlabelled.images_BHWC.shape[1]) == (20, 32)
-    (images,) = micro_batches(batch, 1, state.device)
+    (images,) = micro_batches(batch, 1)
     assert images.shape == (40, 20, 20, 3)
     assert torch.equal(images[:32], batch.images_BHWC)
     assert images[32:].float().mean() == pytest.approx(batch.unlabelled.images_BHWC.float().mean().item(), abs=1)
@@ -208,7 +208,7 @@ def test_half_precision_tells_nearly_the_same(dataset, more, teacher, precision)
         state, stream = started(config)
         state.loss_scale = 2.0**6 if name == "float16" else 1.0
         before = state.adapter.weight.detach().clone()
-        found[name] = bigface_step(config, config.method, state, next(stream), Ranks())
+        found[name] = bigface_step(config, config.method, state, next(stream), Ranks()).metrics
         found[name]["moved"] = float((state.adapter.weight.detach() - before).norm())
         stream.close()
     for name in ("loss", "distill_loss", "grad_norm", "moved"):
@@ -223,7 +223,7 @@ def test_an_adapter_meets_a_teacher_of_another_width(dataset, tmp_path):
     config = config_of(dataset, *teacher, "method.distill.adapter=true")
     state, stream = started(config)
     before = state.adapter.weight.detach().clone()
-    metrics = [bigface_step(config, config.method, state, next(stream), Ranks()) for _ in range(10)]
+    metrics = [bigface_step(config, config.method, state, next(stream), Ranks()).metrics for _ in range(10)]
     stream.close()
     assert state.adapter.weight.shape == (20, 32)
     assert not torch.equal(state.adapter.weight, before)

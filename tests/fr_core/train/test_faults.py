@@ -102,16 +102,18 @@ def test_ctrl_c_is_an_exit_code_and_no_traceback(dataset, tmp_path):
 
 
 def save_at_four_and_leave_at_eight(ranks, config, out):
-    """Only rank 0 gets the notice to save, only rank 1 the notice to stop. Ranks ask at every second step."""
-    notices = iter([[0, 1, 0, 0], [0, 0, 0, 2]][ranks.rank])
+    """Only rank 0 gets the notice to save, only rank 1 the notice to stop."""
+    steps, own = itertools.count(1), [{4: Notice.SAVE}, {8: Notice.STOP}][ranks.rank]
     try:
-        loop.train_loop(config, out, ranks, blocks_in_process, lambda *_: None, lambda: Notice(next(notices)))
+        loop.train_loop(
+            config, out, ranks, blocks_in_process, lambda *_: None, lambda: own.get(next(steps), Notice.NONE)
+        )
     except RunStopped as left:
         return left.step
 
 
 def test_ranks_agree_when_to_save_and_when_to_leave(dataset, tmp_path):
-    config = config_of(dataset, "train.log_every=2")
+    config = config_of(dataset, "train.log_every=3")
     assert run_ranks(2, save_at_four_and_leave_at_eight, config, tmp_path) == [8, 8]
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000008"]
 

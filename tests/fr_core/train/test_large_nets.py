@@ -17,7 +17,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan
 from fr_core.train.initial import initial_state
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import config_of, run
+from tests.helpers.runs import config_of, last_weights, losses, run, state_and_batches
 
 MOE = ["net.kind=moe", "net.experts=3", "net.balance=0.5"]
 
@@ -31,11 +31,11 @@ def trained(ranks, config, steps=2, loss_scale=None):
         state = initial_state(config, plan, ranks, torch.device("cpu"))
     state.loss_scale = loss_scale or state.loss_scale
     stream = batches(config, plan, ranks, 0, state.total_steps, blocks_in_process)
-    losses = [loop.step(config, state, next(stream), ranks)["loss"] for _ in range(steps)]
+    found_losses = [loop.step(config, state, next(stream), ranks).metrics["loss"] for _ in range(steps)]
     stream.close()
     nets = {"net": state.backbone, "average": state.average, "encoder": state.encoder}
     found = {f"{key}.{name}": t for key, net in nets.items() if net for name, t in net.state_dict().items()}
-    return losses, found | {"loss_scale": torch.tensor(state.loss_scale)}
+    return found_losses, found | {"loss_scale": torch.tensor(state.loss_scale)}
 
 
 def same(ours, theirs, atol=0.0):
@@ -189,3 +189,24 @@ def test_a_mixture_is_verified_resumed_and_opened(dataset, tmp_path):
     warm = config_of(dataset, f"init.backbone={tmp_path}", *MOE)
     state = loop.resume_or_init(warm, tmp_path / "none", Ranks(), blocks_in_process)
     assert torch.equal(state.backbone.layer4.gate.weight, net.layer4.gate.weight)
+
+
+@pytest.mark.soak
+def test_compiled_blocks_train_and_verify_as_plain_ones(dataset, tmp_path):
+    """Compilers fuse operators, which rounds otherwise: the losses of four steps differ by float32's rounding."""
+    found = {}
+    for compiled in ("off", "on"):
+        out = tmp_path / compiled
+        run(config_of(dataset, f"train.compile={compiled}", "train.max_steps=4", "train.ema=0.5"), out)
+        found[compiled] = losses(out), last_weights(out)
+    (plain, weights), (compiled, others) = found.values()
+    assert plain == pytest.approx(compiled, rel=1e-3)
+    assert list(weights) == list(others)
+    assert plain != compiled  # else nothing was compiled
+
+
+def test_nothing_is_compiled_on_a_cpu_unasked(dataset):
+    for asked, expected in (("auto", False), ("on", True)):
+        state, stream = state_and_batches(config_of(dataset, f"train.compile={asked}"))
+        stream.close()
+        assert all((block._compiled_call_impl is not None) == expected for block in state.backbone.blocks())

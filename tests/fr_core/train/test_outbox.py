@@ -84,7 +84,8 @@ def test_a_run_goes_on_whatever_mlflow_raises(tmp_path, monkeypatch, caplog, fai
     monkeypatch.setattr(tracking, "open_mlflow", fail)
     tracker = Tracker(Config(), tmp_path, 0, None)
     tracker.log(1, {"loss": 2.0})
-    tracker.deliver()
+    tracker.flush()
+    tracker.wait()
     tracker.close("FINISHED")
     assert [letter[0] for letter in kept(tmp_path)] == ["tags", "params", "metrics", "status"]
     first, last = warnings(caplog)

@@ -79,7 +79,7 @@ def test_a_step_is_the_formula(dataset, teacher):
     head = ShardedFC(40, 32, BigFace(margin=config.method.cross_entropy.margin), Ranks(), config.seed)
     margin = head(x, batch.labels_B)
     (apart + 0.1 * margin).backward()
-    metrics = loop.step(config, state, batch, Ranks())
+    metrics = loop.step(config, state, batch, Ranks()).metrics
     assert terms["positive_loss"] > 0
     assert metrics["loss"] == pytest.approx((apart + 0.1 * margin).item(), rel=1e-4)
     assert metrics["margin_loss"] == pytest.approx(margin.item(), rel=1e-4)
@@ -103,10 +103,10 @@ def test_without_labels_an_image_is_an_identity(dataset, teacher):
     config = config_of(dataset, *teacher, "method.labels=false", "data.views=2")
     state, batch = first_batch(config)
     assert (batch.sample_ids[::2] == batch.sample_ids[1::2]).all()
-    free = loop.step(config, state, replace(batch, labels_B=torch.zeros(32, dtype=torch.int64)), Ranks())
+    free = loop.step(config, state, replace(batch, labels_B=torch.zeros(32, dtype=torch.int64)), Ranks()).metrics
     known = config_of(dataset, *teacher, "data.views=2")
     state, _ = started(known)
-    labelled = loop.step(known, state, replace(batch, labels_B=torch.from_numpy(batch.sample_ids)), Ranks())
+    labelled = loop.step(known, state, replace(batch, labels_B=torch.from_numpy(batch.sample_ids)), Ranks()).metrics
     assert free == labelled
     assert free["positive_loss"] > 0
 
@@ -133,7 +133,7 @@ def steps_of(ranks, configs):
 
         state.optimizers["backbone"].step = remembering
         for _ in range(3):
-            metrics.append(loop.step(config, state, paired(next(stream)), ranks))
+            metrics.append(loop.step(config, state, paired(next(stream)), ranks).metrics)
             weights = state.backbone.fc.weight.detach().clone()
         stream.close()
         thresholds = dict(state.agreement.state_dict())
@@ -187,7 +187,7 @@ def quantised_step(ranks, config):
     state = loop.resume_or_init(config, Path("none"), ranks, blocks_in_process)
     stream = loop.remaining_batches(config, state, ranks, blocks_in_process)
     before = torch.cat([weight.detach().flatten().clone() for weight in state.trained.values()])
-    loss = loop.step(config, state, next(stream), ranks)["loss"]
+    loss = loop.step(config, state, next(stream), ranks).metrics["loss"]
     stream.close()
     after = torch.cat([weight.detach().flatten() for weight in state.trained.values()])
     return loss, before - after, [quantiser.scale.item() for quantiser in state.backbone.ranges().values()]
@@ -290,7 +290,7 @@ def test_half_precision_tells_nearly_the_same(dataset, teacher, precision):
         config = config_of(dataset, *teacher, CROSS_ENTROPY, f"train.precision={name}")
         state, batch = first_batch(config)
         state.loss_scale = 2.0**6 if name == "float16" else 1.0
-        found[name] = loop.step(config, state, batch, Ranks())
+        found[name] = loop.step(config, state, batch, Ranks()).metrics
     for name in ("loss", "positive_loss", "grad_norm"):
         assert found[precision][name] == pytest.approx(found["float32"][name], rel=0.1)
 

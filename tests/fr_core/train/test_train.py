@@ -19,9 +19,10 @@ from fr_core.nets.checkpoint_files import checkpoints, read_summary, write_signe
 from fr_core.nets.open import open_net
 from fr_core.optim.fastface import RunWindow
 from fr_core.ranks import Ranks
-from fr_core.train.checkpoint import changed_settings, load_checkpoint, save_checkpoint
 from fr_core.train.methods.bigface import bigface_step
 from fr_core.train.metrics import newest_metrics, read_metrics
+from fr_core.train.resume import changed_settings, load_checkpoint
+from fr_core.train.save import take_snapshot, write_checkpoint
 from fr_core.train.warm_start import set_prototypes
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
@@ -78,7 +79,7 @@ def test_accumulation_equals_the_big_batch_where_batch_norm_is_fixed(dataset, sa
         config = config_of(dataset, f"train.accumulate={micro}", f"method.sample_rate={sample_rate}")
         state, stream = state_and_batches(config)
         state.backbone.train = lambda mode=True, net=state.backbone: type(net).train(net, False)
-        trail = [bigface_step(config, config.method, state, next(stream), Ranks())["loss"] for _ in range(5)]
+        trail = [bigface_step(config, config.method, state, next(stream), Ranks()).metrics["loss"] for _ in range(5)]
         results.append((trail, state.head.weight.detach(), state.backbone.fc.weight.detach()))
     (trail, head, fc), (other_trail, other_head, other_fc) = results
     assert np.allclose(trail, other_trail, atol=1e-4)
@@ -362,7 +363,7 @@ def test_an_unwritable_run_folder_is_a_mistake_of_the_user(dataset, tmp_path):
     state, _ = state_and_batches(config)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write checkpoint"):
-        save_checkpoint(config, state, tmp_path / "file", Ranks())
+        write_checkpoint(take_snapshot(config, state, Ranks()), tmp_path / "file", Ranks())
 
 
 def test_a_run_opens_as_a_net(dataset, tmp_path):
@@ -402,10 +403,11 @@ def test_a_single_bad_step_leaves_no_trace(dataset, tmp_path, monkeypatch):
     with torch.no_grad():
         original = state.backbone.conv1.weight.clone()
         state.backbone.conv1.weight.fill_(torch.inf)
-    metrics = bigface_step(config, config.method, state, batch, Ranks())
+    reading = bigface_step(config, config.method, state, batch, Ranks())
     with torch.no_grad():
         state.backbone.conv1.weight.copy_(original)
-    assert not np.isfinite(metrics["loss"])
+    assert not reading.good
+    assert not np.isfinite(reading.metrics["loss"])
     assert (state.bad_steps, state.step) == (1, 2)
     after = state.backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -446,8 +448,9 @@ def test_float16_scales_its_loss_and_recovers_from_overflow(dataset):
         (bigface_step(config, config.method, state, a, Ranks()), bigface_step(plain, plain.method, other, b, Ranks()))
         for a, b, _ in zip(again, stream, range(3), strict=False)
     ]
-    assert np.allclose([a["loss"] for a, _ in pairs], [b["loss"] for _, b in pairs], rtol=0.02)
-    assert np.allclose([a["grad_norm"] for a, _ in pairs], [b["grad_norm"] for _, b in pairs], rtol=0.1)
+    half, whole = ([reading.metrics for reading in readings] for readings in zip(*pairs, strict=True))
+    assert np.allclose([a["loss"] for a in half], [b["loss"] for b in whole], rtol=0.02)
+    assert np.allclose([a["grad_norm"] for a in half], [b["grad_norm"] for b in whole], rtol=0.1)
 
 
 def test_clipping_bounds_the_update(dataset):
@@ -473,7 +476,9 @@ def test_the_moving_average_is_what_is_saved(dataset, tmp_path):
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in state.backbone.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
-    saved = load_file(save_checkpoint(config, state, tmp_path, Ranks()) / "backbone.safetensors")
+    saved = load_file(
+        write_checkpoint(take_snapshot(config, state, Ranks()), tmp_path, Ranks()) / "backbone.safetensors"
+    )
     assert all(torch.allclose(saved[name], value, atol=1e-5) for name, value in expected.items())
 
 

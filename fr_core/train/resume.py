@@ -1,145 +1,41 @@
-"""Saves a run's state in checkpoints and restores it, on any number of ranks.
+"""Restores a run's state from a checkpoint that any number of ranks may have saved (``fr_core/train/save.py``)."""
 
-``fr_core/nets/checkpoint_files.py`` describes the files. No random state is saved: every draw is a function of the
-seed, the step, and the rank or sample id. The position in the data is the step.
-"""
-
-import errno
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fr_core.config import Config, lane_count
 from fr_core.config.recipes import flat, stored_config
 from fr_core.data.store import AnyPath, atomic_file, find_paths, remove_folder
-from fr_core.data.stream import unlabelled
 from fr_core.errors import UserError
-from fr_core.heads.head import Head
 from fr_core.nets.checkpoint_files import (
     BACKBONE,
     CHECKPOINTS,
     FORMAT,
-    IDENTITIES,
     DamagedCheckpoint,
     Summary,
     checkpoints,
-    copy_file,
     read_head,
     read_summary,
     read_tensors,
     step_name,
     write_signed,
-    write_tensors,
 )
 from fr_core.ranks import Ranks
+from fr_core.train.reading import known_reading
+from fr_core.train.save import raise_together, rank_optimizer, sharded_params, unlabelled_stamp, unshipped_nets
 from fr_core.train.state import TrainState
-from fr_core.train.statistics import average_statistics
 
 RESUMABLE = ("train.", "optim.", "schedule.", "data.augment.", "data.masks.")  # settings that a resumed run may change
 SET_ASIDE = "damaged.json"  # new name of checkpoint.json in a damaged checkpoint
-FULL = os.strerror(errno.ENOSPC)
 
 log = logging.getLogger("bigface")
-
-
-class DiskFull(UserError):
-    """The disk has no room for a checkpoint."""
-
-
-def save_checkpoint(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> AnyPath:
-    """Write ``out/checkpoints/step_N`` from all ranks, then delete all but the newest ``train.keep`` whole checkpoints.
-
-    If the disk is full, delete the oldest checkpoint, unless it is the only one, and try once more.
-
-    Raises:
-        UserError: the checkpoint cannot be written. All ranks raise it, and nothing of the checkpoint is left.
-    """
-    average_statistics(state, ranks)
-    folder = out / "checkpoints" / step_name(state.step)
-    try:
-        _save(config, state, out, folder, ranks)
-    except DiskFull as error:
-        saved = ranks.broadcast_object(checkpoints(out))
-        # For a URL, the scratch folder is full: deleting checkpoints does not help.
-        if len(saved) < 2 or not isinstance(out, Path):
-            raise
-        with raise_together(ranks):
-            if ranks.rank == 0:
-                log.warning("%s; deleting %s to make room", error, saved[0])
-                remove_folder(saved[0])
-        _save(config, state, out, folder, ranks)
-    return folder
-
-
-def _save(config: Config, state: TrainState, out: AnyPath, folder: AnyPath, ranks: Ranks) -> None:
-    rows = (state.head.lo, state.head.hi) if state.head and state.head.sharded else None
-    files = {}
-    if head := _head_tensors(state, ranks):
-        files[_head_file(ranks.rank)] = head
-    if ranks.rank == 0:
-        files[BACKBONE] = dict(state.usable.state_dict())
-    if ranks.rank == 0 or config.optim.shard_state:
-        files[f"backbone_state_{ranks.rank:05d}.safetensors"] = _backbone_tensors(state, ranks)
-    net = {"net": config.net.model_dump_json()}  # so that the file opens without its folder
-    needed = sum(ranks.gather_objects(sum(t.nbytes for tensors in files.values() for t in tensors.values())))
-    try:
-        with raise_together(ranks):
-            if ranks.rank == 0:
-                remove_folder(folder)  # an unfinished checkpoint of an earlier start
-                folder.mkdir(parents=True)
-        with raise_together(ranks):
-            facts = {name: write_tensors(folder / name, tensors, net) for name, tensors in files.items()}
-            if ranks.rank == 0 and rows:  # names the rows, for runs on other identities
-                facts[IDENTITIES] = copy_file(state.plan.dataset.root / IDENTITIES, folder / IDENTITIES)
-        parts = ranks.gather_objects((facts, rows))
-        with raise_together(ranks):
-            if ranks.rank == 0:
-                write_signed(folder, _summary(config, state, parts))
-    except UserError as error:
-        with raise_together(ranks):
-            if ranks.rank == 0:
-                remove_folder(folder)
-        raise type(error)(f"cannot write checkpoint {folder} of {needed:,} bytes: {error}") from None
-    with raise_together(ranks):
-        if ranks.rank == 0:
-            _delete_old_checkpoints(out, config.train.keep)
-
-
-def _delete_old_checkpoints(out: AnyPath, keep: int) -> None:
-    """Keep the newest ``keep`` whole checkpoints, and delete older, unfinished and damaged ones."""
-    kept = checkpoints(out)[-keep:]
-    for folder in find_paths(out / "checkpoints", "step_*"):
-        if folder not in kept:
-            remove_folder(folder)
-
-
-@contextmanager
-def raise_together(ranks: Ranks) -> Iterator[None]:
-    """If any rank fails in the block, all ranks raise the first error.
-
-    Raises:
-        UserError: the error of the lowest rank that failed.
-    """
-    failed: UserError | None = None
-    try:
-        yield
-    except UserError as error:
-        failed = error
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        failed = DiskFull(FULL) if FULL in reason else UserError(reason)  # safetensors wraps the system's words
-    first = next(filter(None, ranks.gather_objects(failed)), None)
-    if first:
-        raise first
 
 
 def resume(config: Config, state: TrainState, out: AnyPath, ranks: Ranks) -> bool:
@@ -206,7 +102,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     states = [name for name in summary["files"] if name.startswith("backbone_state")]
     extra = {name: tensor for file in states for name, tensor in read_tensors(folder, summary, file).items()}
     state.usable.load_state_dict(read_tensors(folder, summary, BACKBONE))
-    for name, net in _unshipped_nets(state).items():
+    for name, net in unshipped_nets(state).items():
         net.load_state_dict(_select_prefix(f"{name}/", extra))
     _load_optimizer(state.optimizers["backbone"], state.trained, _select_prefix("optimizer/", extra))
     _load_head(state, folder, summary)
@@ -214,51 +110,9 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
     state.began = time.monotonic() - summary.get("seconds", 0.0)
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     state.dropped_steps = summary.get("dropped_steps", 0)
+    state.unread = [known_reading(**reading) for reading in summary.get("unread", ())]
     if state.watcher and summary["watcher"]:
         state.watcher.load_state_dict(summary["watcher"])
-
-
-def _summary(config: Config, state: TrainState, parts: list[Any]) -> Summary:
-    manifest = state.plan.dataset.manifest
-    return {
-        "format": FORMAT,
-        "step": state.step,
-        "epoch": state.step / state.plan.steps_per_epoch,
-        "ranks": len(parts),
-        "lanes": state.plan.lanes,
-        "spread": state.plan.spread,
-        "identities": manifest.identities,
-        "images": manifest.images,
-        "data": state.plan.dataset.stamp,
-        "unlabelled": _unlabelled_stamp(config),
-        "seconds": time.monotonic() - state.began,
-        "loss_scale": state.loss_scale,
-        "good_steps": state.good_steps,
-        "bad_steps": state.bad_steps,
-        "dropped_steps": state.dropped_steps,
-        "run_id": state.run_id,
-        "watcher": state.watcher.state_dict() if state.watcher else None,
-        "head": [
-            {"file": _head_file(rank), "rows": rows}
-            for rank, (facts, rows) in enumerate(parts)
-            if _head_file(rank) in facts
-        ],
-        "files": {name: facts for written, _ in parts for name, facts in written.items()},
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def _head_file(rank: int) -> str:
-    return f"head_{rank:05d}.safetensors"
-
-
-def _head_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """Return this rank's part of the head and its optimiser. Without a head, return quantface's thresholds, if any."""
-    if state.head is None:
-        return dict(state.agreement.state_dict()) if state.agreement and ranks.rank == 0 else {}
-    sharded = _sharded_params(state.head)
-    own = {name: tensor for name, tensor in state.head.state_dict().items() if name in sharded or ranks.rank == 0}
-    return own | _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["head"], sharded) if sharded else {})
 
 
 def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
@@ -270,29 +124,9 @@ def _load_head(state: TrainState, folder: AnyPath, summary: Summary) -> None:
         rows, same = read_head(folder, summary, state.head.lo, state.head.hi, common)
         own = {name: tensor for name, tensor in rows.items() if name in state.head.sharded}
         state.head.load_state_dict(own | same)
-        _load_optimizer(state.optimizers["head"], _sharded_params(state.head), _select_prefix("optimizer/", rows))
+        _load_optimizer(state.optimizers["head"], sharded_params(state.head), _select_prefix("optimizer/", rows))
     else:
         state.head.load_state_dict(read_tensors(folder, summary, summary["head"][0]["file"]))
-
-
-def _sharded_params(head: Head) -> dict[str, Tensor]:
-    return {name: param for name, param in head.named_parameters() if name in head.sharded}
-
-
-def _backbone_tensors(state: TrainState, ranks: Ranks) -> dict[str, Tensor]:
-    """Return this rank's part of the optimiser's state, and on rank 0 the nets that are not shipped."""
-    tensors = _add_prefix("optimizer/", _optimizer_tensors(state.optimizers["backbone"], state.trained))
-    if ranks.rank == 0:
-        for name, net in _unshipped_nets(state).items():
-            tensors |= _add_prefix(f"{name}/", net.state_dict())
-    return tensors
-
-
-def _unshipped_nets(state: TrainState) -> dict[str, nn.Module]:
-    nets: dict[str, nn.Module | None]
-    nets = {"weights": state.backbone, "average": state.average, "encoder": state.encoder, "adapter": state.adapter}
-    nets["agreement"] = state.agreement if state.head else None  # without a head, it is in the head's file
-    return {name: net for name, net in nets.items() if net is not None and net is not state.usable}
 
 
 MOVABLE = {"method.teacher"} | {
@@ -319,7 +153,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "the number of identities": (state.plan.dataset.manifest.identities, summary["identities"]),
         "the number of images": (state.plan.dataset.manifest.images, summary["images"]),
     }
-    for name, stamp in (("data", state.plan.dataset.stamp), ("unlabelled", _unlabelled_stamp(config))):
+    for name, stamp in (("data", state.plan.dataset.stamp), ("unlabelled", unlabelled_stamp(config))):
         facts[f"the {name}"] = (stamp, summary.get(name, stamp))  # older checkpoints lack it
     if config.data.variants == old.data.variants == 1:
         del facts["data.variant_strength"]
@@ -362,23 +196,8 @@ def _changes(config: Config, summary: Summary, folder: AnyPath, names: tuple[str
     return [f"{name}={now.get(name)} (was {then.get(name)})" for name in different if name.startswith(names)]
 
 
-def _unlabelled_stamp(config: Config) -> str | None:
-    other = unlabelled(config)
-    return other[1].dataset.stamp if other else None
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    own = _rank_optimizer(optimizer).state
-    return {
-        f"{key}/{name}": value
-        for name, param in named.items()
-        for key, value in own.get(param, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
 def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    optimizer = _rank_optimizer(optimizer)
+    optimizer = rank_optimizer(optimizer)
     optimizer.state.clear()  # it may hold parts of a damaged checkpoint
     own = {param for group in optimizer.param_groups for param in group["params"]}
     for key_name, value in tensors.items():
@@ -388,16 +207,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor
             # A momentum takes the memory layout of its parameter. A step count is a scalar and stays on the CPU.
             same_shape = value.shape == param.shape
             optimizer.state[param][key] = torch.empty_like(param).copy_(value) if same_shape else value
-
-
-def _rank_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimiser that holds this rank's state. With ``optim.shard_state`` it is wrapped in another."""
-    wrapped = getattr(optimizer, "optim", optimizer)
-    return wrapped if isinstance(wrapped, torch.optim.Optimizer) else optimizer
-
-
-def _add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _select_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
