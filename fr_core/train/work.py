@@ -3,8 +3,8 @@
 The operators of nets are counted on fake tensors, which have shapes but no memory. Those of the head and of the update
 follow from formulas (docs/cards.md), without those on single numbers.
 
-Legend: B faces of a rank's micro-batch, G faces of a micro-batch over all ranks, D embedding, S rows or centres that
-take part on this rank, T rows of one tile, H W C.
+Legend: B faces of a rank's micro-batch, G faces of all ranks, D embedding, H W C. S rows or centres that take part on
+this rank, T rows of one tile.
 """
 
 from collections import Counter
@@ -43,7 +43,6 @@ PAIR_SWEEPS = 10  # over the cosines of all pairs, in a loss that compares them
 # How often the operators of an eager tile read or write its logits [G, T] (fr_core/heads/streamed.py).
 SCALED, SUMMED, PUSHED = (2,), (1, 2, 2, 1), (2, 2, 2, 3, 1)
 EAGER_SMALL = 11  # operators on a vector of a tile, in one pass over it
-
 
 Kind = Literal["convolution", "product", "maps", "weights", "logits"]
 
@@ -108,7 +107,7 @@ class Counting(TorchDispatchMode):
         if func.namespace == "aten" and not func.is_view and name not in NO_WORK:
             leaves = tree_leaves(args[1:] if name in FIRST_UNREAD else (args, kwargs, out))
             tensors = [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
-            again = MORE_READS.get(name, 0) * args[0].nbytes if name in MORE_READS else 0
+            again = MORE_READS[name] * args[0].nbytes if name in MORE_READS else 0
             flops = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))  # it lacks addmm_
             kind: Kind = "product" if flops else "maps"
             self.work[
