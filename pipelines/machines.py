@@ -99,10 +99,12 @@ def room(machines: Sequence[Resources], each: Resources) -> int:
 def worker_cpus(machines: Sequence[Resources], workers: int) -> float:
     """Return the CPUs that each worker reserves, so that Ray Data keeps at least half of them.
 
-    This still holds after the largest of several machines has died.
+    This still holds after the largest of several machines has died. It also holds on each machine with cards, where
+    every card may have a worker.
     """
     sizes = sorted(machine.get("CPU", 0) for machine in machines if machine.get("CPU", 0))
-    return min(1.0, sum(sizes[: max(1, len(sizes) - 1)]) / (2 * workers))
+    full = [m["CPU"] / (2 * m["GPU"]) for m in machines if m.get("CPU", 0) and m.get("GPU", 0)]
+    return min(1.0, sum(sizes[: max(1, len(sizes) - 1)]) / (2 * workers), *full)
 
 
 def cpus_for_one_worker_per_node(machines: Sequence[Resources]) -> float:
@@ -150,16 +152,25 @@ def reserved(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def place_workers(workers: int | tuple[int, int], each: dict[str, float]) -> "ScalingConfig":
-    """Return how Ray Train places workers that each reserve these resources: spread over the nodes."""
+    """Return how Ray Train places workers that each reserve these resources, as :func:`placement` says."""
     from ray.train import ScalingConfig
 
     return ScalingConfig(
         num_workers=workers,  # type: ignore[arg-type]  # mypy sees the class before 2.50
         use_gpu="GPU" in each,
         resources_per_worker=each,
-        placement_strategy="SPREAD",
+        placement_strategy=placement(each),
         elastic_resize_monitor_interval_s=RESIZE_EVERY,  # type: ignore[call-arg]
     )
+
+
+def placement(each: Resources) -> str:
+    """Return Ray's strategy for workers that each reserve these resources.
+
+    Cards of one node reach each other by NVLink or PCIe, much faster than those of two nodes. So workers with cards
+    fill a node before they take another. Without cards, workers spread, because each brings a node's cores and memory.
+    """
+    return "PACK" if each.get("GPU") else "SPREAD"
 
 
 def keep_no_machine() -> None:
@@ -187,7 +198,7 @@ def await_machines(scaling: "ScalingConfig", minutes: float = WAIT) -> None:
     each: Resources = scaling.resources_per_worker  # type: ignore[assignment]
     began, since = time.monotonic(), datetime.now().astimezone().isoformat(timespec="seconds")
     here, said = -1, 0.0
-    asked = placement_group([dict(each)] * least, strategy="SPREAD")
+    asked = placement_group([dict(each)] * least, strategy=placement(each))
     try:
         while not asked.wait(LOOK_EVERY):
             now, before, here = time.monotonic(), here, min(least, free_room(each))

@@ -65,7 +65,8 @@ def map_rows(rows: list[Row], work: Callable[..., Any], **options: Any) -> Itera
 def worker_threads(processes: int, here: int = 1) -> int:
     """Return the threads of each training process, so that the processes of a node share its CPUs.
 
-    Ray counts a node's CPUs; in a container these are the container's share of the machine.
+    Ray counts a node's CPUs; in a container these are the container's share of the machine. Processes with cards fill a
+    node before they take another, so a node with cards may hold as many as it has cards.
 
     Args:
         processes: training processes on the whole cluster.
@@ -75,10 +76,11 @@ def worker_threads(processes: int, here: int = 1) -> int:
 
     this_node = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    counted = next(node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] == this_node)
-    cpus = min(int(counted), len(os.sched_getaffinity(0)))
+    own = next(node["Resources"] for node in nodes if node["NodeID"] == this_node)
+    cpus = min(int(own.get("CPU", 0)), len(os.sched_getaffinity(0)))
     training_nodes = sum(node["Resources"].get("CPU", 0) > 0 for node in nodes)
-    processes_per_node = math.ceil(processes / max(1, training_nodes))
+    evenly = math.ceil(processes / max(1, training_nodes))
+    processes_per_node = min(processes, int(own["GPU"])) if own.get("GPU") else evenly
     return max(1, cpus // max(here, processes_per_node))
 
 
@@ -89,7 +91,7 @@ def train_on_ray(
     callbacks: "list[UserCallback] | None" = None,
     runs: int = 1,
 ) -> dict[str, float]:
-    """Train on Ray Train workers that are spread over the nodes.
+    """Train on Ray Train workers (:func:`~pipelines.machines.placement` says where).
 
     When a worker dies, the others and its replacement continue from the newest checkpoint. All nodes must see ``out``:
     workers write checkpoints straight into it, in the same form as ``--in-process``.

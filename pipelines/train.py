@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_core.config import Config, rate_scale, total_steps
+from fr_core.config import Config, lane_count, lane_multiple, rate_scale, total_steps
 from fr_core.data.listing import is_image
 from fr_core.data.plan import MOST_STRANDS
 from fr_core.data.schema import CHUNK_IMAGES, Dataset
@@ -26,7 +26,7 @@ from fr_core.data.store import (
 )
 from fr_core.data.stream import unlabelled
 from fr_core.errors import StorageError, UserError
-from fr_core.nets.checkpoint_files import find_checkpoint
+from fr_core.nets.checkpoint_files import DamagedCheckpoint, checkpoints, find_checkpoint, read_summary
 from fr_core.ranks import Ranks
 from fr_core.train.check import checked_plan, trained_people
 from fr_core.train.notice import Notice
@@ -86,6 +86,8 @@ def train(
     refuse_job_folder(out)
     start_logging(run=out.name)
     config = trackable(with_absolute_paths(config), out)
+    if resume:
+        config = with_saved_lanes(config, out)
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     plan = checked_plan(config, *range(least, most + 1))
     if config.data.check_sha256:
@@ -200,6 +202,19 @@ def trackable(config: Config, out: AnyPath) -> Config:
         return config
     log.warning("MLflow is off: its database cannot lie at a URL; give tracking.uri=SERVER")
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "off"})})
+
+
+def with_saved_lanes(config: Config, out: AnyPath) -> Config:
+    """Return the config with the lanes of the run's newest checkpoint, unless the recipe states lanes.
+
+    An earlier version may have had another default, and the order of samples depends on the lanes.
+    """
+    saved = checkpoints(out)[-1:]
+    with suppress(DamagedCheckpoint):  # resuming falls back to an older one, and says so
+        lanes = [read_summary(folder)["lanes"] for folder in saved if config.data.lanes is None]
+        if lanes and lanes[0] != lane_count(config) and lane_multiple(config) % lanes[0] == 0:
+            return config.model_copy(update={"data": config.data.model_copy(update={"lanes": lanes[0]})})
+    return config
 
 
 def check_kept(config: Config, out: AnyPath) -> None:

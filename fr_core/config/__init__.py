@@ -20,6 +20,10 @@ from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule, step
 from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
+GROUPED_LANES, IMAGES_PER_LANE = (
+    16,
+    24,
+)  # with class images: lanes of a small batch, and images of each lane of a large one
 MOST_SPREAD = 2**19  # images: with chunks of 6 some 17 GB of crops of 112×112 in main memory
 
 
@@ -200,13 +204,19 @@ def balance(config: Config) -> Balanced | None:
 def lane_count(config: Config) -> int:
     """Return the lanes that the data is dealt to (``fr_core/data/plan.py``).
 
-    The default is the batch's largest divisor up to 64. With class images the limit is 16, because a reader holds
-    whole row groups at the ends of each lane's strands. The lanes also divide the groups of a
-    batch, so that each lane has equally many groups.
+    The default is the largest divisor of :func:`lane_multiple` up to 64. With class images the limit is one lane for 24
+    images of the batch, but at least 16 and at most 64. There lanes cost memory: a reader holds whole row groups at the
+    ends of each lane's strands.
     """
-    most = MAX_LANES // 4 if config.method.facts.class_images else MAX_LANES
-    shared = math.gcd(step_rows(config), group_count(config))
-    return config.data.lanes or max(n for n in range(1, min(most, shared) + 1) if shared % n == 0)
+    multiple, most = lane_multiple(config), MAX_LANES
+    if config.method.facts.class_images:
+        most = min(MAX_LANES, max(GROUPED_LANES, config.train.global_batch // IMAGES_PER_LANE))
+    return config.data.lanes or max(n for n in range(1, min(most, multiple) + 1) if multiple % n == 0)
+
+
+def lane_multiple(config: Config) -> int:
+    """Return the number that the lanes divide: every lane gives a step equally many rows, and equally many groups."""
+    return math.gcd(step_rows(config), group_count(config))
 
 
 def spread(config: Config, identities: int) -> int:

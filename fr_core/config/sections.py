@@ -146,8 +146,8 @@ class Data(Section):
     path: PathOrURL = ""
     """Folder of shards, as `bigface ingest` writes it; a URL works too."""
     lanes: Annotated[int, Field(ge=1)] | None = None
-    """Parts the dataset is dealt to; the order of samples depends on it. None: the batch's largest divisor up to 64,
-    or up to 16 with class images."""
+    """Parts the dataset is dealt to; the order of samples depends on it, and the number of workers divides it. None:
+    the batch's largest divisor up to 64. With class images at most one lane for 24 images, but 16 at least."""
     shuffle_window: Annotated[int, Field(ge=1)] = 16384
     """Images that are shuffled together, over all lanes."""
     spread: Annotated[int, Field(ge=1)] | None = None

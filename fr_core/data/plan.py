@@ -19,6 +19,7 @@ Legend: G rows of a step over all ranks, L lanes, g = G/L rows per lane and step
 steps of a window. V strands of a lane.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -126,9 +127,9 @@ class Plan:
         """Return the lanes that a rank of ``size`` owns.
 
         Raises:
-            UserError: the number of ranks does not divide the lanes; names the nearest that do.
+            UserError: the number of ranks does not divide the lanes, as :func:`check_lanes`.
         """
-        check_lanes(self.lanes, size)
+        check_lanes(self.lanes, size, math.gcd(self.global_batch, self.groups))
         each = self.lanes // size
         return range(rank * each, (rank + 1) * each)
 
@@ -371,14 +372,19 @@ def _groups_of_block(plan: Plan, block: Block) -> np.ndarray:
     return np.unique(plan._rows_at(block.epoch, positions.ravel())[:, 0])
 
 
-def check_lanes(lanes: int, workers: int) -> None:
+def check_lanes(lanes: int, workers: int, multiple: int) -> None:
     """Check that a number of workers divides the lanes of a run.
 
+    Args:
+        multiple: number that the lanes divide (:func:`fr_core.config.lane_multiple`).
+
     Raises:
-        UserError: it does not; the message names the nearest numbers that do.
+        UserError: it does not; the message names the nearest numbers that do, and lanes that would.
     """
     if lanes % workers:
         divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
         below, above = max(d for d in divisors if d < workers), [d for d in divisors if d > workers]
-        nearest = f"{below} or {above[0]}" if above else f"{below}"
-        raise UserError(f"{workers} workers do not divide the run's {lanes} lanes; use {nearest}")
+        mend = f"{below} or {above[0]}" if above else f"{below}"
+        if fitting := [n for n in range(workers, max(lanes, workers) + 1, workers) if multiple % n == 0]:
+            mend += f", or data.lanes={fitting[-1]} in a new run"
+        raise UserError(f"{workers} workers do not divide the run's {lanes} lanes; use {mend}")

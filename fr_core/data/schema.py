@@ -89,10 +89,9 @@ class Dataset:
     @cached_property
     def row_groups(self) -> np.ndarray:
         """Return int64 [groups, 3]: shard, row group within the shard, images."""
-        return np.array(
-            [(s, g, n) for s, shard in enumerate(self.manifest.shards) for g, n in enumerate(shard.row_groups)],
-            np.int64,
-        ).reshape(-1, 3)
+        images = [np.array(shard.row_groups, np.int64) for shard in self.manifest.shards]
+        by_shard = [np.column_stack([np.full(len(n), s), np.arange(len(n)), n]) for s, n in enumerate(images)]
+        return np.concatenate([np.zeros((0, 3), np.int64), *by_shard])
 
     @cached_property
     def stamp(self) -> str:
@@ -136,14 +135,14 @@ class Dataset:
 
     def identity_names(self) -> list[str]:
         """Return the names of the identities, by label."""
-        return self._identities()["name"].to_pylist()
+        return self._identities("name", "images")["name"].to_pylist()
 
     def identity_counts(self) -> np.ndarray:
         """Return the number of images of each identity, by label: int64 [identities]."""
-        return self._identities()["images"].to_numpy()
+        return self._identities("images")["images"].to_numpy()
 
-    def _identities(self) -> pa.Table:
-        """Read the table of identities.
+    def _identities(self, *columns: str) -> pa.Table:
+        """Read columns of the table of identities, the number of images among them.
 
         Raises:
             UserError: the table is damaged, or belongs to another dataset.
@@ -151,7 +150,7 @@ class Dataset:
         path = self.root / "identities.parquet"
         try:
             with local_copy(path) as file:
-                table = pq.read_table(file, columns=["name", "images"])
+                table = pq.ParquetFile(file).read(columns=list(columns))
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} is damaged: {_first_line(error)}; ingest the photos again") from None
         known = (self.manifest.identities, self.manifest.images)
@@ -178,12 +177,13 @@ def open_dataset(root: str | AnyPath) -> Dataset:
 
         raise UserError(explain(root))
     try:
-        version = json.loads(path.read_text()).get("schema_version")
+        text = path.read_text()
+        version = json.loads(text).get("schema_version")
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema version {version}, but this program reads {SCHEMA_VERSION}; ingest the photos again"
             )
-        manifest = Manifest.model_validate_json(path.read_text())
+        manifest = Manifest.model_validate_json(text)
     except (ValidationError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest: {_first_line(error)}; ingest the photos again") from None
     found = {file.name: file for file in root.iterdir()}

@@ -110,6 +110,36 @@ def bench_ingest(
         show("bench ingest", run(images, folder, console.log), json)
 
 
+@bench.command("manifest")
+def bench_manifest(
+    images: Annotated[int, typer.Option(min=1, help="Images of the dataset; default: as WebFace42M.")] = 42_474_558,
+    identities: Annotated[int, typer.Option(min=1, help="Identities of the dataset.")] = 2_059_906,
+    shards: Annotated[int, typer.Option(min=1, help="Shards of the dataset.")] = 5000,
+    workers: Annotated[int, typer.Option(min=1, help="Workers of the run; the last one is measured.")] = 64,
+    json: Json = None,
+) -> None:
+    """Measure how a dataset of WebFace42M's size opens, plans an epoch and resumes, on shards without pixels."""
+    from pipelines.bench.manifest import bench_manifest as run
+
+    rows, figures = run(images, identities, shards, workers, console.log)
+    show_table(rows, "seconds, and growth of peak memory")
+    write_json("bench manifest", figures, json)
+
+
+@bench.command("plan")
+def bench_plan(
+    repeats: Annotated[int, typer.Option(min=1, help="Calibrations and measurements; figures are medians.")] = 7,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
+    json: Json = None,
+) -> None:
+    """Predict a training step on this machine's processors from a few timed operators, and measure it, by part."""
+    from pipelines.bench.plan import bench_plan as run
+
+    rows, figures = run(repeats, [int(number) for number in ranks.split(",")], console.log)
+    show_table(rows, "rank 0, one thread a rank")
+    write_json("bench plan", figures, json)
+
+
 @bench.command("masks")
 def bench_masks(
     images: Annotated[

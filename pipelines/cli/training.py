@@ -153,7 +153,15 @@ def plan(
     gpus: Annotated[
         int, typer.Option("--workers", "--gpus", min=1, help="Workers of the run, with one card each.")
     ] = 1,
-    gpu_gib: Annotated[float, typer.Option("--gpu-gib", min=0.1, help="Memory of one card, GiB.")] = 24.0,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of card, such as h100 or rtx4090: predicts the time of a step, too.")
+    ] = None,
+    gpu_gib: Annotated[
+        float | None,
+        typer.Option("--gpu-gib", min=0.1, help="Memory of one card, GiB; default: that of --gpu, or 24."),
+    ] = None,
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="Cards of a node.")] = 8,
+    network: Annotated[float, typer.Option(min=0.01, help="Network of a node, GB/s one way.")] = 12.5,
     images: Annotated[
         int | None, typer.Option(min=1, help="Images of the training set; default: those of data.path.")
     ] = None,
@@ -164,10 +172,13 @@ def plan(
     json: Json = None,
 ) -> None:
     """Say before a run whether it fits its cards, which knob to turn first if not, and how long it takes."""
+    from pipelines.experiments.cards import card_of
     from pipelines.experiments.plan import batch_text, duration, main_memory
     from pipelines.experiments.plan import plan as run
+    from pipelines.experiments.step_time import precisions_on, predicted, time_figures, time_lines, time_table
 
-    config, manifest = load_started(recipe, overrides or []), None
+    config, manifest, card = load_started(recipe, overrides or []), None, card_of(gpu) if gpu else None
+    gpu_gib = gpu_gib or (card.gib if card else 24.0)
     if identities is None:
         if not config.data.path:
             raise UserError("unknown number of identities: give --identities N, or data.path=SHARDS with a manifest")
@@ -175,19 +186,29 @@ def plan(
         identities, images = manifest.identities, images or manifest.images
     rows, advice, memory_figures = run(config, identities, gpus, gpu_gib)
     host_text, host_figures = main_memory(config, identities, images, gpus, manifest)
-    time_text, time_figures = duration(config, images, images_per_second)
-    show_line(f"{recipe}: {identities:,} identities, {gpus} × {gpu_gib:g} GiB")
+    cards = f"{gpus} × {card.name}, {gpu_gib:g} GiB" if card else f"{gpus} × {gpu_gib:g} GiB"
+    if card:
+        step = predicted(config, identities, gpus, card, per_node, network)
+        images_per_second = images_per_second or step.images_per_second * (1 - step.checkpoint_share)
+    time_text, run_figures = duration(config, images, images_per_second)
+    show_line(f"{recipe}: {identities:,} identities, {cards}")
     show_line(batch_text(config, gpus))
     show_table(rows, "GiB per card")
     show_line(advice)
     if host_text:
         show_line(host_text)
+    if card:
+        show_table(time_table(step), f"One step of rank 0, predicted for {cards}")
+        for line in time_lines(config, step, gpus, per_node):
+            show_line(line)
+        run_figures |= time_figures(step, gpus)
     show_line(time_text)
-    auto = ' train.precision = "auto" is counted as bfloat16.' if config.train.precision == "auto" else ""
+    half = precisions_on(config, card)[0] if card else "bfloat16"
+    auto = f' train.precision = "auto" is counted as {half}.' if config.train.precision == "auto" else ""
     show_line(f"Memory is computed, not yet checked on a card.{auto}")
     batch = config.train.global_batch
     sizes = {"identities": identities, "cards": gpus, "global_batch": batch, "images_per_card": batch // gpus}
-    write_json("plan", sizes | memory_figures | host_figures | time_figures, json)
+    write_json("plan", sizes | memory_figures | host_figures | run_figures, json)
 
 
 @app.command(rich_help_panel="Training")

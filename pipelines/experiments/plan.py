@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping
 
-from fr_core.config import Config, class_count, lane_count, step_rows, total_steps, unlabelled_batch
+from fr_core.config import Config, class_count, lane_count, lane_multiple, step_rows, total_steps, unlabelled_batch
 from fr_core.config.methods import Distill
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.crops import TEMPLATE_SIZE
@@ -43,7 +43,7 @@ def plan(
             "the memory that trains a quantised net is not computed: plan the float net with net.kind=iresnet"
         )
     check_shares(config, gpus)
-    check_lanes(lane_count(config), gpus)
+    check_lanes(lane_count(config), gpus, lane_multiple(config))
     here = memory(config, identities, gpus)
     matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
     modes = {"as written": config}
@@ -175,9 +175,10 @@ def first_knob(config: Config, identities: int, gpus: int, gpu_gib: float) -> st
     """Return the mildest change that makes the run fit, as a sentence."""
     for words, changes, cards in knobs(config, gpus):
         try:
-            check_lanes(lane_count(changed(config, changes)), cards)
-            check_shares(changed(config, changes), cards)
-            parts = memory(changed(config, changes), identities, cards)
+            turned = changed(config, changes)
+            check_lanes(lane_count(turned), cards, lane_multiple(turned))
+            check_shares(turned, cards)
+            parts = memory(turned, identities, cards)
         except (ValueError, UserError):  # the recipe excludes this knob
             continue
         if fits(parts, gpu_gib):

@@ -224,6 +224,16 @@ def test_lanes_are_the_largest_divisor_up_to_64():
     assert [lane_count(batch(n)) for n in (384, 128, 96, 100, 7, 67)] == [64, 64, 48, 50, 7, 1]
 
 
+def test_methods_with_class_images_get_a_lane_for_24_images_of_the_batch_within_16_and_64():
+    """So the recipes of AttFC keep the 16 lanes that they always had, and 64 workers share a batch of 1,536."""
+    batch = lambda n: parse_config({"method": {"kind": "attfc"}, "train": {"global_batch": n}}, "test")  # noqa: E731
+    assert [lane_count(batch(n)) for n in (7, 48, 100, 256, 384, 400)] == [7, 16, 10, 16, 16, 16]
+    assert [lane_count(batch(n)) for n in (768, 1024, 1536, 2048, 4096, 3 * 4096)] == [32, 32, 64, 64, 64, 64]
+    names = [name for name in recipes() if name.startswith("attfc_")]
+    assert {lane_count(load_config(name)) for name in names} == {16}
+    assert {lane_count(load_config(name, ["train.global_batch=1536"])) for name in names} == {64}
+
+
 def test_total_steps():
     config = parse_config({"train": {"epochs": 3, "max_steps": 20}}, "test")
     assert [total_steps(config, per_epoch) for per_epoch in (5, 10)] == [15, 20]

@@ -7,6 +7,7 @@ import pytest
 from pipelines.bench import turns
 from pipelines.bench.data import bench_grouped, bench_masks
 from pipelines.bench.heads import bench_attfc, bench_head
+from pipelines.bench.manifest import stages, write_simulated
 
 
 @pytest.fixture
@@ -47,6 +48,18 @@ def test_bench_grouped_on_small_shards(dataset, grouped):
 def test_bench_masks_on_few_images():
     figures = bench_masks(20)
     assert all(figures[f"img_s_{name}"] > 0 for name in ("2d", "3d", "plain"))
+
+
+@pytest.mark.parametrize("layout", ["flat", "grouped"])
+def test_bench_manifest_writes_a_dataset_without_pixels_and_measures_each_stage(layout, tmp_path):
+    manifest = write_simulated(tmp_path, layout, 50_000, 9000, 7)
+    assert {file.stat().st_blocks for file in tmp_path.glob("*.parquet") if file.stem != "identities"} == {0}
+    assert sum(map(sum, (shard.row_groups for shard in manifest.shards))) == 50_000
+    assert {n for shard in manifest.shards for n in shard.row_groups[:-1]} <= set(range(128, 134))
+    found = stages(str(tmp_path), layout, 8)
+    parts = ("open", "plan", "late_block")
+    assert found.keys() == {"start", *parts, "first_block", "next_block", "counts", "names"}
+    assert found["start"][0] >= sum(found[part][0] for part in parts) > 0
 
 
 def test_bench_ingest_writes_what_ingest_reads(tmp_path):

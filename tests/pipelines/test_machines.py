@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -23,6 +24,7 @@ from pipelines.machines import (
     cluster_machines,
     cpus_for_one_worker_per_node,
     machines_of,
+    place_workers,
     reserved,
     room,
     scale_workers,
@@ -42,6 +44,12 @@ def test_workers_leave_half_of_the_cpus_to_ray_data():
 def test_workers_of_a_dead_node_leave_cpus_to_ray_data_on_what_is_left():
     assert worker_cpus([{"CPU": 2}, {"CPU": 2}, {"GPU": 1}], 2) == 0.5
     assert worker_cpus([{"CPU": 16}, {"CPU": 4}], 4) == 0.5
+
+
+def test_workers_that_fill_a_node_with_cards_leave_half_of_its_cpus_to_ray_data():
+    """Eight workers sit on one of four nodes, not two on each."""
+    assert worker_cpus([{"CPU": 8, "GPU": 8}] * 4, 8) == 0.5
+    assert worker_cpus([{"CPU": 48, "GPU": 4}] * 8, 32) == 1
 
 
 def test_a_worker_fits_a_machine_that_has_all_it_reserves():
@@ -157,6 +165,24 @@ def test_a_trial_is_placed_as_the_head_says(joined, monkeypatch, tmp_path):
     launch = {"workers": 8, "each": reserved(1, 32), "at_once": 1}
     train_on_workers(None, tmp_path, launch, 10)
     assert (placed[0].num_workers, placed[0].resources_per_worker) == (8, {"CPU": 1, "GPU": 1})
+
+
+@pytest.mark.parametrize(("cards", "together"), [(8, "PACK"), (0, "SPREAD")], ids=["cards", "no cards"])
+def test_workers_with_cards_sit_together_and_others_spread(cards, together, monkeypatch):
+    """The request for machines says the same as Ray Train's own."""
+    scaling = place_workers(8, reserved(1, cards))
+    assert scaling.placement_strategy == together
+    asked, removed = [], []
+
+    def group(bundles, strategy):
+        asked.append((bundles, strategy))
+        return SimpleNamespace(wait=lambda seconds: True)
+
+    monkeypatch.setattr(ray.util, "placement_group", group)
+    monkeypatch.setattr(ray.util, "remove_placement_group", removed.append)
+    await_machines(scaling)
+    assert asked == [([reserved(1, cards)] * 8, together)]
+    assert len(removed) == 1
 
 
 def test_cards_without_a_cpu_are_refused(joined, monkeypatch):

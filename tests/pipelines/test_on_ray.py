@@ -98,6 +98,20 @@ def test_a_killed_worker_is_replaced_and_the_run_finishes(dataset, tmp_path, mlf
     assert [run.info.status for run in runs] == ["FINISHED"]
 
 
+@pytest.mark.parametrize(
+    ("cards", "processes", "here", "threads"),
+    [(0, 8, 1, 8), (0, 8, 4, 4), (8, 8, 1, 2), (8, 4, 4, 4), (8, 32, 8, 2), (8, 1, 1, 16)],
+)
+def test_the_processes_of_a_node_share_its_cpus(cards, processes, here, threads, monkeypatch):
+    """Of four nodes of 16 CPUs. With cards, the processes fill a node; without, they spread."""
+    own = {"CPU": 16.0, "GPU": float(cards)} if cards else {"CPU": 16.0}
+    nodes = [{"NodeID": str(number), "Alive": True, "Resources": own} for number in range(4)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "2"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert on_ray.worker_threads(processes, here) == threads
+
+
 def without_a_cluster(monkeypatch, fit):
     """Ray Train's ``fit`` is the function given, and a worker that it calls is alone, in this process."""
     monkeypatch.setattr(on_ray, "worker_threads", lambda *_: 1)

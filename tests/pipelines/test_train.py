@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fr_core.config import lane_count
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.errors import UserError
@@ -28,6 +29,20 @@ def test_options_and_folders_that_contradict_are_refused(dataset, tmp_path):
     (tmp_path / "run" / "ray").mkdir(parents=True)
     (tmp_path / "run" / "pruned.safetensors").touch()
     train.train(config, tmp_path / "run", in_process=True)
+
+
+def test_a_resumed_run_keeps_its_lanes_though_the_default_is_another(dataset, tmp_path):
+    """The checkpoint's 8 stand for the default of an earlier version; the recipe's batch of 32 has 32 by default."""
+    train.train(config_of(dataset, "train.max_steps=2"), tmp_path / "run", in_process=True)
+    given = [f"data.path={dataset}", "tracking.uri=off", "train.max_steps=3"]
+    stated = load_config("debug_bigface", [*given, "data.lanes=16"])
+    with pytest.raises(UserError, match=r"cannot resume, data\.lanes differs: 8 there, 16 now"):
+        train.train(stated, tmp_path / "run", in_process=True, resume=True)
+    default = load_config("debug_bigface", given)
+    assert lane_count(default) == 32
+    assert train.train(default, tmp_path / "run", in_process=True, resume=True)["steps"] == 3
+    assert lane_count(train.with_saved_lanes(default, tmp_path / "run")) == 8
+    assert train.with_saved_lanes(default, tmp_path / "none") == default
 
 
 def test_doubts_about_the_pairs_are_said(dataset, tmp_path, caplog, monkeypatch):

@@ -82,8 +82,20 @@ def test_skipping_reads_no_pixels_and_only_the_last_block(plan, monkeypatch):
 def test_a_number_of_ranks_that_does_not_divide_the_lanes_names_the_nearest(plan):
     with pytest.raises(UserError, match="5 workers do not divide the run's 12 lanes; use 4 or 6"):
         plan.lanes_of(0, 5)
-    with pytest.raises(UserError, match=r"13 workers .* use 12"):
+    with pytest.raises(UserError, match=r"13 workers .* use 12$"):
         plan.lanes_of(0, 13)
+
+
+def test_lanes_that_would_share_the_batch_are_named(plan, balanced):
+    """The most of them that are no more than now: 12 lanes of a batch of 48, and 4 of one with 8 groups of a person."""
+    with pytest.raises(UserError, match=r"8 workers .* use 6 or 12, or data\.lanes=8 in a new run$"):
+        plan.lanes_of(0, 8)
+    with pytest.raises(UserError, match=r"48 workers .* use 12, or data\.lanes=48 in a new run$"):
+        plan.lanes_of(0, 48)
+    with pytest.raises(UserError, match=r"8 workers .* use 4, or data\.lanes=8 in a new run$"):
+        balanced.lanes_of(0, 8)
+    with pytest.raises(UserError, match=r"16 workers .* use 4$"):
+        balanced.lanes_of(0, 16)
 
 
 def test_another_dataset_at_the_same_place_is_refused(plan):

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fr_core.data.schema import _open_parquet, grouped_table, open_dataset, write_shard
+from fr_core.data.schema import Dataset, _open_parquet, grouped_table, open_dataset, write_shard
 from fr_core.errors import UserError
 from tests.helpers.datasets import put, write_dataset
 from tests.helpers.embeddings import embedded
@@ -23,6 +23,17 @@ def test_row_groups_and_names(dataset):
     assert opened.row_groups[:, 2].sum() == opened.manifest.images == 1500
     assert opened.identity_names()[:2] == ["id0", "id1"]
     opened.check_sha256()
+
+
+def test_row_groups_are_numbered_shard_by_shard(dataset):
+    """Also where shards have different numbers of them, or there is no shard."""
+    opened, sizes = open_dataset(dataset), [(5, 3), (), (7,), (1, 1, 1)]
+    shards = [opened.manifest.shards[0].model_copy(update={"row_groups": groups}) for groups in sizes]
+    made = Dataset(opened.root, opened.manifest.model_copy(update={"shards": tuple(shards)}))
+    assert made.row_groups.tolist() == [[s, g, n] for s, groups in enumerate(sizes) for g, n in enumerate(groups)]
+    assert made.row_groups.dtype == np.int64
+    none = Dataset(opened.root, opened.manifest.model_copy(update={"shards": ()}))
+    assert none.row_groups.shape == (0, 3)
 
 
 def test_truncated_shard_is_named_on_opening(copy):
