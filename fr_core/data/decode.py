@@ -20,6 +20,7 @@ from fr_core.data.crops import warped
 from fr_core.data.masks import Mask
 from fr_core.data.photos import read_rgb
 
+DRAWS = 19  # uniform numbers per image
 _CHUNK = 16  # images per task of a thread
 
 
@@ -101,18 +102,18 @@ def augment_images(
 
 def augment_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     """Draw the uniform numbers that augment each image of a batch: float64 [B, 19]."""
-    return rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
+    return rng.uniforms(seed, "augment", epoch, sample_ids, DRAWS)
 
 
 def second_view_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     """Draw the numbers of a second augmented copy of each image, independent of the first: float64 [B, 19]."""
-    return rng.uniforms(seed, "augment second view", epoch, sample_ids, _DRAWS)
+    return rng.uniforms(seed, "augment second view", epoch, sample_ids, DRAWS)
 
 
 def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
     """Draw the numbers of each sample's K class images, independent of the sample's numbers: float64 [B, K, 19]."""
-    numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * _DRAWS)
-    return numbers.reshape(-1, class_images, _DRAWS)
+    numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * DRAWS)
+    return numbers.reshape(-1, class_images, DRAWS)
 
 
 def decode_all(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray]:
@@ -149,7 +150,6 @@ def averaged(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
 
 
-_DRAWS = 19  # uniform numbers per image
 _LEVELS = np.arange(256.0)[:, None]
 
 

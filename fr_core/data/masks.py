@@ -120,6 +120,8 @@ def mask_functions(config: Config, points_B52: np.ndarray, draws_BU: np.ndarray,
     """
     masks = config.data.masks
     functions: list[Mask | None] = [None] * len(draws_BU)
+    if masks.ratio == 0:
+        return functions
     chosen = np.flatnonzero(draws_BU[:, 0] < masks.ratio)
     for i, face in zip(chosen.tolist(), locate_all(points_B52[chosen], size), strict=True):
         functions[i] = partial(put_on, face=face, u=draws_BU[i, 1:], masks=masks, seed=config.seed)
@@ -153,9 +155,13 @@ def locate_all(points_N52: np.ndarray, size: int) -> list[Face]:
 
     Points that are missing (NaN), coincide or lie too far from the template are replaced by the template's.
     """
-    points_N52 = points_N52.astype(np.float32)
-    points_N52[~_may_be_faces(points_N52, size)] = TEMPLATE * (size / TEMPLATE_SIZE)
-    to_template_N23, offsets_N52 = _fit_template(points_N52)
+    points_52 = TEMPLATE * (size / TEMPLATE_SIZE)
+    points_M52 = np.concatenate([points_N52, points_52[None]]).astype(np.float32)  # the template's are the last
+    to_template_M23 = similarities(points_M52, TEMPLATE_SIZE)
+    offsets_M52 = points_M52 @ to_template_M23[:, :, :2].swapaxes(1, 2) + to_template_M23[:, None, :, 2] - TEMPLATE
+    usable_N = _may_be_faces(points_M52, offsets_M52, size)[:-1]
+    taken_N = np.where(usable_N, np.arange(len(points_N52)), -1)
+    points_N52, to_template_N23, offsets_N52 = (all_M[taken_N] for all_M in (points_M52, to_template_M23, offsets_M52))
     turns_N2 = np.arcsin((NOSE_MOVES @ offsets_N52 / NOSE).clip(-0.8, 0.8))
     eyes_N2 = points_N52[:, :2] @ _PLANE
     along_N = eyes_N2[:, 1] - eyes_N2[:, 0]
@@ -166,20 +172,12 @@ def locate_all(points_N52: np.ndarray, size: int) -> list[Face]:
     return list(map(Face, to_images, points_N52, clear_N42, *turns_N2.T.tolist()))
 
 
-def _may_be_faces(points_N52: np.ndarray, size: int) -> np.ndarray:
-    """Return which points a face in a crop of side ``size`` may have: bool [N]."""
-    _, offsets_N52 = _fit_template(points_N52)
+def _may_be_faces(points_N52: np.ndarray, offsets_N52: np.ndarray, size: int) -> np.ndarray:
+    """Return which points a face in a crop of side ``size`` may have, by their offsets from the template: bool [N]."""
     near_N = np.abs(offsets_N52).max((1, 2)) <= MAX_OFFSET  # never true of NaN
     inside_N = np.abs(points_N52).max((1, 2)) <= 2 * size
     eyes_apart_N = (offsets_N52 + TEMPLATE)[:, :2, 0] @ [-1, 1]  # negative for a mirrored face
     return near_N & inside_N & (eyes_apart_N >= NARROWEST)
-
-
-def _fit_template(points_N52: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities that carry points to the template [N, 2, 3], and how far off they lie then [N, 5, 2]."""
-    to_template_N23 = similarities(points_N52, TEMPLATE_SIZE)
-    moved_N52 = points_N52 @ to_template_N23[:, :, :2].swapaxes(1, 2) + to_template_N23[:, None, :, 2]
-    return to_template_N23, moved_N52 - TEMPLATE
 
 
 def warp_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
