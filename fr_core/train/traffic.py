@@ -14,7 +14,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.work import FLOAT, backbone_size, bytes_of
 
 LABEL = 8  # bytes
-UPDATE_NUMBERS = 3  # that the ranks sum at the end of each step: the head's squared norm, the loss, the notices
+UPDATE_NUMBERS = 3  # that the ranks sum at the end of each step: the head's squared norm, the loss, and requests
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP sums at once
 
 

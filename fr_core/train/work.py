@@ -8,7 +8,7 @@ take part on this rank, T rows of one tile, H W C.
 """
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from fr_core.config import Config, class_count
 from fr_core.config.methods import FixedCentres, PairLoss
 from fr_core.config.nets import Net
 from fr_core.config.optim import LARS, SGD, AdamW, Muon
-from fr_core.heads.streamed import tile_size
+from fr_core.heads.streamed import kernel_tile_size, tile_size
 from fr_core.nets.backbone import normalised
 from fr_core.nets.build import build_net
 from fr_core.nets.ghost import use_ghost_batches
@@ -43,7 +43,6 @@ PAIR_SWEEPS = 10  # over the cosines of all pairs, in a loss that compares them
 # How often the operators of an eager tile read or write its logits [G, T] (fr_core/heads/streamed.py).
 SCALED, SUMMED, PUSHED = (2,), (1, 2, 2, 1), (2, 2, 2, 3, 1)
 EAGER_SMALL = 11  # operators on a vector of a tile, in one pass over it
-KERNEL_SMALL = 1  # launches of fused kernels in one pass over a tile, besides its products
 
 
 Kind = Literal["convolution", "product", "maps", "weights", "logits"]
@@ -219,21 +218,20 @@ def head_work(config: Config, identities: int, ranks: Ranks, precision: str, dev
         device: a card or a CPU, which also decides the size of a tile.
     """
     method, micro, embedding = config.method, config.train.accumulate, config.net.embedding
-    faces, classes = config.train.global_batch // micro, class_count(config, identities)
-    on_card = device.type == "cuda"
+    faces, on_card = config.train.global_batch // micro, device.type == "cuda"
+    if isinstance(method, FixedCentres):
+        faces = int(faces * method.facts.trained) // ranks.size
+    size = kernel_tile_size(faces, embedding) if on_card else tile_size(faces, embedding, device)
     if matrix := method.class_matrix:
         rows = sampled_rows(config, identities, ranks)
-        tile = min(matrix.tile or tile_size(faces, embedding, device), rows)
+        tiles = ceil(rows / min(matrix.tile or size, rows))
         moves, gathers = matrix.update == "fused", matrix.sample_rate < 1
-        once = matrix_work(faces, rows, ceil(rows / tile), embedding, precision, moves, gathers, on_card)
-        return repeated(once, micro)
+        return repeated(matrix_work(faces, rows, tiles, embedding, precision, moves, gathers, on_card), micro)
     if isinstance(method, FixedCentres):
-        centres, own = method.centres(classes, config.train.global_batch), int(faces * method.facts.trained)
-        own //= ranks.size
-        tile = min(method.tile or tile_size(own, embedding, device), centres)
-        return repeated(
-            centre_work(own, centres, ceil(centres / tile), embedding, precision, on_card), micro * method.layers
-        )
+        centres = method.centres(class_count(config, identities), config.train.global_batch)
+        tiles = ceil(centres / min(method.tile or size, centres))
+        once = centre_work(faces, centres, tiles, embedding, precision, on_card)
+        return repeated(once, micro * method.layers)
     return Counter()
 
 
@@ -258,23 +256,21 @@ def matrix_work(
     """
     size, flops = bytes_of(precision), 2 * faces * rows * embedding // tiles
     logits, tile, unit = faces * rows // tiles, rows * embedding // tiles, faces * embedding
+    kept = (size if on_card else FLOAT) * logits  # what a product writes of the logits, or reads
+    product = partial(Operator, "product", precision, flops)
+    operands, again = size * (unit + tile), product(size * (unit + tile) + kept)
+    to_faces = product(kept + size * tile + 2 * FLOAT * unit)
+    to_rows = product(kept + size * unit + FLOAT * tile)
+    if on_card:  # rows become unit operands; their gradient takes its radial part, and moves them or is written
+        read, finished = sweeps(tile, FLOAT + size), sweeps(FLOAT * tile, 5 if moves else 3)
+        return repeated(Counter([*read, product(operands), *read, again, SMALL, to_faces, to_rows, *finished]), tiles)
     rounded = sweeps(tile, FLOAT + size) if size < FLOAT else []
     read = rounded + (sweeps(FLOAT * tile, 3) if gathers else [])
-    operands, kept = size * (unit + tile), (size if on_card else FLOAT) * logits
-    forward = Operator("product", precision, flops, operands + (0 if on_card else kept))
-    again = Operator("product", precision, flops, operands + kept)
-    to_faces = Operator("product", precision, flops, kept + size * tile + 2 * FLOAT * unit)
-    to_rows = Operator("product", precision, flops, kept + size * unit + (1 + moves) * FLOAT * tile)
-    lengths, radial = sweeps(FLOAT * tile, 1), sweeps(FLOAT * tile, *((3, 3) if moves else (3,)))
-    if moves and gathers:
-        radial += sweeps(FLOAT * tile, 2, 2, 2)  # gathers the momentum, and writes both back
-    small, first, second = [SMALL] * KERNEL_SMALL, [], []
-    if not on_card:
-        small, first = [SMALL] * EAGER_SMALL, logit_sweeps(logits, *SCALED, *SUMMED)
-        second = logit_sweeps(logits, *SCALED, *PUSHED)
-    there = [*read, *lengths, forward, *first, *small]
-    back = [*read, again, *second, to_faces, to_rows, *radial, *small]
-    return repeated(Counter(there + back), tiles)
+    there = [*read, *sweeps(FLOAT * tile, 1), again, *logit_sweeps(logits, *SCALED, *SUMMED)]
+    back = [*read, again, *logit_sweeps(logits, *SCALED, *PUSHED), to_faces, to_rows]
+    back += sweeps(FLOAT * tile, *((1, 3, 3) if moves else (3,)))  # the gradient adds to momentum, which is read too
+    back += sweeps(FLOAT * tile, 2, 2, 2) if moves and gathers else []  # gathers the momentum, writes both back
+    return repeated(Counter(there + back + [SMALL] * 2 * EAGER_SMALL), tiles)
 
 
 def centre_work(faces: int, centres: int, tiles: int, embedding: int, precision: str, on_card: bool) -> Work:
@@ -288,10 +284,13 @@ def centre_work(faces: int, centres: int, tiles: int, embedding: int, precision:
     size, flops = bytes_of(precision), 2 * faces * centres * embedding // tiles
     logits, tile, unit = faces * centres // tiles, size * centres * embedding // tiles, faces * embedding
     kept = (size if on_card else FLOAT) * logits
-    forward = Operator("product", precision, flops, size * unit + tile + kept)
-    to_faces = Operator("product", precision, flops, kept + tile + 2 * FLOAT * unit)
-    small = [SMALL] * KERNEL_SMALL if on_card else [*logit_sweeps(logits, *SCALED, *SUMMED), *[SMALL] * EAGER_SMALL]
-    return repeated(Counter([forward, to_faces, *small]), tiles)
+    product = partial(Operator, "product", precision, flops)
+    both = [product(size * unit + tile + kept), product(kept + tile + 2 * FLOAT * unit)]
+    if on_card:
+        first = [product(size * unit + tile)] if precision == "float16" else []  # its range needs each face's maximum
+        return repeated(Counter(first + both), tiles)
+    swept = logit_sweeps(logits, *SCALED, *SUMMED)
+    return repeated(Counter(both + swept + [SMALL] * EAGER_SMALL), tiles)
 
 
 def bytes_of(precision: str) -> int:

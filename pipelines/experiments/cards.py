@@ -102,17 +102,19 @@ def card_of(kind: str) -> Card:
     return CARDS[kind]
 
 
-def rates_of(card: Card, workers: int, per_node: int, network: float) -> Rates:
+def rates_of(card: Card, workers: int, per_node: int, network: float, tf32: bool = True) -> Rates:
     """Return the speeds of one of several workers, each with a card.
 
     Args:
         workers: number of workers.
         per_node: cards of a node.
         network: GB/s of a node's network, one way.
+        tf32: whether convolutions of float32 numbers may use TF32.
     """
     half = {"bfloat16": card.half, "float16": card.half}
     convolution = {name: 1e12 * CONVOLUTION * speed for name, speed in half.items()}
-    convolution["float32"] = 1e12 * (CONVOLUTION * card.tf32 if card.tf32 > card.float32 else FLOAT32 * card.float32)
+    whole = 1e12 * FLOAT32 * card.float32
+    convolution["float32"] = max(1e12 * CONVOLUTION * card.tf32, whole) if tf32 else whole
     product = {name: 1e12 * PRODUCT * speed for name, speed in half.items()} | {
         "float32": 1e12 * FLOAT32 * card.float32
     }

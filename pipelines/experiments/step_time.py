@@ -24,7 +24,7 @@ from fr_core.train.work import Work, backbone_work, head_work, pair_work, repeat
 from pipelines.experiments.cards import GB, Card, Rates, rates_of
 
 GPU = torch.device("cuda")
-DISK = 0.5 * GB  # bytes a second of a checkpoint: written, synced, and read again for its checksum; assumed
+COPIED, WRITTEN = 5 * GB, 0.5 * GB  # bytes a second of a checkpoint, to main memory and to the disk; assumed
 # Seconds of one core for an image of 112×112, the slowest that docs/results/speed.md has.
 DECODED, AUGMENTED, MASKED = 1 / 2800, 1 / 8400, 1 / 1900
 
@@ -163,7 +163,7 @@ class Prediction(NamedTuple):
     decoded_per_second: float  # images that all workers together decode
     cores: float  # that decode them
     checkpoint_bytes: int  # of rank 0
-    checkpoint_share: float  # of the run's time, if the loop waits for each checkpoint
+    checkpoint_share: float  # of the run's time, in which the training waits for checkpoints
 
 
 def predicted(config: Config, identities: int, workers: int, card: Card, per_node: int, network: float) -> Prediction:
@@ -179,7 +179,7 @@ def predicted(config: Config, identities: int, workers: int, card: Card, per_nod
         UserError: the card has no bfloat16, or the teacher does not open.
     """
     ranks, precisions = Ranks(0, workers), precisions_on(config, card)
-    given = (config, identities, ranks, precisions, rates_of(card, workers, per_node, network))
+    given = (config, identities, ranks, precisions, rates_of(card, workers, per_node, network, config.train.tf32))
     parts = step_parts(*given)
     seconds = sum(part.seconds for part in parts.values())
     if small := config.data.progressive:
@@ -188,7 +188,7 @@ def predicted(config: Config, identities: int, workers: int, card: Card, per_nod
     images = config.train.global_batch + unlabelled_batch(config)
     decoded = step_rows(config) * (1 + config.method.facts.class_images) + unlabelled_batch(config)
     size = checkpoint_bytes(config, identities, ranks, precisions[1])
-    steps = config.train.save_every * seconds
+    waits = size / COPIED + (0 if config.train.save_beside else size / WRITTEN)
     return Prediction(
         parts,
         seconds,
@@ -196,7 +196,7 @@ def predicted(config: Config, identities: int, workers: int, card: Card, per_nod
         decoded / seconds,
         decoded / seconds * decode_seconds(config),
         size,
-        size / DISK / (steps + size / DISK),
+        waits / (config.train.save_every * seconds + waits),
     )
 
 
@@ -228,14 +228,15 @@ def time_table(prediction: Prediction) -> list[tuple[str, ...]]:
 def time_lines(config: Config, prediction: Prediction, workers: int, per_node: int) -> list[str]:
     """Return what a prediction says about speed, data and checkpoints, a line each."""
     here, each = min(workers, per_node), 1 / workers
-    size, written = prediction.checkpoint_bytes, prediction.checkpoint_bytes / DISK
+    size = prediction.checkpoint_bytes
     return [
         f"Predicted: {prediction.images_per_second:,.0f} images/s, {prediction.images_per_second * each:,.0f} on each "
         "card. No card has checked this: expect a factor of 1.5 either way.",
         f"Data: {prediction.decoded_per_second * each:,.0f} images a second for each card, which keep "
         f"{prediction.cores * each:.1f} cores busy; {math.ceil(prediction.cores * each * here)} on a node.",
-        f"A checkpoint of rank 0: {size / 2**30:.2f} GiB, {written:.2g} s at {DISK / GB:g} GB/s; "
-        f"{100 * prediction.checkpoint_share:.2g} % of the time at train.save_every = {config.train.save_every}.",
+        f"A checkpoint of rank 0: {size / 2**30:.2f} GiB, copied in {size / COPIED:.2g} s and written in "
+        f"{size / WRITTEN:.2g} s. The training waits {100 * prediction.checkpoint_share:.2g} % of its time, at "
+        f"train.save_every = {config.train.save_every}.",
     ]
 
 

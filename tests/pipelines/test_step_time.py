@@ -120,6 +120,22 @@ def test_two_nodes_meet_at_the_speed_of_their_network():
     assert rates_of(card, 16, 8, 1e4).ring == pytest.approx(0.7 * 300e9)
 
 
+def test_float32_convolutions_take_tf32_where_a_card_has_it_and_the_recipe_allows_it():
+    speed = lambda kind, tf32: rates_of(card_of(kind), 1, 8, 1, tf32).convolution["float32"]  # noqa: E731
+    assert speed("a100-80", True) == pytest.approx(0.4 * 156e12)
+    assert speed("a100-80", False) == pytest.approx(0.8 * 19.5e12)
+    assert speed("t4", True) == speed("t4", False) == pytest.approx(0.8 * 8.1e12)
+
+
+def test_checkpoints_that_are_written_beside_the_training_cost_their_copy_alone():
+    def share(*given):
+        config = load_config("bigface_r50", ["train.save_every=100", *given])
+        return predicted(config, 10_000, 1, card_of("h100"), 8, 12.5).checkpoint_share
+
+    beside, at_once = share(), share("train.save_beside=false")
+    assert at_once / (1 - at_once) == pytest.approx(11 * beside / (1 - beside))
+
+
 def test_a_kind_of_card_that_is_not_known_names_those_that_are():
     with pytest.raises(UserError, match=r"--gpu h300: no such card: give one of t4, v100-16, .*h200$"):
         card_of("h300")
