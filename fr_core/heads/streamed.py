@@ -33,6 +33,7 @@ from fr_core.ranks import Ranks
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # smallest length of a row, as in F.normalize
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
+LEAST_CAPABILITY = (8, 0)  # of cards for Triton's kernels; on older ones they use no tensor cores and spill registers
 KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
 MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
@@ -124,13 +125,13 @@ def fixed_centres_softmax(
 
 
 def runs_kernels(unit_GD: Tensor) -> bool:
-    """Tell whether a softmax of these faces runs by Triton kernels: on a card, with PyTorch's Triton there."""
-    return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _has_triton()
+    """Tell whether a softmax of these faces runs by Triton's kernels: on a card with the tensor cores that they need."""
+    return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _takes_kernels(unit_GD.device)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _takes_kernels(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def random_centres(count: int, embedding: int, precision: torch.dtype, seed: int) -> Tensor:
