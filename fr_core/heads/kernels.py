@@ -26,7 +26,6 @@ from fr_core.heads.streamed import TileSGD
 LARGEST_SCALE = 75.0  # of a constant reference, see one_pass_reference
 HALF_GAIN = 2.0**15  # of exponentials in float16; 1 · 2¹⁵ is below float16's largest number, 65504
 STAGES = ((64, 3), (64, 4), (32, 4))  # numbers of a step and steps in flight; all cards have room for the first
-TILE_LOGITS = 2**26  # logits of a tile: 128 MiB of exponentials in 2 bytes, and work for half a millisecond
 MASKED = tl.constexpr(streamed.MASKED)
 MIN_NORM = tl.constexpr(streamed.MIN_NORM)
 
@@ -478,11 +477,6 @@ def _finish(
         product_TD, weight_ND, rows_S, *positives, each, finite, momentum_ND, len(product_TD), start,
         1 / gain(precision), *settings, product_TD.shape[1], *_row_blocks(product_TD.shape[1]),
     )  # fmt: skip
-
-
-def tile_rows(faces: int, embedding: int) -> int:
-    """Return the rows of a tile on a card, a multiple of the rows of a block."""
-    return max(256, TILE_LOGITS // max(faces, embedding) // 256 * 256)
 
 
 def _row_blocks(embedding: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fr_core.heads import kernels
 from fr_core.heads.margins import with_margin
-from fr_core.heads.streamed import Softmax, TileSGD, add_product, over_ranks, rows_of
+from fr_core.heads.streamed import Softmax, TileSGD, add_product, kernel_tile_size, over_ranks, rows_of
 from fr_core.ranks import Ranks
 
 
@@ -102,7 +102,7 @@ class FixedCentresSoftmax(torch.autograd.Function):
         """Return the loss and keep its gradient: one pass over the tiles, two if the scale or float16 needs it."""
         scale, precision = softmax.margin.scale, softmax.precision
         value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
-        operand_GD, size = unit_GD.to(precision), softmax.tile or kernels.tile_rows(*unit_GD.shape)
+        operand_GD, size = unit_GD.to(precision), softmax.tile or kernel_tile_size(*unit_GD.shape)
         reference_G = kernels.one_pass_reference(unit_GD, scale, precision)
 
         def tiles() -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -139,6 +139,6 @@ class FixedCentresSoftmax(torch.autograd.Function):
 
 def _tiles(unit_GD: Tensor, weight_ND: Tensor, rows_S: Tensor | None, softmax: Softmax) -> Iterator[tuple[int, Tensor]]:
     """Yield the start and the unit rows of each tile, in the type of the products."""
-    rows, size = len(weight_ND if rows_S is None else rows_S), softmax.tile or kernels.tile_rows(*unit_GD.shape)
+    rows, size = len(weight_ND if rows_S is None else rows_S), softmax.tile or kernel_tile_size(*unit_GD.shape)
     for start in range(0, rows, size):
         yield start, kernels.unit_rows(weight_ND, rows_S, start, min(size, rows - start), softmax.precision)

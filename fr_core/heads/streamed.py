@@ -33,6 +33,7 @@ from fr_core.ranks import Ranks
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # smallest length of a row, as in F.normalize
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
+KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
 MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
 
@@ -350,6 +351,14 @@ def tile_size(faces: int, embedding: int, device: torch.device) -> int:
     if device.type == "cuda":
         return max(MIN_TILE, GPU_LOGITS // faces)
     return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
+
+
+def kernel_tile_size(faces: int, embedding: int) -> int:
+    """Return the classes per tile of Triton's kernels, a multiple of the classes of a block.
+
+    A tile's exponentials take 128 MiB in 2 bytes each, and work for half a millisecond on a large card.
+    """
+    return max(MIN_TILE, KERNEL_LOGITS // max(faces, embedding) // MIN_TILE * MIN_TILE)
 
 
 def _tiles(

@@ -15,7 +15,7 @@ from fr_core.config.methods import BigFace, FixedCentres, PairLoss
 from fr_core.config.nets import Net
 from fr_core.config.optim import AdamW
 from fr_core.data.plan import held_rows
-from fr_core.heads.streamed import tile_size
+from fr_core.heads.streamed import kernel_tile_size
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net
 from fr_core.nets.iresnet import Stage, recompute
@@ -25,9 +25,7 @@ from fr_core.ranks import Ranks
 from fr_core.train.initial import segment_blocks
 
 FLOAT = 4  # bytes
-GPU = torch.device("cuda")
 CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
-LOGIT_TEMPORARIES = 3  # tensors of the size of a tile's logits at one time
 POOL_COPIES = 4  # copies of the pool: current, before the step, concatenated, sorted
 READ_WINDOWS = 3  # tables of a window at one time: being read, waiting, and being split
 PAIR_TEMPORARIES = 3  # tensors of the size of a global batch's pairs at one time
@@ -128,29 +126,41 @@ def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> di
     micro = config.train.global_batch // config.train.accumulate
     fused, sparse = method.update == "fused", method.sample_rate < 1
     matrix, gradient = FLOAT * (hi - lo) * embedding, 0 if fused else FLOAT * sampled * embedding
-    tile = min(method.tile or tile_size(micro, embedding, GPU), sampled)
-    operands = 2 * tile * (micro + embedding) if method.precision == "bfloat16" else 0
-    gathered = FLOAT * tile * embedding * (1 + fused) if sparse else 0
+    tile = min(method.tile or kernel_tile_size(micro, embedding), sampled)
     return {
         "class_matrix": matrix,
         "class_momentum": matrix,
         "class_gradient": gradient,
-        "tile": FLOAT * LOGIT_TEMPORARIES * micro * tile + operands + gathered,
+        "tile": tile_bytes(tile, micro, embedding, product_bytes(config, method.precision), own_products=fused),
         "update": gradient * (3 if sparse else 1),
     }
+
+
+def tile_bytes(tile: int, faces: int, embedding: int, number: int, own_products: bool) -> int:
+    """Return the bytes of a tile by Triton's kernels: operands, exponentials, and products if no gradient has a place.
+
+    Args:
+        number: bytes of a number of the products.
+    """
+    operands = number * (tile + faces) * embedding
+    return operands + number * faces * tile + (FLOAT * tile * embedding if own_products else 0)
+
+
+def product_bytes(config: Config, given: str) -> int:
+    """Return the bytes of an operand's number; ``given`` is the ``precision`` of a method. ``auto`` counts as 2."""
+    return FLOAT if (config.train.precision if given == "auto" else given) == "float32" else FLOAT // 2
 
 
 def centre_bytes(config: Config, method: FixedCentres, classes: int, faces: int) -> dict[str, int]:
     """Return the bytes of fixed centres, and of what a step needs for them. Every rank holds all centres."""
     embedding = config.net.embedding
     precision = config.train.precision if method.precision == "auto" else method.precision
-    each = embedding * (FLOAT if precision in ("float32", "float16") else 2)
+    each = embedding * (FLOAT if precision in ("float32", "float16") else 2)  # float16 products, float32 centres
     centres = method.centres(classes, config.train.global_batch)
-    tile = min(method.tile or tile_size(faces, embedding, GPU), centres)
-    operands = 0 if each == FLOAT * embedding else 2 * tile * faces
+    tile = min(method.tile or kernel_tile_size(faces, embedding), centres)
     return {
         "centres": centres * each * method.layers,
-        "tile": FLOAT * LOGIT_TEMPORARIES * faces * tile + operands,
+        "tile": tile_bytes(tile, faces, embedding, product_bytes(config, method.precision), own_products=False),
         "update": 0,
     }
 

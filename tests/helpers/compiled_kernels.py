@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fr_core.heads import kernels
-from fr_core.heads.streamed import TileSGD
+from fr_core.heads.streamed import TileSGD, kernel_tile_size
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 TENSOR_CORES = re.compile(rb"\b(HGMMA|HMMA|UTCHMMA)\b")
@@ -110,7 +110,7 @@ class Counts(TorchDispatchMode):
 
 def class_matrix_tile(precision, faces=4096):
     """Both passes of the margin softmax, with the filter and the fused SGD."""
-    rows = kernels.tile_rows(faces, EMBEDDING)
+    rows = kernel_tile_size(faces, EMBEDDING)
     unit_GD, weight_ND = torch.empty(faces, EMBEDDING), torch.empty(rows, EMBEDDING)
     operand_GD, sum_GD = torch.empty(faces, EMBEDDING, dtype=precision), torch.empty(faces, EMBEDDING)
     column_G, total_G, each = torch.zeros(faces, dtype=torch.int64), torch.empty(faces), torch.tensor(1.0)
@@ -132,7 +132,7 @@ def class_matrix_tile(precision, faces=4096):
 
 def fixed_centres_tile(precision, faces=512):
     """The one pass over fixed centres; the product of the exponentials with them is PyTorch's."""
-    rows = kernels.tile_rows(faces, EMBEDDING)
+    rows = kernel_tile_size(faces, EMBEDDING)
     operand_GD, centres_TD = (torch.empty(n, EMBEDDING, dtype=precision) for n in (faces, rows))
     labels_G, labels_T = (torch.zeros(n, dtype=torch.int64) for n in (faces, rows))
     reference_G, pull_GD = torch.empty(faces), torch.empty(faces, EMBEDDING)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
+from fr_core.heads import kernels
 from tests.helpers.interpreter import mend_interpreter
 from tests.pretend_card.card import PretendCard
 from tests.pretend_card.tensor import CardTensor, held
@@ -13,6 +14,7 @@ from tests.pretend_card.tensor import CardTensor, held
 def run_kernels(card: PretendCard) -> None:
     """Let kernels take tensors of the card, and count them; ``TRITON_INTERPRET`` must be set."""
     mend_interpreter()
+    kernels.block_sizes = lambda _: (32, 64)  # few large blocks: the interpreter runs one program after the other
     run = GridExecutor.__call__
 
     def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
