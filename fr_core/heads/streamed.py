@@ -125,7 +125,7 @@ def fixed_centres_softmax(
 
 
 def runs_kernels(unit_GD: Tensor) -> bool:
-    """Tell whether a softmax of these faces runs by Triton's kernels: on a card with the tensor cores that they need."""
+    """Tell whether a softmax of these faces runs by Triton's kernels: on a card with tensor cores that suit them."""
     return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _takes_kernels(unit_GD.device)
 
 
