@@ -51,7 +51,7 @@ CASES = {
     "AttFC": ("attfc_r50", [NET, "method.precision=float32"]),
 }
 IDENTITIES, IMAGES = 20_000, 80_000
-CONVOLUTIONS = ((32, 32), (64, 16), (128, 8), (256, 4))  # channels and side of the layers that are timed
+CONVOLUTIONS = ((32, 32, 1), (64, 16, 2), (128, 8, 1), (256, 4, 2))  # channels, side and stride of layers to time
 LAUNCHES = 100  # tiny operators whose mean time is that of a launch
 TIMES = 5  # runs of an operator in a calibration, whose median counts
 Seconds = dict[str, float]
@@ -211,10 +211,10 @@ def calibrated(ranks: Ranks) -> Rates:
 
     product = 3 * 2 * 64 * 256 * 2048 / median_seconds(products)
     own, flops, taken = BATCH // ranks.size, 0.0, 0.0
-    for channels, side in CONVOLUTIONS:
-        conv, x = nn.Conv2d(channels, channels, 3, padding=1, bias=False), maps_of(own, channels, side)
+    for channels, side, stride in CONVOLUTIONS:
+        conv, x = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False), maps_of(own, channels, side)
         conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # no stub has it
-        flops += 3 * 2 * 9 * channels * x.numel()
+        flops += 3 * 2 * 9 * channels * x.numel() / stride**2
         taken += median_seconds(partial(both_passes, conv, x))
     norm, x = nn.BatchNorm2d(32), maps_of(own, 32, 32)
     maps = 8 * x.nbytes / median_seconds(partial(both_passes, norm, x))  # 3 accesses there, 5 back
@@ -252,7 +252,8 @@ def maps_of(images: int, channels: int, side: int) -> Tensor:
 
 def both_passes(layer: nn.Module, x: Tensor) -> None:
     """Run a layer forward and backward."""
-    layer(x).backward(x.detach())
+    out = layer(x)
+    out.backward(out.detach())
 
 
 def median_seconds(work: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:

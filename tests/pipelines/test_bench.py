@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines.bench import turns
+from pipelines.bench import plan, turns
 from pipelines.bench.data import bench_grouped, bench_masks
 from pipelines.bench.heads import bench_attfc, bench_head
 from pipelines.bench.manifest import stages, write_simulated
@@ -60,6 +60,21 @@ def test_bench_manifest_writes_a_dataset_without_pixels_and_measures_each_stage(
     parts = ("open", "plan", "late_block")
     assert found.keys() == {"start", *parts, "first_block", "next_block", "counts", "names"}
     assert found["start"][0] >= sum(found[part][0] for part in parts) > 0
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [("debug_bigface", "flat"), ("debug_attfc", "grouped")])
+def test_bench_plan_predicts_each_part_that_it_measures(recipe, layout, tmp_path, monkeypatch):
+    """How near they come is not judged here."""
+    monkeypatch.setattr(plan, "use_processor", lambda threads: None)
+    for name, value in (("IDENTITIES", 2000), ("CONVOLUTIONS", ((8, 8, 1),)), ("TIMES", 1)):
+        monkeypatch.setattr(plan, name, value)
+    write_simulated(tmp_path, layout, 8000, 2000, 1)
+    found = plan.as_rank(0, recipe, [f"data.path={tmp_path}", *plan.COMMON], 1, str(tmp_path), 1)
+    encoder = {"encoder"} if layout == "grouped" else set()
+    assert found.keys() == {"backbone forward", "backbone backward", "head", "update", "step"} | encoder
+    for ((measured, predicted),) in found.values():
+        assert measured > 0
+        assert predicted > 0
 
 
 def test_bench_ingest_writes_what_ingest_reads(tmp_path):
