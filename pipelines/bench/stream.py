@@ -74,9 +74,12 @@ def bench_data(
         say: function that shows a line of progress.
 
     Returns:
-        A row for each of :data:`INPUTS` and the same as figures, medians of the turns: ``INPUT_per_second``,
-        ``INPUT_over_decode``, ``INPUT_over_loader``, and ``INPUT_cores_busy``: the stream's processor time by the time
-        passed.
+        A row for each of :data:`INPUTS`, and the same as figures. All are medians of the turns:
+
+        - ``INPUT_per_second``, ``INPUT_over_decode`` and ``INPUT_over_loader``.
+        - ``INPUT_processor_us``: the stream's processor time for an image. Other programs disturb it less.
+        - ``INPUT_decode_share``: the share of it that decoding alone takes.
+        - ``INPUT_cores_busy``: the stream's processor time by the time passed.
     """
     cores = torch.get_num_threads()
     use_processor(cores)
@@ -100,42 +103,47 @@ def _in_turns(config: Config, folder: Path, images: int, turns: int, cores: int)
     loader = loader_of(faces, batch, steps, cores)
     rates: list[tuple[float, ...]] = []
     for _ in range(1 + turns):
-        rates.append((*stream_rate(config, dataset, steps), decode_rate(jpegs), loader_rate(loader)))
-    streamed, busy, decoded, loaded = (list(measured) for measured in zip(*rates[1:], strict=True))
+        rates.append((*stream_rate(config, dataset, steps), *decode_rate(jpegs), loader_rate(loader)))
+    streamed, stream_us, decoded, decode_us, loaded = (list(measured) for measured in zip(*rates[1:], strict=True))
     return {
         "per_second": statistics.median(streamed),
         "over_decode": ratio(streamed, decoded) / cores,
         "over_loader": ratio(streamed, loaded),
-        "cores_busy": statistics.median(busy),
+        "processor_us": statistics.median(stream_us),
+        "decode_share": ratio(decode_us, stream_us),
+        "cores_busy": statistics.median(rate * us / 1e6 for rate, us in zip(streamed, stream_us, strict=True)),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return the rows as a table, header first."""
-    names = {"over_decode": "÷ (cores × decoding)", "over_loader": "÷ DataLoader", "cores_busy": "cores busy"}
-    cells: list[tuple[str, ...]] = [("input", "images/s", *names.values())]
+    headings = ("÷ (cores × decoding)", "÷ DataLoader", "processor µs an image", "of them decoding", "cores busy")
+    cells: list[tuple[str, ...]] = [("input", "images/s", *headings)]
     for row in rows:
-        cells.append((row["input"], f"{row['per_second']:,.0f}", *(f"{row[name]:.2f}" for name in names)))
+        ratios = f"{row['over_decode']:.2f}", f"{row['over_loader']:.2f}"
+        processor = f"{row['processor_us']:.0f}", f"{row['decode_share']:.2f}", f"{row['cores_busy']:.2f}"
+        cells.append((row["input"], f"{row['per_second']:,.0f}", *ratios, *processor))
     return cells
 
 
 def stream_rate(config: Config, dataset: Dataset, steps: int) -> tuple[float, float]:
-    """Return images a second after the first batch, and the cores that were busy."""
+    """Return images a second after the first batch, and microseconds of processor time an image."""
     plan = make_plan(config, dataset)
     with closing(batches(config, plan, Ranks(), 0, 1 + steps, blocks_in_process)) as stream:
         next(stream)
         started, processor = time.perf_counter(), time.process_time()
         images = sum(len(step.labels_B) * (1 + step.class_images_BKHWC.shape[1]) for step in stream)
-        seconds = time.perf_counter() - started
-    return images / seconds, (time.process_time() - processor) / seconds
+        seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    return images / seconds, 1e6 * processor / images
 
 
-def decode_rate(jpegs: list[bytes]) -> float:
-    """Return images a second of one thread that decodes and drops images."""
-    started = time.perf_counter()
+def decode_rate(jpegs: list[bytes]) -> tuple[float, float]:
+    """Return the same two figures of one thread that decodes and drops images."""
+    started, processor = time.perf_counter(), time.process_time()
     for jpeg in jpegs:
         decode(jpeg)
-    return len(jpegs) / (time.perf_counter() - started)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    return len(jpegs) / seconds, 1e6 * processor / len(jpegs)
 
 
 def loader_rate(loader: DataLoader) -> float:
