@@ -14,6 +14,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.ranks import Ranks
 from fr_core.train.loop import remaining_batches, resume_or_init, step
+from fr_core.train.update import metrics_of
 from tests.helpers.datasets import write_dataset
 
 # Recipe, what else it takes, and the layout that it reads.
