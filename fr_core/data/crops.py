@@ -126,23 +126,36 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 def similarity(landmarks: np.ndarray, size: int) -> np.ndarray:
     """Fit the rotation, scale and shift that carries five points onto the template: float32 [2, 3].
 
-    The fit is least-squares: Umeyama, "Least-squares estimation of transformation parameters between two point
-    patterns", IEEE TPAMI 1991.
-
     Raises:
         RejectedImage: the points coincide or are not finite.
     """
-    plane = np.array([1, 1j])
-    source, target = landmarks @ plane, (TEMPLATE * (size / TEMPLATE_SIZE)) @ plane
-    source_mean, target_mean = source.sum() / 5, target.sum() / 5
-    source -= source_mean
-    spread = np.vdot(source, source).real
-    if not np.isfinite(spread) or spread < 1e-6:
+    (matrix,) = similarities(landmarks[None], size)
+    if np.isnan(matrix).any():
         raise RejectedImage("unusable landmarks")
-    # For complex points, the optimal rotation and scale is the quotient ⟨source, target⟩ / ⟨source, source⟩.
-    turn = complex(np.vdot(source, target)) / spread
-    shift = complex(target_mean) - turn * complex(source_mean)
-    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]], np.float32)
+    return matrix
+
+
+def similarities(points_N52: np.ndarray, size: int) -> np.ndarray:
+    """Fit the rotation, scale and shift that carries each five points onto the template.
+
+    The fit is least-squares: Umeyama, "Least-squares estimation of transformation parameters between two point
+    patterns", IEEE TPAMI 1991.
+
+    Returns:
+        float32 [N, 2, 3], NaN where the points coincide or are not finite.
+    """
+    plane = np.array([1, 1j])
+    with np.errstate(invalid="ignore"):  # points that are not finite
+        source_N5, target_5 = points_N52 @ plane, (TEMPLATE * (size / TEMPLATE_SIZE)) @ plane
+        source_mean_N, target_mean = source_N5.mean(1), target_5.mean()
+        source_N5 -= source_mean_N[:, None]
+        spread_N = (source_N5 * source_N5.conj()).sum(1).real
+        spread_N[~(np.isfinite(spread_N) & (spread_N >= 1e-6))] = np.nan
+        # For complex points, the optimal rotation and scale is the quotient ⟨source, target⟩ / ⟨source, source⟩.
+        turn_N = (source_N5.conj() @ target_5) / spread_N
+        shift_N = target_mean - turn_N * source_mean_N
+    rows = (turn_N.real, -turn_N.imag, shift_N.real), (turn_N.imag, turn_N.real, shift_N.imag)
+    return np.array(rows).transpose(2, 0, 1).astype(np.float32)
 
 
 def encode(image: np.ndarray, quality: int = QUALITY) -> bytes:

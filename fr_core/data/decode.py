@@ -2,7 +2,7 @@
 
 Every random choice is drawn from (seed, epoch, sample id). So an image looks the same on every rank and worker.
 
-Legend: B batch, H W pixels, U uniform numbers of an image, F side of a displacement field.
+Legend: B batch, N some images of it, H W pixels, U uniform numbers of an image, F side of a displacement field.
 """
 
 import itertools
@@ -17,12 +17,14 @@ import simplejpeg
 from fr_core import rng
 from fr_core.config.sections import Augment
 from fr_core.data.crops import warped
+from fr_core.data.masks import Mask
 from fr_core.data.photos import read_rgb
 
+DRAWS = 19  # uniform numbers per image
 _CHUNK = 16  # images per task of a thread
 
 
-def augmented_batch(
+def begin_batch(
     images: Sequence[bytes | np.ndarray],
     draws_BU: np.ndarray,
     size: int,
@@ -30,9 +32,9 @@ def augmented_batch(
     pool: ThreadPoolExecutor,
     fields_BFF2: np.ndarray | None = None,
     small: int | None = None,
-    mask: Callable[[int, np.ndarray], np.ndarray] | None = None,
-) -> np.ndarray:
-    """Decode, augment and resize a batch in the threads of a pool.
+    masks: Sequence[Mask | None] | None = None,
+) -> Callable[[], np.ndarray]:
+    """Begin to decode, augment and resize a batch in the threads of a pool.
 
     Args:
         images: B encoded images, or decoded ones of any size, uint8 [H, W, 3].
@@ -42,48 +44,76 @@ def augmented_batch(
         pool: threads that do the work.
         fields_BFF2: displacement fields that make virtual identities (``fr_core/data/virtual.py``).
         small: side to which the finished images are shrunk, for progressive resizing.
-        mask: function from :func:`fr_core.data.masks.mask_function`, applied before any augmentation.
+        masks: functions from :func:`fr_core.data.masks.mask_functions`, applied before any augmentation.
 
     Returns:
-        uint8 [B, size, size, 3], RGB; with ``small``, [B, small, small, 3].
+        Function that waits for the batch: uint8 [B, size, size, 3], RGB; with ``small``, [B, small, small, 3].
     """
     out = np.empty((len(images), size, size, 3), np.uint8)
     shrunk = out if small in (None, size) else np.empty((len(images), small, small, 3), np.uint8)
-    moved = fields_BFF2 is not None or augment.shift or augment.scale or augment.rotate
 
     def fill(start: int) -> None:
         """Make the images of one chunk of the batch."""
         part = slice(start, start + _CHUNK)
-        rows = [decode(image) if isinstance(image, bytes) else image for image in images[part]]
-        rows = [mask(start + i, row) for i, row in enumerate(rows)] if mask else rows
-        rows = [averaged(row, size) for row in rows]
-        shapes = [row.shape[:2] for row in rows]
-        matrices: Iterable[np.ndarray | None] = itertools.repeat(None)
-        if moved or set(shapes) != {(size, size)}:
-            matrices = _random_warps(np.array(shapes), draws_BU[part], size, augment)
-        for i, image, matrix, u in zip(itertools.count(start), rows, matrices, draws_BU[part].tolist(), strict=False):
-            _augment(out[i], image, matrix, u, augment, None if fields_BFF2 is None else fields_BFF2[i])
-            if shrunk is not out:
-                cv2.resize(out[i], shrunk.shape[1:3], shrunk[i], interpolation=cv2.INTER_AREA)
+        fields = None if fields_BFF2 is None else fields_BFF2[part]
+        augment_images(out[part], images[part], draws_BU[part], augment, fields, masks and masks[part])
+        if shrunk is not out:
+            for image, little in zip(out[part], shrunk[part], strict=True):
+                cv2.resize(image, little.shape[:2], little, interpolation=cv2.INTER_AREA)
 
-    list(pool.map(fill, range(0, len(images), _CHUNK)))
-    return shrunk
+    chunks = pool.map(fill, range(0, len(images), _CHUNK))
+
+    def finished() -> np.ndarray:
+        """Wait for all chunks, and raise what failed in one."""
+        list(chunks)
+        return shrunk
+
+    return finished
+
+
+def augment_images(
+    out_NHWC: np.ndarray,
+    images: Sequence[bytes | np.ndarray],
+    draws_NU: np.ndarray,
+    augment: Augment,
+    fields_NFF2: np.ndarray | None = None,
+    masks: Sequence[Mask | None] | None = None,
+) -> None:
+    """Decode, augment and resize N images one after the other, in this thread.
+
+    Args:
+        out_NHWC: the results, written in place; their side is the net's.
+        images, draws_NU, augment, fields_NFF2, masks: those of :func:`begin_batch`.
+    """
+    size = out_NHWC.shape[1]
+    rows = [decode(image) if isinstance(image, bytes) else image for image in images]
+    if masks:
+        rows = [mask(row) if mask else row for row, mask in zip(rows, masks, strict=True)]
+    rows = [averaged(row, size) for row in rows]
+    shapes = [row.shape[:2] for row in rows]
+    matrices: Iterable[np.ndarray | None] = itertools.repeat(None)
+    moved = fields_NFF2 is not None or augment.shift or augment.scale or augment.rotate
+    if moved or set(shapes) != {(size, size)}:
+        matrices = _random_warps(np.array(shapes), draws_NU, size, augment)
+    fields = itertools.repeat(None) if fields_NFF2 is None else fields_NFF2
+    for out, row, matrix, u, field in zip(out_NHWC, rows, matrices, draws_NU.tolist(), fields, strict=False):
+        _augment(out, row, matrix, u, augment, field)
 
 
 def augment_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     """Draw the uniform numbers that augment each image of a batch: float64 [B, 19]."""
-    return rng.uniforms(seed, "augment", epoch, sample_ids, _DRAWS)
+    return rng.uniforms(seed, "augment", epoch, sample_ids, DRAWS)
 
 
 def second_view_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
     """Draw the numbers of a second augmented copy of each image, independent of the first: float64 [B, 19]."""
-    return rng.uniforms(seed, "augment second view", epoch, sample_ids, _DRAWS)
+    return rng.uniforms(seed, "augment second view", epoch, sample_ids, DRAWS)
 
 
 def class_image_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_images: int) -> np.ndarray:
     """Draw the numbers of each sample's K class images, independent of the sample's numbers: float64 [B, K, 19]."""
-    numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * _DRAWS)
-    return numbers.reshape(-1, class_images, _DRAWS)
+    numbers = rng.uniforms(seed, "augment class images", epoch, sample_ids, class_images * DRAWS)
+    return numbers.reshape(-1, class_images, DRAWS)
 
 
 def decode_all(jpegs: Sequence[bytes], pool: ThreadPoolExecutor) -> list[np.ndarray]:
@@ -120,7 +150,7 @@ def averaged(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
 
 
-_DRAWS = 19  # uniform numbers per image
+_LEVELS = np.arange(256.0)[:, None]
 
 
 def _augment(
@@ -220,10 +250,10 @@ def _pixels(size: int) -> np.ndarray:
 
 def _light(image: np.ndarray, augment: Augment, signed: np.ndarray) -> None:
     """Change contrast about the mean, brightness and each channel's gain, by one look-up table of 256 × 3 entries."""
-    mean = image.mean()
-    levels = (np.arange(256.0)[:, None] - mean) * (1 + augment.light * signed[1]) + mean
+    mean = sum(cv2.sumElems(image)) / image.size
+    levels = (_LEVELS - mean) * (1 + augment.light * signed[1]) + mean
     gains = (1 + augment.light * signed[0]) * (1 + augment.colour * signed[2:])
-    cv2.LUT(image, np.clip(levels * gains, 0, 255).astype(np.uint8)[None], image)
+    cv2.LUT(image, (levels * gains).clip(0, 255).astype(np.uint8)[None], image)
 
 
 def _blurred(image: np.ndarray, factor: float) -> np.ndarray:

@@ -13,10 +13,9 @@ those of the 112×112 template: x to the right, y down, z towards the viewer.
 
 import bisect
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
@@ -24,9 +23,9 @@ import numpy as np
 from fr_core import rng
 from fr_core.config import Config
 from fr_core.config.sections import Masks
-from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, similarity
-from fr_core.data.photos import RejectedImage
+from fr_core.data.crops import TEMPLATE, TEMPLATE_SIZE, similarities
 
+Mask = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] → a copy with a mask
 KINDS = ("surgical", "kn95", "cloth", "dark")
 PER_KIND = 16  # textures of a kind
 TEXTURE = (96, 128)  # height and width of a texture, pixels
@@ -36,6 +35,7 @@ ANCHORS = np.array([(4, 14), (64, 2), (124, 14), (106, 78), (64, 94), (22, 78)],
 TARGETS = np.array([(20, 66), (56, 60), (92, 66), (84, 98), (56, 111), (28, 98)], np.float32)
 JITTER = 3.0  # largest random move of a target, template pixels
 EARS = np.array([(3, 56), (109, 56), (7, 84), (105, 84)], np.float32)  # ends of the straps
+STRAP_ENDS = [(0, 6), (2, 7), (5, 8), (3, 9)]  # an anchor and an ear, by their places in _anchors
 SYSTEM = np.zeros((12, 8))  # the constant part of the direct linear transform's system
 SYSTEM[0::2, :2] = SYSTEM[1::2, 3:5] = ANCHORS
 SYSTEM[0::2, 2] = SYSTEM[1::2, 5] = 1
@@ -48,6 +48,7 @@ STRAPS = ((0.02, -0.12), (0.3, -0.35))  # height of each strap at the mask, and 
 LIGHT = np.array([0.1, -0.46, 0.88])  # direction to the light
 NOSE = np.array([22.0, 30.0])  # pixels that the tip moves against the other points, per sine of yaw and of pitch
 NOSE_MOVES = np.array([-0.25, -0.25, 1, -0.25, -0.25], np.float32)
+_PLANE = np.array([1, 1j])  # makes a complex number of a point
 STEP = np.deg2rad(6)  # between rendered turns
 GROWN, MOVED = 0.05, 1.5  # largest random change of a rendered mask's size (share) and height (template pixels)
 MAX_OFFSET = 34  # pixels of the template; points farther from their places belong to no face
@@ -56,6 +57,7 @@ UNTOUCHED = 0.4  # share of the image, from its top, that no mask touches
 EYE_MARGIN = 7.7  # pixels of the template below the line of the eyes that no mask enters
 # Corners of the area that stays clear, seen from the left eye: along and across the line of the eyes, in EYE_MARGIN.
 CLEARED = np.array([(-20, 1), (25, 1), (25, -9), (-20, -9)])
+ROOM = 8  # pixels of the template around a rendered mask, more than its shadow needs
 STRAPPED = 0.8  # share of the warped masks with straps
 COLOURED = 12  # mean difference of red and blue from which a photo counts as coloured
 
@@ -65,7 +67,8 @@ class Face:
     """Where a face lies in an image."""
 
     to_image: np.ndarray  # float64 [2, 3], template pixels to image pixels
-    points: np.ndarray  # float64 [5, 2], image pixels
+    points: np.ndarray  # float32 [5, 2], image pixels
+    clear: np.ndarray  # float64 [4, 2], corners of the area around the eyes that stays clear, image pixels
     yaw: float  # radians, positive where the face looks to the image's right
     pitch: float  # positive where it looks down
 
@@ -83,13 +86,18 @@ def masked(image: np.ndarray, landmarks: np.ndarray | None, u: np.ndarray, masks
     Returns:
         uint8 [H, W, 3], a new image.
     """
-    size = image.shape[0]
-    face, above = locate(landmarks, size), int(UNTOUCHED * size)
+    return put_on(image, locate(landmarks, len(image)), u, masks, seed)
+
+
+def put_on(image: np.ndarray, face: Face, u: np.ndarray, masks: Masks, seed: int) -> np.ndarray:
+    """Put a mask on a face that is located. Args and returns are those of :func:`masked`."""
+    size = len(image)
+    above = int(UNTOUCHED * size)
     tool, kind = choose(u, masks)
     layer = TOOLS[tool](seed, kind, face, (size - above, size), above, u[2:])
     _clear_eyes(layer, face, above)
     out = image.copy()
-    out[above:] = blended(image[above:], layer)
+    blend(out[above:], layer)
     return out
 
 
@@ -100,26 +108,24 @@ def choose(u: np.ndarray, masks: Masks) -> tuple[str, str]:
     return ("rendered" if u[0] < masks.rendered else "warped"), kind
 
 
-def mask_function(
-    config: Config, points_B: np.ndarray, draws_BU: np.ndarray
-) -> Callable[[int, np.ndarray], np.ndarray] | None:
-    """Return the function that applies ``data.masks`` to image i of a batch, or None if no image gets a mask.
+def mask_functions(config: Config, points_B52: np.ndarray, draws_BU: np.ndarray, size: int) -> list[Mask | None]:
+    """Return the functions that put ``data.masks`` on the images of a batch: None for an image without a mask.
 
     Args:
         config: config of the run.
-        points_B: float32 [B, 5, 2], NaN where unknown.
-        draws_BU: numbers from :func:`mask_draws`.
+        points_B52: float32 [B, 5, 2], NaN where unknown.
+        draws_BU: numbers from :func:`mask_draws`. An image gets a mask if its first number is below the ratio.
+        size: side of the images, pixels.
+
     """
-    masks, seed = config.data.masks, config.seed
+    masks = config.data.masks
+    functions: list[Mask | None] = [None] * len(draws_BU)
     if masks.ratio == 0:
-        return None
-
-    def mask(i: int, image: np.ndarray) -> np.ndarray:
-        """Return image i, with a mask if its first number is below the ratio."""
-        u = draws_BU[i]
-        return masked(image, points_B[i], u[1:], masks, seed) if u[0] < masks.ratio else image
-
-    return mask
+        return functions
+    chosen = np.flatnonzero(draws_BU[:, 0] < masks.ratio)
+    for i, face in zip(chosen.tolist(), locate_all(points_B52[chosen], size), strict=True):
+        functions[i] = partial(put_on, face=face, u=draws_BU[i, 1:], masks=masks, seed=config.seed)
+    return functions
 
 
 def mask_draws(seed: int, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
@@ -139,25 +145,39 @@ def class_image_mask_draws(seed: int, epoch: int, sample_ids: np.ndarray, class_
 
 
 def locate(landmarks: np.ndarray | None, size: int) -> Face:
-    """Find the position and turn of a face in a crop of side ``size``.
+    """Find the position and turn of a face in a crop, by its points or, without them, by the alignment alone."""
+    unknown = np.full((5, 2), np.nan, np.float32)
+    return locate_all(np.stack([unknown if landmarks is None else landmarks]), size)[0]
 
-    Points that are missing, coincide or lie too far from the template are replaced by the template's.
+
+def locate_all(points_N52: np.ndarray, size: int) -> list[Face]:
+    """Find the position and turn of N faces in crops of side ``size``.
+
+    Points that are missing (NaN), coincide or lie too far from the template are replaced by the template's.
     """
-    points = TEMPLATE * (size / TEMPLATE_SIZE) if landmarks is None else np.asarray(landmarks, np.float32)
-    try:
-        to_template = similarity(points, TEMPLATE_SIZE)
-    except RejectedImage:
-        return locate(None, size)
-    to_image = cv2.invertAffineTransform(to_template.astype(np.float64))
-    if landmarks is None:
-        return Face(to_image, points, 0.0, 0.0)
-    offsets = points @ to_template[:, :2].T + to_template[:, 2] - TEMPLATE
-    apart = offsets[1, 0] - offsets[0, 0] + TEMPLATE[1, 0] - TEMPLATE[0, 0]  # negative for a mirrored face
-    if abs(offsets).max() > MAX_OFFSET or abs(points).max() > 2 * size or apart < NARROWEST:
-        return locate(None, size)
-    sines = NOSE_MOVES @ offsets / NOSE
-    yaw, pitch = (math.asin(min(max(sine, -0.8), 0.8)) for sine in sines.tolist())
-    return Face(to_image, points, yaw, pitch)
+    points_52 = TEMPLATE * (size / TEMPLATE_SIZE)
+    points_M52 = np.concatenate([points_N52, points_52[None]]).astype(np.float32)  # the template's are the last
+    to_template_M23 = similarities(points_M52, TEMPLATE_SIZE)
+    offsets_M52 = points_M52 @ to_template_M23[:, :, :2].swapaxes(1, 2) + to_template_M23[:, None, :, 2] - TEMPLATE
+    usable_N = _may_be_faces(points_M52, offsets_M52, size)[:-1]
+    taken_N = np.where(usable_N, np.arange(len(points_N52)), -1)
+    points_N52, to_template_N23, offsets_N52 = (all_M[taken_N] for all_M in (points_M52, to_template_M23, offsets_M52))
+    turns_N2 = np.arcsin((NOSE_MOVES @ offsets_N52 / NOSE).clip(-0.8, 0.8))
+    eyes_N2 = points_N52[:, :2] @ _PLANE
+    along_N = eyes_N2[:, 1] - eyes_N2[:, 0]
+    along_N *= EYE_MARGIN * size / TEMPLATE_SIZE / np.abs(along_N)
+    clear_N4 = eyes_N2[:, :1] + along_N[:, None] * (CLEARED @ _PLANE)
+    clear_N42 = np.stack([clear_N4.real, clear_N4.imag], 2)
+    to_images = map(cv2.invertAffineTransform, to_template_N23.astype(np.float64))
+    return list(map(Face, to_images, points_N52, clear_N42, *turns_N2.T.tolist()))
+
+
+def _may_be_faces(points_N52: np.ndarray, offsets_N52: np.ndarray, size: int) -> np.ndarray:
+    """Return which points a face in a crop of side ``size`` may have, by their offsets from the template: bool [N]."""
+    near_N = np.abs(offsets_N52).max((1, 2)) <= MAX_OFFSET  # never true of NaN
+    inside_N = np.abs(points_N52).max((1, 2)) <= 2 * size
+    eyes_apart_N = (offsets_N52 + TEMPLATE)[:, :2, 0] @ [-1, 1]  # negative for a mirrored face
+    return near_N & inside_N & (eyes_apart_N >= NARROWEST)
 
 
 def warp_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above: int, u: np.ndarray) -> np.ndarray:
@@ -181,8 +201,7 @@ def warp_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above: i
     layer = cv2.warpPerspective(texture, homography(points[:6]), shape[::-1])
     if u[13] < STRAPPED:
         straps = np.zeros_like(layer)
-        ends = np.stack([points[[0, 2, 5, 3]], points[6:]], 1)
-        lines = (ends * 16).round().astype(np.int32)  # 4 fractional bits
+        lines = (points[STRAP_ENDS] * 16).round().astype(np.int32)  # 4 fractional bits
         colour = (207, 207, 202, 230) if u[14] < 0.7 else (28, 28, 28, 230)
         cv2.polylines(straps, list(lines), False, colour, 1, cv2.LINE_AA, 4)
         layer = cv2.max(layer, straps)
@@ -209,7 +228,9 @@ def render_mask(seed: int, kind: str, face: Face, shape: tuple[int, int], above:
     to_layer[:, 2] += to_layer[:, :2] @ ((1 - grown) * CENTRE + (0, moved))
     to_layer[:, :2] *= grown
     to_layer[1, 2] -= above
-    return cv2.warpAffine(layer, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
+    whole = np.zeros((TEMPLATE_SIZE, TEMPLATE_SIZE, 4), np.uint8)
+    whole[view.part] = layer
+    return cv2.warpAffine(whole, to_layer, shape[::-1], flags=cv2.INTER_LINEAR)
 
 
 TOOLS = {"warped": warp_mask, "rendered": render_mask}
@@ -217,16 +238,17 @@ TOOLS = {"warped": warp_mask, "rendered": render_mask}
 
 @dataclass(frozen=True)
 class View:
-    """A masked head, seen by one parallel ray per pixel of the template [112, 112]."""
+    """A masked head, seen by one parallel ray per pixel of the template; only the part [H, W] with mask and shadow."""
 
+    part: tuple[slice, slice]  # its rows and columns of the template
     where: tuple[np.ndarray, np.ndarray]  # texture pixel of each ray, in OpenCV's fixed-point form
-    tone: np.ndarray  # uint8 [112, 112, 4]: light on the cloth, and its soft edge
-    straps: np.ndarray  # uint8 [112, 112, 4], RGB premultiplied with the alpha
+    tone: np.ndarray  # uint8 [H, W, 4]: light on the cloth, and its soft edge
+    straps: np.ndarray  # uint8 [H, W, 4], RGB premultiplied with the alpha
 
 
 @lru_cache(maxsize=400)
 def _view(yaw: int, pitch: int) -> View:
-    """Render the view of a head turned by whole steps; it takes about 0.2 MB."""
+    """Render the view of a head turned by whole steps; it takes about 0.1 MB."""
     head = rotation(STEP * yaw, STEP * pitch)
     hit, surface = _cast_rays(head)
     azimuth = np.arctan2(surface[..., 0] * AXES[0], surface[..., 2] * AXES[2])
@@ -239,11 +261,18 @@ def _view(yaw: int, pitch: int) -> View:
     edge = hit * np.clip(12 * inside, 0, 1)
     strap = hit & _lies_on_strap(azimuth, height)
     light = _light(head, surface, azimuth, down)
-    return View(
-        cv2.convertMaps(column, row, cv2.CV_16SC2),
-        _to_bytes(np.dstack([edge * light] * 3 + [edge])),
-        _to_bytes(strap[..., None] * np.dstack([0.85 * light] * 3 + [np.ones_like(light)])),
-    )
+    tone = _to_bytes(np.dstack([edge * light] * 3 + [edge]))
+    straps = _to_bytes(strap[..., None] * np.dstack([0.85 * light] * 3 + [np.ones_like(light)]))
+    part = _around(cv2.extractChannel(cv2.max(tone, straps), 3))
+    maps = cv2.convertMaps(column[part], row[part], cv2.CV_16SC2)
+    return View(part, maps, tone[part].copy(), straps[part].copy())
+
+
+def _around(alpha: np.ndarray) -> tuple[slice, slice]:
+    """Return the rows and columns around the part of a mask that is not transparent, with :data:`ROOM`."""
+    left, top, width, height = cv2.boundingRect(alpha)
+    rows = slice(max(top - ROOM, 0), top + height + ROOM)
+    return rows, slice(max(left - ROOM, 0), left + width + ROOM)
 
 
 def _cast_rays(head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -294,20 +323,20 @@ def _light(head: np.ndarray, surface: np.ndarray, azimuth: np.ndarray, down: np.
     return np.minimum(light, 1)
 
 
-def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
+def blend(photo: np.ndarray, layer: np.ndarray) -> None:
     """Lay a layer over a photo, in the photo's brightness, saturation, light and sharpness.
 
     Args:
-        photo: uint8 [H, W, 3].
+        photo: uint8 [H, W, 3], changed in place.
         layer: uint8 [H, W, 4], premultiplied.
     """
     height, width = photo.shape[:2]
     small = cv2.resize(photo, (9, 6), interpolation=cv2.INTER_AREA)
     grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
     small_grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    mean = max(float(small_grey.mean()), 1.0)
+    mean = max(cv2.mean(small_grey)[0], 1.0)
     exposure = min(max(mean / 115, 0.35), 1.15)
-    light = 128 * exposure * np.clip(small_grey / mean, 0.6, 1.4) ** 0.6
+    light = 128 * exposure * (small_grey / mean).clip(0.6, 1.4) ** 0.6
     gain = cv2.resize(light.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
     sharpness = cv2.norm(cv2.Laplacian(grey, cv2.CV_16S), cv2.NORM_L1) / grey.size
     sigma = min(max(0.9 - 0.035 * sharpness, 0.3), 0.9) * width / TEMPLATE_SIZE
@@ -319,7 +348,7 @@ def blended(photo: np.ndarray, layer: np.ndarray) -> np.ndarray:
         plain = _grey_to_rgb(cv2.cvtColor(cloth, cv2.COLOR_RGB2GRAY))
         cloth = cv2.addWeighted(cloth, tint / COLOURED, plain, 1 - tint / COLOURED, 0)
     toned = cv2.multiply(cloth, _grey_to_rgb(gain), scale=1 / 128)
-    return cv2.add(cv2.multiply(photo, _grey_to_rgb(bare), scale=1 / 255), toned)
+    cv2.add(cv2.multiply(photo, _grey_to_rgb(bare), scale=1 / 255), toned, photo)
 
 
 def _grey_to_rgb(plane: np.ndarray) -> np.ndarray:
@@ -366,7 +395,9 @@ def homography(points: np.ndarray) -> np.ndarray:
     system[0::2, 6:] = -points[:, :1] * ANCHORS
     system[1::2, 6:] = -points[:, 1:] * ANCHORS
     _, solved = cv2.solve(system, points.reshape(12, 1), flags=cv2.DECOMP_QR)
-    return np.append(solved, 1.0).reshape(3, 3)
+    matrix = np.ones((3, 3))
+    matrix.flat[:8] = solved
+    return matrix
 
 
 def _projected(points: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -383,9 +414,7 @@ def _drift(turn: np.ndarray) -> np.ndarray:
 
 def _clear_eyes(layer: np.ndarray, face: Face, above: int) -> None:
     """Erase the part of a layer that lies above :data:`EYE_MARGIN` below the line of the eyes."""
-    along = complex(*(face.points[1] - face.points[0]))
-    along *= EYE_MARGIN * (above + len(layer)) / TEMPLATE_SIZE / abs(along)
-    corners = face.points[0] + CLEARED @ [(along.real, along.imag), (-along.imag, along.real)] - (0, above)
+    corners = face.clear - (0, above)
     cv2.fillConvexPoly(layer, (corners * 16).round().astype(np.int32), (0, 0, 0, 0), cv2.LINE_AA, 4)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import torch
@@ -30,8 +31,8 @@ from fr_core.config import (
     unlabelled_batch,
 )
 from fr_core.data.class_images import Pool, pools
-from fr_core.data.decode import augment_draws, augmented_batch, class_image_draws, decode_all, second_view_draws
-from fr_core.data.masks import class_image_mask_draws, mask_draws, mask_function, second_view_mask_draws
+from fr_core.data.decode import augment_draws, begin_batch, class_image_draws, decode_all, second_view_draws
+from fr_core.data.masks import class_image_mask_draws, mask_draws, mask_functions, second_view_mask_draws
 from fr_core.data.plan import Block, Plan, read_block, read_task
 from fr_core.data.schema import Dataset, open_dataset, points_of
 from fr_core.data.virtual import displacements, variants
@@ -148,31 +149,45 @@ def batches(
     plan.lanes_of(ranks.rank, ranks.size)  # refuses a wrong number of ranks before the first read
     each = plan.global_batch // ranks.size
     least, most = DECODERS
+    cv2.setNumThreads(1)  # OpenCV's threads would wake for every small image, and take the decoders' cores
     with ThreadPoolExecutor(min(max(least, torch.get_num_threads()), most)) as threads:
 
-        def decoded() -> Iterator[Batch]:
-            """Yield the batches of all blocks."""
+        def begun() -> Iterator[Callable[[], Batch]]:
+            """Begin the batches of all blocks."""
             tables = (_check_labels(plan, table) for table in blocks(plan, ranks, step, stop))
             schedule = _block_schedule(plan, ranks, step, stop)
+            side = plan.dataset.manifest.image_size
             if plan.dataset.manifest.layout == "flat":
                 for block, rows in zip(schedule, tables, strict=False):
-                    yield from _flat_batches(config, block.epoch, rows, each, threads)
+                    yield from _flat_batches(config, block.epoch, rows, each, side, threads)
                 return
-            side = plan.dataset.manifest.image_size
             decoded = config.data.decoded_mib * 2**20 // (3 * side**2)
             with closing(ahead(pools(plan, schedule, tables, decoded, threads), 1)) as made:
                 for epoch, pool in made:
-                    yield from _grouped_batches(config, epoch, pool, each, threads)
+                    yield from _grouped_batches(config, epoch, pool, each, side, threads)
 
-        made = (batch.pinned() for batch in decoded()) if torch.cuda.is_available() else decoded()
+        made = _finished(begun())
+        if torch.cuda.is_available():
+            made = (batch.pinned() for batch in made)
         with closing(ahead(made, DECODED_AHEAD)) as stream:
             yield from itertools.islice(stream, stop - step)
 
 
+def _finished(begun: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """Wait for one item after the other. The next one is begun before, so that no thread idles at an item's end."""
+    before = None
+    for finish in begun:
+        if before:
+            yield before()
+        before = finish
+    if before:
+        yield before()
+
+
 def _flat_batches(
-    config: Config, epoch: int, rows: pa.Table, batch: int, threads: ThreadPoolExecutor
-) -> Iterator[Batch]:
-    """Yield the batches of one block of flat rows."""
+    config: Config, epoch: int, rows: pa.Table, batch: int, side: int, threads: ThreadPoolExecutor
+) -> Iterator[Callable[[], Batch]]:
+    """Begin the batches of one block of flat rows."""
     size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
     for start in range(0, rows.num_rows, batch):
         step = rows.slice(start, batch)
@@ -186,10 +201,9 @@ def _flat_batches(
             sources = [image for image in decode_all(sources, threads) for _ in range(2)]
             ids, labels, points = (np.repeat(own, 2, axis=0) for own in (ids, labels, points))
             fields = None if fields is None else np.repeat(fields, 2, axis=0)
-        mask = mask_function(config, points, masked)
-        images = augmented_batch(sources, numbers, size, augment, threads, fields, small, mask)
-        none = torch.empty((len(ids), 0, *images.shape[1:]), dtype=torch.uint8)
-        yield Batch(epoch, ids, torch.from_numpy(labels), torch.from_numpy(images), none)
+        masks = mask_functions(config, points, masked, side)
+        images = begin_batch(sources, numbers, size, augment, threads, fields, small, masks)
+        yield partial(_batch, epoch, ids, labels, images, 0)
 
 
 def _interleave(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
@@ -198,9 +212,9 @@ def _interleave(first_BU: np.ndarray, second_BU: np.ndarray) -> np.ndarray:
 
 
 def _grouped_batches(
-    config: Config, epoch: int, pool: Pool, batch: int, threads: ThreadPoolExecutor
-) -> Iterator[Batch]:
-    """Yield the batches of one block of the grouped layout, with their class images."""
+    config: Config, epoch: int, pool: Pool, batch: int, side: int, threads: ThreadPoolExecutor
+) -> Iterator[Callable[[], Batch]]:
+    """Begin the batches of one block of the grouped layout, with their class images."""
     size, small, augment = config.net.input_size, image_side(config, epoch), config.data.augment
     count = config.method.facts.class_images
     for start in range(0, len(pool.order_Q), batch):
@@ -214,11 +228,18 @@ def _grouped_batches(
         fields = None if fields is None else np.concatenate([fields] * (count + 1))
         masked = class_image_mask_draws(config.seed, epoch, ids, count)
         masked = np.concatenate([mask_draws(config.seed, epoch, ids), *masked.swapaxes(0, 1)])
-        mask = mask_function(config, pool.points_P[all_A], masked)
+        masks = mask_functions(config, pool.points_P[all_A], masked, side)
         sources = [pool.images[i] for i in all_A]
-        images = torch.from_numpy(augmented_batch(sources, numbers, size, augment, threads, fields, small, mask))
-        class_images_BK = images[len(own_B) :].unflatten(0, (count, len(own_B))).transpose(0, 1)
-        yield Batch(epoch, ids, torch.from_numpy(labels), images[: len(own_B)], class_images_BK)
+        images = begin_batch(sources, numbers, size, augment, threads, fields, small, masks)
+        yield partial(_batch, epoch, ids, labels, images, count)
+
+
+def _batch(epoch: int, ids_B: np.ndarray, labels_B: np.ndarray, images: Callable[[], np.ndarray], count: int) -> Batch:
+    """Wait for the images of a batch, of which ``count`` times as many as its samples are class images."""
+    images_AHWC = torch.from_numpy(images())
+    own_BHWC, others_HWC = images_AHWC.split([len(ids_B), count * len(ids_B)])
+    class_images_BKHWC = others_HWC.unflatten(0, (count, len(ids_B))).transpose(0, 1)
+    return Batch(epoch, ids_B, torch.from_numpy(labels_B), own_BHWC, class_images_BKHWC)
 
 
 def _class_labels(

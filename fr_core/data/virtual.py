@@ -45,26 +45,25 @@ def displacements(seed: int, labels_B: np.ndarray, variant_B: np.ndarray, streng
     Returns:
         float32 [B, F, F, 2]: the displacement (x, y) of each place's source, as a share of the side.
     """
-    basis = _basis()
-    numbers = rng.uniforms(seed, "variant", 0, labels_B * MAX_VARIANTS + variant_B, basis.shape[1]) - 0.5
+    moves_PAN, spline_FP = _interpolation()
+    numbers = rng.uniforms(seed, "variant", 0, labels_B * MAX_VARIANTS + variant_B, moves_PAN.shape[2]) - 0.5
     numbers *= np.where(variant_B > 0, strength * np.sqrt(12), 0.0)[:, None]  # a uniform number has the deviation 1/√12
-    return (numbers @ basis.T).reshape(-1, FIELD, FIELD, 2).astype(np.float32)
+    moved_BPA = np.einsum("pan,bn->bpa", moves_PAN, numbers)
+    # A product for each image is too small for BLAS to start threads, which would spin beside the decoders.
+    return (spline_FP @ moved_BPA).reshape(-1, FIELD, FIELD, 2).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
-def _basis() -> np.ndarray:
-    """Return the linear map from 2P independent numbers to a displacement field: float64 [F·F·2, 2P].
+def _interpolation() -> tuple[np.ndarray, np.ndarray]:
+    """Return how 2P numbers move P control points, float64 [P, 2, 2P], and these the field: float64 [F·F, P].
 
-    The numbers first become displacements of the control points. These are alike for neighbours and left-right
-    symmetric. They contain no common shift or scale, which the alignment by five points would undo. A thin-plate spline
-    (Bookstein, IEEE TPAMI 1989) then interpolates between the control points.
+    The displacements of control points are alike for neighbours and left-right symmetric. They contain no common shift
+    or scale, which the alignment by five points would undo. A thin-plate spline (Bookstein, IEEE TPAMI 1989)
+    interpolates between the control points and fixed points around the crop.
     """
     moving, moves = _control_moves()
     fixed = np.array([(x, y) for x in EDGE for y in EDGE if {x, y} & {EDGE[0], EDGE[-1]}])
-    points = np.concatenate([moving, fixed])
-    still = np.zeros((len(fixed), *moves.shape[1:]))
-    spline = _spline(points)
-    return np.einsum("fp,pan->fan", spline, np.concatenate([moves, still])).reshape(-1, moves.shape[2])
+    return moves, _spline(np.concatenate([moving, fixed]))[:, : len(moving)].copy()
 
 
 def _control_moves() -> tuple[np.ndarray, np.ndarray]:

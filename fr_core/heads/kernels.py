@@ -2,7 +2,8 @@
 
 :mod:`fr_core.heads.streamed` is the reference. One program computes the cosines of a block of faces with a block of
 rows, and what follows from them, on the chip. No program waits for another or adds to what another wrote, so results
-repeat. Import this module for tensors on a card only: it imports Triton.
+repeat. Import this module for tensors on a card only: it imports Triton. Triton multiplies on tensor cores from compute
+capability 8.0 on. On older cards the products spill to memory, so they must not take these kernels.
 
 The rows are normalised before they are rounded. So a probability needs no factor of its row, and the gradient through
 the normalisation is what :func:`gradient_of_rows` says. The positive class is masked here. Its gradient is added in

@@ -78,6 +78,7 @@ class MarginSoftmax(torch.autograd.Function):
             else:
                 kernels.gradient_of_rows(*here)
         grad_GD = kernels.gradient_of_faces(sum_GD, precision, positive_GD, pull_G, column_G, each)
+        grad_GD = torch.where(finite, grad_GD, torch.nan)
         if grad_SD is None or rows_S is None:
             return grad_GD, grad_SD, *[None] * 5
         sparse = torch.sparse_coo_tensor(

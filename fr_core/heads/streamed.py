@@ -32,10 +32,14 @@ from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
 MIN_NORM = 1e-12  # smallest length of a row, as in F.normalize
+HALF_GAIN = 2.0**10  # of probabilities in float16: they keep 11 bits down to 2⁻²⁴; a margin may steepen them 64 times
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
+LEAST_CAPABILITY = (8, 0)  # of cards for Triton's kernels; on older ones they use no tensor cores and spill registers
 KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
 MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
+
+Gain = Tensor | float
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,13 @@ def fixed_centres_softmax(
 
 
 def runs_kernels(unit_GD: Tensor) -> bool:
-    """Tell whether a softmax of these faces runs by Triton kernels: on a card, with PyTorch's Triton there."""
-    return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _has_triton()
+    """Tell whether a softmax of these faces runs by Triton's kernels: on a card with tensor cores that suit them."""
+    return unit_GD.is_cuda and unit_GD.dtype == torch.float32 and _takes_kernels(unit_GD.device)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _takes_kernels(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def random_centres(count: int, embedding: int, precision: torch.dtype, seed: int) -> Tensor:
@@ -205,12 +209,13 @@ class _MarginSoftmax(torch.autograd.Function):
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
         for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
-            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each)
-            add_product(grad_GD, 1, push_GT, tile.operand_TD)
+            gain = tile.gain(each)
+            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each * gain)
+            add_product(grad_GD, 1, push_GT, tile.operand_TD, gain)
             if grad_SD is None:
-                tile.move(push_GT, operand_GD, radial_T, sgd, weight_ND)
+                tile.move(push_GT, operand_GD, radial_T, gain, sgd, weight_ND)
             else:
-                tile.gradient(push_GT, operand_GD, radial_T, grad_SD)
+                tile.gradient(push_GT, operand_GD, radial_T, gain, grad_SD)
         if grad_SD is None or rows_S is None:
             return grad_GD, grad_SD, *[None] * 5
         sparse = torch.sparse_coo_tensor(
@@ -244,7 +249,11 @@ class _FixedCentresSoftmax(torch.autograd.Function):
                 _mask(logits_GT, places)
             shrink_G = sums.add(logits_GT)
             pull_GD.mul_(shrink_G[:, None])
-            add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD)
+            gain = 1.0
+            if softmax.precision == torch.float16:
+                gain = HALF_GAIN
+                logits_GT.mul_(gain)
+            add_product(pull_GD, 1, _operand(logits_GT, softmax.precision), operand_TD, gain)
         spread_G = sums.value_G() - scale * value_G
         total_G = sums.sum_G.clamp_min(torch.finfo(unit_GD.dtype).tiny)
         pull_GD.div_(total_G[:, None])  # the mean of the negatives, weighted by p
@@ -295,6 +304,10 @@ class _Tile:
             _mask(logits_GT, self.positives)
         return logits_GT
 
+    def gain(self, each: Tensor) -> Gain:
+        """Return the factor of the push, without which float16 would round small probabilities to 0."""
+        return HALF_GAIN / (each * self.inverse_T.amax()) if self.softmax.precision == torch.float16 else 1.0
+
     def push(
         self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -309,17 +322,19 @@ class _Tile:
         radial_T = logits_GT.mul_(push_GT).sum(0).mul_(self.inverse_T / scale)
         return _operand(push_GT, self.softmax.precision), radial_T
 
-    def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, out_SD: Tensor) -> None:
+    def gradient(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, gain: Gain, out_SD: Tensor) -> None:
         """Write the gradient of the rows to their place in ``out_SD``."""
         out_TD = out_SD[self.start : self.start + len(self.weight_TD)]
-        add_product(out_TD, 0, push_GT.T, operand_GD)
-        out_TD.addcmul_(self.weight_TD, radial_T[:, None], value=-1)
+        add_product(out_TD, 0, push_GT.T, operand_GD, gain)
+        out_TD.addcmul_(self.weight_TD, radial_T[:, None] / gain, value=-1)
 
-    def move(self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, sgd: TileSGD, weight_ND: Tensor) -> None:
+    def move(
+        self, push_GT: Tensor, operand_GD: Tensor, radial_T: Tensor, gain: Gain, sgd: TileSGD, weight_ND: Tensor
+    ) -> None:
         """Move the rows by SGD, in place: m ← μ·m + gradient + λ·w, w ← w − lr·m."""
         momentum_TD = sgd.momentum_ND[self.rows]
-        add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD)
-        momentum_TD.addcmul_(self.weight_TD, (sgd.weight_decay - radial_T)[:, None])
+        add_product(momentum_TD, sgd.momentum, push_GT.T, operand_GD, gain)
+        momentum_TD.addcmul_(self.weight_TD, (sgd.weight_decay - radial_T / gain)[:, None])
         self.weight_TD.add_(momentum_TD, alpha=-sgd.lr)
         if isinstance(self.rows, Tensor):  # indexing made copies: write them back
             sgd.momentum_ND[self.rows] = momentum_TD
@@ -403,14 +418,11 @@ def _drop(logits_GT: Tensor, softmax: Softmax) -> None:
 
 
 def _operand(x: Tensor, precision: torch.dtype) -> Tensor:
-    """Round an operand of a product. Processors without bfloat16 products multiply the rounded numbers in float32.
-
-    Only Triton's kernels take float16, and scale what it would round to 0; here it is float32.
-    """
-    if precision != torch.bfloat16:
+    """Round an operand of a product. A processor without such products multiplies the rounded numbers in float32."""
+    if precision not in (torch.bfloat16, torch.float16):
         return x
-    rounded = x.bfloat16()
-    return rounded if multiplies_bfloat16(x.device) else rounded.to(torch.promote_types(x.dtype, torch.float32))
+    native = x.is_cuda if precision == torch.float16 else multiplies_bfloat16(x.device)
+    return x.to(precision) if native else x.to(precision).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -420,11 +432,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def add_product(out: Tensor, keep: float, a: Tensor, b: Tensor) -> None:
-    """Compute out ← keep·out + a·b in place."""
-    if a.dtype == out.dtype:
+def add_product(out: Tensor, keep: float, a: Tensor, b: Tensor, gain: Gain = 1.0) -> None:
+    """Compute out ← keep·out + a·b / gain in place."""
+    plain = isinstance(gain, float) and gain == 1
+    if plain and a.dtype == out.dtype:
         out.addmm_(a, b, beta=keep)
-    elif keep:
-        out.mul_(keep).add_(_product(a, b))
+        return
+    product = _product(a, b) if plain else _product(a, b) / gain
+    if keep:
+        out.mul_(keep).add_(product)
     else:
-        out.copy_(_product(a, b))
+        out.copy_(product)

@@ -3,8 +3,8 @@
 The operators of nets are counted on fake tensors, which have shapes but no memory. Those of the head and of the update
 follow from formulas (docs/cards.md), without those on single numbers.
 
-Legend: B faces of a rank's micro-batch, G faces of all ranks, D embedding, H W C. S rows or centres that take part on
-this rank, T rows of one tile.
+Legend: B faces of a rank's micro-batch, G those of all ranks, D embedding. S rows or centres of this rank that take
+part, T rows of one tile, H W C.
 """
 
 from collections import Counter

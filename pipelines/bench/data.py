@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from fr_core.config import Config
 from fr_core.config.recipes import load_config
-from fr_core.config.sections import Masks
+from fr_core.config.sections import Data, Masks
 from fr_core.data.crops import TEMPLATE_SIZE, encode, similarity
-from fr_core.data.masks import ANCHORS, DRAWS, TARGETS, masked, textures
+from fr_core.data.masks import ANCHORS, DRAWS, TARGETS, mask_functions, textures
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import batches, blocks_in_process, make_plan
 from fr_core.data.synthetic import render_face
@@ -168,29 +170,46 @@ def bench_masks(images: int) -> dict[str, float]:
     """Measure masks on decoded 112×112 faces by one thread: warp, blend and match sharpness; textures are drawn before.
 
     Returns:
-        ``img_s_2d`` and ``img_s_3d``: images a second of the two tools, with the views of turned heads that they make.
+        ``img_s_2d`` and ``img_s_3d``: images a second of the two tools, in batches as they train, with the views of
+        turned heads that they make.
         ``img_s_plain``: a 2D mask by ``findHomography`` and float arithmetic. ``ratio_2d``: the ratio to it.
     """
     few = [render_face(identity, shot) for identity in range(32) for shot in range(4)]
-    numbers = np.random.default_rng(0).random((images, DRAWS))
-    drawn = textures(0)
-    tools = {"2d": Masks(rendered=0), "3d": Masks(rendered=1)}
+    numbers = np.random.default_rng(0).random((images, 1 + DRAWS))
+    batches = [numbers[start : start + len(few)] for start in range(0, images, len(few))]
+    makers: dict[str, Callable[[np.ndarray], None]] = {
+        "plain": partial(_mask_plainly, few, textures(0)["surgical"]),
+        "2d": partial(_mask_batch, few, Masks(ratio=1, rendered=0)),
+        "3d": partial(_mask_batch, few, Masks(ratio=1, rendered=1)),
+    }
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    seconds: dict[str, list[float]] = {"plain": [], "2d": [], "3d": []}
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(3):
-        for name, taken in seconds.items():
+        for name, mask in makers.items():
             started = time.perf_counter()
-            for i in range(images):
-                face, points = few[i % len(few)]
-                if name == "plain":
-                    _masked_plainly(face, points, drawn["surgical"][i % 16])
-                else:
-                    masked(face, points, numbers[i], tools[name])
-            taken.append(time.perf_counter() - started)
+            for draws_BU in batches:
+                mask(draws_BU)
+            seconds[name].append(time.perf_counter() - started)
     cv2.setNumThreads(threads)
     figures = {f"img_s_{name}": images / statistics.median(taken) for name, taken in seconds.items()}
     return figures | {"ratio_2d": ratio(seconds["plain"], seconds["2d"]), "images": images}
+
+
+def _mask_batch(faces: list[tuple[np.ndarray, np.ndarray]], masks: Masks, draws_BU: np.ndarray) -> None:
+    """Put masks on the first faces, one for each row of numbers, as a training's batch gets them."""
+    config = Config(data=Data(masks=masks))
+    points_B52 = np.stack([points for _, points in faces[: len(draws_BU)]])
+    functions = mask_functions(config, points_B52, draws_BU, TEMPLATE_SIZE)
+    for (face, _), function in zip(faces, functions, strict=False):
+        if function:
+            function(face)
+
+
+def _mask_plainly(faces: list[tuple[np.ndarray, np.ndarray]], textures: list[np.ndarray], draws_BU: np.ndarray) -> None:
+    """Put masks on the first faces, one for each row of numbers, by :func:`_masked_plainly`."""
+    for i in range(len(draws_BU)):
+        _masked_plainly(*faces[i], textures[i % len(textures)])
 
 
 def _masked_plainly(face: np.ndarray, points: np.ndarray, texture: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """``bigface bench``."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -93,6 +94,29 @@ def bench_checkpoint(
 
     with explain_disk_errors(folder):
         show("bench checkpoint", run(identities, folder, repeats, threads, console.log), json)
+
+
+@bench.command("data")
+def bench_data(
+    flat: Annotated[str | None, typer.Option(help="Flat shards instead of drawn faces; needs --grouped.")] = None,
+    grouped: Annotated[str | None, typer.Option(help="Grouped shards of the same images; needs --flat.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 128,
+    images: Annotated[int, typer.Option(min=1, help="Images of each turn.")] = 8000,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; figures are their medians.")] = 5,
+    json: Json = None,
+) -> None:
+    """Measure images a second that a step gets, against bare decoding and a DataLoader over an image folder."""
+    from pipelines.bench.stream import bench_data as run
+    from pipelines.bench.stream import draw_shards, table
+
+    if (flat is None) != (grouped is None):
+        raise UserError("the data path needs both layouts: give --flat DIR and --grouped DIR, or neither")
+    with TemporaryDirectory(prefix="bigface-") as scratch:
+        if flat is None or grouped is None:
+            flat, grouped = draw_shards(Path(scratch), console.log)
+        rows, figures = run(flat, grouped, Path(scratch) / "folders", batch, images, repeats, console.log)
+    show_table(table(rows), f"{figures['cores']} cores, batch {batch}, no net")
+    write_json("bench data", figures, json)
 
 
 @bench.command("ingest")

@@ -4,10 +4,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fr_core.config.recipes import load_config
+from fr_core.data.decode import decode
+from fr_core.data.schema import open_dataset
 from pipelines.bench import plan, turns
 from pipelines.bench.data import bench_grouped, bench_masks
 from pipelines.bench.heads import bench_attfc, bench_head
 from pipelines.bench.manifest import stages, write_simulated
+from pipelines.bench.stream import bench_data, table, write_folder
 
 
 @pytest.fixture
@@ -75,6 +79,25 @@ def test_bench_plan_predicts_each_part_that_it_measures(recipe, layout, tmp_path
     for ((measured, predicted),) in found.values():
         assert measured > 0
         assert predicted > 0
+
+
+def test_the_image_folder_of_bench_data_gives_the_images_of_the_shards(grouped, tmp_path):
+    given = [f"data.path={grouped}", "data.augment.flip=0", "net.input_size=32"]
+    jpegs, faces = write_folder(open_dataset(grouped), tmp_path / "faces", 200, load_config("debug_attfc", given))
+    label_of = {decode(jpeg).tobytes(): label for jpeg, label in zip(jpegs, faces.labels_I.tolist(), strict=True)}
+    images_BKHWC, labels_B = faces.__getitems__([3, 199, 50])
+    assert images_BKHWC.shape == (3, 1 + 2, 32, 32, 3)
+    assert np.array_equal(images_BKHWC[1, 0], decode(jpegs[199]))
+    for images_KHWC, label in zip(images_BKHWC, labels_B, strict=True):
+        assert {label_of[image.tobytes()] for image in images_KHWC} == {label}
+
+
+@pytest.mark.soak
+def test_bench_data_measures_every_input(dataset, grouped, tmp_path):
+    rows, figures = bench_data(str(dataset), str(grouped), tmp_path, 16, 64, 1, lambda line: None)
+    assert [row["input"] for row in rows] == ["flip", "small", "masks", "class_images"]
+    assert all(figures[f"{row['input']}_{name}"] > 0 for row in rows for name in row if name != "input")
+    assert len(table(rows)) == 5
 
 
 def test_bench_ingest_writes_what_ingest_reads(tmp_path):

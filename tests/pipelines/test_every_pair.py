@@ -14,6 +14,7 @@ from fr_core.errors import UserError
 from fr_core.nets.iresnet import IResNet
 from fr_core.ranks import Ranks
 from fr_core.train.loop import remaining_batches, resume_or_init, step
+from fr_core.train.update import metrics_of
 from tests.helpers.datasets import write_dataset
 
 # Recipe, what else it takes, and the layout that it reads.
@@ -92,7 +93,7 @@ def test_every_pair_trains(places, tmp_path, method, schedule, masks):
     config = config_of(places, method, *SCHEDULES[schedule], f"data.masks.ratio={MASKS[masks]}")
     state = resume_or_init(config, tmp_path, Ranks(), blocks_in_process)
     stream = remaining_batches(config, state, Ranks(), blocks_in_process)
-    steps = [step(config, state, batch, Ranks()) for batch in stream]
+    steps = [metrics_of(state, step(config, state, batch, Ranks())) for batch in stream]
     assert len(steps) == STEPS
     assert np.isfinite([metrics["loss"] for metrics in steps]).all()
     rates = [metrics["lr"] for metrics in steps]

@@ -186,6 +186,7 @@ def plug_in() -> PretendCard:
         "current_device": lambda: 0,
         "current_stream": CardQueue,
         "device_count": lambda: 1,
+        "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretend card",
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,

@@ -5,7 +5,8 @@ import pytest
 
 from fr_core.config.sections import Augment
 from fr_core.data.crops import encode
-from fr_core.data.decode import augment_draws, augmented_batch, decode, resized
+from fr_core.data.decode import augment_draws, begin_batch, decode, resized
+from fr_core.data.photos import RejectedImage
 
 OFF = Augment(flip=0)
 
@@ -20,7 +21,7 @@ def faces():
 def batch(faces, augment, epoch=0, ids=None, size=64):
     ids = np.arange(len(faces)) if ids is None else ids
     with ThreadPoolExecutor(2) as pool:
-        return augmented_batch(faces, augment_draws(7, epoch, ids), size, augment, pool)
+        return begin_batch(faces, augment_draws(7, epoch, ids), size, augment, pool)()
 
 
 def test_without_augmentation_a_batch_is_the_resized_images(faces):
@@ -80,6 +81,21 @@ def test_each_knob_changes_images_and_keeps_them_faces(faces, knob):
     assert 0.3 < correlation < 0.999
 
 
+def test_light_changes_contrast_about_the_mean_then_brightness_and_gains(faces):
+    augment = OFF.model_copy(update={"light": 0.4, "colour": 0.2})
+    plain, lit = batch(faces, OFF).astype(float), batch(faces, augment)
+    for before, after, u in zip(plain, lit, augment_draws(7, 0, np.arange(len(faces))), strict=True):
+        brightness, contrast, *gains = 2 * u[6:11] - 1
+        changed = (before - before.mean()) * (1 + 0.4 * contrast) + before.mean()
+        changed = changed * (1 + 0.4 * brightness) * (1 + 0.2 * np.array(gains))
+        assert np.abs(changed.clip(0, 255) - after - 0.5).max() < 0.5 + 1e-9  # rounded down
+
+
+def test_an_image_that_no_thread_can_decode_fails_the_batch(faces):
+    with pytest.raises(RejectedImage):
+        batch([*faces, b"not an image"], OFF)
+
+
 def test_grey_has_no_colour_and_erase_stays_within_its_area(faces):
     grey = batch(faces, OFF.model_copy(update={"grey": 1})).astype(int)
     assert np.abs(grey[..., 0] - grey[..., 1]).max() == 0
@@ -99,8 +115,8 @@ def test_a_field_displaces_and_nothing_is_no_displacement(faces):
     still, augment = np.zeros((40, 28, 28, 2), np.float32), Augment(rotate=20, shift=0.1, scale=0.2)
     numbers = augment_draws(7, 0, np.arange(40))
     with ThreadPoolExecutor(2) as pool:
-        plain = augmented_batch(faces, numbers, 64, augment, pool)
-        assert np.abs(augmented_batch(faces, numbers, 64, augment, pool, still).astype(int) - plain).max() <= 1
+        plain = begin_batch(faces, numbers, 64, augment, pool)()
+        assert np.abs(begin_batch(faces, numbers, 64, augment, pool, still)().astype(int) - plain).max() <= 1
         right = still + np.float32([10 / 112, 0])  # the source lies ten pixels to the right
-        moved = augmented_batch(faces, numbers, 112, OFF, pool, right)
+        moved = begin_batch(faces, numbers, 112, OFF, pool, right)()
     assert np.array_equal(moved[:, :, :100], np.stack([decode(face) for face in faces])[:, :, 10:110])

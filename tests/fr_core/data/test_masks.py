@@ -6,9 +6,10 @@ import pytest
 
 from fr_core.config import Config
 from fr_core.config.sections import Masks
+from fr_core.data import masks
 from fr_core.data.crops import TEMPLATE
 from fr_core.data.landmarks import read_landmarks
-from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, mask_function, masked, textures
+from fr_core.data.masks import DRAWS, class_image_mask_draws, locate, mask_draws, mask_functions, masked, textures
 from tests.helpers.machine import REAL_DATA, needs_real_data
 
 YS, XS = np.mgrid[:112, :112]
@@ -83,16 +84,43 @@ def test_points_that_no_face_has_are_taken_for_the_templates(tool, points):
     assert np.array_equal(masked(image, points, u, TOOLS[tool]), expected)
 
 
+def test_faces_are_located_by_least_squares_and_together_as_alone():
+    """The similarity is rounded to float32: 4e-6 pixels of 112, which its inverse enlarges little."""
+    points = np.stack([points for _, points, _ in faces(50)])
+    points[3], points[7] = np.nan, TEMPLATE * (-1, 1)  # those take the template's
+    for i, face in enumerate(masks.locate_all(points, 112)):
+        x, y = (TEMPLATE if i in (3, 7) else points[i]).astype(float).T
+        one, none = np.ones(5), np.zeros(5)
+        system = np.concatenate([np.stack([x, -y, one, none], 1), np.stack([y, x, none, one], 1)])
+        (a, b, c, d), *_ = np.linalg.lstsq(system, TEMPLATE.T.ravel().astype(float), rcond=None)
+        back = np.linalg.inv([[a, -b, c], [b, a, d], [0, 0, 1]])[:2]
+        alone = locate(points[i], 112)
+        assert np.allclose(face.to_image, back, atol=1e-4)
+        assert np.allclose(face.to_image, alone.to_image, atol=1e-4)
+        assert (face.yaw, face.pitch) == pytest.approx((alone.yaw, alone.pitch), abs=1e-4)
+
+
+def test_a_rendered_mask_is_that_of_the_whole_template(monkeypatch):
+    """Only the surroundings of a mask are rendered; with more room the pixels are the same."""
+    worn = [masked(*face, TOOLS["rendered"]) for face in faces(100)]
+    rendered = masks._view.__wrapped__
+    monkeypatch.setattr(masks, "ROOM", 112)
+    monkeypatch.setattr(masks, "_view", rendered)
+    assert all(
+        np.array_equal(masked(*face, TOOLS["rendered"]), own) for face, own in zip(faces(100), worn, strict=True)
+    )
+
+
 def test_a_turned_face_has_a_turned_mask():
     right = TEMPLATE.copy()
     right[2, 0] += 12
     assert locate(TEMPLATE, 112).yaw == pytest.approx(0, abs=0.02)
     assert 0.3 < locate(right, 112).yaw < 0.8
     grey = np.full((112, 112, 3), 128, np.uint8)
-    for masks in TOOLS.values():
+    for tool in TOOLS.values():
         u = np.full(DRAWS, 0.5)
         u[15] = 0.95  # no straps
-        columns = [np.flatnonzero(changed(grey, masked(grey, p, u, masks)).any(0)).mean() for p in (TEMPLATE, right)]
+        columns = [np.flatnonzero(changed(grey, masked(grey, p, u, tool)).any(0)).mean() for p in (TEMPLATE, right)]
         assert columns[1] < columns[0] - 2  # the near cheek shows more of it
 
 
@@ -131,11 +159,9 @@ def test_draws_are_functions_of_the_sample():
 
 
 def test_the_ratio_is_that_of_the_images_that_are_masked():
-    grey = np.full((112, 112, 3), 128, np.uint8)
     points, numbers = np.tile(TEMPLATE, (10_000, 1, 1)), mask_draws(0, 0, np.arange(10_000))
     config = Config.model_validate({"data": {"masks": {"ratio": 0.35, "rendered": 0.3}}})
-    mask = mask_function(config, points, numbers)
-    worn = np.array([mask(i, grey) is not grey for i in range(10_000)])
+    worn = np.array([mask is not None for mask in mask_functions(config, points, numbers, 112)])
     assert worn.mean() == pytest.approx(0.35, abs=0.02)
     assert (numbers[worn, 1] < 0.3).mean() == pytest.approx(0.3, abs=0.03)
-    assert mask_function(Config(), points, numbers) is None
+    assert not any(mask_functions(Config(), points, numbers, 112))

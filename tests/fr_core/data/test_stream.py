@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fr_core.config.recipes import load_config
-from fr_core.data import masks
+from fr_core.data import masks, stream
 from fr_core.data.decode import decode
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import ahead, batches, blocks_by_ray, blocks_in_process, make_plan
@@ -59,12 +59,13 @@ def test_masks_are_put_on_where_the_landmarks_say(layout, tmp_path, monkeypatch)
     for shard, group, _ in dataset.row_groups.tolist():
         points |= {decode(jpeg).tobytes(): own for _, _, jpeg, own in dataset.read_images(shard, group)}
 
-    def mark(image, own, *more):
+    def mark(image, face, **more):
         known = points[image.tobytes()]
-        asked.append(np.isnan(own).all() if known is None else np.array_equal(own, known))
+        asked.append(np.isnan(face).all() if known is None else np.array_equal(face, known))
         return 255 - image
 
-    monkeypatch.setattr(masks, "masked", mark)
+    monkeypatch.setattr(masks, "locate_all", lambda points, size: list(points))
+    monkeypatch.setattr(masks, "put_on", mark)
 
     def taken(ratio, ranks):
         config = load_config(recipe, [*given, f"data.masks.ratio={ratio}"])
@@ -100,6 +101,18 @@ def test_ahead_keeps_order_raises_and_stops():
     assert [next(endless), next(endless)] == [0, 1]
     endless.close()
     assert threading.active_count() == before
+
+
+def test_a_batch_is_begun_before_the_one_before_it_is_waited_for():
+    events = []
+
+    def begun():
+        for i in range(3):
+            events.append(f"begin {i}")
+            yield lambda i=i: events.append(f"finish {i}")
+
+    assert len(list(stream._finished(begun()))) == 3
+    assert events == ["begin 0", "begin 1", "finish 0", "begin 2", "finish 1", "finish 2"]
 
 
 @pytest.mark.ray
@@ -168,7 +181,7 @@ def test_two_views_of_an_image_stand_side_by_side(dataset, monkeypatch):
 
 
 def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
-    monkeypatch.setattr(masks, "masked", lambda image, *more: 255 - image)
+    monkeypatch.setattr(masks, "put_on", lambda image, **more: 255 - image)
     given = ("train.global_batch=64", "data.augment.flip=0", "data.views=2")
     config = config_of(dataset, *given, "data.masks.ratio=0.5")
     plan = make_plan(config, open_dataset(dataset))

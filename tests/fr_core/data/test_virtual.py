@@ -23,6 +23,9 @@ def test_a_variant_is_one_field_whatever_the_sample_and_the_first_is_the_face_it
     assert not np.allclose(fields[0], fields[3])
     assert not fields[4].any()
     assert np.allclose(displacements(0, labels[2:3], variant[2:3], 0.02), fields[2:3], atol=1e-9)
+    assert np.array_equal(
+        displacements(0, np.repeat(labels, 100), np.repeat(variant, 100), 0.02), np.repeat(fields, 100, 0)
+    )
 
 
 def test_fields_are_symmetric_of_the_given_strength_and_need_no_new_alignment():

@@ -344,6 +344,14 @@ def test_the_reference_of_one_pass_holds_for_every_cosine(cosine, precision):
     assert torch.finfo(torch.float32).tiny < value < torch.finfo(torch.float32).max / 1e10
 
 
+@pytest.mark.parametrize("cosine", [1.0, -1.0])
+def test_the_first_pass_holds_for_any_scale(cosine):
+    unit = F.normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0))).to(DEVICE)
+    centres, none = (cosine * unit[:1]).repeat(20, 1), torch.full((3,), -1, device=DEVICE)
+    found = kernels.log_sum_exp(unit, centres, none, 1000.0).logsumexp(0)[0]
+    assert float(found) == pytest.approx(float(1000 * unit[0].double() @ centres[0].double() + math.log(20)), rel=1e-6)
+
+
 def test_there_is_no_constant_reference_for_larger_scales_and_float16():
     unit = torch.zeros(3, 8)
     assert kernels.one_pass_reference(unit, 75.5, torch.float32) is None

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[3]
 PRODUCTS = {"_log_sum_exp", "_exponentials", "_add_product"}
@@ -29,6 +31,8 @@ def run(*words, **environment):
 
 
 def test_in_the_interpreter_they_equal_float64():
+    if Version(version("triton")) < Version("3.9"):
+        pytest.skip("older interpreters fail with NumPy 2.4")
     report = run("pytest", "-q", "tests/fr_core/heads/kernels_alone.py", TRITON_INTERPRET="1")
     assert " passed" in report
 

@@ -117,6 +117,25 @@ def test_bfloat16_products(monkeypatch, native):
         assert torch.allclose(ours.double(), theirs, atol=0.02 * float(theirs.abs().max()))
 
 
+def test_float16_products_keep_small_probabilities():
+    """Operands have 11 significant bits. Of a loss scaled by 2¹⁶ no number overflows; probabilities of 1e-6 count."""
+    unit, weight, labels = problem(16, 64, 300, torch.float32)
+    weight = weight * torch.logspace(-1, 1, 300)[:, None]
+    x, w = unit.clone().requires_grad_(), weight.clone().requires_grad_()
+    margin = Margin(scale=20, m3=0.0)
+    loss = margin_softmax(x, w, labels, Softmax(margin, precision=torch.float16, tile=70), Ranks())
+    (2.0**16 * loss).backward()
+    expected, *gradients = reference(unit, weight, labels, margin)
+    assert float(loss.detach()) == pytest.approx(float(expected), abs=margin.scale * 2**-11)
+    for ours, theirs in zip((x.grad, w.grad), gradients, strict=True):
+        assert not torch.equal(ours.double() / 2**16, theirs)
+        assert torch.allclose(ours.double() / 2**16, theirs, rtol=0.05, atol=0.003 * float(theirs.abs().max()))
+    rows = torch.ones(300, dtype=torch.bool)
+    rows[labels] = False  # of no face: their gradients are made of small probabilities alone
+    small = gradients[1][rows]
+    assert torch.allclose(w.grad[rows].double() / 2**16, small, rtol=0.05, atol=0.01 * float(small.abs().max()))
+
+
 def test_cosines_at_both_ends_and_saturated_probabilities_are_finite():
     weight = torch.tensor([[1.0, 0, 0], [-3, 0, 0], [0, 1, 0], [0, 0, 0]])
     unit = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])

@@ -87,7 +87,7 @@ def handed_in_a_step(ranks, given):
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_a_step_hands_to_collectives_what_was_counted(size, dataset, grouped, tmp_path):
     """To the byte, for every method, and what DDP sums besides."""
     given = configs(dataset, grouped, tmp_path)
