@@ -42,7 +42,7 @@ MUON_STEPS = 5  # of the Newton–Schulz iteration
 PAIR_SWEEPS = 10  # over the cosines of all pairs, in a loss that compares them
 # How often the operators of an eager tile read or write its logits [G, T] (fr_core/heads/streamed.py).
 SCALED, SUMMED, PUSHED = (2,), (1, 2, 2, 1), (2, 2, 2, 3, 1)
-EAGER_SMALL = 11  # operators on a vector of a tile, in one pass over it
+EAGER_SMALL, CENTRE_SMALL = 12, 9  # operators on a vector of a tile, in one pass over a matrix or centres
 
 Kind = Literal["convolution", "product", "maps", "weights", "logits"]
 
@@ -289,7 +289,7 @@ def centre_work(faces: int, centres: int, tiles: int, embedding: int, precision:
         first = [product(size * unit + tile)] if precision == "float16" else []  # its range needs each face's maximum
         return repeated(Counter(first + both), tiles)
     swept = logit_sweeps(logits, *SCALED, *SUMMED)
-    return repeated(Counter(both + swept + [SMALL] * EAGER_SMALL), tiles)
+    return repeated(Counter(both + swept + [SMALL] * CENTRE_SMALL), tiles)
 
 
 def bytes_of(precision: str) -> int:
