@@ -86,10 +86,7 @@ def augment_images(
         images, draws_NU, augment, fields_NFF2, masks: those of :func:`begin_batch`.
     """
     size = out_NHWC.shape[1]
-    rows = [decode(image) if isinstance(image, bytes) else image for image in images]
-    if masks:
-        rows = [mask(row) if mask else row for row, mask in zip(rows, masks, strict=True)]
-    rows = [averaged(row, size) for row in rows]
+    rows = [_prepared(image, mask, size) for image, mask in zip(images, masks or [None] * len(images), strict=True)]
     shapes = [row.shape[:2] for row in rows]
     matrices: Iterable[np.ndarray | None] = itertools.repeat(None)
     moved = fields_NFF2 is not None or augment.shift or augment.scale or augment.rotate
@@ -151,6 +148,12 @@ def averaged(image: np.ndarray, size: int) -> np.ndarray:
 
 
 _LEVELS = np.arange(256.0)[:, None]
+
+
+def _prepared(image: bytes | np.ndarray, mask: Mask | None, size: int) -> np.ndarray:
+    """Decode an image, put on its mask, and shrink it towards the net's size."""
+    decoded = decode(image) if isinstance(image, bytes) else image
+    return averaged(mask(decoded) if mask else decoded, size)
 
 
 def _augment(
