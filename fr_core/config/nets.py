@@ -1,13 +1,21 @@
 """Sections of the backbone, ``net.kind``."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fr_core.config.sections import Channels, NonNegative, Positive, Section
 
 # Widths of the published MobileFaceNet (Chen et al., 2018).
 MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)
+
+
+def function_name(call: str) -> str:
+    """Return ``package.module:function`` if it has this form."""
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", call):
+        raise ValueError(f"{call}: write package.module:function")
+    return call
 
 
 class BaseNet(Section):
@@ -141,6 +149,30 @@ class MobileFaceNetNet(FloatNet):
         return self.widths or MOBILEFACENET
 
 
+class FactoryNet(FloatNet):
+    """A net that a function of your own code makes (docs/extending.md)."""
+
+    kind: Literal["factory"] = "factory"
+    call: Annotated[str, AfterValidator(function_name)]
+    """The function: package.module:function. It returns a torch.nn.Module from normalised pixels, float32
+    [B, 3, H, W], to embeddings [B, D]. Every worker must be able to import it."""
+    arguments: dict[str, object] = Field({})
+    """Keyword arguments of the function."""
+    input_size: Annotated[int, Field(ge=16)] = 112
+    """Side of the input, in pixels."""
+    embedding: Annotated[int, Field(ge=2)] = 512
+    """Dimensions of the embedding that the function's net returns."""
+
+    def __hash__(self) -> int:
+        """Hash the section, whose arguments are a dictionary."""
+        return hash(self.model_dump_json())
+
+    @property
+    def stride(self) -> int:
+        """Return 1: nothing is known of the net's feature maps."""
+        return 1
+
+
 class QuantisedNet(BaseNet):
     """A net in integers, quantised from the trained net in ``init.backbone`` (docs/quantisation.md)."""
 
@@ -181,4 +213,4 @@ class QuantisedNet(BaseNet):
         return self.net.embedding
 
 
-Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | QuantisedNet, Field(discriminator="kind")]
+Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | FactoryNet | QuantisedNet, Field(discriminator="kind")]

@@ -4,8 +4,18 @@ from typing import assert_never
 
 import torch
 
-from fr_core.config.nets import FloatNet, IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import (
+    FactoryNet,
+    FloatNet,
+    IResNetNet,
+    MobileFaceNetNet,
+    MoENet,
+    Net,
+    QuantisedNet,
+    Residual,
+)
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.factory import own_net
 from fr_core.nets.iresnet import BlockForm, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
@@ -42,6 +52,8 @@ def _built(config: Net) -> Backbone:
             return net
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding, config.channels, config.norm_eps)
+        case FactoryNet():
+            return own_net(config)
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
 

@@ -41,6 +41,7 @@ def bench_latency(
     repeats: int,
     say: Callable[[str], None],
     nets: Sequence[Net] = NETS,
+    trust_code: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Time nets in float32 on one thread: as they train, with batch norm folded, and folded in ONNX Runtime.
 
@@ -55,6 +56,7 @@ def bench_latency(
         repeats: timed turns of each form.
         say: function that shows a line of progress.
         nets: nets with random weights, measured if there is no ``model``.
+        trust_code: run the code that the model names, as :func:`fr_core.nets.open.open_net` does.
 
     Returns:
         A row for each net, and the figures budget_ms, align_ms, nets and fitting. A row has ``net``, ``parameters``,
@@ -67,7 +69,8 @@ def bench_latency(
     with one_thread():
         align_ms = _align_ms(repeats)
         if model is not None:
-            rows = [_row(model, open_net(model, net, CPU).net, align_ms, budget_ms, repeats, say)]
+            opened = open_net(model, net, CPU, trust_code=trust_code)
+            rows = [_row(model, opened.net, align_ms, budget_ms, repeats, say)]
         else:
             rows = [_row(name_of(config), settled(config), align_ms, budget_ms, repeats, say) for config in nets]
     fitting = sum(row["fits"] for row in rows)
