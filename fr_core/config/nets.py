@@ -149,6 +149,27 @@ class MobileFaceNetNet(FloatNet):
         return self.widths or MOBILEFACENET
 
 
+class GhostFaceNetNet(FloatNet):
+    """A net of cheap operations for phones (GhostFaceNet V1, Alansari et al., 2023)."""
+
+    kind: Literal["ghostfacenet"] = "ghostfacenet"
+    input_std: Positive = 128.0
+    """Scale of the input: x = (pixel − input_mean) / input_std."""
+    width: Annotated[float, Field(ge=0.5, le=8)] = 1.3
+    """Factor of all channels (GhostFaceNets, 2023: 1.3 for its best nets)."""
+    stem_stride: Literal[1, 2] = 1
+    """Stride of the first convolution; with 2 an image costs a quarter (GhostFaceNets, 2023: both)."""
+    embedding: Annotated[int, Field(ge=2)] = 512
+    """Dimensions of the embedding."""
+    norm_eps: Positive = 1e-5
+    """ε of the batch norms."""
+
+    @property
+    def stride(self) -> int:
+        """Return the input pixels per pixel of the last feature map."""
+        return 16 * self.stem_stride
+
+
 class FactoryNet(FloatNet):
     """A net that a function of your own code makes (docs/extending.md)."""
 
@@ -213,4 +234,6 @@ class QuantisedNet(BaseNet):
         return self.net.embedding
 
 
-Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | FactoryNet | QuantisedNet, Field(discriminator="kind")]
+Net = Annotated[
+    IResNetNet | MoENet | MobileFaceNetNet | GhostFaceNetNet | FactoryNet | QuantisedNet, Field(discriminator="kind")
+]
