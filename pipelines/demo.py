@@ -65,7 +65,7 @@ def demo(out: Path, workers: int, recipe: str, overrides: list[str], say: Callab
             "raw_pixel": raw_pixels,
             "colour_histogram": colour_histogram,
             "untrained": untrained.embed,
-            "trained": open_net(out).embed,
+            "trained": open_net(out, trust_code=True).embed,  # the config above names its code
         }
         results = {name: verify(embed, images, pairs, config.net.input_size) for name, embed in nets.items()}
     pictures = out / "pictures"

@@ -1,13 +1,21 @@
 """Sections of the backbone, ``net.kind``."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fr_core.config.sections import Channels, NonNegative, Positive, Section
 
 # Widths of the published MobileFaceNet (Chen et al., 2018).
 MOBILEFACENET = (64, 128, 64, 256, 128, 512, 256, 128, 512)
+
+
+def function_name(call: str) -> str:
+    """Return ``package.module:function`` if it has this form."""
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", call):
+        raise ValueError(f"{call}: write package.module:function")
+    return call
 
 
 class BaseNet(Section):
@@ -141,6 +149,51 @@ class MobileFaceNetNet(FloatNet):
         return self.widths or MOBILEFACENET
 
 
+class GhostFaceNetNet(FloatNet):
+    """A net of cheap operations for phones (GhostFaceNet V1, Alansari et al., 2023)."""
+
+    kind: Literal["ghostfacenet"] = "ghostfacenet"
+    input_std: Positive = 128.0
+    """Scale of the input: x = (pixel − input_mean) / input_std."""
+    width: Annotated[float, Field(ge=0.5, le=8)] = 1.3
+    """Factor of all channels (GhostFaceNets, 2023: 1.3 for its best nets)."""
+    stem_stride: Literal[1, 2] = 1
+    """Stride of the first convolution; with 2 an image costs a quarter (GhostFaceNets, 2023: both)."""
+    embedding: Annotated[int, Field(ge=2)] = 512
+    """Dimensions of the embedding."""
+    norm_eps: Positive = 1e-5
+    """ε of the batch norms."""
+
+    @property
+    def stride(self) -> int:
+        """Return the input pixels per pixel of the last feature map."""
+        return 16 * self.stem_stride
+
+
+class FactoryNet(FloatNet):
+    """A net that a function of your own code makes (docs/extending.md)."""
+
+    kind: Literal["factory"] = "factory"
+    call: Annotated[str, AfterValidator(function_name)]
+    """The function: package.module:function. It returns a torch.nn.Module from normalised pixels, float32
+    [B, 3, H, W], to embeddings [B, D]. Every worker must be able to import it."""
+    arguments: dict[str, object] = Field({})
+    """Keyword arguments of the function."""
+    input_size: Annotated[int, Field(ge=16)] = 112
+    """Side of the input, in pixels."""
+    embedding: Annotated[int, Field(ge=2)] = 512
+    """Dimensions of the embedding that the function's net returns."""
+
+    def __hash__(self) -> int:
+        """Hash the section, whose arguments are a dictionary."""
+        return hash(self.model_dump_json())
+
+    @property
+    def stride(self) -> int:
+        """Return 1: nothing is known of the net's feature maps."""
+        return 1
+
+
 class QuantisedNet(BaseNet):
     """A net in integers, quantised from the trained net in ``init.backbone`` (docs/quantisation.md)."""
 
@@ -181,4 +234,6 @@ class QuantisedNet(BaseNet):
         return self.net.embedding
 
 
-Net = Annotated[IResNetNet | MoENet | MobileFaceNetNet | QuantisedNet, Field(discriminator="kind")]
+Net = Annotated[
+    IResNetNet | MoENet | MobileFaceNetNet | GhostFaceNetNet | FactoryNet | QuantisedNet, Field(discriminator="kind")
+]

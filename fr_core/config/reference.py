@@ -20,7 +20,7 @@ from fr_core.config.sections import Section
 from fr_core.config.words import plain_name
 from fr_core.errors import UserError
 
-PLAIN = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+PLAIN = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "table"}
 SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "multiple of"))
 HEADER = ("knob", "takes", "default", "meaning")
 PAGE = """# Knobs
@@ -206,7 +206,9 @@ def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, 
         count = "" if Ellipsis in parts else len(parts)
         count = limits.get("min_length", count)
         return f"{count} {takes}s".strip(), f"each {bounds}" if bounds else ""
-    return PLAIN[annotation], ", ".join(f"{sign} {_show(limits[name])}" for name, sign in SIGNS if name in limits)
+    return PLAIN[origin or annotation], ", ".join(
+        f"{sign} {_show(limits[name])}" for name, sign in SIGNS if name in limits
+    )
 
 
 def _limits(metadata: Iterable[Any]) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def _show(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, str):
         return value or '""'
-    return str(value) if isinstance(value, int) else "required"
+    return str(value) if isinstance(value, int | dict) else "required"
 
 
 def _addresses(knob: Knob) -> Iterator[str]:

@@ -232,6 +232,8 @@ class Train(Section):
     """Write checkpoints while the training goes on. It takes main memory for a copy of the state."""
     verify_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two verifications. None: only at the end."""
+    trust_code: bool = False
+    """Run the code that init.backbone or the teacher names, if it is a net of net.kind = factory."""
 
 
 class Verify(Section):
@@ -254,6 +256,6 @@ class Tracking(Section):
     parent: str | None = None
     """MLflow run id under which this run is shown. None: at the top."""
     net: bool = True
-    """Log the trained net as an MLflow model, which `mlflow models serve` serves."""
+    """Log the trained net as an MLflow model, which `mlflow models serve` serves. Never with net.kind = factory."""
     register_as: Annotated[str, AfterValidator(registered_name)] | None = None
     """Register that model as NAME, or NAME@ALIAS. None: not registered."""

@@ -4,8 +4,20 @@ from typing import assert_never
 
 import torch
 
-from fr_core.config.nets import FloatNet, IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import (
+    FactoryNet,
+    FloatNet,
+    GhostFaceNetNet,
+    IResNetNet,
+    MobileFaceNetNet,
+    MoENet,
+    Net,
+    QuantisedNet,
+    Residual,
+)
 from fr_core.nets.backbone import Backbone
+from fr_core.nets.factory import own_net
+from fr_core.nets.ghostfacenet import GhostFaceNet
 from fr_core.nets.iresnet import BlockForm, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
@@ -42,6 +54,11 @@ def _built(config: Net) -> Backbone:
             return net
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding, config.channels, config.norm_eps)
+        case GhostFaceNetNet():
+            sizes = (config.width, config.stem_stride, config.input_size, config.embedding)
+            return GhostFaceNet(*sizes, config.norm_eps)
+        case FactoryNet():
+            return own_net(config)
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fr_core.nets.ghostfacenet import GhostFaceNet
 from fr_core.nets.iresnet import IResBlock, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet, Part
 from fr_core.nets.moe import Mixture
@@ -53,8 +54,8 @@ def folded(net: Net, channelwise: bool = False) -> Net:
     match net:
         case IResNet():
             _fold_iresnet(net, channelwise)
-        case MobileFaceNet():
-            _fold_mobilefacenet(net)
+        case MobileFaceNet() | GhostFaceNet():
+            _fold_parts(net)
         case _:  # a quantised net, which has no norms, or a kind without folding rules here
             return net
     for name, module in list(net.named_modules()):
@@ -180,8 +181,8 @@ def _response(weight_OI33: Tensor, shift_I: Tensor, side: int) -> Tensor:
     return response_OHW[:, rows][:, :, rows]
 
 
-def _fold_mobilefacenet(net: MobileFaceNet) -> None:
-    """Fold the norms of a MobileFaceNet in place."""
+def _fold_parts(net: MobileFaceNet | GhostFaceNet) -> None:
+    """Fold the norms of a net of parts in place."""
     for module in net.modules():
         if isinstance(module, Part):
             _fold_after(module.conv, module.bn)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from fr_core.config.nets import IResNetNet, MoENet, Net, QuantisedNet
+from fr_core.config.nets import FactoryNet, IResNetNet, MoENet, Net, QuantisedNet
 from fr_core.errors import UserError
 from fr_core.nets.families import FAMILIES
 from fr_core.nets.iresnet import BLOCKS
@@ -52,6 +52,8 @@ def config_name(config: Net) -> str:
             return f"iresnet{config.depth}"
         case MoENet():
             return f"mixture of experts on iresnet{config.depth}"
+        case FactoryNet():
+            return config.call
         case QuantisedNet():
             return config_name(config.net)
         case _:

@@ -112,7 +112,11 @@ def directions(embeddings_BD: torch.Tensor) -> torch.Tensor:
 
 
 def open_net(
-    ref: str | AnyPath, net: str | None = None, device: torch.device | None = None, changeable: bool = False
+    ref: str | AnyPath,
+    net: str | None = None,
+    device: torch.device | None = None,
+    changeable: bool = False,
+    trust_code: bool = False,
 ) -> Recogniser:
     """Open a backbone.
 
@@ -123,10 +127,11 @@ def open_net(
             must then agree: ``mobilefacenet`` or ``iresnetDEPTH``, such as ``iresnet50``.
         device: Device of the net; None: :func:`fr_core.device.default_device`.
         changeable: Turn an ONNX file of another program back into a net of PyTorch, to be trained or changed.
+        trust_code: Run the code that ``ref`` names, if its net is of people's own code (``net.kind = factory``).
 
     Raises:
         UserError: Nothing is there, files are damaged, or weights belong to no net here or are not finite. Or ``net``
-            is missing or wrong.
+            is missing or wrong, or the net is of code that is not trusted.
     """
     device = device or default_device()
     path = to_path(ref)
@@ -135,7 +140,7 @@ def open_net(
     checkpoint, verified, taken_for = None, None, None
     if folder := _checkpoint_of(path):
         checkpoint, (verified, _) = folder, verification_of(folder)
-    weights = find_weights(path, net)
+    weights = find_weights(path, net, trust_code)
     if weights.family:
         taken_for = f"{weights.family.title}: {weights.family.input}"
     module = build_net(weights.net)
@@ -144,7 +149,7 @@ def open_net(
     return Recogniser(module, device, verified, weights.net, checkpoint, taken_for)
 
 
-def find_weights(ref: str | AnyPath, net: str | None = None) -> Weights:
+def find_weights(ref: str | AnyPath, net: str | None = None, trust_code: bool = False) -> Weights:
     """Read the net of a run, of a checkpoint or of a file, as :func:`open_net` takes them.
 
     Raises:
@@ -154,13 +159,13 @@ def find_weights(ref: str | AnyPath, net: str | None = None) -> Weights:
     if folder := _checkpoint_of(path):
         section = _net_config(folder)
         refuse_other_net(path, net, config_name(section))
-        return read_weights(weights_file(folder), section=section)
+        return read_weights(weights_file(folder), None, section, trust_code)
     if not path.is_file():
         raise UserError(f"{path}: no such run, checkpoint or weights file: give the path of one")
-    return read_weights(path, net)
+    return read_weights(path, net, None, trust_code)
 
 
-def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) -> Weights:
+def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None, trust_code: bool = False) -> Weights:
     """Load the weights of a run, a checkpoint or a file into a net, and return them as they were read.
 
     A mixture of experts also takes the weights of its plain net.
@@ -168,7 +173,7 @@ def load_weights(module: nn.Module, ref: str | AnyPath, net: str | None = None) 
     Raises:
         UserError: As :func:`open_net`, or the weights belong to another net.
     """
-    weights = find_weights(ref, net)
+    weights = find_weights(ref, net, trust_code)
     state = weights.state
     if isinstance(module, IResNet) and isinstance(module.layer4, Mixture):
         state = module.layer4.from_plain(state)

@@ -31,7 +31,7 @@ def load_started(
 
     try:
         with option_named("init.net="):
-            found = find_weights(config.init.backbone, config.init.net).net
+            found = find_weights(config.init.backbone, config.init.net, config.train.trust_code).net
     except UserError as error:
         raise type(error)(f"init.backbone: {error}") from None
     return load_config(*given, net=with_net_of(config.net, found))

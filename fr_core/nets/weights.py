@@ -13,6 +13,7 @@ from fr_core.config.nets import Net
 from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 from fr_core.nets.build import build_net
+from fr_core.nets.factory import refuse_code
 from fr_core.nets.families import FAMILIES, KIN, Family, State, ask, find_net, to_rgb
 from fr_core.nets.names import article, config_name, parse_name, refuse_other_net
 from fr_core.nets.onnx_graph import net_of_graph
@@ -31,13 +32,16 @@ class Weights:
     family: Family | None = None  # whose it is; None: bigface's own
 
 
-def read_weights(path: AnyPath, net: str | None = None, section: Net | None = None) -> Weights:
+def read_weights(
+    path: AnyPath, net: str | None = None, section: Net | None = None, trust_code: bool = False
+) -> Weights:
     """Read the net of a file.
 
     Args:
         path: ``.safetensors``, ``.pth``, ``.pt``, ``.ckpt``, ``.bin`` or ``.onnx``.
         net: Name of the net or of its family, where the file does not tell.
         section: Section of the net, if the file is a checkpoint's.
+        trust_code: Run the code that the file names, if its net is of people's own code.
 
     Raises:
         UserError: The file is unreadable or damaged, or would have to run code. Its net is another one than ``net``
@@ -46,6 +50,7 @@ def read_weights(path: AnyPath, net: str | None = None, section: Net | None = No
     name = net and parse_name(net)
     try:
         weights = _of_graph(path, name) if path.name.endswith(".onnx") else _of_tensors(path, name, section)
+        refuse_code(path, weights.net, trust_code)
         _check(weights)
     except _Misfit as error:
         raise UserError(f"{path} {error}") from None

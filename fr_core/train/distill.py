@@ -62,7 +62,7 @@ def open_teacher(config: Config, dataset: Dataset, device: torch.device) -> Teac
     distill = distillation(config)
     if given.teacher:
         with option_named(f"{given.named}_net="):
-            net = open_net(given.teacher, given.teacher_net, device).net
+            net = open_net(given.teacher, given.teacher_net, device, trust_code=config.train.trust_code).net
         teacher = Teacher(net.embedding, net)
     elif distill and distill.embeddings:
         known, other = by_id(open_embeddings(Path(distill.embeddings)), dataset), None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from fr_core.config import Config, class_count, spread, step_images
 from fr_core.config.methods import BigFace, FixedCentres, PairLoss
@@ -74,7 +75,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if isinstance(method.agreement, PairLoss):
         parts["pairs"] = FLOAT * 2 * (POOL_COPIES * method.agreement.pool + PAIR_TEMPORARIES * images**2)
     if (who := config.method.taught) and who.teacher:
-        given = (who.teacher, who.teacher_net, -(-trained_images // gpus), precision)
+        given = (who.teacher, who.teacher_net, -(-trained_images // gpus), precision, config.train.trust_code)
         parts["teacher"], parts["teacher_features"] = teacher_bytes(*given)
     parts["update"] = max(trained, head["update"])
     in_turn = max(parts.get(name, 0) for name in ("tile", "encoder_features", "recomputed"))
@@ -176,13 +177,13 @@ def feature_bytes(net: Net, batch: int, precision: str) -> int:
 
 
 @lru_cache
-def teacher_bytes(ref: str, net: str | None, batch: int, precision: str) -> tuple[int, int]:
+def teacher_bytes(ref: str, net: str | None, batch: int, precision: str, trust_code: bool = False) -> tuple[int, int]:
     """Return the bytes of a teacher's weights, and of its forward pass as :func:`feature_bytes` estimates it.
 
     Raises:
         UserError: as :func:`fr_core.nets.open.open_net`.
     """
-    module = open_net(ref, net, torch.device("cpu")).net
+    module = open_net(ref, net, torch.device("cpu"), trust_code=trust_code).net
     if isinstance(module, OnnxNet):  # ONNX Runtime runs it on the CPU
         return 0, 0
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
@@ -195,9 +196,9 @@ def largest_feature(module: Backbone, batch: int, precision: str) -> int:
     """Return the bytes of the largest output of any layer. In a ``FakeTensorMode`` nothing is allocated."""
     largest = 0
 
-    def look(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+    def look(module: nn.Module, given: tuple[Tensor, ...], out: object) -> None:
         nonlocal largest
-        largest = max(largest, out.nbytes)
+        largest = max([largest, *(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))])
 
     for layer in module.modules():
         layer.register_forward_hook(look)

@@ -11,6 +11,7 @@ from fr_core.config.recipes import stored_config
 from fr_core.data.store import AnyPath, local_copy
 from fr_core.errors import UserError
 from fr_core.losses.ekd import THRESHOLDS
+from fr_core.nets.factory import refuse_code
 from fr_core.train.initial import parameter_figures
 
 COLUMNS = (
@@ -82,7 +83,9 @@ def report_figures(out: AnyPath) -> dict[str, float]:
         raise UserError(f"{path}: no report of a finished training") from None
     if PARAMETERS in figures:
         return figures
-    return figures | parameter_figures(stored_config(config, str(path)), identities)
+    stored = stored_config(config, str(path))
+    refuse_code(path, stored.net, trust_code=False)  # a report of such a net has its counts
+    return figures | parameter_figures(stored, identities)
 
 
 def plot_curves(rows: list[dict[str, float]]) -> Figure:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from fr_core.config import Config
+from fr_core.config.nets import FactoryNet
 from fr_core.config.recipes import flat
 from fr_core.data.schema import Dataset
 from fr_core.data.store import AnyPath, RemotePath, atomic_file, explain_disk_errors, write_text_atomically
@@ -104,8 +105,8 @@ class Tracker:
         self._post(["tags", {NOTE: describe(self.origin, headline(figures), figures_table(figures))}])
 
     def log_net(self, step: int) -> None:
-        """Log the net of the checkpoint of a step as an MLflow model."""
-        if self.config.tracking.net:
+        """Log the net of the checkpoint of a step as an MLflow model, unless other code than bigface's makes it."""
+        if self.config.tracking.net and not isinstance(self.config.net, FactoryNet):
             self._post(["net", f"checkpoints/{step_name(step)}/{BACKBONE}", step])
 
     def log_data(self, dataset: Dataset) -> None:

@@ -43,7 +43,7 @@ def load_backbone(config: Config, state: TrainState, ranks: Ranks) -> None:
         made = Quantised(open_float(config.net.net, config.init.backbone, config.init.net), config.net)
         state.backbone.load_state_dict(made.state_dict())
     else:
-        family = load_weights(state.backbone, config.init.backbone, config.init.net).family
+        family = load_weights(state.backbone, config.init.backbone, config.init.net, config.train.trust_code).family
         if family and ranks.rank == 0:
             log.info("%s: %s: %s", config.init.backbone, family.title, family.input)
     _copy_weights(state)

@@ -177,13 +177,14 @@ def passes(module: nn.Module, x: Tensor, precision: str) -> tuple[Work, Work]:
 
 
 @lru_cache
-def teacher_work(ref: str, net: str | None, images: int, precision: str) -> Work:
+def teacher_work(ref: str, net: str | None, images: int, precision: str, trust_code: bool = False) -> Work:
     """Count the forward pass of a teacher. ONNX Runtime runs an ONNX file on the CPU: it counts as no work.
 
     Raises:
         UserError: as :func:`fr_core.nets.open.open_net`.
     """
-    module, dtype = open_net(ref, net, torch.device("cpu")).net, getattr(torch, precision)
+    opened = open_net(ref, net, torch.device("cpu"), trust_code=trust_code)
+    module, dtype = opened.net, getattr(torch, precision)
     if isinstance(module, OnnxNet):
         return Counter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Counting() as counting:

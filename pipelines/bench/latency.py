@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, Net
+from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, Net
 from fr_core.data.crops import encode, similarity, warped
 from fr_core.data.photos import read_rgb
 from fr_core.data.synthetic import render_face
@@ -27,7 +27,11 @@ from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
 from fr_core.nets.open import open_net
 from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
-NETS: tuple[Net, ...] = (MobileFaceNetNet(), *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS))
+NETS: tuple[Net, ...] = (
+    MobileFaceNetNet(),
+    GhostFaceNetNet(),
+    *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS),
+)
 PHOTO = (750, 1000)  # height and width of the photo, pixels
 FACE_SCALE = 2.5  # size of the face in the photo ÷ size of the template
 SETTLING = 4  # images that set the norms of a random net
@@ -41,6 +45,7 @@ def bench_latency(
     repeats: int,
     say: Callable[[str], None],
     nets: Sequence[Net] = NETS,
+    trust_code: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Time nets in float32 on one thread: as they train, with batch norm folded, and folded in ONNX Runtime.
 
@@ -55,6 +60,7 @@ def bench_latency(
         repeats: timed turns of each form.
         say: function that shows a line of progress.
         nets: nets with random weights, measured if there is no ``model``.
+        trust_code: run the code that the model names, as :func:`fr_core.nets.open.open_net` does.
 
     Returns:
         A row for each net, and the figures budget_ms, align_ms, nets and fitting. A row has ``net``, ``parameters``,
@@ -67,7 +73,8 @@ def bench_latency(
     with one_thread():
         align_ms = _align_ms(repeats)
         if model is not None:
-            rows = [_row(model, open_net(model, net, CPU).net, align_ms, budget_ms, repeats, say)]
+            opened = open_net(model, net, CPU, trust_code=trust_code)
+            rows = [_row(model, opened.net, align_ms, budget_ms, repeats, say)]
         else:
             rows = [_row(name_of(config), settled(config), align_ms, budget_ms, repeats, say) for config in nets]
     fitting = sum(row["fits"] for row in rows)

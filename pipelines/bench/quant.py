@@ -88,7 +88,7 @@ def _nets(model: str | None, net: str | None, nets: Sequence[FloatNet]) -> Itera
         yield from ((config, short_name(config), settled(config)) for config in nets)
         return
     opened = open_net(model, net, CPU)
-    if not isinstance(opened.config, FloatNet):
+    if not isinstance(opened.config, IResNetNet | MobileFaceNetNet):
         raise UserError(
             f"{model}: no float IR-ResNet or MobileFaceNet, which alone can be quantised here: give another model"
         )

@@ -9,7 +9,7 @@ import typer
 from fr_core.data.store import explain_disk_errors
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import Json, NetName, local
+from pipelines.cli.options import Json, NetName, TrustCode, local
 from pipelines.cli.output import console, show, show_line, show_table, write_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory against plain references in one run.")
@@ -199,13 +199,14 @@ def bench_latency(
         float, typer.Option(min=0, help="Time limit of an answer; FRUITS-1000 allows 1,000 ms.")
     ] = 1000.0,
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns; figures are their medians.")] = 7,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Time one face on one core: in PyTorch, with folded batch norm, in ONNX Runtime; list nets that fit a budget."""
     from pipelines.bench.latency import bench_latency as run
     from pipelines.bench.latency import table
 
-    rows, figures = run(model, net, budget_ms, repeats, console.log)
+    rows, figures = run(model, net, budget_ms, repeats, console.log, trust_code=trust_code)
     show_table(table(rows), "one thread, one image; an answer is decoding, alignment and the fastest form")
     fitting = f"{figures['fitting']} of {figures['nets']} nets fit {budget_ms:,g} ms"
     show_line(f"{fitting}; decoding and alignment take {figures['align_ms']:.2f} ms")

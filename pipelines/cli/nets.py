@@ -23,6 +23,7 @@ from pipelines.cli.options import (
     Overrides,
     Overwrite,
     Resume,
+    TrustCode,
     Workers,
     any_output,
     local,
@@ -76,6 +77,7 @@ def verify(
     out: Annotated[
         Path | None, typer.Option(parser=output, help="Folder for ROC, DET and score pictures, and results.md.")
     ] = None,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Score a net on pairs of faces or on templates: accuracy, TAR@FAR, ROC, DET, 1:N, with 95 % intervals."""
@@ -88,7 +90,7 @@ def verify(
     source = pairs or suite or ijb or mfr
     if source is None or sum(map(bool, (pairs, suite, ijb, mfr))) > 1:
         raise UserError("give one of --pairs (with --images unless it is a .bin), --suite, --ijb and --mfr")
-    recogniser = open_net(ckpt, net)
+    recogniser = open_net(ckpt, net, trust_code=trust_code)
     show_pixels(ckpt, recogniser)
     results: dict[str, Result] = {}
     with bar("embed", None) as advance, explain_disk_errors(out or Path()):
@@ -121,7 +123,7 @@ def verify(
         show_line(f"files: {', '.join(map(str, made))}")
     log_to_mlflow(ckpt, source, figures, made)
     next_match = ["match", *(example_photos(results[""], images) if pairs else PHOTOS), "--model", ckpt]
-    next_match += ["--net", net] if net else []
+    next_match += [*(["--net", net] if net else []), *(["--trust-code"] if trust_code else [])]
     if pairs and not store_verification(recogniser, verified(results[""], pairs)):
         next_match += ["--threshold", f"{figures['threshold']:.6g}"]
     if pairs and results[""].skipped:
@@ -230,6 +232,7 @@ def match(
     align: Annotated[
         bool, typer.Option("--align", help="Find and align the faces of uncropped photos; needs bigface\\[align].")
     ] = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Tell whether two photos show the same person, and how far to trust the answer."""
@@ -237,7 +240,7 @@ def match(
     from pipelines.nets.match import match as run
     from pipelines.nets.match import threshold_advice
 
-    recogniser = open_net(model, net)
+    recogniser = open_net(model, net, trust_code=trust_code)
     show_pixels(model, recogniser)
     found = run(recogniser, a, b, model, threshold, align)
     for path in found.not_square:
@@ -265,6 +268,7 @@ def export(
     ckpt: Annotated[str, typer.Argument(help=FLOAT_NET)],
     out: Annotated[Path, typer.Option(parser=output, help="FILE.onnx; weights beyond 1.5 GiB go into a file beside.")],
     net: NetName = None,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     r"""Fold a net's batch norm, write it as ONNX, and compare it with the net; needs bigface\[export]."""
@@ -274,7 +278,7 @@ def export(
 
     replaced = out.is_file()
     with explain_disk_errors(out):
-        figures = run(ckpt, out, net, partial(show_pixels, ckpt))
+        figures = run(ckpt, out, net, partial(show_pixels, ckpt), trust_code)
     show("export", figures, json)
     verified = open_onnx(out).verified
     if verified is None:

@@ -68,6 +68,8 @@ Json = Annotated[
 NET = "A run, a checkpoint, or a file of weights: .safetensors, .pth, .pt, .ckpt, .onnx; also of other projects."
 NET_NAME = "What a file holds where it does not tell: a family such as adaface, or a net such as iresnet50."
 NetName = Annotated[str | None, typer.Option("--net", help=NET_NAME)]
+TRUST_CODE = "Run the code that makes the net, if it is a net of code outside bigface (net.kind = factory)."
+TrustCode = Annotated[bool, typer.Option("--trust-code", help=TRUST_CODE)]
 Model = Annotated[str, typer.Option(help=NET)]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray.")]
 OneWorker = Annotated[bool, typer.Option("--in-process", help="Run one worker without Ray.")]

@@ -11,7 +11,7 @@ from fr_core.data.schema import Dataset, Layout, open_dataset
 from fr_core.data.store import explain_disk_errors, to_path
 from fr_core.errors import UserError
 from pipelines.cli.app import app
-from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, local, output
+from pipelines.cli.options import NET, InProcess, Json, Model, NetName, Overwrite, TrustCode, local, output
 from pipelines.cli.output import bar, command_line, count_of, growing, show, show_line
 from pipelines.datasets.unpack import Form
 
@@ -24,14 +24,14 @@ EXAMPLE_RECIPES: dict[Layout, tuple[str, ...]] = {
 SHARDS = "Shards from bigface ingest: a folder or a URL."
 
 
-def warn_of_poor_net(model: str, net: str | None) -> None:
+def warn_of_poor_net(model: str, net: str | None, trust_code: bool) -> None:
     """Say so if the net that judges faces is known to be poor."""
     from torch import device
 
     from fr_core.nets.open import open_net
     from pipelines.nets.match import poor_net
 
-    if poor := poor_net(open_net(model, net, device("cpu")).verified):
+    if poor := poor_net(open_net(model, net, device("cpu"), trust_code=trust_code).verified):
         show_line(f"caution: {poor}", "yellow")
 
 
@@ -80,6 +80,7 @@ def embed(
     ] = True,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Embed every image of a dataset; the same command continues a stopped job."""
@@ -94,7 +95,17 @@ def embed(
             reports.append(done)
             report(done, total)
 
-        facts = run(model, to_path(data), out, net, flip, not in_process, overwrite, progress=progress).facts
+        facts = run(
+            model,
+            to_path(data),
+            out,
+            net,
+            flip,
+            not in_process,
+            overwrite,
+            progress=progress,
+            trust_code=trust_code,
+        ).facts
     seconds = time.monotonic() - started
     show("embed", {"images": facts.images, "embedding": facts.embedding, "seconds": seconds}, json)
     if reports[0] == facts.images:
@@ -120,16 +131,17 @@ def clean(
         typer.Option(min=-1, max=1, help="An image at this cosine or more to an earlier one of its person is a copy."),
     ] = 0.98,
     in_process: InProcess = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """List flipped labels, outliers and copies, by the embeddings of a good net; delete nothing."""
     from pipelines.datasets.clean import Limits
     from pipelines.datasets.clean import clean as run
 
-    warn_of_poor_net(model, net)
+    warn_of_poor_net(model, net, trust_code)
     with bar("embed", None) as advance, explain_disk_errors(out):
         limits = Limits(outlier, flip, copy)
-        figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance))
+        figures = run(to_path(shards), model, out, net, limits, not in_process, growing(advance), trust_code)
     show("clean", figures, json)
     if listed := int(figures["flips"] + figures["outliers"] + figures["copies"]):
         if listed > MANY_LISTED * figures["images"]:
@@ -158,14 +170,17 @@ def overlap(
         float, typer.Option(min=-1, max=1, help="Two people at this cosine of centres or more are one person.")
     ] = 0.6,
     in_process: InProcess = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """List training images of people whom a verification set shows too, by names and faces; delete nothing."""
     from pipelines.datasets.overlap import overlap as run
 
-    warn_of_poor_net(model, net)
+    warn_of_poor_net(model, net, trust_code)
     with bar("embed", None) as advance, explain_disk_errors(out):
-        figures = run(to_path(shards), verify, model, out, net, images, least, not in_process, growing(advance))
+        figures = run(
+            to_path(shards), verify, model, out, net, images, least, not in_process, growing(advance), trust_code
+        )
     show("overlap", figures, json)
     if figures["identities"]:
         show_line(f"leave them out: {command_line('merge', shards, '--without', out / 'overlap.csv', '--out', 'NEW')}")
@@ -196,6 +211,7 @@ def merge(
     ] = None,
     overwrite: Overwrite = False,
     in_process: InProcess = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Make one dataset of several, or copy one without listed images; identity_map.csv lists the new names."""
@@ -213,6 +229,7 @@ def merge(
             not in_process,
             chunk=chunk,
             progress=growing(advance),
+            trust_code=trust_code,
         )
     shared_names = int(figures.pop("shared_names"))
     show("merge", figures, json)

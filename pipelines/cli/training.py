@@ -28,6 +28,7 @@ from pipelines.cli.options import (
     Recipe,
     Resume,
     RunFolder,
+    TrustCode,
     Wait,
     WorkerRange,
     local,
@@ -64,6 +65,7 @@ def train(
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Train a recipe; key.path=value overrides its fields.
@@ -74,7 +76,7 @@ def train(
     from pipelines.train import train as run
     from pipelines.train import written_report
 
-    config = load_started(recipe, overrides or [])
+    config = load_started(recipe, trusting(overrides, trust_code))
     folder = to_path(out or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     report_before = written_report(folder) if resume else None
     show("train", run(config, folder, workers, in_process, resume, overwrite, recipe, wait), json)
@@ -86,6 +88,11 @@ def train(
     else:
         show_line(f"next: {verify_command(str(folder), None, config.model_dump(mode='json'))}")
         show_line(f"then: {match_command(folder)}")
+
+
+def trusting(overrides: list[str] | None, trust_code: bool) -> list[str]:
+    """Return the overrides, with the one that ``--trust-code`` stands for."""
+    return [*(overrides or []), *(["train.trust_code=true"] if trust_code else [])]
 
 
 def quoted(path: object) -> str:
@@ -125,6 +132,7 @@ def distill(
     in_process: OneWorker = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Train a recipe that also follows a teacher.
@@ -133,7 +141,7 @@ def distill(
     """
     options = {"teacher": teacher, "teacher_net": teacher_net, "embeddings": embeddings, "unlabelled.path": unlabelled}
     distill_overrides = [f"method.distill.{name}={dumps(value)}" for name, value in options.items() if value]
-    all_overrides = [*(overrides or []), *distill_overrides]
+    all_overrides = [*trusting(overrides, trust_code), *distill_overrides]
     if (method := load_config(recipe).method).kind != "bigface":
         raise UserError(
             f"{recipe}: its method is {method.kind}, and only bigface distils: give a recipe with method.kind=bigface"
@@ -141,7 +149,7 @@ def distill(
     distilled = distillation(load_config(recipe, all_overrides))
     if distilled is None or not (distilled.teacher or distilled.embeddings):
         raise UserError("no teacher: give --teacher REF or --embeddings DIR")
-    train(recipe, all_overrides, out, workers, wait, in_process, resume, overwrite, json)
+    train(recipe, all_overrides, out, workers, wait, in_process, resume, overwrite, json=json)
 
 
 @app.command(rich_help_panel="Training")
@@ -169,6 +177,7 @@ def plan(
         float | None, typer.Option(min=1e-3, help="Measured throughput of all cards, as a run's report has it.")
     ] = None,
     overrides: Overrides = None,
+    trust_code: TrustCode = False,
     json: Json = None,
 ) -> None:
     """Say before a run whether it fits its cards, which knob to turn first if not, and how long it takes."""
@@ -177,7 +186,8 @@ def plan(
     from pipelines.experiments.plan import plan as run
     from pipelines.experiments.step_time import precisions_on, predicted, time_figures, time_lines, time_table
 
-    config, manifest, card = load_started(recipe, overrides or []), None, card_of(gpu) if gpu else None
+    config = load_started(recipe, trusting(overrides, trust_code))
+    manifest, card = None, card_of(gpu) if gpu else None
     gpu_gib = gpu_gib or (card.gib if card else 24.0)
     if identities is None:
         if not config.data.path:

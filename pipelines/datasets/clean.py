@@ -40,6 +40,7 @@ def clean(
     limits: Limits | None = None,
     on_ray: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> Mapping[str, float]:
     """List flipped labels, outliers and near-duplicates, judged by the embeddings of a good net.
 
@@ -48,7 +49,7 @@ def clean(
     - A *copy* looks the same as an earlier image of its identity, if that image is neither flip nor outlier.
 
     Args:
-        model, net: arguments of :func:`fr_core.nets.open.open_net`.
+        model, net, trust_code: arguments of :func:`fr_core.nets.open.open_net`.
         out: folder for ``clean.csv``, ``clean.png`` and the embeddings. A second call reuses the embeddings.
 
     Returns:
@@ -59,7 +60,16 @@ def clean(
     """
     limits = limits or Limits()
     dataset = open_dataset(shards)
-    embeddings = embed(model, shards, out / "embeddings", net, on_ray=on_ray, own_folder=True, progress=progress)
+    embeddings = embed(
+        model,
+        shards,
+        out / "embeddings",
+        net,
+        on_ray=on_ray,
+        own_folder=True,
+        progress=progress,
+        trust_code=trust_code,
+    )
     centres_ND = identity_centres(embeddings, dataset.manifest.identities, limits.outlier)
     names, random = dataset.identity_names(), rng.generator(0, "clean")
     counts = dict.fromkeys(FINDINGS, 0)

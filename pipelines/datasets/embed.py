@@ -29,9 +29,11 @@ class ShardEmbedder:
         UserError: the weights changed since ``facts`` were made.
     """
 
-    def __init__(self, ref: str, net: str | None, shards: AnyPath, out: Path, facts: Facts, threads: int) -> None:
+    def __init__(
+        self, ref: str, net: str | None, shards: AnyPath, out: Path, facts: Facts, trust_code: bool, threads: int
+    ) -> None:
         use_processor(threads)
-        self.recogniser, self.dataset = open_net(ref, net), open_dataset(shards)
+        self.recogniser, self.dataset = open_net(ref, net, trust_code=trust_code), open_dataset(shards)
         if weights_checksum(self.recogniser) != facts.net:
             raise UserError(f"{ref} changed while bigface used it: name one of its checkpoints")
         self.out, self.facts, self.threads = out, facts, ThreadPoolExecutor(threads)
@@ -68,11 +70,12 @@ def embed(
     overwrite: bool = False,
     own_folder: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> Embeddings:
     """Embed every image of a dataset, or continue a stopped job.
 
     Args:
-        ref, net: arguments of :func:`fr_core.nets.open.open_net`.
+        ref, net, trust_code: arguments of :func:`fr_core.nets.open.open_net`.
         shards: folder or URL of the dataset.
         out: local folder; on a cluster, a folder that all nodes share.
         flip: whether to add the embedding of the mirrored image, as the verification protocols do.
@@ -88,7 +91,7 @@ def embed(
     if place.is_dir():
         place = find_checkpoint(place)  # every actor opens the checkpoint that is newest now
     ref = str(place.resolve())
-    recogniser = open_net(ref, net)
+    recogniser = open_net(ref, net, trust_code=trust_code)
     numbers = range(len(dataset.manifest.shards))
     facts = Facts(
         dataset=dataset.stamp,
@@ -105,7 +108,7 @@ def embed(
     missing = [shard for shard in numbers if not (out / facts.files[shard]).is_file()]
     done = sum(dataset.manifest.shards[shard].images for shard in numbers if shard not in set(missing))
     progress(done, facts.images)
-    actor = (ref, net, dataset.root.resolve(), out.resolve(), facts)
+    actor = (ref, net, dataset.root.resolve(), out.resolve(), facts, trust_code)
     run = _embed_on_ray if on_ray else _embed_here
     for result in run(actor, missing):
         done += result["images"]
@@ -128,7 +131,7 @@ def weights_checksum(recogniser: Recogniser) -> str:
     return digest.hexdigest()
 
 
-ActorArgs = tuple[str, str | None, AnyPath, Path, Facts]  # arguments of ShardEmbedder without the threads
+ActorArgs = tuple[str, str | None, AnyPath, Path, Facts, bool]  # arguments of ShardEmbedder without the threads
 
 
 def _embed_here(actor: ActorArgs, shards: list[int]) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fr_core import rng
+from fr_core.data.embeddings import Embeddings
 from fr_core.data.schema import (
     GROUP_IMAGES,
     SCHEMA_VERSION,
@@ -69,6 +70,7 @@ def merge(
     overwrite: bool = False,
     chunk: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Make one dataset of several, or copy one dataset without the images of a list.
 
@@ -104,7 +106,11 @@ def merge(
     if same_names:
         _join_by_name(names, becomes)
     if model:
-        _join_by_centre(opened, becomes, cosines, model, net, overlap, out / EMBEDDINGS, on_ray, progress)
+
+        def embedded(shards: AnyPath) -> Embeddings:
+            return embed(model, shards, out / EMBEDDINGS, net, True, on_ray, False, True, progress, trust_code)
+
+        _join_by_centre(opened, becomes, cosines, overlap, embedded)
     if left_out:
         becomes[0][_images_left(opened[0], left_out) == 0] = GONE
     numbers = np.concatenate(becomes)
@@ -291,17 +297,13 @@ def _join_by_centre(
     opened: list[Dataset],
     becomes: list[np.ndarray],
     cosines: list[np.ndarray],
-    model: str,
-    net: str | None,
     overlap: float,
-    out: Path,
-    on_ray: bool,
-    progress: Callable[[int, int], None],
+    embedded: Callable[[AnyPath], Embeddings],
 ) -> None:
     """Give an identity the number of the nearest identity of the earlier datasets, if near enough; in place."""
     known_ND = np.zeros((0, 0), np.float32)  # centres of the earlier datasets' identities, in their order
     for number, dataset in enumerate(opened):
-        embeddings = embed(model, dataset.root, out, net, on_ray=on_ray, own_folder=True, progress=progress)
+        embeddings = embedded(dataset.root)
         own_ND = identity_centres(embeddings, dataset.manifest.identities)
         if number:
             earlier = np.concatenate(becomes[:number])

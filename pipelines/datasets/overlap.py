@@ -51,6 +51,7 @@ def overlap(
     least: float = SAME_PERSON,
     on_ray: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trust_code: bool = False,
 ) -> Mapping[str, float]:
     """List the training images of people whom a verification set shows too.
 
@@ -60,7 +61,7 @@ def overlap(
     Args:
         train: shards of the training set.
         verify: a folder of people, or a list of pairs, or a ``.bin``.
-        model, net: arguments of :func:`fr_core.nets.open.open_net`.
+        model, net, trust_code: arguments of :func:`fr_core.nets.open.open_net`.
         out: folder for ``overlap.csv`` and the embeddings. A second call reuses the embeddings.
         images: folder that the pairs' paths are relative to.
         least: cosine of two centres from which they are one person.
@@ -74,9 +75,18 @@ def overlap(
     """
     dataset = open_dataset(train)
     shown = images_of(verify, images)
-    embeddings = embed(model, train, out / "embeddings", net, on_ray=on_ray, own_folder=True, progress=progress)
+    embeddings = embed(
+        model,
+        train,
+        out / "embeddings",
+        net,
+        on_ray=on_ray,
+        own_folder=True,
+        progress=progress,
+        trust_code=trust_code,
+    )
     centres_ND = identity_centres(embeddings, dataset.manifest.identities)
-    names_P, centres_PD = people_of(shown, open_net(model, net))
+    names_P, centres_PD = people_of(shown, open_net(model, net, trust_code=trust_code))
     who_N, cosine_N = nearest_people(centres_ND, centres_PD)
     by_face_N = cosine_N >= least
     names_N = dataset.identity_names()

@@ -84,12 +84,14 @@ def step_parts(
     if encoded:
         works["encoder"] = backbone_work(config.net, encoded, side, precision).forward
     if (who := config.method.taught) and who.teacher:
-        works["teacher"] = teacher_work(who.teacher, who.teacher_net, images, precision)
+        trust = config.train.trust_code
+        works["teacher"] = teacher_work(who.teacher, who.teacher_net, images, precision, trust)
     works = {name: repeated(work, micro) for name, work in works.items()}
     works |= {"head": head_work(config, identities, ranks, head_precision, device), "pairs": pair_work(config)}
     works["update"] = update_work(config, identities, ranks, device)
     parts = {name: computed(work, rates) for name, work in works.items() if work}
-    for exchange in exchanges(config, ranks, teacher_width(config.method.taught) or config.net.embedding):
+    teacher = teacher_width(config.method.taught, config.train.trust_code)
+    for exchange in exchanges(config, ranks, teacher or config.net.embedding):
         parts[f"{exchange.collective}: {exchange.carries}"] = exchanged(exchange, ranks.size, rates)
     if ranks.size > 1:
         parts["all_reduce: gradients"] = reduced(config, ranks.size, rates, parts["backbone backward"].seconds / micro)
@@ -130,11 +132,11 @@ def reduced(config: Config, ranks: int, rates: Rates, backward: float) -> Part:
 
 
 @lru_cache
-def teacher_width(taught: TeacherSettings | None) -> int:
+def teacher_width(taught: TeacherSettings | None, trust_code: bool = False) -> int:
     """Return the dimensions of a teacher's embedding; 0 if no net is named."""
     if taught is None or not taught.teacher:
         return 0
-    return open_net(taught.teacher, taught.teacher_net, torch.device("cpu")).net.embedding
+    return open_net(taught.teacher, taught.teacher_net, torch.device("cpu"), trust_code=trust_code).net.embedding
 
 
 def precisions_on(config: Config, card: Card) -> tuple[str, str]:

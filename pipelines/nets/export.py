@@ -39,14 +39,18 @@ def check_name(out: Path) -> None:
 
 @torch.inference_mode()
 def export(
-    ref: str, out: Path, net: str | None = None, seen: Callable[[Recogniser], None] | None = None
+    ref: str,
+    out: Path,
+    net: str | None = None,
+    seen: Callable[[Recogniser], None] | None = None,
+    trust_code: bool = False,
 ) -> dict[str, float]:
     """Fold a net's batch norm and write the net as ONNX; a quantised net is written in integers.
 
     The file's metadata holds the threshold and the accuracy of the net's newest verification.
 
     Args:
-        ref, net: as :func:`fr_core.nets.open.open_net` takes them.
+        ref, net, trust_code: as :func:`fr_core.nets.open.open_net` takes them.
         out: ``FILE.onnx``; weights of more than 1.5 GiB go into ``FILE.onnx.data``.
         seen: gets the net as soon as it is open.
 
@@ -62,7 +66,7 @@ def export(
         OSError: ``out`` cannot be written.
     """
     check_name(out)
-    recogniser = open_net(ref, net, torch.device("cpu"), changeable=True)
+    recogniser = open_net(ref, net, torch.device("cpu"), changeable=True, trust_code=trust_code)
     if seen:
         seen(recogniser)
     size = recogniser.net.input_size

@@ -12,6 +12,7 @@ from fr_core.config.nets import IResNetNet, MobileFaceNetNet
 from fr_core.config.recipes import load_config
 from fr_core.data.store import AnyPath, atomic_file
 from fr_core.errors import UserError
+from fr_core.nets.factory import UntrustedCode
 from fr_core.nets.iresnet import IResNet
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.open import Recogniser, open_net
@@ -143,7 +144,10 @@ def _open(
     round_to: int,
     seen: Callable[[Recogniser], None] | None,
 ) -> tuple[Recogniser, IResNetNet | MobileFaceNetNet]:
-    whole = open_net(ref, net, changeable=True)
+    try:
+        whole = open_net(ref, net, changeable=True)
+    except UntrustedCode:
+        raise UserError(f"{ref}: nets of kind factory cannot be pruned: give an iresnet or a mobilefacenet") from None
     if seen:
         seen(whole)
     assert whole.config is not None

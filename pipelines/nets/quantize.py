@@ -23,6 +23,7 @@ from fr_core.data.stream import make_plan
 from fr_core.data.synthetic import render_face
 from fr_core.errors import UserError
 from fr_core.nets.backbone import normalised
+from fr_core.nets.factory import UntrustedCode
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.onnx_net import INSTALL, installed, open_onnx, write_onnx
 from fr_core.nets.open import Recogniser, open_float, open_net
@@ -98,14 +99,16 @@ def float_net(ckpt: str, net: str | None) -> Recogniser:
     Raises:
         UserError: the net does not exist or cannot be quantised.
     """
-    opened = open_net(ckpt, net, torch.device("cpu"), changeable=True)
+    unfit = '{}: net.kind = "{}" cannot be quantised: take an iresnet or a mobilefacenet'
+    try:
+        opened = open_net(ckpt, net, torch.device("cpu"), changeable=True)
+    except UntrustedCode:
+        raise UserError(unfit.format(ckpt, "factory")) from None
     assert opened.config is not None
     if isinstance(opened.config, QuantisedNet):
         raise UserError(f"{ckpt} is quantised already: name the float net")
     if not isinstance(opened.config, IResNetNet | MobileFaceNetNet):
-        raise UserError(
-            f'{ckpt}: net.kind = "{opened.config.kind}" cannot be quantised: take an iresnet or a mobilefacenet'
-        )
+        raise UserError(unfit.format(ckpt, opened.config.kind))
     return opened
 
 

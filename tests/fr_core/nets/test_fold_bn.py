@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, MoENet
 from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
@@ -14,6 +14,7 @@ from tests.helpers.nets import NORMS, random_net
 
 SMALL = [
     *(IResNetNet(depth=depth, width=8, input_size=32, embedding=8) for depth in BLOCKS),
+    GhostFaceNetNet(width=0.5, input_size=48, embedding=8),
     IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
     IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # last map of 1 × 1 pixel
     IResNetNet(depth=10, width=8, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
