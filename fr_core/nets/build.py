@@ -4,11 +4,12 @@ from typing import assert_never
 
 import torch
 
-from fr_core.config.nets import FloatNet, IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual
+from fr_core.config.nets import FloatNet, IResNetNet, MobileFaceNetNet, MoENet, Net, QuantisedNet, Residual, ViTNet
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.iresnet import BlockForm, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
+from fr_core.nets.vit import ViT
 
 
 def build_net(config: Net) -> Backbone:
@@ -42,6 +43,9 @@ def _built(config: Net) -> Backbone:
             return net
         case MobileFaceNetNet():
             return MobileFaceNet(config.input_size, config.embedding, config.channels, config.norm_eps)
+        case ViTNet():
+            blocks = (config.depth, config.width, config.heads, config.patch, config.mlp_ratio)
+            return ViT(*blocks, config.drop_path, config.mask, config.input_size, config.embedding)
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
 
