@@ -4,8 +4,8 @@ Each patch of the image becomes a token with a learned position. Blocks of atten
 tokens. There is no class token: two linear layers, each with a batch norm behind it, make the embedding of all tokens.
 docs/vit.md lists the published sizes, and where this page departs from the published code.
 
-Legend: B batch, C channels of the image, then of a token, H W pixels, T tokens, K tokens that training keeps, N
-blocks, D embedding. N2B11 has an entry for each block, branch and image.
+Legend: B batch, C channels of the image, then of a token, H W pixels, T tokens, D embedding. N blocks, K tokens that
+training keeps. N2B11 has an entry for each block, branch and image.
 """
 
 from collections.abc import Sequence

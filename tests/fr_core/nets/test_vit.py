@@ -219,7 +219,7 @@ def test_an_encoder_leaves_nothing_out():
 
 
 def test_norms_biases_and_positions_do_not_decay():
-    config = parse_config({"optim": {"kind": "adamw", "head": {"lr": 0.1}}, "method": {"kind": "quantface"}}, "test")
+    config = parse_config({"optim": {"kind": "adamw"}, "method": {"kind": "quantface"}}, "test")
     net = build_net(ViTNet(**SMALL, mask=0.3))
     matrices, vectors = make_optimizers(config, net, None, Ranks())["backbone"].param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0)
