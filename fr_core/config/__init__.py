@@ -116,7 +116,7 @@ def net_rules(config: Config) -> Iterator[str]:
     if small := config.data.progressive:
         least = net.input_size - (net.input_size - 1) % net.stride
         if least == net.input_size:
-            yield f"data.progressive needs a net that takes smaller images: leave it out with net.kind = {net.kind}"
+            yield f"data.progressive is for nets that take smaller images: leave it out with net.kind = {net.kind}"
         elif not least <= small.size < net.input_size:
             yield (
                 f"data.progressive.size = {small.size}: this net's feature map allows {least} to {net.input_size - 1}"

@@ -194,6 +194,48 @@ class FactoryNet(FloatNet):
         return 1
 
 
+class ViTNet(FloatNet):
+    """A vision transformer of all patches of a face, in the form that insightface trains (docs/vit.md)."""
+
+    kind: Literal["vit"] = "vit"
+    depth: Annotated[int, Field(ge=1)] = 12
+    """Blocks of the transformer (insightface: 12 in ViT-T and ViT-S, 24 in ViT-B and ViT-L)."""
+    width: Channels = 512
+    """Channels of a token (insightface: 256 in ViT-T, 512 in ViT-S and ViT-B, 768 in ViT-L)."""
+    heads: Annotated[int, Field(ge=1)] = 8
+    """Heads of the attention, which share the channels of a token."""
+    patch: Annotated[int, Field(ge=2)] = 9
+    """Side of a patch, in pixels. Rows and columns that fill no patch are left out."""
+    mlp_ratio: Annotated[int, Field(ge=1)] = 4
+    """Channels between the two linear layers of a block, for each channel of a token."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Stochastic depth (Huang et al., 2016): probability that an image skips a branch of the last block."""
+    mask: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the patches that training leaves out of the blocks."""
+    embedding: Annotated[int, Field(ge=2)] = 512
+    """Dimensions of the embedding."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "ViTNet":
+        if self.width % self.heads:
+            raise ValueError(f"net.heads = {self.heads} does not divide net.width = {self.width}")
+        if self.patch > self.input_size:
+            raise ValueError(f"net.patch = {self.patch} is more than net.input_size = {self.input_size}")
+        if int((self.input_size // self.patch) ** 2 * (1 - self.mask)) < 1:
+            raise ValueError(f"net.mask = {self.mask:g} leaves no patch: lower it")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Return 1: a patch has its position, so all images have one size."""
+        return 1
+
+    @property
+    def residual(self) -> bool:
+        """Return True."""
+        return True
+
+
 class QuantisedNet(BaseNet):
     """A net in integers, quantised from the trained net in ``init.backbone`` (docs/quantisation.md)."""
 
@@ -235,5 +277,6 @@ class QuantisedNet(BaseNet):
 
 
 Net = Annotated[
-    IResNetNet | MoENet | MobileFaceNetNet | GhostFaceNetNet | FactoryNet | QuantisedNet, Field(discriminator="kind")
+    IResNetNet | MoENet | MobileFaceNetNet | GhostFaceNetNet | ViTNet | FactoryNet | QuantisedNet,
+    Field(discriminator="kind"),
 ]

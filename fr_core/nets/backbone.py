@@ -24,6 +24,12 @@ class Backbone(nn.Module):
         """Return the batch norm that the embeddings come out of, or None for a net without one."""
         return None
 
+    def stop_dropout(self) -> None:
+        """Leave nothing out at random any more, in training mode either: for an encoder that only embeds."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
 
 def normalised(images_BHWC: Tensor, net: Backbone) -> Tensor:
     """Return uint8 RGB [B, H, W, 3] as a net takes it: float32 [B, 3, H, W], channels-last."""

@@ -14,6 +14,7 @@ from fr_core.config.nets import (
     Net,
     QuantisedNet,
     Residual,
+    ViTNet,
 )
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.factory import own_net
@@ -21,6 +22,7 @@ from fr_core.nets.ghostfacenet import GhostFaceNet
 from fr_core.nets.iresnet import BlockForm, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet
 from fr_core.nets.moe import Mixture
+from fr_core.nets.vit import ViT
 
 
 def build_net(config: Net) -> Backbone:
@@ -59,6 +61,9 @@ def _built(config: Net) -> Backbone:
             return GhostFaceNet(*sizes, config.norm_eps)
         case FactoryNet():
             return own_net(config)
+        case ViTNet():
+            blocks = (config.depth, config.width, config.heads, config.patch, config.mlp_ratio)
+            return ViT(*blocks, config.drop_path, config.mask, config.input_size, config.embedding)
         case QuantisedNet():
             from fr_core.nets.quantised import Quantised
 

@@ -21,6 +21,7 @@ from fr_core.nets.ghostfacenet import GhostFaceNet
 from fr_core.nets.iresnet import IResBlock, IResNet, Stage
 from fr_core.nets.mobilefacenet import MobileFaceNet, Part
 from fr_core.nets.moe import Mixture
+from fr_core.nets.vit import ViT
 
 Net = TypeVar("Net", bound=nn.Module)
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -56,6 +57,9 @@ def folded(net: Net, channelwise: bool = False) -> Net:
             _fold_iresnet(net, channelwise)
         case MobileFaceNet() | GhostFaceNet():
             _fold_parts(net)
+        case ViT():
+            _fold_after(net.reduce, net.bn)
+            _fold_after(net.fc, net.features)
         case _:  # a quantised net, which has no norms, or a kind without folding rules here
             return net
     for name, module in list(net.named_modules()):

@@ -12,11 +12,12 @@ from fr_core.errors import UserError
 from fr_core.nets.families import FAMILIES
 from fr_core.nets.iresnet import BLOCKS
 
-NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in BLOCKS))
+NAMES = ("mobilefacenet", "vit", *(f"iresnet{depth}" for depth in BLOCKS))
 OTHER_WORDS = {"arcface": "insightface", "cosface": "insightface", "buffalo": "insightface", "evolve": "evolve"}
 DEPTHS = {blocks: depth for depth, blocks in BLOCKS.items()}
 IRESNET = {"conv1.weight", "prelu.weight", "fc.weight"}  # a plain ResNet has no PReLU
 MOBILEFACENET = {"stem_depthwise.conv.weight", "pool.conv.weight", "fc.weight"}
+VIT = {"positions", "patches.weight", "reduce.weight"}
 QUANTISED = "layers.1.layer.weight"
 
 
@@ -71,6 +72,8 @@ def weights_name(tensors: Iterable[str]) -> str | None:
         return "quantised net"
     if names >= MOBILEFACENET:
         return "mobilefacenet"
+    if names >= VIT:
+        return "vit"
     if not names >= IRESNET:
         return None
     mixture = any(name.startswith("layer4.experts.") for name in names)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -11,14 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
 from fr_core.config import Config, class_count, distillation, total_steps, warmup_steps
-from fr_core.config.nets import Residual
+from fr_core.config.nets import Net
 from fr_core.data.plan import Plan
 from fr_core.device import set_arithmetic
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net, on_device
 from fr_core.nets.ghost import use_ghost_batches
-from fr_core.nets.iresnet import BLOCKS, recompute
+from fr_core.nets.iresnet import recompute
 from fr_core.optim.fastface import watcher
 from fr_core.optim.optimizers import make_optimizers
 from fr_core.ranks import Ranks
@@ -58,9 +59,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
         state.average = copy.deepcopy(backbone).requires_grad_(False)
     if config.method.facts.encoder != "none":
         state.encoder = copy.deepcopy(backbone).requires_grad_(False)
-        for module in state.encoder.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the encoder is in training mode for its batch norm alone
+        state.encoder.stop_dropout()  # it is in training mode for its batch norm alone
         compile_blocks(config, state.encoder, device)
         state.ships_encoder = config.method.facts.encoder == "shipped"
     if scales_loss(config, device):
@@ -95,9 +94,16 @@ def segment_blocks(config: Config) -> int | None:
     With n blocks in segments of k, autograd keeps n / k inputs, and MAPS·k maps of the segment at work. The sum is
     smallest at k = √(n / MAPS).
     """
-    if not (config.train.recompute and isinstance(config.net, Residual)):
+    if not config.train.recompute:
         return None
-    return config.train.recompute_blocks or round(math.sqrt(sum(BLOCKS[config.net.depth]) / MAPS))
+    return config.train.recompute_blocks or max(1, round(math.sqrt(block_count(config.net) / MAPS)))
+
+
+@lru_cache
+def block_count(net: Net) -> int:
+    """Return the number of blocks that a net repeats."""
+    with torch.device("meta"):
+        return len(build_net(net).blocks())
 
 
 def parameter_figures(config: Config, identities: int) -> dict[str, int]:

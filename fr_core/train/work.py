@@ -108,7 +108,8 @@ class Counting(TorchDispatchMode):
             leaves = tree_leaves(args[1:] if name in FIRST_UNREAD else (args, kwargs, out))
             tensors = [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
             again = MORE_READS[name] * args[0].nbytes if name in MORE_READS else 0
-            flops = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))  # it lacks addmm_
+            listed = name.removesuffix("_").replace("_for_cpu", "")  # it lacks addmm_, and attention on a CPU
+            flops = flop_registry.get(getattr(torch.ops.aten, listed, None))
             kind: Kind = "product" if flops else "maps"
             self.work[
                 Operator(
@@ -144,32 +145,32 @@ def backbone_work(net: Net, images: int, side: int, precision: str, ghost: int |
             if param.ndim == 4:  # as fr_core.nets.build.on_device; .to() takes no fake weights
                 param.data = param.data.to(memory_format=torch.channels_last)
         stages = {stage: len(stage) - 2 for stage in module.modules() if isinstance(stage, Stage)}
-        inputs: dict[nn.Module, Tensor] = {}
+        inputs: dict[nn.Module, tuple[Tensor, ...]] = {}
 
         def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(module, given[0])
+            inputs.setdefault(module, given)
 
         for stage in stages:
             del stage[2:]
             for watched in (stage, stage[-1]):
                 watched.register_forward_pre_hook(keep)
         pixels_BHWC = torch.empty(images, side, side, 3, dtype=torch.uint8)
-        whole = Passes(*passes(module, normalised(pixels_BHWC, module), precision), Counter())
+        whole = Passes(*passes(module, precision, normalised(pixels_BHWC, module)), Counter())
         for stage, more in stages.items():
-            whole.blocks.update(passes(stage, inputs[stage], precision)[0])
+            whole.blocks.update(passes(stage, precision, *inputs[stage])[0])
             if more > 0:
-                forward, backward = passes(stage[-1], inputs[stage[-1]], precision)
+                forward, backward = passes(stage[-1], precision, *inputs[stage[-1]])
                 for part, work in zip(whole, (forward, backward, forward), strict=True):
                     part.update(repeated(work, more))
     return whole
 
 
-def passes(module: nn.Module, x: Tensor, precision: str) -> tuple[Work, Work]:
+def passes(module: nn.Module, precision: str, x: Tensor, *beside: Tensor) -> tuple[Work, Work]:
     """Count the forward and the backward pass of a module; ``x`` gets a gradient if it has a history."""
     given, dtype = torch.empty_like(x, requires_grad=x.requires_grad), getattr(torch, precision)
     module.zero_grad()  # else the gradients of an earlier count would be added to
     with Counting() as forward, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        out = module(given.view_as(given))
+        out = module(given.view_as(given), *beside)
     gradient = torch.empty_like(out)
     with Counting() as backward:
         out.backward(gradient)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, Net
+from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, Net, ViTNet
 from fr_core.data.crops import encode, similarity, warped
 from fr_core.data.photos import read_rgb
 from fr_core.data.synthetic import render_face
@@ -27,11 +27,9 @@ from fr_core.nets.onnx_net import OnnxNet, installed, open_onnx, write_onnx
 from fr_core.nets.open import open_net
 from pipelines.timing import CPU, in_turns, least_cosine, one_thread
 
-NETS: tuple[Net, ...] = (
-    MobileFaceNetNet(),
-    GhostFaceNetNet(),
-    *(IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS),
-)
+VITS = (ViTNet(width=256), ViTNet(), ViTNet(depth=24))  # insightface's ViT-T, ViT-S and ViT-B
+IRESNETS = (IResNetNet.model_validate({"depth": depth}) for depth in BLOCKS)
+NETS: tuple[Net, ...] = (MobileFaceNetNet(), GhostFaceNetNet(), *VITS, *IRESNETS)
 PHOTO = (750, 1000)  # height and width of the photo, pixels
 FACE_SCALE = 2.5  # size of the face in the photo ÷ size of the template
 SETTLING = 4  # images that set the norms of a random net
@@ -82,8 +80,14 @@ def bench_latency(
 
 
 def name_of(config: Net) -> str:
-    """Return the name of a net, such as iresnet50."""
-    return f"iresnet{config.depth}" if isinstance(config, IResNetNet) else config.kind
+    """Return the name of a net, such as iresnet50, or vit512x12: width and depth."""
+    match config:
+        case IResNetNet():
+            return f"iresnet{config.depth}"
+        case ViTNet():
+            return f"vit{config.width}x{config.depth}"
+        case _:
+            return config.kind
 
 
 @torch.no_grad()

@@ -17,12 +17,18 @@ INTEGERS = (
     "net={kind='quantised', calibration_batches=2, "
     "net={kind='iresnet', depth=10, width=8, input_size=32, embedding=32}}",
 )
+VIT = (
+    "net={kind='vit', depth=3, width=16, heads=2, patch=8, mask=0.2, input_size=32, embedding=32}",
+    "optim={kind='adamw', head={lr=0.1}}",
+    *RECOMPUTE,
+)
 
 OFTEN: dict[str, tuple[str, ...]] = {
     "bigface": (),
     "bigface-float32": ("train.precision=float32",),
     "bigface-fused": FUSED,
     "bigface-partial-fc-fused": SAMPLED + FUSED,
+    "bigface-vit": VIT,
     "distill": (),
     "attfc": (),
     "f2c": (),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.nets import GhostFaceNetNet, IResNetNet, MobileFaceNetNet, MoENet, ViTNet
 from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import bound_slopes, folded
 from fr_core.nets.iresnet import BLOCKS
@@ -18,6 +18,7 @@ SMALL = [
     IResNetNet(depth=10, width=8, input_size=48, embedding=8, dropout=0.4),
     IResNetNet(depth=18, width=8, input_size=32, stem_stride=2, embedding=8),  # last map of 1 × 1 pixel
     IResNetNet(depth=10, width=8, input_size=112, stem_stride=2, embedding=8),  # halvings that round up
+    ViTNet(depth=2, width=16, heads=2, patch=8, input_size=32, embedding=8),
     IResNetNet(depth=18, width=32, input_size=32, embedding=8, se=True, inner_norm=False, shortcut="pool"),
     IResNetNet(depth=18, width=8, input_size=48, embedding=8, shortcut="pool", norm_eps=0.1),
     MoENet(depth=18, width=8, input_size=32, embedding=8, experts=3, active=2, se=True, inner_norm=False),

@@ -20,6 +20,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config_of, last_weights, losses, run, state_and_batches
 
 MOE = ["net.kind=moe", "net.experts=3", "net.balance=0.5"]
+VIT = "net={kind='vit', depth=3, width=16, heads=2, patch=8, drop_path=0.4, mask=0.2, input_size=32, embedding=32}"
 
 
 def trained(ranks, config, steps=2, loss_scale=None):
@@ -60,6 +61,32 @@ def test_recomputation_is_the_same_training(dataset, extra):
     assert losses == again
     assert same(recomputed, plain) == []
     assert recomputed["net.layer1.0.bn1.num_batches_tracked"] == plain["net.layer1.0.bn1.num_batches_tracked"] > 0
+
+
+@pytest.mark.parametrize("extra", [["train.ema=0.5"], ["train.precision=bfloat16", "train.recompute_blocks=2"]])
+def test_a_recomputed_transformer_skips_the_same_branches(dataset, extra):
+    losses, plain = trained(Ranks(), config_of(dataset, VIT, *[e for e in extra if "recompute" not in e]))
+    again, recomputed = trained(Ranks(), config_of(dataset, VIT, *extra, "train.recompute=true"))
+    assert losses == again
+    assert same(recomputed, plain) == []
+
+
+def test_ghost_batches_of_a_transformer_are_those_of_micro_batches(dataset):
+    """Both batch norms of its end. Nothing is left out at random, since micro-batches draw apart."""
+    still = [VIT, "net.drop_path=0", "net.mask=0"]
+    losses, ghost = trained(Ranks(), config_of(dataset, *still, "train.ghost_batch=8"))
+    expected, micro = trained(Ranks(), config_of(dataset, *still, "train.accumulate=4"))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert same(ghost, micro, 1e-4) == []
+
+
+def test_a_momentum_encoder_leaves_nothing_out(grouped):
+    config = load_config("debug_attfc", [f"data.path={grouped}", VIT, "data.lanes=8", "data.shuffle_window=256"])
+    state, stream = state_and_batches(config)
+    loop.step(config, state, next(stream), Ranks())
+    stream.close()
+    assert (state.backbone.tower.drop_path, state.backbone.mask) == (0.4, 0.2)
+    assert (state.encoder.tower.drop_path, state.encoder.mask) == (0, 0)
 
 
 def test_recomputation_beside_a_momentum_encoder(grouped):

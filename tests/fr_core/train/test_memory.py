@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, ViTNet
 from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
@@ -25,8 +25,10 @@ from fr_core.train.memory import backbone_bytes, memory, saved_bytes
         (IResNetNet(depth=18, width=16, input_size=64, se=True, shortcut="pool"), 1),
         (MobileFaceNetNet(input_size=64), None),
         (MoENet(depth=18, width=16, input_size=64, experts=2), 2),
+        (ViTNet(depth=4, width=32, drop_path=0.2, mask=0.2, input_size=64), None),
+        (ViTNet(depth=5, width=32, drop_path=0.2, mask=0.2, input_size=64), 2),
     ],
-    ids=["iresnet", "ir_se", "ir_se recomputed", "mobilefacenet", "moe recomputed"],
+    ids=["iresnet", "ir_se", "ir_se recomputed", "mobilefacenet", "moe recomputed", "vit", "vit recomputed"],
 )
 def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
     _, fake, _ = backbone_bytes(net, 6, precision, segment)

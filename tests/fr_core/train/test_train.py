@@ -156,6 +156,10 @@ def test_fastface_cuts_the_rate_of_the_next_step_and_is_logged(dataset, tmp_path
         ["optim={kind='lars', lr=2.0, head={lr=0.05}}"],
         ["net.kind=moe", "train.recompute=true", "train.ghost_batch=8", "train.ema=0.5"],
         ["optim={kind='adamw', head={lr=0.05}}", "train.ema=0.9"],
+        [
+            "net={kind='vit', depth=2, width=16, heads=2, patch=8, mask=0.2, input_size=32, embedding=32}",
+            "optim={kind='muon'}",
+        ],
     ],
 )
 def test_a_resumed_run_is_bit_identical(dataset, tmp_path, monkeypatch, extra):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
-from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet
+from fr_core.config.nets import IResNetNet, MobileFaceNetNet, MoENet, ViTNet
 from fr_core.config.recipes import load_config
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
@@ -37,6 +37,7 @@ NETS = {
     "ghost batches": (IResNetNet(depth=34, **SMALL), 2),
     "mixture": (MoENet(depth=50, experts=2, **SMALL), None),
     "mobilefacenet": (MobileFaceNetNet(input_size=32), None),
+    "vit": (ViTNet(depth=4, heads=2, patch=8, drop_path=0.2, mask=0.2, **SMALL), None),
 }
 
 
