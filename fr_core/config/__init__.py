@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from fr_core.config.methods import BigFace, Distill, Method
 from fr_core.config.nets import IResNetNet, Net
 from fr_core.config.optim import SGD, ClassMatrix, Cosine, Optim, Schedule, steps_of_epochs
-from fr_core.config.sections import Balanced, Data, Init, Section, Tracking, Train, Verify
+from fr_core.config.sections import Balanced, Data, FineTune, Init, Section, Tracking, Train, Verify
 
 MAX_LANES = 64
 GROUPED_LANES, IMAGES_PER_LANE = (
@@ -44,6 +44,8 @@ class Config(Section):
     """Learning-rate schedule."""
     init: Init = Init()
     """Weights that the run starts from."""
+    finetune: FineTune = FineTune()
+    """Which of these weights move, when, and how fast."""
     train: Train = Train()
     """Length, batch, precision, memory, checkpoints."""
     verify: Verify = Verify()
@@ -189,8 +191,20 @@ def start_rules(config: Config) -> Iterator[str]:
             yield f"train.epochs = 0 only calibrates, on plain images: leave {name} out"
 
 
+def finetune_rules(config: Config) -> Iterator[str]:
+    """Yield what cannot be fine-tuned as asked."""
+    finetune, method = config.finetune, config.method
+    if finetune != FineTune() and not config.init.backbone:
+        yield "finetune says how trained weights move: give init.backbone=FILE, or leave finetune out"
+    if finetune.head_epochs and method.class_matrix is None:
+        yield f"finetune.head_epochs trains a class matrix alone, and {method.kind} has none: leave it out"
+    if finetune.layer_decay < 1 and config.net.kind == "moe":
+        yield "finetune.layer_decay is for blocks in a row, and experts lie side by side: leave it out"
+
+
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     *(batch_rules, balance_rules, net_rules, precision_rules, verify_rules, method_rules, start_rules),
+    finetune_rules,
 )
 
 
@@ -291,3 +305,13 @@ def rate_scale(config: Config) -> float:
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
     """Return the optimiser steps of the warm-up."""
     return steps_of_epochs(config.schedule.warmup_epochs, steps_per_epoch)
+
+
+def head_steps(config: Config, steps_per_epoch: int) -> int:
+    """Return the optimiser steps at the start that train the class matrix alone."""
+    return steps_of_epochs(config.finetune.head_epochs, steps_per_epoch)
+
+
+def unwatched_steps(config: Config, steps_per_epoch: int) -> int:
+    """Return the optimiser steps at the start whose losses FastFace does not see: the warm-up, and the head alone."""
+    return max(warmup_steps(config, steps_per_epoch), head_steps(config, steps_per_epoch))

@@ -188,6 +188,20 @@ class Init(Section):
     the rows of identities that it knows by name, and prototypes fill the others."""
 
 
+class FineTune(Section):
+    """Fine-tuning of ``init.backbone``: which of its weights move, when, and how fast (docs/finetuning.md)."""
+
+    freeze: tuple[str, ...] = ()
+    """Weights of the backbone that stay as they were, as patterns of their names, such as ["conv1*", "layer1.*"]. Batch
+    norms without a trained weight keep their statistics too."""
+    layer_decay: Ratio = 1.0
+    """Layer-wise decay of the learning rate: each block has this share of the rate of the block above it (BEiT, Bao et
+    al., 2022). 1: one rate for all."""
+    head_epochs: NonNegative = 0.0
+    """First epochs, in which the class matrix alone is trained. Weights and batch-norm statistics of the backbone stay
+    as they were. 0: none."""
+
+
 class Train(Section):
     """Length, batch, precision, memory and checkpoints of the training."""
 

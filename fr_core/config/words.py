@@ -67,7 +67,7 @@ WORDS = (
     ),
     ("resume resume_from", f"resuming {RUN_OPTION}: give --resume and the run's --out"),
     (
-        "pretrained pretrained_path checkpoint ckpt weights finetune",
+        "pretrained pretrained_path checkpoint ckpt weights",
         "the weights to start from are init.backbone: write init.backbone={value}",
     ),
     (

@@ -16,7 +16,11 @@ class Backbone(nn.Module):
     in_integers: ClassVar[bool] = False  # True: the forward pass simulates integers (fr_core/nets/quantised.py)
 
     def blocks(self) -> Sequence[nn.Module]:
-        """Return the blocks that the net repeats. They are compiled one by one; blocks of equal shapes share code."""
+        """Return the blocks that the net repeats, in order. They are compiled one by one; equal shapes share code.
+
+        Layer-wise rates count them (``fr_core/nets/finetune.py``). For these, a net names its layers from pixels to
+        embedding.
+        """
         return []
 
     @property

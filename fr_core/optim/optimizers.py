@@ -1,7 +1,7 @@
 """Optimisers: PyTorch's own, LARS for large batches, Muon for short runs, and SGD on rows for the class matrix."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, assert_never
 
@@ -232,13 +232,24 @@ def shares(params: Sequence[Tensor], ranks: int) -> list[list[Tensor]]:
     return dealt
 
 
+def by_rate(group: dict[str, Any], rates: Mapping[Tensor, float]) -> list[dict[str, Any]]:
+    """Split a parameter group by the shares of its rate that its parameters have, the largest share first."""
+    parts: dict[float, list[Tensor]] = defaultdict(list)
+    for param in group["params"]:
+        parts[rates.get(param, 1.0)].append(param)
+    return [group | {"params": parts[share], "lr": share * group["lr"]} for share in sorted(parts, reverse=True)]
+
+
 def make_optimizers(
-    config: Config, backbone: nn.Module, head: Head | None, ranks: Ranks
+    config: Config, backbone: nn.Module, head: Head | None, ranks: Ranks, rates: Mapping[Tensor, float] | None = None
 ) -> dict[str, torch.optim.Optimizer]:
     """Return the optimisers by name: "backbone", and "head" if there is a class matrix.
 
     Each parameter group keeps its base rate as ``initial_lr``, like in PyTorch's schedulers. The base rate follows the
     linear scaling rule (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
+
+    Args:
+        rates: the share of the base rate of each parameter of the backbone; those that it lacks have all of it.
 
     Raises:
         ValueError: the head's parameters and ``sharded`` differ, or the method states no class matrix for them.
@@ -265,7 +276,7 @@ def make_optimizers(
             vectors["weight_decay"] = optim.sgd.weight_decay
         case _ as unknown:
             assert_never(unknown)
-    groups = [group for group in (matrices, vectors) if group["params"]]
+    groups = [part for group in (matrices, vectors) for part in by_rate(given | group, rates or {})]
     split = optim.shard_state and ranks.size > 1
     body = ShardedOptimizer(groups, made, ranks, given) if split else made(groups, **given)
     optimizers: dict[str, torch.optim.Optimizer] = {"backbone": body}

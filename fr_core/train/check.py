@@ -8,13 +8,16 @@ from pathlib import Path, PurePath
 
 import torch
 
-from fr_core.config import Config, class_count, step_images, total_steps, unlabelled_batch, warmup_steps
+from fr_core.config import Config, class_count, step_images, total_steps, unlabelled_batch, unwatched_steps
 from fr_core.config.nets import QuantisedNet
+from fr_core.config.sections import FineTune
 from fr_core.data.plan import Plan
 from fr_core.data.schema import Dataset, open_dataset
 from fr_core.data.store import to_path
 from fr_core.data.stream import make_plan, unlabelled
 from fr_core.errors import UserError
+from fr_core.nets.build import build_net
+from fr_core.nets.finetune import freeze, layer_rates
 from fr_core.optim.fastface import watcher
 from fr_core.train.distill import open_teacher
 from fr_core.verify.pair_lists import read_pairs
@@ -64,9 +67,10 @@ def fitting_plan(config: Config, dataset: Dataset, *workers: int) -> Plan:
     for number in workers:
         check_workers(config, plan, number)
     config.method.centres(class_count(config, dataset.manifest.identities), config.train.global_batch)
-    steps, warmup = total_steps(config, plan.steps_per_epoch), warmup_steps(config, plan.steps_per_epoch)
+    check_finetune(config)
+    steps, unwatched = total_steps(config, plan.steps_per_epoch), unwatched_steps(config, plan.steps_per_epoch)
     check_warmup(config, steps / plan.steps_per_epoch)
-    watcher(config.schedule, steps - warmup, config.train.global_batch)
+    watcher(config.schedule, steps - unwatched, config.train.global_batch)
     if config.optim.head_rate_unknown and config.method.class_matrix:
         raise UserError(
             f"the class matrix moves by SGD, whose rate is not that of {config.optim.kind}: give optim.head.lr"
@@ -86,6 +90,19 @@ def check_warmup(config: Config, epochs: float) -> None:
             f"schedule.warmup_epochs = {warmup:g} leaves no step after the warm-up, since the run ends after "
             f"{epochs:.3g} epochs: give fewer, such as schedule.warmup_epochs={epochs / 10:.2g}"
         )
+
+
+def check_finetune(config: Config) -> None:
+    """Check that the backbone has the weights and blocks that ``finetune`` speaks of.
+
+    Raises:
+        UserError: it has not.
+    """
+    if config.finetune != FineTune():
+        with torch.device("meta"):
+            net = build_net(config.net)
+        freeze(net, config.finetune.freeze)
+        layer_rates(net, config.finetune.layer_decay)
 
 
 def check_pairs(config: Config) -> None:

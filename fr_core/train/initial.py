@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import Config, class_count, distillation, total_steps, warmup_steps
+from fr_core.config import Config, class_count, distillation, head_steps, total_steps, unwatched_steps
 from fr_core.config.nets import Net
 from fr_core.data.plan import Plan
 from fr_core.device import set_arithmetic
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net, on_device
+from fr_core.nets.finetune import freeze, layer_rates
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import recompute
 from fr_core.optim.fastface import watcher
@@ -40,6 +41,7 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     set_arithmetic(config.train.deterministic, config.train.tf32)
     torch.manual_seed(rng.torch_seed(config.seed, "backbone"))
     backbone = on_device(trained_net(config), device)
+    frozen = freeze(backbone, config.finetune.freeze)
     head = make_head(config, class_count(config, plan.dataset.manifest.identities), ranks, device)
     head = head.to(device) if head else None
     compile_blocks(config, backbone, device)
@@ -47,14 +49,16 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     if distill and distill.adapter and teacher:
         torch.manual_seed(rng.torch_seed(config.seed, "adapter"))
         adapter = nn.Linear(config.net.embedding, teacher.embedding, bias=False, device=device)
-    optimizers = make_optimizers(config, nn.ModuleList([backbone, adapter] if adapter else [backbone]), head, ranks)
+    trained = nn.ModuleList([backbone, adapter] if adapter else [backbone])
+    optimizers = make_optimizers(config, trained, head, ranks, layer_rates(backbone, config.finetune.layer_decay))
     total = total_steps(config, plan.steps_per_epoch)
     state = TrainState(plan, device, backbone, _data_parallel(config, backbone, ranks), head, optimizers, total)
     state.teacher, state.adapter = teacher, adapter
+    state.frozen, state.head_steps = frozen, head_steps(config, plan.steps_per_epoch)
     if agreement := config.method.agreement:
         state.agreement = Agreement(agreement).to(device)
-    after_warmup = total - warmup_steps(config, plan.steps_per_epoch)
-    state.watcher = watcher(config.schedule, after_warmup, config.train.global_batch)
+    watched = total - unwatched_steps(config, plan.steps_per_epoch)
+    state.watcher = watcher(config.schedule, watched, config.train.global_batch)
     if config.train.ema:
         state.average = copy.deepcopy(backbone).requires_grad_(False)
     if config.method.facts.encoder != "none":

@@ -212,7 +212,8 @@ def stop_if_diverged(config: Config, state: TrainState, saver: Saver) -> None:
 def refresh_norm_statistics(config: Config, state: TrainState, ranks: Ranks, blocks: Blocks) -> None:
     """Average batch-norm statistics over ranks; after virtual identities, re-measure the last norm on real faces."""
     average_statistics(state, ranks)
-    if config.data.variants > 1 and state.usable.last_norm is not None:
+    last = [name for name, module in state.usable.named_modules() if module is state.usable.last_norm]
+    if config.data.variants > 1 and any(map(state.has_moved, last)):
         faces = config.model_copy(update={"data": config.data.model_copy(update={"variants": 1})})
         steps = min(-(-IMAGES // config.train.global_batch), state.plan.steps_per_epoch)
         measure_last_norm(config, state, plain_batches(faces, state.plan, ranks, blocks, steps), ranks)

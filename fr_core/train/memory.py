@@ -19,11 +19,13 @@ from fr_core.data.plan import held_rows
 from fr_core.heads.streamed import kernel_tile_size
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net
+from fr_core.nets.finetune import freeze, set_mode
 from fr_core.nets.iresnet import Stage, recompute
 from fr_core.nets.onnx_net import OnnxNet
 from fr_core.nets.open import open_net
 from fr_core.ranks import Ranks
 from fr_core.train.initial import segment_blocks
+from fr_core.train.work import backbone_size
 
 FLOAT = 4  # bytes
 CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
@@ -48,8 +50,11 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     images = config.train.global_batch // config.train.accumulate
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
     trained_images, encoded_images = step_images(config)
-    blocks = segment_blocks(config)
-    trained, activations, recomputed = backbone_bytes(config.net, -(-trained_images // gpus), precision, blocks)
+    blocks, frozen = segment_blocks(config), config.finetune.freeze
+    own = (config.net, -(-trained_images // gpus), precision, blocks, frozen)
+    weights, activations, recomputed = backbone_bytes(*own)
+    still = FLOAT * (backbone_size(config.net).numbers - backbone_size(config.net, frozen).numbers)
+    trained = weights - still
     moments = 2 if isinstance(config.optim, AdamW) else 1
     apart = gpus > 1 and config.train.accumulate > 1  # micro-batch gradients next to DDP's buckets
     method = config.method
@@ -59,7 +64,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     elif isinstance(method, FixedCentres):
         head = centre_bytes(config, method, rows, images // gpus)
     parts = {
-        "backbone": trained * (2 + apart + (config.train.ema > 0)),  # weights, gradient, average
+        "backbone": weights * (1 + (config.train.ema > 0)) + trained * (1 + apart),  # weights, average, gradient
         "backbone_optimizer": trained * moments // (gpus if config.optim.shard_state else 1),
         **head,
         "activations": activations,
@@ -68,7 +73,7 @@ def memory(config: Config, identities: int, gpus: int) -> dict[str, int]:
     if blocks:
         parts["recomputed"] = recomputed
     if encoded_images:
-        parts["encoder"] = trained
+        parts["encoder"] = weights
         parts["encoder_features"] = feature_bytes(config.net, -(-encoded_images // gpus), precision)
     if method.facts.class_images:
         parts["class_images"] = class_image_bytes(config, -(-encoded_images // gpus), gpus)
@@ -209,16 +214,20 @@ def largest_feature(module: Backbone, batch: int, precision: str) -> int:
 
 
 @lru_cache
-def backbone_bytes(net: Net, batch: int, precision: str, segment: int | None = None) -> tuple[int, int, int]:
+def backbone_bytes(
+    net: Net, batch: int, precision: str, segment: int | None = None, frozen: tuple[str, ...] = ()
+) -> tuple[int, int, int]:
     """Return the bytes of a backbone's float32 weights, of its saved activations, and of a recomputed segment.
 
     The net runs on fake tensors, which have shapes but no memory.
 
     Args:
         segment: number of residual blocks that the backward pass recomputes at a time; None: it recomputes none.
+        frozen: patterns of weights that stay as they were.
     """
     with FakeTensorMode():
-        module = build_net(net).train()
+        module = build_net(net)
+        set_mode(module, True, freeze(module, frozen))
         images = torch.empty(batch, 3, net.input_size, net.input_size)
         weights = sum(p.nbytes for p in (*module.parameters(), *module.buffers()))
         if segment is None:
@@ -236,7 +245,7 @@ def segment_bytes(module: Backbone, images_BCHW: Tensor, precision: str) -> int:
     with torch.no_grad():
         saved_bytes(module, images_BCHW, precision)
     kept = [saved_bytes(segment, inputs[segment[0]], precision) - inputs[segment[0]].nbytes for segment in segments]
-    return max(kept)
+    return max(0, *kept)  # a frozen segment keeps nothing, not even its input
 
 
 def saved_bytes(module: nn.Module, images_BCHW: Tensor, precision: str) -> int:

@@ -92,7 +92,7 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
 
     Raises:
         DamagedCheckpoint: a file is damaged; the error names it.
-        UserError: the checkpoint belongs to a run with other data, net, method, batch or seed.
+        UserError: the checkpoint belongs to a run with other data, net, method, batch, fine-tuning or seed.
     """
     summary = read_summary(folder)
     if summary["format"] != FORMAT:
@@ -159,7 +159,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         del facts["data.variant_strength"]
     if not (config.schedule.watches_loss or old.schedule.watches_loss):
         del facts["schedule.kind"]  # these schedules have no state: they are interchangeable
-    for section in ("net", "method"):
+    for section in ("net", "method", "finetune"):
         ours, theirs = flat(now[section], f"{section}."), flat(then[section], f"{section}.")
         facts |= {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if name not in MOVABLE}
     differing = [name for name, (here, there) in facts.items() if here != there]

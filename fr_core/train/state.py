@@ -37,6 +37,8 @@ class TrainState:
     watcher: FastFaceWatcher | None = None  # FastFace: cuts the learning rate
     began: float = field(default_factory=time.monotonic)  # monotonic start in seconds, as if the run had never paused
     step: int = 0  # optimiser steps done
+    frozen: frozenset[str] = frozenset()  # names of the backbone's modules that stay in eval mode
+    head_steps: int = 0  # first steps, which train the head alone
     loss_scale: float = 1.0
     good_steps: int = 0  # finite steps since the loss scale changed
     bad_steps: int = 0  # non-finite steps in a row
@@ -52,6 +54,15 @@ class TrainState:
         """Return the tensors that the backbone's optimiser moves, by name."""
         adapter = {"adapter.weight": self.adapter.weight} if self.adapter else {}
         return {name: p for name, p in self.backbone.named_parameters() if p.requires_grad} | adapter
+
+    @property
+    def head_only(self) -> bool:
+        """Return whether the next step trains the head alone."""
+        return self.step < self.head_steps
+
+    def has_moved(self, module: str) -> bool:
+        """Return whether training may have moved a module of the backbone by now, by its name."""
+        return self.step > self.head_steps and module not in self.frozen
 
     @property
     def usable(self) -> Backbone:

@@ -23,11 +23,15 @@ IMAGES = 10_000  # images to measure the last norm; its mean is then exact to 1 
 
 @torch.no_grad()
 def average_statistics(state: TrainState, ranks: Ranks) -> None:
-    """Average the batch-norm statistics over all ranks. Call it before they are verified or saved."""
+    """Average the batch-norm statistics over all ranks. Call it before they are verified or saved.
+
+    Statistics that training does not move stay, since a mean of equal numbers may be rounded.
+    """
     if ranks.size > 1:
         for module in (state.backbone, state.average, state.encoder):
             for name, buffer in module.named_buffers() if module is not None else ():
-                if name.endswith(("running_mean", "running_var")):
+                norm, _, statistic = name.rpartition(".")
+                if statistic in ("running_mean", "running_var") and state.has_moved(norm):
                     ranks.sum_(buffer).div_(ranks.size)
 
 

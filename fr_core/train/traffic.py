@@ -55,7 +55,7 @@ def exchanges(config: Config, ranks: Ranks, teacher_width: int = 0) -> list[Exch
         found.append(Exchange("adapter", "all_reduce", FLOAT * embedding * teacher_width))
     found.append(Exchange("loss and norms", "all_reduce", FLOAT * (UPDATE_NUMBERS + loss_terms(config))))
     if config.optim.shard_state:
-        moved = FLOAT * ceil(backbone_size(config.net).numbers / ranks.size)
+        moved = FLOAT * ceil(backbone_size(config.net, config.finetune.freeze).numbers / ranks.size)
         found.append(Exchange("moved weights", "all_gather", moved))
     return found
 
@@ -75,7 +75,8 @@ def loss_terms(config: Config) -> int:
 def gradient_bytes(config: Config) -> int:
     """Return the bytes of the backbone's gradient, as DDP hands it to the all-reduce."""
     compressed = config.train.compress_gradients
-    return backbone_size(config.net).numbers * (bytes_of(compressed) if compressed else FLOAT)
+    numbers = backbone_size(config.net, config.finetune.freeze).numbers
+    return numbers * (bytes_of(compressed) if compressed else FLOAT)
 
 
 def buckets(gradient: int) -> int:
@@ -92,7 +93,8 @@ def checkpoint_bytes(config: Config, identities: int, ranks: Ranks, precision: s
         identities: identities of the training set.
         precision: of class centres that replace a class matrix.
     """
-    size, method, embedding = backbone_size(config.net), config.method, config.net.embedding
+    size = backbone_size(config.net, config.finetune.freeze)
+    method, embedding = config.method, config.net.embedding
     nets = 1 + (config.train.ema > 0) + (method.facts.encoder != "none")
     moments = 2 if isinstance(config.optim, AdamW) else 1
     shares = ranks.size if config.optim.shard_state else 1

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import Config, warmup_steps
+from fr_core.config import Config, unwatched_steps
 from fr_core.config.nets import MoENet
 from fr_core.nets.backbone import normalised
+from fr_core.nets.finetune import set_mode
 from fr_core.nets.moe import take_balance
 from fr_core.optim.optimizers import move_weights
 from fr_core.optim.schedules import learning_rate
@@ -36,7 +37,9 @@ def begin_step(config: Config, state: TrainState) -> None:
     for optimizer in state.optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
-    state.backbone.train()
+    set_mode(state.backbone, not state.head_only, state.frozen)
+    if state.encoder is not None:
+        set_mode(state.encoder, True, state.frozen)
     state.undo = Undo(buffers_to_restore(state))
     if state.head:
         state.head.begin_step()
@@ -45,12 +48,18 @@ def begin_step(config: Config, state: TrainState) -> None:
 def embed(config: Config, state: TrainState, images_BHWC: Tensor, ranks: Ranks, micro_batch: int = 0) -> Tensor:
     """Embed uint8 images with the backbone in training mode: [B, D], with gradient.
 
+    While the head alone is trained, the gradient ends at the embeddings, so that the backbone costs its forward pass.
     Dropout is seeded by the run's seed, the step, and the place of these images in the global batch.
     """
     place = ranks.rank * config.train.accumulate + micro_batch
     torch.manual_seed(rng.torch_seed(config.seed, "dropout", state.step, place))
+    images_BCHW = normalised(images_BHWC, state.backbone)
     with autocast(config, state.device):
-        return state.parallel(normalised(images_BHWC, state.backbone))
+        if not state.head_only:
+            return state.parallel(images_BCHW)
+        with torch.no_grad():
+            x_BD = state.backbone(images_BCHW)
+    return x_BD.requires_grad_()
 
 
 @torch.no_grad()
@@ -59,7 +68,7 @@ def encode_class_images(config: Config, state: TrainState, images_BKHWC: Tensor)
     assert state.encoder is not None
     images = normalised(images_BKHWC.flatten(0, 1), state.backbone)
     with autocast(config, state.device):
-        return state.encoder.train()(images).unflatten(0, images_BKHWC.shape[:2])
+        return state.encoder(images).unflatten(0, images_BKHWC.shape[:2])
 
 
 def without_sync(state: TrainState) -> AbstractContextManager[None]:
@@ -71,10 +80,11 @@ def without_sync(state: TrainState) -> AbstractContextManager[None]:
 def buffers_to_restore(state: TrainState) -> list[Tensor]:
     """List the buffers that a dropped step restores: batch-norm statistics and quantface's thresholds.
 
-    The head restores its own buffers (:class:`fr_core.heads.head.Head`).
+    Modules in eval mode do not move theirs. The head restores its own buffers (:class:`fr_core.heads.head.Head`).
     """
-    modules = (state.backbone, state.encoder, state.agreement)
-    return [buffer for module in modules if module is not None for buffer in module.buffers()]
+    nets = [net for net in (state.backbone, state.encoder, state.agreement) if net is not None]
+    modules = (module for net in nets for module in net.modules() if module.training)
+    return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
 def backward(config: Config, state: TrainState, loss: Tensor, ranks: Ranks) -> None:
@@ -149,7 +159,7 @@ def account(config: Config, state: TrainState, reading: Reading) -> None:
         state.good_steps = 0
         state.loss_scale = max(1.0, state.loss_scale / 2)
         return
-    if state.watcher and reading.step >= warmup_steps(config, state.plan.steps_per_epoch):
+    if state.watcher and reading.step >= unwatched_steps(config, state.plan.steps_per_epoch):
         state.watcher.observe(reading.read()["loss"])
     state.bad_steps = 0
     state.good_steps += 1

@@ -77,12 +77,14 @@ def settle_norms(config: Config, state: TrainState, start: Callable[[int], Itera
     """Measure the norms that a file had folded into convolutions, without changing what the net computes in eval mode.
 
     Such a norm was read as one that adds its shift and does nothing else. In training it would normalise, and so
-    change the net at once. With the statistics of its input, and a gain and shift that undo them, it does not.
+    change the net at once. With the statistics of its input, and a gain and shift that undo them, it does not. A frozen
+    norm stays in eval mode, and needs neither.
 
     Args:
         start: returns this rank's first batches, as many as it is told, without augmentation.
     """
-    norms = unfolded_norms(state.backbone)
+    frozen = {state.backbone.get_submodule(name) for name in state.frozen}
+    norms = [norm for norm in unfolded_norms(state.backbone) if norm not in frozen]
     if not norms:
         return
     steps = min(-(-SETTLING // config.train.global_batch), state.plan.steps_per_epoch)

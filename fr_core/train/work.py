@@ -27,6 +27,7 @@ from fr_core.config.optim import LARS, SGD, AdamW, Muon
 from fr_core.heads.streamed import kernel_tile_size, tile_size
 from fr_core.nets.backbone import normalised
 from fr_core.nets.build import build_net
+from fr_core.nets.finetune import freeze, set_mode
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import Stage
 from fr_core.nets.onnx_net import OnnxNet
@@ -72,7 +73,7 @@ class Passes(NamedTuple):
 
     forward: Work
     backward: Work
-    blocks: Work  # the residual blocks' part of the forward pass, which recomputation repeats
+    blocks: Work  # the trained stages' part of the forward pass, which recomputation repeats
 
 
 class Size(NamedTuple):
@@ -80,7 +81,7 @@ class Size(NamedTuple):
 
     shapes: tuple[tuple[int, ...], ...]  # of the parameters that are trained
     fixed_bytes: int  # of its other parameters and its buffers
-    buffers: int  # number of its buffers
+    buffers: int  # number of its buffers that training moves
 
     @property
     def numbers(self) -> int:
@@ -126,38 +127,45 @@ class Counting(TorchDispatchMode):
 
 
 @lru_cache
-def backbone_work(net: Net, images: int, side: int, precision: str, ghost: int | None = None) -> Passes:
+def backbone_work(
+    net: Net, images: int, side: int, precision: str, ghost: int | None = None, frozen: tuple[str, ...] = ()
+) -> Passes:
     """Count a training pass of a backbone.
 
     A stage's blocks from the third on are like the second. They are not run, so that deep nets are counted in seconds.
+    Frozen weights may make blocks unlike; then all are run.
 
     Args:
         images: images of a rank's micro-batch.
         side: side of the images, in pixels.
         precision: of the forward pass.
         ghost: images that share batch statistics; None: all.
+        frozen: patterns of weights that stay as they were.
     """
     with FakeTensorMode():
-        module = build_net(net).train()
+        module = build_net(net)
         if ghost:
             use_ghost_batches(module, ghost)
+        set_mode(module, True, freeze(module, frozen))
         for param in module.parameters():
             if param.ndim == 4:  # as fr_core.nets.build.on_device; .to() takes no fake weights
                 param.data = param.data.to(memory_format=torch.channels_last)
-        stages = {stage: len(stage) - 2 for stage in module.modules() if isinstance(stage, Stage)}
+        stages = {stage: 0 if frozen else len(stage) - 2 for stage in module.modules() if isinstance(stage, Stage)}
         inputs: dict[nn.Module, tuple[Tensor, ...]] = {}
 
         def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             inputs.setdefault(module, given)
 
-        for stage in stages:
-            del stage[2:]
+        for stage, more in stages.items():
+            if more > 0:
+                del stage[2:]
             for watched in (stage, stage[-1]):
                 watched.register_forward_pre_hook(keep)
         pixels_BHWC = torch.empty(images, side, side, 3, dtype=torch.uint8)
         whole = Passes(*passes(module, precision, normalised(pixels_BHWC, module)), Counter())
         for stage, more in stages.items():
-            whole.blocks.update(passes(stage, precision, *inputs[stage])[0])
+            forward, backward = passes(stage, precision, *inputs[stage])
+            whole.blocks.update(forward if backward else {})
             if more > 0:
                 forward, backward = passes(stage[-1], precision, *inputs[stage[-1]])
                 for part, work in zip(whole, (forward, backward, forward), strict=True):
@@ -166,14 +174,18 @@ def backbone_work(net: Net, images: int, side: int, precision: str, ghost: int |
 
 
 def passes(module: nn.Module, precision: str, x: Tensor, *beside: Tensor) -> tuple[Work, Work]:
-    """Count the forward and the backward pass of a module; ``x`` gets a gradient if it has a history."""
+    """Count the forward and the backward pass of a module; ``x`` gets a gradient if it has a history.
+
+    The backward pass is empty if nothing gets a gradient.
+    """
     given, dtype = torch.empty_like(x, requires_grad=x.requires_grad), getattr(torch, precision)
     module.zero_grad()  # else the gradients of an earlier count would be added to
     with Counting() as forward, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = module(given.view_as(given), *beside)
     gradient = torch.empty_like(out)
     with Counting() as backward:
-        out.backward(gradient)
+        if out.requires_grad:
+            out.backward(gradient)
     return forward.work, backward.work
 
 
@@ -196,13 +208,15 @@ def teacher_work(ref: str, net: str | None, images: int, precision: str, trust_c
 
 
 @lru_cache
-def backbone_size(net: Net) -> Size:
-    """Return the size of a backbone."""
+def backbone_size(net: Net, frozen: tuple[str, ...] = ()) -> Size:
+    """Return the size of a backbone, of which weights with names like the patterns ``frozen`` are not trained."""
     with torch.device("meta"):
         module = build_net(net)
+    set_mode(module, True, freeze(module, frozen))
     params, buffers = list(module.parameters()), list(module.buffers())
     fixed = sum(x.nbytes for x in (*buffers, *(p for p in params if not p.requires_grad)))
-    return Size(tuple(tuple(p.shape) for p in params if p.requires_grad), fixed, len(buffers))
+    moved = sum(len(list(part.buffers(recurse=False))) for part in module.modules() if part.training)
+    return Size(tuple(tuple(p.shape) for p in params if p.requires_grad), fixed, moved)
 
 
 # The head
@@ -332,7 +346,8 @@ def update_work(config: Config, identities: int, ranks: Ranks, device: torch.dev
         identities: identities of the training set.
         device: a card or a CPU.
     """
-    size, optim, on_card = backbone_size(config.net), config.optim, device.type == "cuda"
+    size, optim = backbone_size(config.net, config.finetune.freeze), config.optim
+    on_card = device.type == "cuda"
     numbers, tensors = size.numbers, len(size.shapes)
     shares = ranks.size if optim.shard_state else 1
     averages = (config.train.ema > 0) + (config.method.facts.encoder != "none")
@@ -348,7 +363,9 @@ def update_work(config: Config, identities: int, ranks: Ranks, device: torch.dev
             moved = (3, 1, 1, 2, 2, 3, 3)
         case Muon():
             moved = (2, 3, 3, 2, 2, 3)
-    found = foreach(numbers, tensors, on_card, 1, *[2] * scaled, *[2] * (optim.clip is not None), *[3] * averages)
+    found = foreach(numbers, tensors, on_card, 1, *[2] * scaled, *[2] * (optim.clip is not None))
+    whole = backbone_size(config.net)  # frozen weights are averaged too
+    found += foreach(whole.numbers, len(whole.shapes), on_card, *[3] * averages)
     found += foreach(numbers // shares, ceil(tensors / shares), on_card, *moved)
     found += muon_products(size.shapes, shares) if isinstance(optim, Muon) else []
     found += [SMALL] * 2 * (ceil(size.buffers / FOREACH_TENSORS) if on_card else size.buffers)

@@ -77,7 +77,8 @@ def step_parts(
     precision, head_precision = precisions
     micro, side = config.train.accumulate, side or config.net.input_size
     images, encoded = (-(-count // ranks.size) for count in step_images(config))
-    passes = backbone_work(config.net, images, side, precision, config.train.ghost_batch)
+    frozen = config.finetune.freeze
+    passes = backbone_work(config.net, images, side, precision, config.train.ghost_batch, frozen)
     works = {"backbone forward": passes.forward, "backbone backward": passes.backward}
     if segment_blocks(config):
         works["recomputation"] = passes.blocks

@@ -12,6 +12,10 @@ SAMPLED = ("method.sample_rate=0.9",)  # more rows than faces, as in real runs
 ADAPTER = ("method.distill.adapter=true",)
 UNLABELLED = ("method.distill.unlabelled={path='FOLDER/flat', batch=16}",)
 EMBEDDINGS = ("method.distill.embeddings=FOLDER/embeddings",)
+FROZEN = (
+    *(f"init.backbone={TEACHER}", "init.net=iresnet10"),
+    "finetune.freeze=['conv1*', 'bn1*', 'prelu*', 'layer1.*']",
+)
 INTEGERS = (
     f"init.backbone={TEACHER}",
     "net={kind='quantised', calibration_batches=2, "
@@ -54,6 +58,9 @@ RARE: dict[str, tuple[str, ...]] = {
     "bigface-ghost": ("train.ghost_batch=8",),
     "bigface-lars": ("optim.kind=lars", "optim.head.lr=0.1"),
     "bigface-muon": ("optim={kind='muon'}",),
+    "bigface-frozen": FROZEN,
+    "bigface-layer-decay": (*FROZEN, "finetune.layer_decay=0.9"),
+    "bigface-head-only": (f"init.backbone={TEACHER}", "init.net=iresnet10", "finetune.head_epochs=10"),
     "bigface-adamw": ("optim={kind='adamw', head={lr=0.1}}",),
     "distill-fused": FUSED,
     "distill-partial-fc": SAMPLED,

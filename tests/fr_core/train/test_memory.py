@@ -10,6 +10,7 @@ from fr_core.config.recipes import load_config
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import make_plan
 from fr_core.nets.build import build_net
+from fr_core.nets.finetune import freeze, set_mode
 from fr_core.nets.iresnet import recompute
 from fr_core.ranks import Ranks
 from fr_core.train.initial import initial_state
@@ -37,6 +38,22 @@ def test_counts_on_fake_tensors_are_those_of_real_ones(net, segment, precision):
         recompute(module, segment)
     real = saved_bytes(module, torch.randn(6, 3, 64, 64), precision)
     assert fake == pytest.approx(real, rel=0.02)
+
+
+def test_frozen_layers_save_no_activations_and_have_no_gradient():
+    net, frozen = IResNetNet(depth=18, width=16, input_size=64), ("conv1*", "bn1*", "prelu*", "layer1.*", "layer2.*")
+    _, fake, _ = backbone_bytes(net, 6, "float32", None, frozen)
+    module = build_net(net)
+    set_mode(module, True, freeze(module, frozen))
+    assert fake == pytest.approx(saved_bytes(module, torch.randn(6, 3, 64, 64), "float32"), rel=0.02)
+    assert fake < 0.5 * backbone_bytes(net, 6, "float32")[1]
+    plain = memory(load_config("bigface_r50"), 1000, 1)
+    some = memory(load_config("bigface_r50", ["init.backbone=x", "finetune.freeze=['layer3.*']"]), 1000, 1)
+    left = 4 * sum(
+        p.numel() for n, p in build_net(load_config("bigface_r50").net).named_parameters() if n.startswith("layer3.")
+    )
+    assert plain["backbone"] - some["backbone"] == left  # their gradient
+    assert plain["backbone_optimizer"] - some["backbone_optimizer"] == left
 
 
 def test_saved_bytes_by_hand():

@@ -13,9 +13,11 @@ from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
 from fr_core.nets.backbone import normalised
 from fr_core.nets.build import build_net, on_device
+from fr_core.nets.finetune import freeze, set_mode
 from fr_core.nets.ghost import use_ghost_batches
 from fr_core.nets.iresnet import BLOCKS
 from fr_core.ranks import Ranks
+from fr_core.train.traffic import checkpoint_bytes, gradient_bytes
 from fr_core.train.work import (
     Counting,
     backbone_size,
@@ -74,6 +76,42 @@ def test_fake_passes_of_a_few_blocks_count_what_real_passes_of_all_blocks_do(nam
         assert without_bytes(fake) == without_bytes(real)
         assert sum_of(fake, "bytes") == pytest.approx(sum_of(real, "bytes"), rel=0.01)
         assert fake == real or precision == "bfloat16"
+
+
+@pytest.mark.parametrize("ghost", [None, 2])
+def test_frozen_layers_have_no_backward_pass(ghost):
+    """Counted as a real pass does, whose backward pass ends at the first trained layer."""
+    net, frozen = IResNetNet(depth=34, **SMALL), ("conv1*", "bn1*", "prelu*", "layer1.*", "layer2.0.*", "layer3.*")
+    module = build_net(net)
+    if ghost:
+        use_ghost_batches(module, ghost)
+    set_mode(module, True, freeze(module, frozen))
+    module = on_device(module, CPU)
+    with Counting() as forward:
+        out = module(normalised(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), module))
+    gradient = torch.ones_like(out)
+    with Counting() as backward:
+        out.backward(gradient)
+    counted = backbone_work(net, 4, 32, "float32", ghost, frozen)
+    assert counted.forward == forward.work
+    assert counted.backward == backward.work
+    plain = backbone_work(net, 4, 32, "float32", ghost)
+    assert sum_of(counted.forward, "flops") == sum_of(plain.forward, "flops")
+    assert sum_of(counted.backward, "flops") < 0.75 * sum_of(plain.backward, "flops")
+    assert 0 < sum_of(counted.blocks, "flops") < sum_of(plain.blocks, "flops")  # layer1 is not recomputed
+
+
+def test_frozen_weights_are_neither_moved_nor_sent():
+    frozen = ("init.backbone=x", "finetune.freeze=['layer3.*']")
+    config, plain = load_config("bigface_r50", frozen), load_config("bigface_r50")
+    left = sum(p.numel() for n, p in build_net(plain.net).named_parameters() if n.startswith("layer3."))
+    numbers = backbone_size(plain.net).numbers
+    assert backbone_size(plain.net, config.finetune.freeze).numbers == numbers - left
+    assert gradient_bytes(config) == 4 * (numbers - left)
+    saved = checkpoint_bytes(plain, 1000, Ranks(), "float32") - checkpoint_bytes(config, 1000, Ranks(), "float32")
+    assert saved == 4 * left  # their momentum
+    swept = [sum_of(update_work(c, 1000, Ranks(), CARD), "bytes") for c in (plain, config)]
+    assert swept[1] < swept[0] - 4 * left * 5
 
 
 def test_a_backbone_takes_the_flops_of_its_convolutions_by_hand():
