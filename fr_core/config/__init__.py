@@ -261,6 +261,12 @@ def class_count(config: Config, identities: int) -> int:
     return identities * config.data.variants
 
 
+def class_rows(config: Config) -> int:
+    """Return the rows of each class in the class matrix, which neighbour each other; 0 without a class matrix."""
+    matrix = config.method.class_matrix
+    return matrix.subcentres if matrix else 0
+
+
 def distillation(config: Config) -> Distill | None:
     """Return the settings of a distillation beside a class matrix, or None."""
     taught = config.method.taught

@@ -192,6 +192,9 @@ class BigFace(BaseMethod):
     share_knob: ClassVar[str | None] = "sample_rate"
     margin: AnyMargin = Margin()
     """Margin of the positive class; CosFace by default, as in BigFace (2021)."""
+    subcentres: Annotated[int, Field(ge=1, le=16)] = 1
+    """K: rows of a class, of which the one nearest to a face counts (sub-centre ArcFace, Deng et al., 2020). The paper
+    uses 3 for noisy labels. 1: one row."""
     sample_rate: Ratio = 1.0
     """Share of the classes in each step's softmax; below 1 it is Partial FC (An et al., 2022). 1: all classes."""
     drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0

@@ -9,7 +9,11 @@ move while their tile is in cache, and the class matrix has no gradient at all.
 
 The positive class is masked in its tile and handled separately. Subtracting it, Σ exp − exp(positive), would cancel.
 
-Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile.
+A class may have K rows that neighbour each other. Then the row nearest to a face stands for its class, and the face
+moves no other row of it (sub-centre ArcFace: Deng et al., ECCV 2020, Eq. 3). Of equally near rows the first one counts.
+
+Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile, C its classes,
+K rows of a class: T = C·K.
 """
 
 import math
@@ -36,7 +40,7 @@ HALF_GAIN = 2.0**10  # of probabilities in float16: they keep 11 bits down to 2�
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
 LEAST_CAPABILITY = (8, 0)  # of cards for Triton's kernels; on older ones they use no tensor cores and spill registers
 KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
-MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
+MIN_TILE = 256  # rows; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
 
 Gain = Tensor | float
@@ -52,6 +56,7 @@ class Softmax:
         tile: classes per tile; None: as many as fit the cache or the GPU.
         skip_below: on a card, gradients of blocks are left out whose probabilities are all smaller
             (:func:`fr_core.heads.kernels.exponentials` states the error); 0 leaves out none.
+        subcentres: K, rows of a class.
     """
 
     margin: Margin | FaceMargin
@@ -59,6 +64,7 @@ class Softmax:
     precision: torch.dtype = torch.float32
     tile: int | None = None
     skip_below: float = 0.0
+    subcentres: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,15 @@ def margin_softmax(
     Args:
         unit_GD: embeddings of length 1.
         weight_ND: rows of this rank, of any length; the function normalises them.
-        column_G: int64, the row of each face's class, or its position in ``rows_S`` if given. It is negative if another
-            rank holds the class.
-        rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse.
+        column_G: int64, the place of each face's class among the classes that take part. It is negative if another rank
+            holds the class.
+        rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse. They are all rows of
+            some classes.
         sgd: settings of the fused mode: the rows move in the backward pass and get no gradient. If the loss is not
             finite, nothing moves.
     """
     made: type[torch.autograd.Function] = _MarginSoftmax
-    if runs_kernels(unit_GD):
+    if runs_kernels(unit_GD) and softmax.subcentres == 1:
         from fr_core.heads.softmax_on_cards import MarginSoftmax as made
     return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
 
@@ -176,20 +183,21 @@ class _MarginSoftmax(torch.autograd.Function):
         sgd: TileSGD | None,
     ) -> Tensor:
         scale = softmax.margin.scale
-        cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
+        cos_G, own_G = nearest_own(unit_GD, weight_ND, column_G, rows_S, softmax.subcentres)
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         sums = _LogSumExp(unit_GD, scale)
         inverses = []
-        size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
-        positives = _Positives(*column_G.sort(), len(weight_ND if rows_S is None else rows_S), size)
+        size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device, softmax.subcentres)
+        classes = len(weight_ND if rows_S is None else rows_S) // softmax.subcentres
+        positives = _Positives(*column_G.sort(), classes, size)
         for tile in _tiles(weight_ND, rows_S, positives, softmax):
             sums.add(tile.negatives(operand_GD))
             inverses.append(tile.inverse_T)
-        own_G = torch.where(column_G >= 0, scale * value_G, 0)
-        negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
+        logit_G = torch.where(column_G >= 0, scale * value_G, 0)
+        negative_G, positive_G = over_ranks(sums.value_G(), logit_G, ranks)
         loss = F.softplus(negative_G - positive_G).mean()
-        per_face = (cos_G, slope_G, negative_G, positive_G)
+        per_face = (cos_G, own_G, slope_G, negative_G, positive_G)
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
         ctx.softmax, ctx.positives = softmax, positives
         ctx.sgd, ctx.finite = sgd, sgd is None or bool(loss.isfinite())
@@ -198,7 +206,7 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, cos_G, own_G, slope_G, negative_G, positive_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
@@ -210,7 +218,7 @@ class _MarginSoftmax(torch.autograd.Function):
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
         for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
             gain = tile.gain(each)
-            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each * gain)
+            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, own_G, each * gain)
             add_product(grad_GD, 1, push_GT, tile.operand_TD, gain)
             if grad_SD is None:
                 tile.move(push_GT, operand_GD, radial_T, gain, sgd, weight_ND)
@@ -293,31 +301,40 @@ class _Tile:
     weight_TD: Tensor
     operand_TD: Tensor
     inverse_T: Tensor  # 1 / length
-    positives: tuple[Tensor, Tensor] | None  # faces whose class is in this tile, and its columns
+    positives: tuple[Tensor, Tensor] | None  # faces whose class is in this tile, and its columns among the classes
     softmax: Softmax
 
     def negatives(self, operand_GD: Tensor) -> Tensor:
-        """Return the logits [G, T], with the positives masked."""
+        """Return the logits [G, C], with the positives masked."""
+        return self.cosines(operand_GD)[0]
+
+    def cosines(self, operand_GD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale · cosine of the nearest rows [G, C], with the positives masked, and which of K rows they are."""
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
-        _drop(logits_GT, self.softmax)
+        logits_GC, nearest_GC = logits_GT, None
+        if self.softmax.subcentres > 1:
+            logits_GC, nearest_GC = logits_GT.unflatten(1, (-1, self.softmax.subcentres)).max(2)
+        _drop(logits_GC, self.softmax)
         if self.positives:
-            _mask(logits_GT, self.positives)
-        return logits_GT
+            _mask(logits_GC, self.positives)
+        return logits_GC, nearest_GC
 
     def gain(self, each: Tensor) -> Gain:
         """Return the factor of the push, without which float16 would round small probabilities to 0."""
         return HALF_GAIN / (each * self.inverse_T.amax()) if self.softmax.precision == torch.float16 else 1.0
 
     def push(
-        self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
+        self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, own_G: Tensor, each: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
         scale = self.softmax.margin.scale
-        logits_GT = self.negatives(operand_GD)
-        push_GT = (logits_GT - total_G[:, None]).exp_()
+        logits_GC, nearest_GC = self.cosines(operand_GD)
+        push_GC = (logits_GC - total_G[:, None]).exp_()
+        push_GT, logits_GT = (_at_nearest(x_GC, nearest_GC, self.softmax.subcentres) for x_GC in (push_GC, logits_GC))
         if self.positives:
             faces, _ = self.positives
-            push_GT[self.positives], logits_GT[self.positives] = pull_G[faces], scale * cos_G[faces]
+            own = faces, own_G[faces] - self.start
+            push_GT[own], logits_GT[own] = pull_G[faces], scale * cos_G[faces]
         push_GT.mul_(each * self.inverse_T)
         radial_T = logits_GT.mul_(push_GT).sum(0).mul_(self.inverse_T / scale)
         return _operand(push_GT, self.softmax.precision), radial_T
@@ -361,11 +378,10 @@ class _LogSumExp:
         return self.top_G + self.sum_G.log()
 
 
-def tile_size(faces: int, embedding: int, device: torch.device) -> int:
+def tile_size(faces: int, embedding: int, device: torch.device, subcentres: int = 1) -> int:
     """Return the classes per tile, for a softmax that does not set them."""
-    if device.type == "cuda":
-        return max(MIN_TILE, GPU_LOGITS // faces)
-    return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
+    rows = GPU_LOGITS // faces if device.type == "cuda" else min(CPU_ROWS // embedding, CPU_LOGITS // faces)
+    return max(1, max(MIN_TILE, rows) // subcentres)
 
 
 def kernel_tile_size(faces: int, embedding: int) -> int:
@@ -380,8 +396,8 @@ def _tiles(
     weight_ND: Tensor, rows_S: Tensor | None, positives: _Positives, softmax: Softmax, inverse_S: Tensor | None = None
 ) -> Iterator[_Tile]:
     """Yield the rows that take part, tile by tile; ``inverse_S``: their inverse lengths, if already known."""
-    for start, places in positives:
-        end = start + positives.size
+    for first, places in positives:
+        start, end = (softmax.subcentres * place for place in (first, first + positives.size))
         rows = slice(start, end) if rows_S is None else rows_S[start:end]
         weight_TD = weight_ND[rows]
         if inverse_S is None:
@@ -405,6 +421,27 @@ def over_ranks(negative_G: Tensor, positive_G: Tensor, ranks: Ranks) -> tuple[Te
 def rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
     """Return the row of each face's class; some row, if another rank holds the class."""
     return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
+
+
+def nearest_own(
+    unit_GD: Tensor, weight_ND: Tensor, column_G: Tensor, rows_S: Tensor | None, subcentres: int
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine of each face and the nearest row of its class, and this row's place among those that take part.
+
+    If another rank holds the class, the place is negative, and the cosine means nothing.
+    """
+    place_GK = subcentres * column_G[:, None] + torch.arange(subcentres, device=column_G.device)
+    cos_GK = (unit_GD[:, None] * F.normalize(weight_ND[rows_of(place_GK, rows_S)], dim=2)).sum(2)
+    cos_G, nearest_G = cos_GK.max(1)
+    return cos_G, subcentres * column_G + nearest_G
+
+
+def _at_nearest(x_GC: Tensor, nearest_GC: Tensor | None, subcentres: int) -> Tensor:
+    """Return each class's number at the nearest of its rows, and 0 at the others [G, T]."""
+    if nearest_GC is None:
+        return x_GC
+    zeros_GCK = x_GC.new_zeros(*x_GC.shape, subcentres)
+    return zeros_GCK.scatter_(2, nearest_GC[:, :, None], x_GC[:, :, None]).flatten(1)
 
 
 def _mask(logits_GT: Tensor, places: tuple[Tensor, Tensor]) -> None:

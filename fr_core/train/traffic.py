@@ -6,7 +6,7 @@ Legend: B images of a rank's micro-batch, G = B × ranks, D embedding, E teacher
 from math import ceil
 from typing import Literal, NamedTuple
 
-from fr_core.config import Config, class_count, distillation
+from fr_core.config import Config, class_count, class_rows, distillation
 from fr_core.config.methods import EmbeddingMSE, FixedCentres
 from fr_core.config.optim import AdamW
 from fr_core.losses.ekd import RATES
@@ -99,7 +99,7 @@ def checkpoint_bytes(config: Config, identities: int, ranks: Ranks, precision: s
     found = nets * (FLOAT * size.numbers + size.fixed_bytes) + moments * FLOAT * size.numbers // shares
     if method.class_matrix:
         lo, hi = ranks.split(class_count(config, identities))
-        found += 2 * FLOAT * (hi - lo) * embedding  # rows and their momentum
+        found += 2 * FLOAT * class_rows(config) * (hi - lo) * embedding  # rows and their momentum
     if isinstance(method, FixedCentres):
         centres = method.layers * method.centres(class_count(config, identities), config.train.global_batch)
         found += centres * embedding * bytes_of(precision)

@@ -111,7 +111,7 @@ def test_gradients_travel_in_buckets_of_25_mib_after_a_small_one():
     ("recipe", "overrides"),
     [
         ("bigface", []),
-        ("bigface", ["train.ema=0.9", "optim={kind='adamw', head={lr=0.1}}"]),
+        ("bigface", ["train.ema=0.9", "optim={kind='adamw', head={lr=0.1}}", "method.subcentres=2"]),
         ("attfc", []),
         ("dcq", ["train.precision=float32"]),
         ("virtual_fc", []),
