@@ -3,15 +3,20 @@
 Legend: G global batch, D embedding, N identities, S rows of this rank that take part (all, or the sampled ones).
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fr_core import rng
 from fr_core.config.methods import BigFace
+from fr_core.device import from_host
 from fr_core.heads.head import Head
-from fr_core.heads.margins import make_margin
-from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax
+from fr_core.heads.make_margin import make_margin
+from fr_core.heads.margins import Faces
+from fr_core.heads.streamed import Softmax, TileSGD, margin_softmax, own_cosines
 from fr_core.ranks import Ranks
 
 INIT_STD = 0.01
@@ -69,8 +74,27 @@ class ShardedFC(Head):
             count = max(count, len(labels_G[is_own_G].unique()))
         return priority[:rows].topk(count).indices.sort().values
 
+    def draw(self, step: int, faces: int, micro: int, device: torch.device) -> Sequence[Tensor | None]:
+        """Draw what the margins of a step need: for each micro-batch, standard normal numbers [G]; None: nothing.
+
+        A face's number depends on its place in the global batch alone, not on ranks or micro-batches.
+
+        Args:
+            faces: of the global batch, over all micro-batches.
+        """
+        if not self.margin.draws:
+            return [None] * micro
+        drawn = torch.from_numpy(rng.normals(self.seed, "margin", step, np.arange(faces))).float()
+        drawn_AG = drawn.view(self.ranks.size, micro, -1).transpose(0, 1).flatten(1)
+        return from_host(drawn_AG, device).unbind()
+
     def forward(
-        self, x_GD: Tensor, labels_G: Tensor, rows_S: Tensor | None = None, sgd: TileSGD | None = None
+        self,
+        x_GD: Tensor,
+        labels_G: Tensor,
+        rows_S: Tensor | None = None,
+        sgd: TileSGD | None = None,
+        drawn_G: Tensor | None = None,
     ) -> Tensor:
         """Return the mean cross-entropy of the margin softmax over the rows of all ranks (:func:`margin_softmax`).
 
@@ -79,6 +103,7 @@ class ShardedFC(Head):
             labels_G: int64.
             rows_S: rows from :meth:`sample`; the gradient of the weight is then sparse.
             sgd: settings of the fused mode, in which rows move in the backward pass and get no gradient.
+            drawn_G: numbers from :meth:`draw`.
         """
         own_G = (labels_G >= self.lo) & (labels_G < self.hi)
         column_G = (labels_G - self.lo).clamp(0, self.hi - self.lo - 1)
@@ -87,11 +112,19 @@ class ShardedFC(Head):
         column_G = torch.where(own_G, column_G, -1)
         with torch.autocast(x_GD.device.type, enabled=False):
             x_GD = x_GD.to(self.weight.dtype)
-            given = self.method
+            unit_GD, given = F.normalize(x_GD), self.method
+            cos_G = None
+            if given.margin.sees_cosines:
+                cos_G = own_cosines(unit_GD, self.weight, column_G, self.ranks, rows_S)
+            margin = self.margin(Faces(x_GD, cos_G, drawn_G))
             softmax = Softmax(
-                self.margin(x_GD.detach()), given.drop_negatives_above, self.precision, given.tile, given.skip_below
+                margin, given.drop_negatives_above, self.precision, given.tile, given.skip_below, margin.hard
             )
-            return margin_softmax(F.normalize(x_GD), self.weight, column_G, softmax, self.ranks, rows_S, sgd)
+            loss = margin_softmax(unit_GD, self.weight, column_G, softmax, self.ranks, rows_S, sgd)
+            if margin.extra_G is None:
+                return loss
+            extra = margin.extra_G.mean()
+            return loss + extra.detach().lerp(extra, 1 / self.ranks.size)  # whole on each rank; gather sums gradients
 
 
 def initial_rows(lo: int, hi: int, embedding: int, seed: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
 from fr_core.device import multiplies_bfloat16
-from fr_core.heads.margins import FaceMargin, with_margin
+from fr_core.heads.margins import FaceMargin, Hard, slope_by_m2, with_margin
 from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
@@ -52,6 +52,7 @@ class Softmax:
         tile: classes per tile; None: as many as fit the cache or the GPU.
         skip_below: on a card, gradients of blocks are left out whose probabilities are all smaller
             (:func:`fr_core.heads.kernels.exponentials` states the error); 0 leaves out none.
+        hard: the rule for hard negatives of a class matrix; None: all negatives have the logit s·cos.
     """
 
     margin: Margin | FaceMargin
@@ -59,6 +60,13 @@ class Softmax:
     precision: torch.dtype = torch.float32
     tile: int | None = None
     skip_below: float = 0.0
+    hard: Hard | None = None
+
+    @property
+    def m2_with_gradient(self) -> Tensor | None:
+        """Return the margins of the faces' angles, if the loss has a gradient by them."""
+        m2 = self.margin.m2
+        return m2 if isinstance(m2, Tensor) and m2.requires_grad else None
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ def margin_softmax(
     """Return the mean cross-entropy of the margin softmax over the rows of all ranks.
 
     All ranks pass the same faces and get the same loss. ``unit_GD`` gets the part of its gradient that comes from this
-    rank's rows; ``Ranks.gather`` sums the parts. The rows get their whole gradient.
+    rank's rows; ``Ranks.gather`` sums the parts. The same holds for an m2 that requires a gradient. The rows get their
+    whole gradient.
 
     Args:
         unit_GD: embeddings of length 1.
@@ -97,7 +106,19 @@ def margin_softmax(
     made: type[torch.autograd.Function] = _MarginSoftmax
     if runs_kernels(unit_GD):
         from fr_core.heads.softmax_on_cards import MarginSoftmax as made
-    return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
+    return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd, softmax.m2_with_gradient)
+
+
+@torch.no_grad()
+def own_cosines(
+    unit_GD: Tensor, weight_ND: Tensor, column_G: Tensor, ranks: Ranks, rows_S: Tensor | None = None
+) -> Tensor:
+    """Return the cosine of each face with its class [G], the same on all ranks, by one collective. It has no gradient.
+
+    See :func:`margin_softmax` for the arguments.
+    """
+    cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
+    return ranks.sum_(torch.where(column_G >= 0, cos_G, 0))
 
 
 def fixed_centres_softmax(
@@ -174,6 +195,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ranks: Ranks,
         rows_S: Tensor | None,
         sgd: TileSGD | None,
+        m2_G: Tensor | None,
     ) -> Tensor:
         scale = softmax.margin.scale
         cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
@@ -189,7 +211,7 @@ class _MarginSoftmax(torch.autograd.Function):
         own_G = torch.where(column_G >= 0, scale * value_G, 0)
         negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
         loss = F.softplus(negative_G - positive_G).mean()
-        per_face = (cos_G, slope_G, negative_G, positive_G)
+        per_face = (cos_G, slope_G, negative_G, positive_G, own_slope_by_m2(cos_G, m2_G, column_G, softmax))
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
         ctx.softmax, ctx.positives = softmax, positives
         ctx.sgd, ctx.finite = sgd, sgd is None or bool(loss.isfinite())
@@ -198,15 +220,17 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G, by_m2_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
-            return grad_GD.fill_(math.nan), *[None] * 6
+            return grad_GD.fill_(math.nan), *[None] * 7
         total_G = torch.logaddexp(negative_G, positive_G)
-        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive class
+        away_G = -torch.sigmoid(negative_G - positive_G)  # p − 1 of the positive class
+        pull_G = away_G * slope_G
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
+        grad_m2_G = None if by_m2_G is None else each * away_G * by_m2_G
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
         for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
             gain = tile.gain(each)
@@ -216,12 +240,9 @@ class _MarginSoftmax(torch.autograd.Function):
                 tile.move(push_GT, operand_GD, radial_T, gain, sgd, weight_ND)
             else:
                 tile.gradient(push_GT, operand_GD, radial_T, gain, grad_SD)
-        if grad_SD is None or rows_S is None:
-            return grad_GD, grad_SD, *[None] * 5
-        sparse = torch.sparse_coo_tensor(
-            rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False
-        )
-        return grad_GD, sparse, *[None] * 5
+        if grad_SD is not None and rows_S is not None:
+            grad_SD = sparse_rows(rows_S, grad_SD, weight_ND)
+        return grad_GD, grad_SD, *[None] * 5, grad_m2_G
 
 
 class _FixedCentresSoftmax(torch.autograd.Function):
@@ -298,6 +319,11 @@ class _Tile:
 
     def negatives(self, operand_GD: Tensor) -> Tensor:
         """Return the logits [G, T], with the positives masked."""
+        logits_GT = self.cosines(operand_GD)
+        return bend(logits_GT, self.softmax.margin.scale, self.softmax.hard)[0] if self.softmax.hard else logits_GT
+
+    def cosines(self, operand_GD: Tensor) -> Tensor:
+        """Return scale · cosine [G, T], with the positives masked."""
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
         _drop(logits_GT, self.softmax)
         if self.positives:
@@ -313,8 +339,12 @@ class _Tile:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
         scale = self.softmax.margin.scale
-        logits_GT = self.negatives(operand_GD)
-        push_GT = (logits_GT - total_G[:, None]).exp_()
+        logits_GT = self.cosines(operand_GD)
+        if self.softmax.hard:
+            bent_GT, slope_GT = bend(logits_GT, scale, self.softmax.hard)
+            push_GT = bent_GT.sub_(total_G[:, None]).exp_().mul_(slope_GT)
+        else:
+            push_GT = (logits_GT - total_G[:, None]).exp_()
         if self.positives:
             faces, _ = self.positives
             push_GT[self.positives], logits_GT[self.positives] = pull_G[faces], scale * cos_G[faces]
@@ -405,6 +435,31 @@ def over_ranks(negative_G: Tensor, positive_G: Tensor, ranks: Ranks) -> tuple[Te
 def rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
     """Return the row of each face's class; some row, if another rank holds the class."""
     return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
+
+
+def own_slope_by_m2(cos_G: Tensor, m2_G: Tensor | None, column_G: Tensor, softmax: Softmax) -> Tensor | None:
+    """Return the derivative of the positive cosine by m2, 0 for classes of other ranks; None if m2 has no gradient."""
+    if m2_G is None:
+        return None
+    assert isinstance(softmax.margin, FaceMargin)
+    return torch.where(column_G >= 0, slope_by_m2(cos_G, softmax.margin), 0)
+
+
+def sparse_rows(rows_S: Tensor, grad_SD: Tensor, weight_ND: Tensor) -> Tensor:
+    """Return the gradient of the class matrix, which has the given rows only."""
+    return torch.sparse_coo_tensor(rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False)
+
+
+def bend(logits_GT: Tensor, scale: float, hard: Hard) -> tuple[Tensor, Tensor]:
+    """Return the logits of a tile with those of hard negatives, s·cos·(t + cos), and their derivative by s·cos.
+
+    Args:
+        logits_GT: scale · cosine; a masked logit stays what it is.
+    """
+    cos_GT = logits_GT / scale
+    is_hard_GT = cos_GT > hard.above_G[:, None]
+    bent_GT = torch.where(is_hard_GT, (cos_GT + hard.t).mul_(logits_GT), logits_GT)
+    return bent_GT, torch.where(is_hard_GT, cos_GT.mul_(2).add_(hard.t), 1.0)
 
 
 def _mask(logits_GT: Tensor, places: tuple[Tensor, Tensor]) -> None:
