@@ -18,6 +18,7 @@ SPACES = {
     "magface": margins.MAGFACE,
     "curricular": margins.CURRICULAR,
     "elastic_arc": margins.ELASTIC_ARC,
+    "uniface": margins.UNIFACE,
 }
 
 

@@ -1,6 +1,6 @@
 """Search spaces of the margins of a class matrix (docs/methods/margins.md)."""
 
-from fr_core.config.methods import AdaFaceMargin, CurricularMargin, ElasticArcMargin, MagFaceMargin
+from fr_core.config.methods import AdaFaceMargin, CurricularMargin, ElasticArcMargin, MagFaceMargin, UniFaceMargin
 from tune_spaces.fields import LogUniform, Uniform, knob
 
 SCALES = LogUniform(16, 64)  # all papers: 64; small sets need less
@@ -23,4 +23,9 @@ ELASTIC_ARC = (
     knob(ElasticArcMargin, "scale", SCALES),
     knob(ElasticArcMargin, "m", Uniform(0.1, 0.6)),  # ElasticFace-Arc: 0.5
     knob(ElasticArcMargin, "sigma", LogUniform(0.01, 0.1)),  # ElasticFace: 0.05
+)
+UNIFACE = (
+    knob(UniFaceMargin, "scale", SCALES),
+    knob(UniFaceMargin, "m", Uniform(0.1, 0.5)),  # UniFace: 0.4
+    knob(UniFaceMargin, "balance", LogUniform(0.1, 10)),  # UniFace: 1
 )

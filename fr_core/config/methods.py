@@ -103,6 +103,11 @@ class BaseMargin(Section):
         """Tell whether a face's margin depends on the cosines of a step's faces with their classes."""
         return False
 
+    @property
+    def sums(self) -> int:
+        """Return how many numbers of each face the ranks add up for the loss."""
+        return 2
+
 
 class Margin(BaseMargin):
     """Margin of the positive class: s·(cos(m1·θ + m2) − m3) (ArcFace, Deng et al., 2019, eq. 4).
@@ -234,8 +239,31 @@ class CurricularMargin(BaseMargin):
         return True
 
 
+class UniFaceMargin(BaseMargin):
+    """UniFace: one learned threshold decides every pair of a face and a class (Zhou et al., ICCV 2023).
+
+    The loss of a face is softplus(b − s·(cos θ − m)) + λ·Σ softplus(s·cos θ_j − b) over the other classes j.
+    """
+
+    kind: Literal["uniface"] = "uniface"
+    """A sum over the classes, with a threshold that all faces share, instead of a softmax."""
+    m: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Margin subtracted from the cosine (UniFace, 2023)."""
+    balance: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """λ: weight of the negatives (UniFace, 2023)."""
+    rate: NonNegative = 0.1
+    """Learning rate of the threshold b, which begins at ln(10 · classes of a step). 0: b stays there."""
+    momentum: Momentum = 0.9
+    """Share of its last move that b repeats."""
+
+    @property
+    def sums(self) -> int:
+        """Return 3: also the threshold's gradient is a sum over the classes."""
+        return 3
+
+
 AnyMargin = Annotated[
-    Margin | AdaFaceMargin | MagFaceMargin | ElasticArcMargin | ElasticCosMargin | CurricularMargin,
+    Margin | AdaFaceMargin | MagFaceMargin | ElasticArcMargin | ElasticCosMargin | CurricularMargin | UniFaceMargin,
     Field(discriminator="kind"),
 ]
 

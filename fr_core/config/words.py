@@ -142,6 +142,7 @@ KINDS = {
     "magface": "MagFace is a margin of bigface: write method.kind=bigface method.margin.kind=magface",
     "curricularface": "CurricularFace is a margin of bigface: write method.kind=bigface method.margin.kind=curricular",
     "elasticface": "ElasticFace is a margin of bigface: write method.kind=bigface method.margin.kind=elastic_arc",
+    "uniface": "UniFace is a margin of bigface: write method.kind=bigface method.margin.kind=uniface",
     "softmax": f"the class matrix is bigface's: {COSFACE}",
     "fc": f"the class matrix is bigface's: {COSFACE}",
     "partial_fc": "Partial FC samples the classes of bigface: write method.kind=bigface method.sample_rate=0.1",

@@ -1,4 +1,4 @@
-"""AdaFace's margins (Kim, Jain, Liu, "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022, Eq. 12–16).
+"""AdaFace's margins (Kim, Jain, Liu, "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022).
 
 Legend: G faces of the global batch.
 """

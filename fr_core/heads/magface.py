@@ -17,7 +17,7 @@ class MagFace(FaceMargins):
         self.margin = margin
 
     def forward(self, faces: Faces) -> FaceMargin:
-        """Return the faces' margins and their share of the regulariser, λ·g(a) (MagFace, Eq. 3)."""
+        """Return the faces' margins and their share of the regulariser, λ·g(a)."""
         given = self.margin
         length_G = faces.x_GD.norm(dim=1).clamp(given.low_length, given.high_length)
         rise = (given.high_margin - given.low_margin) / (given.high_length - given.low_length)

@@ -18,12 +18,23 @@ MIN_SINE = 1e-4  # caps dθ/dcos = −1/sin θ near θ = 0 and π, where d cos/d
 
 
 class Hard(NamedTuple):
-    """Negatives with a cosine above a face's threshold have the logit s·cos·(t + cos) (CurricularFace, Eq. 3)."""
+    """Negatives with a cosine above a face's threshold have the logit s·cos·(t + cos) (CurricularFace, 2020)."""
 
     above_G: Tensor
     """Each face's threshold."""
     t: Tensor
     """Scalar on the device."""
+
+
+class Threshold(NamedTuple):
+    """The loss is no softmax, but Σ softplus over the classes, at a threshold b (UniFace, 2023)."""
+
+    bias: Tensor
+    """b, a scalar on the device."""
+    balance: float
+    """λ: weight of the negatives."""
+    gradient: Tensor
+    """Scalar, into which the loss writes its derivative by b."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class FaceMargin:
         m2: the loss has a gradient by it, if it requires one; then m1 = 1.
         past_pi: as the margin's; ``"clamp"`` holds the angle in 0 … π, and ``"easy"`` has no margin beyond 90°.
         hard: the rule for hard negatives; None: all negatives have the logit s·cos.
+        threshold: the loss is a sum at this threshold; None: a softmax.
         extra_G: a further loss of each face, of which the mean is added; None: there is none.
     """
 
@@ -44,6 +56,7 @@ class FaceMargin:
     gradient: Literal["exact", "straight_through"] = "exact"
     past_pi: Literal["fallback", "wrap", "clamp", "easy"] = "fallback"
     hard: Hard | None = None
+    threshold: Threshold | None = None
     extra_G: Tensor | None = None
 
 
@@ -70,6 +83,9 @@ class FaceMargins(nn.Module):
     def forward(self, faces: Faces) -> FaceMargin:
         """Return the margins of a step's faces."""
         raise NotImplementedError
+
+    def learn(self, margin: FaceMargin) -> None:
+        """Learn from the loss that the margin of :meth:`forward` had."""
 
 
 class FixedMargin(FaceMargins):

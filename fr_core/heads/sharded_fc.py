@@ -48,7 +48,7 @@ class ShardedFC(Head):
         if identities < ranks.size:
             raise ValueError(f"{identities} identities cannot be shared out to {ranks.size} ranks")
         self.ranks, self.seed, self.identities, self.sample_rate = ranks, seed, identities, method.sample_rate
-        self.margin = make_margin(method.margin)
+        self.margin = make_margin(method.margin, method.sample_rate * identities)
         self.method, self.precision = method, precision
         self.lo, self.hi = ranks.split(identities)
         self.weight = nn.Parameter(initial_rows(self.lo, self.hi, embedding, seed))
@@ -118,9 +118,16 @@ class ShardedFC(Head):
                 cos_G = own_cosines(unit_GD, self.weight, column_G, self.ranks, rows_S)
             margin = self.margin(Faces(x_GD, cos_G, drawn_G))
             softmax = Softmax(
-                margin, given.drop_negatives_above, self.precision, given.tile, given.skip_below, margin.hard
+                margin,
+                given.drop_negatives_above,
+                self.precision,
+                given.tile,
+                given.skip_below,
+                margin.hard,
+                margin.threshold,
             )
             loss = margin_softmax(unit_GD, self.weight, column_G, softmax, self.ranks, rows_S, sgd)
+            self.margin.learn(margin)
             if margin.extra_G is None:
                 return loss
             extra = margin.extra_G.mean()

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
 from fr_core.device import multiplies_bfloat16
-from fr_core.heads.margins import FaceMargin, Hard, slope_by_m2, with_margin
+from fr_core.heads.margins import FaceMargin, Hard, Threshold, slope_by_m2, with_margin
 from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
@@ -53,6 +53,7 @@ class Softmax:
         skip_below: on a card, gradients of blocks are left out whose probabilities are all smaller
             (:func:`fr_core.heads.kernels.exponentials` states the error); 0 leaves out none.
         hard: the rule for hard negatives of a class matrix; None: all negatives have the logit s·cos.
+        threshold: the loss of a class matrix is a sum at this threshold; None: a softmax. It runs by no kernels.
     """
 
     margin: Margin | FaceMargin
@@ -61,6 +62,7 @@ class Softmax:
     tile: int | None = None
     skip_below: float = 0.0
     hard: Hard | None = None
+    threshold: Threshold | None = None
 
     @property
     def m2_with_gradient(self) -> Tensor | None:
@@ -88,7 +90,7 @@ def margin_softmax(
     rows_S: Tensor | None = None,
     sgd: TileSGD | None = None,
 ) -> Tensor:
-    """Return the mean cross-entropy of the margin softmax over the rows of all ranks.
+    """Return the mean cross-entropy of the margin softmax over the rows of all ranks, or UniFace's loss over them.
 
     All ranks pass the same faces and get the same loss. ``unit_GD`` gets the part of its gradient that comes from this
     rank's rows; ``Ranks.gather`` sums the parts. The same holds for an m2 that requires a gradient. The rows get their
@@ -104,7 +106,7 @@ def margin_softmax(
             finite, nothing moves.
     """
     made: type[torch.autograd.Function] = _MarginSoftmax
-    if runs_kernels(unit_GD):
+    if runs_kernels(unit_GD) and softmax.threshold is None:
         from fr_core.heads.softmax_on_cards import MarginSoftmax as made
     return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd, softmax.m2_with_gradient)
 
@@ -201,7 +203,8 @@ class _MarginSoftmax(torch.autograd.Function):
         cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
-        sums = _LogSumExp(unit_GD, scale)
+        threshold = softmax.threshold
+        sums = _SoftplusSum(unit_GD, threshold.bias) if threshold else _LogSumExp(unit_GD, scale)
         inverses = []
         size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
         positives = _Positives(*column_G.sort(), len(weight_ND if rows_S is None else rows_S), size)
@@ -209,9 +212,14 @@ class _MarginSoftmax(torch.autograd.Function):
             sums.add(tile.negatives(operand_GD))
             inverses.append(tile.inverse_T)
         own_G = torch.where(column_G >= 0, scale * value_G, 0)
-        negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
-        loss = F.softplus(negative_G - positive_G).mean()
-        per_face = (cos_G, slope_G, negative_G, positive_G, own_slope_by_m2(cos_G, m2_G, column_G, softmax))
+        if isinstance(sums, _SoftplusSum):
+            assert threshold
+            loss, total_G, away_G = sums.loss(own_G, threshold, ranks)
+        else:
+            negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
+            loss = F.softplus(negative_G - positive_G).mean()
+            total_G, away_G = torch.logaddexp(negative_G, positive_G), -torch.sigmoid(negative_G - positive_G)
+        per_face = (cos_G, slope_G, total_G, away_G, own_slope_by_m2(cos_G, m2_G, column_G, softmax))
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
         ctx.softmax, ctx.positives = softmax, positives
         ctx.sgd, ctx.finite = sgd, sgd is None or bool(loss.isfinite())
@@ -220,14 +228,12 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G, by_m2_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, total_G, away_G, by_m2_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
             return grad_GD.fill_(math.nan), *[None] * 7
-        total_G = torch.logaddexp(negative_G, positive_G)
-        away_G = -torch.sigmoid(negative_G - positive_G)  # p − 1 of the positive class
-        pull_G = away_G * slope_G
+        pull_G = away_G * slope_G  # p − 1 of the positive class, times the margin's slope
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
         grad_m2_G = None if by_m2_G is None else each * away_G * by_m2_G
@@ -343,6 +349,8 @@ class _Tile:
         if self.softmax.hard:
             bent_GT, slope_GT = bend(logits_GT, scale, self.softmax.hard)
             push_GT = bent_GT.sub_(total_G[:, None]).exp_().mul_(slope_GT)
+        elif self.softmax.threshold:
+            push_GT = (logits_GT - total_G[:, None]).sigmoid_().mul_(self.softmax.threshold.balance)
         else:
             push_GT = (logits_GT - total_G[:, None]).exp_()
         if self.positives:
@@ -389,6 +397,35 @@ class _LogSumExp:
     def value_G(self) -> Tensor:
         """Return log Σ exp over the tiles so far [G]."""
         return self.top_G + self.sum_G.log()
+
+
+class _SoftplusSum:
+    """Running Σ softplus(logit − b) and Σ sigmoid(logit − b) over tiles."""
+
+    def __init__(self, unit_GD: Tensor, bias: Tensor) -> None:
+        self.bias = bias.to(unit_GD)
+        self.sums_2G = unit_GD.new_zeros(2, len(unit_GD))
+
+    def add(self, logits_GT: Tensor) -> None:
+        """Add a tile, whose logits are overwritten."""
+        logits_GT.sub_(self.bias)
+        self.sums_2G[0] += F.softplus(logits_GT).sum(1)
+        self.sums_2G[1] += logits_GT.sigmoid_().sum(1)
+
+    def loss(self, own_G: Tensor, threshold: Threshold, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss, what to subtract from logits [G], and the positive's derivative by its logit [G].
+
+        It writes the derivative by b. One collective adds up three numbers of each face.
+
+        Args:
+            own_G: logit of the positive class, and 0 if another rank holds the class.
+        """
+        parts_W3G = ranks.gather(torch.cat([self.sums_2G, own_G[None]])).unflatten(0, (ranks.size, 3))
+        softplus_G, sigmoid_G, positive_G = parts_W3G.sum(0)
+        away_G = -torch.sigmoid(self.bias - positive_G)
+        threshold.gradient.copy_((-away_G - threshold.balance * sigmoid_G).mean())
+        loss = (F.softplus(self.bias - positive_G) + threshold.balance * softplus_G).mean()
+        return loss, self.bias.expand_as(positive_G), away_G
 
 
 def tile_size(faces: int, embedding: int, device: torch.device) -> int:

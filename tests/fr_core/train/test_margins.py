@@ -13,7 +13,11 @@ from fr_core.train.resume import load_checkpoint
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import config_of, losses, run, state_and_batches
 
-STATEFUL = {"adaface": "method.margin.kind=adaface", "curricular": "method.margin.kind=curricular"}
+STATEFUL = {
+    "adaface": "method.margin.kind=adaface",
+    "curricular": "method.margin.kind=curricular",
+    "uniface": "method.margin.kind=uniface",
+}
 MARGINS = STATEFUL | {
     "magface": "method.margin.kind=magface",
     "elastic": "method.margin={kind='elastic_arc', plus='paper'}",

@@ -22,6 +22,7 @@ FLAT = {
     "bigface": [],
     "fused": ["method.update=fused"],
     "sampled": ["method.sample_rate=0.3"],
+    "uniface": ["method.margin.kind=uniface"],
     "curricular, accumulated": ["method.margin.kind=curricular", "train.accumulate=2"],
     "accumulated": ["train.accumulate=2", "train.compress_gradients=bfloat16"],
     "mobilefacenet": ["net={kind='mobilefacenet', input_size=32}"],
