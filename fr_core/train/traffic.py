@@ -49,8 +49,10 @@ def exchanges(config: Config, ranks: Ranks, teacher_width: int = 0) -> list[Exch
         found.append(Exchange("labels", "all_gather", LABEL * own, micro))
     if method.agreement:
         found.append(Exchange("teacher's embeddings", "all_gather", FLOAT * teacher_width * own))
-    if method.class_matrix:
-        found.append(Exchange("softmax", "all_gather", 2 * FLOAT * own * ranks.size, micro))
+    if matrix := method.class_matrix:
+        if matrix.margin.sees_cosines:
+            found.append(Exchange("positive cosines", "all_reduce", FLOAT * own * ranks.size, micro))
+        found.append(Exchange("softmax", "all_gather", matrix.margin.sums * FLOAT * own * ranks.size, micro))
     if (distill := distillation(config)) and distill.adapter:
         found.append(Exchange("adapter", "all_reduce", FLOAT * embedding * teacher_width))
     found.append(Exchange("loss and norms", "all_reduce", FLOAT * (UPDATE_NUMBERS + loss_terms(config))))

@@ -22,6 +22,8 @@ FLAT = {
     "bigface": [],
     "fused": ["method.update=fused"],
     "sampled": ["method.sample_rate=0.3"],
+    "uniface": ["method.margin.kind=uniface"],
+    "curricular, accumulated": ["method.margin.kind=curricular", "train.accumulate=2"],
     "accumulated": ["train.accumulate=2", "train.compress_gradients=bfloat16"],
     "mobilefacenet": ["net={kind='mobilefacenet', input_size=32}"],
     "moe": ["net={kind='moe', depth=10, width=8, input_size=32, embedding=32, experts=2}"],
