@@ -46,6 +46,15 @@ def uniforms(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray, count:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def normals(seed: int, purpose: str, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """Draw a standard normal number for each sample of a batch: float64 [B]; see :func:`uniforms`.
+
+    The transform is that of Box and Muller ("A Note on the Generation of Random Normal Deviates", 1958).
+    """
+    radius_B, turn_B = uniforms(seed, purpose, epoch, sample_ids, 2).T
+    return np.sqrt(-2 * np.log1p(-radius_B)) * np.cos(2 * np.pi * turn_B)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """Apply SplitMix64's finaliser to uint64 numbers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

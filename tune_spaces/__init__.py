@@ -3,7 +3,7 @@
 import difflib
 
 from fr_core.errors import UserError
-from tune_spaces import attfc, bigface, distill, fastface, quantface
+from tune_spaces import attfc, bigface, distill, fastface, margins, quantface
 from tune_spaces.fields import Knob
 
 SPACES = {
@@ -14,6 +14,11 @@ SPACES = {
     "bigface": bigface.SPACE,
     "distill": distill.SPACE,
     "quantface": quantface.SPACE,
+    "adaface": margins.ADAFACE,
+    "magface": margins.MAGFACE,
+    "curricular": margins.CURRICULAR,
+    "elastic_arc": margins.ELASTIC_ARC,
+    "uniface": margins.UNIFACE,
 }
 
 

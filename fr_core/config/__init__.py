@@ -91,8 +91,10 @@ def batch_rules(config: Config) -> Iterator[str]:
 def balance_rules(config: Config) -> Iterator[str]:
     """Yield what keeps groups of one person's images out of the batches."""
     balanced, batch, wanted, data = balance(config), config.train.global_batch, group_count(config), config.data
-    if config.method.facts.class_images and (balanced or data.views > 1):
-        name = "data.balanced" if balanced else "data.views = 2"
+    if data.sampling < 1 and balanced:
+        yield "data.sampling repeats images, and data.balanced shows each once: leave one of both out"
+    if config.method.facts.class_images and (balanced or data.views > 1 or data.sampling < 1):
+        name = "data.balanced" if balanced else "data.views = 2" if data.views > 1 else "data.sampling"
         yield f"{name} is for flat shards, and {config.method.kind} reads grouped ones: leave it out"
     if balanced is None:
         return
@@ -275,6 +277,12 @@ def image_side(config: Config, epoch: int) -> int:
 def class_count(config: Config, identities: int) -> int:
     """Return the classes of a run: the dataset's identities times ``data.variants``."""
     return identities * config.data.variants
+
+
+def class_rows(config: Config) -> int:
+    """Return the rows of each class in the class matrix, which neighbour each other; 0 without a class matrix."""
+    matrix = config.method.class_matrix
+    return matrix.subcentres if matrix else 0
 
 
 def distillation(config: Config) -> Distill | None:

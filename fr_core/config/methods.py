@@ -90,7 +90,26 @@ class BaseMethod(Section):
         return 0
 
 
-class Margin(Section):
+class BaseMargin(Section):
+    """Base of the margins: what all of them have."""
+
+    kind: str
+    """Name of the margin."""
+    scale: Positive = 64.0
+    """s: factor of the logits."""
+
+    @property
+    def sees_cosines(self) -> bool:
+        """Tell whether a face's margin depends on the cosines of a step's faces with their classes."""
+        return False
+
+    @property
+    def sums(self) -> int:
+        """Return how many numbers of each face the ranks add up for the loss."""
+        return 2
+
+
+class Margin(BaseMargin):
     """Margin of the positive class: s·(cos(m1·θ + m2) − m3) (ArcFace, Deng et al., 2019, eq. 4).
 
     ArcFace is m2 = 0.5, m3 = 0; CosFace (Wang et al., 2018) is m2 = 0, m3 = 0.4. A field that is not given keeps its
@@ -99,8 +118,6 @@ class Margin(Section):
 
     kind: Literal["fixed"] = "fixed"
     """The margin is the same for every face."""
-    scale: Positive = 64.0
-    """s: factor of the logits."""
     m1: Annotated[float, Field(ge=1, le=4)] = 1.0
     """Factor of the angle (SphereFace, Liu et al., 2017); 1: none."""
     m2: Annotated[float, Field(ge=0, le=1.5)] = 0.0
@@ -113,7 +130,142 @@ class Margin(Section):
     """Where m1·θ + m2 > π, fallback lets the value fall on (ArcFace, 2019), and wrap lets the cosine rise again."""
 
 
-AnyMargin = Margin  # of a class matrix; a tagged union on ``kind`` once there are more
+class AdaFaceMargin(BaseMargin):
+    """AdaFace: the longer an embedding, the more its margin is one of the cosine (Kim et al., CVPR 2022).
+
+    s·(cos(θ − m·z) − m − m·z), where z = h·(length − mean) / (deviation + 0.001) within ±1 (docs/methods/margins.md).
+    """
+
+    kind: Literal["adaface"] = "adaface"
+    """The margin depends on the length of the embedding, which tells the quality of the image."""
+    m: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Margin (AdaFace, 2022)."""
+    h: Positive = 0.333
+    """Concentration: how fast the margin changes with the length (AdaFace, 2022)."""
+    momentum: Momentum = 0.99
+    """Share of its old value that the moving average of the lengths' mean and deviation keeps (AdaFace, 2022)."""
+    statistics: Literal["batch", "public"] = "batch"
+    """Where the average begins: with the first batch. public: with mean 20 and deviation 100, and lengths are clipped
+    to 0.001 … 100, like the public code."""
+    past_ends: Literal["clamp", "wrap"] = "clamp"
+    """Where θ − m·z leaves 0 … π, clamp holds the angle at the end, where it has no gradient, like the public code.
+    wrap lets the cosine turn, as the formula does."""
+
+
+class MagFaceMargin(BaseMargin):
+    """MagFace: the longer an embedding, the greater its margin, and a term that lengthens (Meng et al., CVPR 2021).
+
+    s·cos(θ + m(a)), plus λ·g(a) a face: m grows linearly with the length a, and g(a) = a / high² + 1 / a.
+    """
+
+    kind: Literal["magface"] = "magface"
+    """The margin grows with the length of the embedding, which has a gradient through it."""
+    low_length: Positive = 10.0
+    """Least length that counts; shorter embeddings count as this one (MagFace, 2021)."""
+    high_length: Positive = 110.0
+    """Greatest length that counts (MagFace, 2021)."""
+    low_margin: Annotated[float, Field(ge=0, le=1.5)] = 0.45
+    """Margin of the least length, in radians (MagFace, 2021)."""
+    high_margin: Annotated[float, Field(ge=0, le=1.5)] = 0.8
+    """Margin of the greatest length, in radians (MagFace, 2021)."""
+    weight: NonNegative = 35.0
+    """λ: weight of g, which lengthens embeddings (MagFace, 2021)."""
+    past_pi: Literal["fallback", "easy"] = "fallback"
+    """Where θ + m > π, fallback lets the value fall on. easy: faces beyond 90° have no margin, the public code's
+    default."""
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> "MagFaceMargin":
+        if self.low_length >= self.high_length:
+            raise ValueError("low_length must be less than high_length")
+        if self.low_margin > self.high_margin:
+            raise ValueError("low_margin must not be more than high_margin")
+        return self
+
+
+class ElasticMargin(BaseMargin):
+    """Base of ElasticFace: each face draws its margin from N(m, σ²) in each step (Boutros et al., CVPRW 2022)."""
+
+    sigma: NonNegative = 0.05
+    """σ: standard deviation of the margins (ElasticFace, 2022, public config)."""
+    plus: Literal["off", "paper", "public"] = "off"
+    """ElasticFace+ gives the greater margins of a batch to the faces farther from their class. public: like the public
+    code, which deals them out by a permutation that it does not invert."""
+
+    @property
+    def sees_cosines(self) -> bool:
+        """Tell whether a face's margin depends on the other faces' cosines."""
+        return self.plus != "off"
+
+
+class ElasticArcMargin(ElasticMargin):
+    """ElasticFace-Arc: s·cos(θ + margin)."""
+
+    kind: Literal["elastic_arc"] = "elastic_arc"
+    """Each face draws a margin of its angle."""
+    m: Annotated[float, Field(ge=0, le=1.5)] = 0.5
+    """Mean margin, in radians (ElasticFace, 2022)."""
+    past_pi: Literal["fallback", "wrap"] = "fallback"
+    """Where θ + margin > π, fallback lets the value fall on, and wrap lets the cosine rise again, like the public
+    code."""
+
+
+class ElasticCosMargin(ElasticMargin):
+    """ElasticFace-Cos: s·(cos θ − margin)."""
+
+    kind: Literal["elastic_cos"] = "elastic_cos"
+    """Each face draws a margin of its cosine."""
+    m: Annotated[float, Field(ge=0, le=1)] = 0.35
+    """Mean margin (ElasticFace, 2022)."""
+
+
+class CurricularMargin(BaseMargin):
+    """CurricularFace: ArcFace whose hard negatives count less at first, later more (Huang et al., CVPR 2020).
+
+    A negative is hard if its cosine is above cos(θ + m) of the face. Its logit is s·cos·(t + cos). t is the moving
+    average of the mean positive cosine.
+    """
+
+    kind: Literal["curricular"] = "curricular"
+    """ArcFace, and hard negatives weigh by how far the training is."""
+    m: Annotated[float, Field(ge=0, le=1.5)] = 0.5
+    """Margin added to the angle, in radians (CurricularFace, 2020)."""
+    momentum: Momentum = 0.99
+    """Share of its old value that t keeps (CurricularFace, 2020)."""
+
+    @property
+    def sees_cosines(self) -> bool:
+        """Return true: hard negatives and t depend on the positive cosines."""
+        return True
+
+
+class UniFaceMargin(BaseMargin):
+    """UniFace: one learned threshold decides every pair of a face and a class (Zhou et al., ICCV 2023).
+
+    The loss of a face is softplus(b − s·(cos θ − m)) + λ·Σ softplus(s·cos θ_j − b) over the other classes j.
+    """
+
+    kind: Literal["uniface"] = "uniface"
+    """A sum over the classes, with a threshold that all faces share, instead of a softmax."""
+    m: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Margin subtracted from the cosine (UniFace, 2023)."""
+    balance: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """λ: weight of the negatives (UniFace, 2023)."""
+    rate: NonNegative = 0.1
+    """Learning rate of the threshold b, which begins at ln(10 · classes of a step). 0: b stays there."""
+    momentum: Momentum = 0.9
+    """Share of its last move that b repeats."""
+
+    @property
+    def sums(self) -> int:
+        """Return 3: also the threshold's gradient is a sum over the classes."""
+        return 3
+
+
+AnyMargin = Annotated[
+    Margin | AdaFaceMargin | MagFaceMargin | ElasticArcMargin | ElasticCosMargin | CurricularMargin | UniFaceMargin,
+    Field(discriminator="kind"),
+]
 
 
 class Unlabelled(Section):
@@ -192,6 +344,9 @@ class BigFace(BaseMethod):
     share_knob: ClassVar[str | None] = "sample_rate"
     margin: AnyMargin = Margin()
     """Margin of the positive class; CosFace by default, as in BigFace (2021)."""
+    subcentres: Annotated[int, Field(ge=1, le=16)] = 1
+    """K: rows of a class, of which the one nearest to a face counts (sub-centre ArcFace, Deng et al., 2020). The paper
+    uses 3 for noisy labels. 1: one row."""
     sample_rate: Ratio = 1.0
     """Share of the classes in each step's softmax; below 1 it is Partial FC (An et al., 2022). 1: all classes."""
     drop_negatives_above: Annotated[float, Field(gt=-1, le=1)] = 1.0

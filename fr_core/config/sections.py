@@ -166,6 +166,9 @@ class Data(Section):
     """Smaller images in the first epochs. None: one size."""
     balanced: Balanced | None = None
     """Groups of images of one person in each batch. None: all images at random."""
+    sampling: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """q: an identity of n images gets a share of the samples in proportion to n^q (Kang et al., 2020, eq. 1). 1: every
+    image once an epoch. 0: all identities equally often. Between them, 0.5 is usual."""
     views: Literal[1, 2] = 1
     """Augmented copies of each image in a batch. With 2, a batch of 64 takes 32 images and an epoch has twice as many
     steps."""

@@ -11,7 +11,8 @@ images of a chunk must lie apart, or a queue of recent classes holds few people.
 the end of the epoch. A reader keeps a row group until its last strand has passed.
 
 Balanced batches shuffle the windows of all lanes together, because labels decide which images come side by side. So
-every rank reads the labels of the whole window, but only the images of its lanes.
+every rank reads the labels of the whole window, but only the images of its lanes. So it is where identities are drawn
+more or less often than they have images: then each window's rows are drawn from the window by their weights.
 
 This module does not import PyTorch, so that processes that only read start quickly.
 
@@ -64,6 +65,7 @@ class Plan:
     groups: int = 0  # groups of images of one identity in a step; a multiple of the lanes
     group_images: int = 1  # images of a group
     spread: int = 0  # rows over all lanes between two images of a chunk; 0: chunks are not spread
+    sampling: float = 1.0  # q: an identity of n images is drawn in proportion to n^q; 1: each row once an epoch
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -73,15 +75,20 @@ class Plan:
             )
 
     @property
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[float, ...]:
         """Return the arguments that make this plan again from the same dataset."""
         balanced = (self.groups, self.group_images)
-        return self.seed, self.global_batch, self.lanes, self.shuffle_window, *balanced, self.spread
+        return self.seed, self.global_batch, self.lanes, self.shuffle_window, *balanced, self.spread, self.sampling
 
     @cached_property
     def rows(self) -> int:
         """Return the number of images in the dataset."""
         return int(self.dataset.row_groups[:, 2].sum())
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Return the weight n^(q − 1) with which a row of each identity is drawn: float64 [identities]."""
+        return self.dataset.identity_counts().clip(1) ** (self.sampling - 1.0)
 
     @property
     def lane_rows(self) -> int:
@@ -139,7 +146,7 @@ class Plan:
         Returns:
             int64 [rows, 2]: row group (index into ``dataset.row_groups``), row within it.
         """
-        order = self._balanced_positions if self.groups else self._shuffled_positions
+        order = self._positions_by_label if self.groups or self.sampling < 1 else self._shuffled_positions
         positions_TLg = order(block.epoch, block.number, self.lanes_of(block.rank, block.size))
         return self._rows_at(block.epoch, positions_TLg[block.skip :].ravel())
 
@@ -198,7 +205,7 @@ class Plan:
         length = (self.lane_rows - strand + self.strands - 1) // self.strands
         return lanes * self.lane_rows + (turn - strand * self.lag) % length * self.strands + strand
 
-    def _balanced_positions(self, epoch: int, block: int, lanes: range) -> np.ndarray:
+    def _positions_by_label(self, epoch: int, block: int, lanes: range) -> np.ndarray:
         """Arrange the windows of all lanes together, and return some lanes' share as :meth:`_shuffled_positions`."""
         start, window, steps = self._window(block)
         lane_starts = self.lane_rows * np.arange(self.lanes) + start
@@ -207,8 +214,10 @@ class Plan:
         labels_N = read_rows(self.dataset, rows_N, ["label"])["label"].to_numpy()
         random = rng.generator(self.seed, "balanced", epoch, block)
         shape = (steps, self.lanes, self.rows_per_step)
-        groups_per_lane = self.groups // self.lanes
-        order_TLg = balanced_order(labels_N, shape, groups_per_lane, self.group_images, random)
+        if self.groups:
+            order_TLg = balanced_order(labels_N, shape, self.groups // self.lanes, self.group_images, random)
+        else:
+            order_TLg = weighted_order(self.weights[labels_N], math.prod(shape), random).reshape(shape)
         return positions_N[order_TLg[:, lanes.start : lanes.stop]]
 
     def _rows_at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
@@ -253,6 +262,25 @@ def balanced_order(
     others = np.delete(np.arange(len(order)), slots)
     order[others] = random.permutation(np.concatenate([spare.ravel(), by_label_N[~whole_N]]))[: len(others)]
     return order.reshape(shape)
+
+
+def weighted_order(weights_N: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw rows in proportion to their weights, in random order, by systematic sampling (Madow, 1949).
+
+    Each row is drawn ⌊e⌋ or ⌈e⌉ times, where e is its expected number: ``count`` times its share of the weights.
+
+    Args:
+        weights_N: weights of the rows, greater than 0.
+        count: rows to draw.
+        random: generator of the order.
+
+    Returns:
+        int64 [count], indices of rows.
+    """
+    shuffled_N = random.permutation(len(weights_N))
+    ends_N = np.cumsum(weights_N[shuffled_N])
+    drawn = np.searchsorted(ends_N, (np.arange(count) + random.random()) * (ends_N[-1] / count), side="right")
+    return random.permutation(shuffled_N[drawn.clip(max=len(weights_N) - 1)])  # the last sum may round below its point
 
 
 def lag_rows(rows: int, strands: int, spread: int, window: int) -> int:
@@ -305,7 +333,7 @@ def read_block(plan: Plan, block: Block) -> pa.Table:
     return read_rows(plan.dataset, plan.block_rows(block), COLUMNS)
 
 
-def read_task(root: str, stamp: str, arguments: tuple[int, ...], block: tuple[int, ...]) -> pa.Table:
+def read_task(root: str, stamp: str, arguments: tuple[float, ...], block: tuple[int, ...]) -> pa.Table:
     """Call :func:`read_block` in another process, which makes the plan again from these few values.
 
     Args:
@@ -347,7 +375,7 @@ def _read_groups(dataset: Dataset, groups: np.ndarray, columns: list[str] | None
 
 
 @lru_cache(maxsize=4)
-def _plan_of(root: str, stamp: str, arguments: tuple[int, ...]) -> Plan:
+def _plan_of(root: str, stamp: str, arguments: tuple[float, ...]) -> Plan:
     """Make a plan in a reading process, and keep it for later tasks."""
     dataset = open_dataset(root)
     if dataset.stamp != stamp:

@@ -87,7 +87,10 @@ def make_plan(config: Config, dataset: Dataset) -> Plan:
     lanes, groups = lane_count(config), group_count(config)
     together = config.data.balanced.images if config.data.balanced else 1
     apart = spread(config, dataset.manifest.identities)
-    return Plan(dataset, config.seed, step_rows(config), lanes, config.data.shuffle_window, groups, together, apart)
+    data = config.data
+    return Plan(
+        dataset, config.seed, step_rows(config), lanes, data.shuffle_window, groups, together, apart, data.sampling
+    )
 
 
 def unlabelled(config: Config) -> tuple[Config, Plan] | None:
@@ -108,7 +111,7 @@ def unlabelled(config: Config) -> tuple[Config, Plan] | None:
             f"{dataset.root} holds {dataset.manifest.images} images, but a step takes {batch}: lower "
             "method.distill.unlabelled.batch"
         )
-    plain = {"lanes": None, "progressive": None, "balanced": None, "views": 1, "variants": 1}
+    plain = {"lanes": None, "progressive": None, "balanced": None, "sampling": 1.0, "views": 1, "variants": 1}
     data = config.data.model_copy(update=plain)
     train = config.train.model_copy(update={"global_batch": batch})
     seed = rng.torch_seed(config.seed, "unlabelled")

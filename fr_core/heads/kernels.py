@@ -22,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fr_core.heads import streamed
+from fr_core.heads.margins import Hard
 from fr_core.heads.streamed import TileSGD
 
 LARGEST_SCALE = 75.0  # of a constant reference, see one_pass_reference
-HALF_GAIN = 2.0**15  # of exponentials in float16; 1 · 2¹⁵ is below float16's largest number, 65504
+HALF_GAIN = 2.0**14  # of exponentials in float16; times a hard negative's slope, at most 3 · 2¹⁴, they stay below 65504
 STAGES = ((64, 3), (64, 4), (32, 4))  # numbers of a step and steps in flight; all cards have room for the first
 MASKED = tl.constexpr(streamed.MASKED)
 MIN_NORM = tl.constexpr(streamed.MIN_NORM)
@@ -35,7 +36,8 @@ class Exponentials(NamedTuple):
     """What :func:`exponentials` found in a tile."""
 
     values_GT: Tensor
-    """gain · exp(logit − reference), in the type of the operands; 0 where a row is no negative of a face."""
+    """gain · exp(logit − reference) · d logit / d (scale·cos), in the type of the operands; 0 where a row is no
+    negative of a face."""
     sums_CG: Tensor
     """Sums of exp(logit − reference) over each block of rows, float32, before rounding."""
     alive_FC: Tensor
@@ -66,10 +68,13 @@ class Positives(NamedTuple):
 
 @triton.jit
 def _logits(
-    unit_GD, centres_TD, own_G, labels_T, faces, rows, G, T, start, scale, drop_above,
+    unit_GD, centres_TD, own_G, labels_T, above_G, t, faces, rows, G, T, start, scale, drop_above,
     D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the logits of some faces and rows; MASKED: no negative, or no row of the tile."""
+    """Return the logits of some faces and rows, and their derivative by scale · cosine.
+
+    A logit is MASKED where there is no negative, or no row of the tile.
+    """
     unit_G1 = unit_GD + tl.minimum(faces, G - 1).to(tl.int64)[:, None] * D
     centres_1T = centres_TD + tl.minimum(rows, T - 1).to(tl.int64)[None, :] * D
     cosines = tl.zeros((BLOCK_G, BLOCK_T), tl.float32)
@@ -83,7 +88,14 @@ def _logits(
     if labels_T is not None:
         labels = tl.load(labels_T + rows, mask=rows < T, other=-1).to(tl.int32)
     masked = (own[:, None] == labels[None, :]) | (cosines > drop_above) | (rows >= T)[None, :]
-    return tl.where(masked, MASKED, scale * cosines)
+    slopes = tl.full((BLOCK_G, BLOCK_T), 1.0, tl.float32)
+    if above_G is not None:
+        above = tl.load(above_G + faces, mask=faces < G, other=2)
+        hard = cosines > above[:, None]
+        ease = tl.load(t)
+        slopes = tl.where(hard, ease + 2 * cosines, 1.0)
+        cosines = tl.where(hard, cosines * (ease + cosines), cosines)
+    return tl.where(masked, MASKED, scale * cosines), slopes
 
 
 INTERPRETED = not isinstance(_logits, triton.JITFunction)
@@ -104,14 +116,15 @@ def _first_if_deterministic(configs: list[triton.Config], *_: object, **__: obje
 @triton.autotune(_configs("BLOCK_D"), key=["G", "D"], prune_configs_by={"early_config_prune": _first_if_deterministic})
 @triton.jit
 def _log_sum_exp(
-    unit_GD, centres_TD, own_G, labels_T, out_CG, G, T, start, scale, drop_above,
+    unit_GD, centres_TD, own_G, labels_T, above_G, t, out_CG, G, T, start, scale, drop_above,
     D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     faces = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    logits = _logits(
-        unit_GD, centres_TD, own_G, labels_T, faces, rows, G, T, start, scale, drop_above, D, BLOCK_G, BLOCK_T, BLOCK_D
-    )
+    logits, _ = _logits(
+        unit_GD, centres_TD, own_G, labels_T, above_G, t, faces, rows, G, T, start, scale, drop_above,
+        D, BLOCK_G, BLOCK_T, BLOCK_D,
+    )  # fmt: skip
     top = tl.maximum(tl.max(logits, 1), -2 * scale)  # so that a masked logit is no top
     value = top + tl.log(tl.sum(tl.exp(logits - top[:, None]), 1))
     tl.store(out_CG + tl.program_id(1) * G + faces, value, mask=faces < G)
@@ -120,14 +133,15 @@ def _log_sum_exp(
 @triton.autotune(_configs("BLOCK_D"), key=["G", "D"], prune_configs_by={"early_config_prune": _first_if_deterministic})
 @triton.jit
 def _exponentials(
-    unit_GD, centres_TD, own_G, labels_T, reference_G, out_GT, sums_CG, alive_FC, G, T, start, scale, drop_above, gain,
-    eps, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    unit_GD, centres_TD, own_G, labels_T, above_G, t, reference_G, out_GT, sums_CG, alive_FC, G, T, start, scale,
+    drop_above, gain, eps, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     faces = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    logits = _logits(
-        unit_GD, centres_TD, own_G, labels_T, faces, rows, G, T, start, scale, drop_above, D, BLOCK_G, BLOCK_T, BLOCK_D
-    )
+    logits, slopes = _logits(
+        unit_GD, centres_TD, own_G, labels_T, above_G, t, faces, rows, G, T, start, scale, drop_above,
+        D, BLOCK_G, BLOCK_T, BLOCK_D,
+    )  # fmt: skip
     reference = tl.load(reference_G + faces, mask=faces < G, other=0)
     values = tl.where(faces[:, None] < G, tl.exp(logits - reference[:, None]), 0)
     tl.store(sums_CG + tl.program_id(1) * G + faces, tl.sum(values, 1), mask=faces < G)
@@ -135,7 +149,9 @@ def _exponentials(
     tl.store(alive_FC + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), alive.to(tl.int8))
     if alive > 0:
         out = out_GT + faces.to(tl.int64)[:, None] * T + rows[None, :]
-        tl.store(out, (gain * values).to(out_GT.dtype.element_ty), mask=(faces < G)[:, None] & (rows < T)[None, :])
+        tl.store(
+            out, (gain * values * slopes).to(out_GT.dtype.element_ty), mask=(faces < G)[:, None] & (rows < T)[None, :]
+        )
 
 
 @triton.jit
@@ -241,7 +257,7 @@ def _finish_rows(
 def gain(precision: torch.dtype) -> float:
     """Return the factor of exponentials in a type: float16 would round those below 6e-8 to 0.
 
-    With the factor 2¹⁵ they keep 11 bits down to 2⁻²⁹ = 1.9e-9, and those below 2⁻⁴⁰ = 9e-13 become 0.
+    With the factor 2¹⁴ they keep 11 bits down to 2⁻²⁸ = 3.7e-9, and those below 2⁻³⁹ = 1.8e-12 become 0.
     """
     return HALF_GAIN if precision == torch.float16 else 1.0
 
@@ -289,6 +305,7 @@ def log_sum_exp(
     drop_above: float = 1.0,
     start: int = 0,
     labels_T: Tensor | None = None,
+    hard: Hard | None = None,
 ) -> Tensor:
     """Return log Σ exp(scale·cos) over the negatives in each block of rows: float32 [C, G].
 
@@ -302,6 +319,7 @@ def log_sum_exp(
         drop_above: rows with a larger cosine are no negatives; 1 keeps all.
         start: place of the tile's first row.
         labels_T: int64; a row with the label of a face is no negative of it.
+        hard: the rule for hard negatives, whose logits are others; float32.
     """
     faces, embedding = unit_GD.shape
     block_G, block_T = block_sizes(unit_GD.dtype)
@@ -309,8 +327,8 @@ def log_sum_exp(
     out_CG = unit_GD.new_empty(grid[1], faces, dtype=torch.float32)
     drop_above = drop_above if drop_above < 1 else math.inf
     _log_sum_exp[grid](
-        unit_GD, centres_TD, own_G, labels_T, out_CG, faces, len(centres_TD), start, scale, drop_above,
-        D=embedding, BLOCK_G=block_G, BLOCK_T=block_T,
+        unit_GD, centres_TD, own_G, labels_T, *(hard or (None, None)), out_CG, faces, len(centres_TD), start, scale,
+        drop_above, D=embedding, BLOCK_G=block_G, BLOCK_T=block_T,
     )  # fmt: skip
     return out_CG
 
@@ -325,8 +343,9 @@ def exponentials(
     start: int = 0,
     labels_T: Tensor | None = None,
     eps: float = 0.0,
+    hard: Hard | None = None,
 ) -> Exponentials:
-    """Return exp(scale·cos − reference) of the negatives of a tile.
+    """Return exp(scale·cos − reference) of the negatives of a tile, those of hard negatives times their logit's slope.
 
     With the logarithm of the softmax's denominator as the reference they are probabilities. Those of fixed centres may
     have :func:`one_pass_reference`.
@@ -352,8 +371,8 @@ def exponentials(
     )
     drop_above = drop_above if drop_above < 1 else math.inf
     _exponentials[grid](
-        unit_GD, centres_TD, own_G, labels_T, reference_G, *found, faces, rows, start, scale, drop_above,
-        gain(unit_GD.dtype), eps, D=embedding, BLOCK_G=block_G, BLOCK_T=block_T,
+        unit_GD, centres_TD, own_G, labels_T, *(hard or (None, None)), reference_G, *found, faces, rows, start, scale,
+        drop_above, gain(unit_GD.dtype), eps, D=embedding, BLOCK_G=block_G, BLOCK_T=block_T,
     )  # fmt: skip
     return found
 

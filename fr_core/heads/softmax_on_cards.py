@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from fr_core.heads import kernels
 from fr_core.heads.margins import with_margin
-from fr_core.heads.streamed import Softmax, TileSGD, add_product, kernel_tile_size, over_ranks, rows_of
+from fr_core.heads.streamed import (
+    Softmax,
+    TileSGD,
+    add_product,
+    kernel_tile_size,
+    over_ranks,
+    own_slope_by_m2,
+    rows_of,
+    sparse_rows,
+)
 from fr_core.ranks import Ranks
 
 
@@ -32,19 +41,22 @@ class MarginSoftmax(torch.autograd.Function):
         ranks: Ranks,
         rows_S: Tensor | None,
         sgd: TileSGD | None,
+        m2_G: Tensor | None,
     ) -> Tensor:
         """Return the loss: one pass over the tiles."""
         scale, operand_GD = softmax.margin.scale, unit_GD.to(softmax.precision)
         parts = [
-            kernels.log_sum_exp(operand_GD, tile_TD, column_G, scale, softmax.drop_above, start)
+            kernels.log_sum_exp(operand_GD, tile_TD, column_G, scale, softmax.drop_above, start, hard=softmax.hard)
             for start, tile_TD in _tiles(unit_GD, weight_ND, rows_S, softmax)
         ]
         positive_GD = F.normalize(weight_ND[rows_of(column_G, rows_S)])
-        value_G, slope_G = with_margin((unit_GD * positive_GD).sum(1), softmax.margin)
+        cos_G = (unit_GD * positive_GD).sum(1)
+        value_G, slope_G = with_margin(cos_G, softmax.margin)
         own_G = torch.where(column_G >= 0, scale * value_G, 0)
         negative_G, positive_G = over_ranks(torch.cat(parts).logsumexp(0), own_G, ranks)
         loss = F.softplus(negative_G - positive_G).mean()
-        per_face = column_G, positive_GD, slope_G, negative_G, positive_G
+        by_m2_G = own_slope_by_m2(cos_G, m2_G, column_G, softmax)
+        per_face = column_G, positive_GD, slope_G, negative_G, positive_G, by_m2_G
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, loss.isfinite(), *per_face)
         ctx.softmax, ctx.sgd = softmax, sgd
         return loss
@@ -53,18 +65,22 @@ class MarginSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients: a second pass, which moves the rows in the fused mode."""
-        unit_GD, weight_ND, rows_S, finite, column_G, positive_GD, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, finite, *per_face = ctx.saved_tensors
+        column_G, positive_GD, slope_G, negative_G, positive_G, by_m2_G = per_face
         softmax, sgd = ctx.softmax, ctx.sgd
         scale, precision, operand_GD = softmax.margin.scale, softmax.precision, unit_GD.to(softmax.precision)
         total_G = torch.logaddexp(negative_G, positive_G)
-        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive class
+        away_G = -torch.sigmoid(negative_G - positive_G)  # p − 1 of the positive class
+        pull_G = away_G * slope_G
         each = scale * grad / len(unit_GD)  # d loss / d cos = each · p
+        grad_m2_G = None if by_m2_G is None else each * away_G * by_m2_G
         rows = len(weight_ND if rows_S is None else rows_S)
         positives = kernels.sort_positives(unit_GD, pull_G, column_G, rows)
         sum_GD, grad_SD = torch.zeros_like(unit_GD), None if sgd else weight_ND.new_empty(rows, weight_ND.shape[1])
         for start, tile_TD in _tiles(unit_GD, weight_ND, rows_S, softmax):
+            given = scale, softmax.drop_above, start
             found = kernels.exponentials(
-                operand_GD, tile_TD, column_G, total_G, scale, softmax.drop_above, start, eps=softmax.skip_below
+                operand_GD, tile_TD, column_G, total_G, *given, eps=softmax.skip_below, hard=softmax.hard
             )
             alive = kernels.list_alive(found.alive_FC)
             kernels.add_products_of_faces(sum_GD, found, tile_TD, alive)
@@ -79,12 +95,9 @@ class MarginSoftmax(torch.autograd.Function):
                 kernels.gradient_of_rows(*here)
         grad_GD = kernels.gradient_of_faces(sum_GD, precision, positive_GD, pull_G, column_G, each)
         grad_GD = torch.where(finite, grad_GD, torch.nan)
-        if grad_SD is None or rows_S is None:
-            return grad_GD, grad_SD, *[None] * 5
-        sparse = torch.sparse_coo_tensor(
-            rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False
-        )
-        return grad_GD, sparse, *[None] * 5
+        if grad_SD is not None and rows_S is not None:
+            grad_SD = sparse_rows(rows_S, grad_SD, weight_ND)
+        return grad_GD, grad_SD, *[None] * 5, grad_m2_G
 
 
 class FixedCentresSoftmax(torch.autograd.Function):

@@ -9,7 +9,11 @@ move while their tile is in cache, and the class matrix has no gradient at all.
 
 The positive class is masked in its tile and handled separately. Subtracting it, Σ exp − exp(positive), would cancel.
 
-Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile.
+A class may have K rows that neighbour each other. Then the row nearest to a face stands for its class, and the face
+moves no other row of it (sub-centre ArcFace: Deng et al., ECCV 2020, Eq. 3). Of equally near rows the first one counts.
+
+Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile, C its classes,
+K rows of a class: T = C·K.
 """
 
 import math
@@ -27,7 +31,7 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
 from fr_core.device import multiplies_bfloat16
-from fr_core.heads.margins import FaceMargin, with_margin
+from fr_core.heads.margins import FaceMargin, Hard, Threshold, slope_by_m2, with_margin
 from fr_core.ranks import Ranks
 
 MASKED = -1e30  # a logit of probability 0; finite, so that 0 · MASKED is 0
@@ -36,7 +40,7 @@ HALF_GAIN = 2.0**10  # of probabilities in float16: they keep 11 bits down to 2�
 CPU_ROWS, CPU_LOGITS, GPU_LOGITS = 2**19, 2**18, 2**24  # numbers in a tile: they fit a CPU's cache, or fill a GPU
 LEAST_CAPABILITY = (8, 0)  # of cards for Triton's kernels; on older ones they use no tensor cores and spill registers
 KERNEL_LOGITS = 2**26  # exponentials in a tile of Triton's kernels
-MIN_TILE = 256  # classes; matrix products of smaller tiles are slow
+MIN_TILE = 256  # rows; matrix products of smaller tiles are slow
 ONE_PASS = 4  # size factor of a CPU tile whose rows are read only once, so that it need not fit the cache
 
 Gain = Tensor | float
@@ -52,6 +56,9 @@ class Softmax:
         tile: classes per tile; None: as many as fit the cache or the GPU.
         skip_below: on a card, gradients of blocks are left out whose probabilities are all smaller
             (:func:`fr_core.heads.kernels.exponentials` states the error); 0 leaves out none.
+        hard: the rule for hard negatives of a class matrix; None: all negatives have the logit s·cos.
+        threshold: the loss of a class matrix is a sum at this threshold; None: a softmax. It runs by no kernels.
+        subcentres: K, rows of a class of a class matrix. More than one run by no kernels.
     """
 
     margin: Margin | FaceMargin
@@ -59,6 +66,15 @@ class Softmax:
     precision: torch.dtype = torch.float32
     tile: int | None = None
     skip_below: float = 0.0
+    hard: Hard | None = None
+    threshold: Threshold | None = None
+    subcentres: int = 1
+
+    @property
+    def m2_with_gradient(self) -> Tensor | None:
+        """Return the margins of the faces' angles, if the loss has a gradient by them."""
+        m2 = self.margin.m2
+        return m2 if isinstance(m2, Tensor) and m2.requires_grad else None
 
 
 @dataclass(frozen=True)
@@ -80,24 +96,43 @@ def margin_softmax(
     rows_S: Tensor | None = None,
     sgd: TileSGD | None = None,
 ) -> Tensor:
-    """Return the mean cross-entropy of the margin softmax over the rows of all ranks.
+    """Return the mean cross-entropy of the margin softmax over the rows of all ranks, or UniFace's loss over them.
 
     All ranks pass the same faces and get the same loss. ``unit_GD`` gets the part of its gradient that comes from this
-    rank's rows; ``Ranks.gather`` sums the parts. The rows get their whole gradient.
+    rank's rows; ``Ranks.gather`` sums the parts. The same holds for an m2 that requires a gradient. The rows get their
+    whole gradient.
 
     Args:
         unit_GD: embeddings of length 1.
         weight_ND: rows of this rank, of any length; the function normalises them.
-        column_G: int64, the row of each face's class, or its position in ``rows_S`` if given. It is negative if another
-            rank holds the class.
-        rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse.
+        column_G: int64, the place of each face's class among the classes that take part. It is negative if another rank
+            holds the class.
+        rows_S: sorted int64; only these rows take part (Partial FC), and their gradient is sparse. They are all rows of
+            some classes.
         sgd: settings of the fused mode: the rows move in the backward pass and get no gradient. If the loss is not
             finite, nothing moves.
     """
     made: type[torch.autograd.Function] = _MarginSoftmax
-    if runs_kernels(unit_GD):
+    if runs_kernels(unit_GD) and softmax.threshold is None and softmax.subcentres == 1:
         from fr_core.heads.softmax_on_cards import MarginSoftmax as made
-    return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd)
+    return made.apply(unit_GD, weight_ND, column_G, softmax, ranks, rows_S, sgd, softmax.m2_with_gradient)
+
+
+@torch.no_grad()
+def own_cosines(
+    unit_GD: Tensor,
+    weight_ND: Tensor,
+    column_G: Tensor,
+    ranks: Ranks,
+    rows_S: Tensor | None = None,
+    subcentres: int = 1,
+) -> Tensor:
+    """Return the cosine of each face with its class [G], the same on all ranks, by one collective. It has no gradient.
+
+    See :func:`margin_softmax` for the arguments.
+    """
+    cos_G, _ = nearest_own(unit_GD, weight_ND, column_G, rows_S, subcentres)
+    return ranks.sum_(torch.where(column_G >= 0, cos_G, 0))
 
 
 def fixed_centres_softmax(
@@ -174,22 +209,30 @@ class _MarginSoftmax(torch.autograd.Function):
         ranks: Ranks,
         rows_S: Tensor | None,
         sgd: TileSGD | None,
+        m2_G: Tensor | None,
     ) -> Tensor:
         scale = softmax.margin.scale
-        cos_G = (unit_GD * F.normalize(weight_ND[rows_of(column_G, rows_S)])).sum(1)
+        cos_G, own_G = nearest_own(unit_GD, weight_ND, column_G, rows_S, softmax.subcentres)
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
-        sums = _LogSumExp(unit_GD, scale)
+        threshold = softmax.threshold
+        sums = _SoftplusSum(unit_GD, threshold.bias) if threshold else _LogSumExp(unit_GD, scale)
         inverses = []
-        size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device)
-        positives = _Positives(*column_G.sort(), len(weight_ND if rows_S is None else rows_S), size)
+        size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device, softmax.subcentres)
+        classes = len(weight_ND if rows_S is None else rows_S) // softmax.subcentres
+        positives = _Positives(*column_G.sort(), classes, size)
         for tile in _tiles(weight_ND, rows_S, positives, softmax):
             sums.add(tile.negatives(operand_GD))
             inverses.append(tile.inverse_T)
-        own_G = torch.where(column_G >= 0, scale * value_G, 0)
-        negative_G, positive_G = over_ranks(sums.value_G(), own_G, ranks)
-        loss = F.softplus(negative_G - positive_G).mean()
-        per_face = (cos_G, slope_G, negative_G, positive_G)
+        logit_G = torch.where(column_G >= 0, scale * value_G, 0)
+        if isinstance(sums, _SoftplusSum):
+            assert threshold
+            loss, total_G, away_G = sums.loss(logit_G, threshold, ranks)
+        else:
+            negative_G, positive_G = over_ranks(sums.value_G(), logit_G, ranks)
+            loss = F.softplus(negative_G - positive_G).mean()
+            total_G, away_G = torch.logaddexp(negative_G, positive_G), -torch.sigmoid(negative_G - positive_G)
+        per_face = (cos_G, own_G, slope_G, total_G, away_G, own_slope_by_m2(cos_G, m2_G, column_G, softmax))
         ctx.save_for_backward(unit_GD, weight_ND, rows_S, torch.cat(inverses), *per_face)
         ctx.softmax, ctx.positives = softmax, positives
         ctx.sgd, ctx.finite = sgd, sgd is None or bool(loss.isfinite())
@@ -198,30 +241,27 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        unit_GD, weight_ND, rows_S, inverse_S, cos_G, slope_G, negative_G, positive_G = ctx.saved_tensors
+        unit_GD, weight_ND, rows_S, inverse_S, cos_G, own_G, slope_G, total_G, away_G, by_m2_G = ctx.saved_tensors
         softmax, sgd = ctx.softmax, ctx.sgd
         grad_GD = torch.zeros_like(unit_GD)
         if not ctx.finite:
-            return grad_GD.fill_(math.nan), *[None] * 6
-        total_G = torch.logaddexp(negative_G, positive_G)
-        pull_G = -torch.sigmoid(negative_G - positive_G) * slope_G  # p − 1 of the positive class
+            return grad_GD.fill_(math.nan), *[None] * 7
+        pull_G = away_G * slope_G  # p − 1 of the positive class, times the margin's slope
         operand_GD = _operand(unit_GD, softmax.precision)
         each = softmax.margin.scale * grad / len(unit_GD)  # d loss / d cos = each · p
+        grad_m2_G = None if by_m2_G is None else each * away_G * by_m2_G
         grad_SD = None if sgd else torch.empty_like(weight_ND if rows_S is None else weight_ND[: len(rows_S)])
         for tile in _tiles(weight_ND, rows_S, ctx.positives, softmax, inverse_S):
             gain = tile.gain(each)
-            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, each * gain)
+            push_GT, radial_T = tile.push(operand_GD, total_G, pull_G, cos_G, own_G, each * gain)
             add_product(grad_GD, 1, push_GT, tile.operand_TD, gain)
             if grad_SD is None:
                 tile.move(push_GT, operand_GD, radial_T, gain, sgd, weight_ND)
             else:
                 tile.gradient(push_GT, operand_GD, radial_T, gain, grad_SD)
-        if grad_SD is None or rows_S is None:
-            return grad_GD, grad_SD, *[None] * 5
-        sparse = torch.sparse_coo_tensor(
-            rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False
-        )
-        return grad_GD, sparse, *[None] * 5
+        if grad_SD is not None and rows_S is not None:
+            grad_SD = sparse_rows(rows_S, grad_SD, weight_ND)
+        return grad_GD, grad_SD, *[None] * 5, grad_m2_G
 
 
 class _FixedCentresSoftmax(torch.autograd.Function):
@@ -293,31 +333,47 @@ class _Tile:
     weight_TD: Tensor
     operand_TD: Tensor
     inverse_T: Tensor  # 1 / length
-    positives: tuple[Tensor, Tensor] | None  # faces whose class is in this tile, and its columns
+    positives: tuple[Tensor, Tensor] | None  # faces whose class is in this tile, and its columns among the classes
     softmax: Softmax
 
     def negatives(self, operand_GD: Tensor) -> Tensor:
-        """Return the logits [G, T], with the positives masked."""
+        """Return the logits [G, C], with the positives masked."""
+        logits_GC, _ = self.cosines(operand_GD)
+        return bend(logits_GC, self.softmax.margin.scale, self.softmax.hard)[0] if self.softmax.hard else logits_GC
+
+    def cosines(self, operand_GD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale · cosine of the nearest rows [G, C], with the positives masked, and which of K rows they are."""
         logits_GT = _product(operand_GD, self.operand_TD.T).mul_(self.softmax.margin.scale * self.inverse_T)
-        _drop(logits_GT, self.softmax)
+        logits_GC, nearest_GC = logits_GT, None
+        if self.softmax.subcentres > 1:
+            logits_GC, nearest_GC = logits_GT.unflatten(1, (-1, self.softmax.subcentres)).max(2)
+        _drop(logits_GC, self.softmax)
         if self.positives:
-            _mask(logits_GT, self.positives)
-        return logits_GT
+            _mask(logits_GC, self.positives)
+        return logits_GC, nearest_GC
 
     def gain(self, each: Tensor) -> Gain:
         """Return the factor of the push, without which float16 would round small probabilities to 0."""
         return HALF_GAIN / (each * self.inverse_T.amax()) if self.softmax.precision == torch.float16 else 1.0
 
     def push(
-        self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, each: Tensor
+        self, operand_GD: Tensor, total_G: Tensor, pull_G: Tensor, cos_G: Tensor, own_G: Tensor, each: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient by the products of unit faces and raw rows [G, T], and its part along each row [T]."""
         scale = self.softmax.margin.scale
-        logits_GT = self.negatives(operand_GD)
-        push_GT = (logits_GT - total_G[:, None]).exp_()
+        logits_GC, nearest_GC = self.cosines(operand_GD)
+        if self.softmax.hard:
+            bent_GC, slope_GC = bend(logits_GC, scale, self.softmax.hard)
+            push_GC = bent_GC.sub_(total_G[:, None]).exp_().mul_(slope_GC)
+        elif self.softmax.threshold:
+            push_GC = (logits_GC - total_G[:, None]).sigmoid_().mul_(self.softmax.threshold.balance)
+        else:
+            push_GC = (logits_GC - total_G[:, None]).exp_()
+        push_GT, logits_GT = (_at_nearest(x_GC, nearest_GC, self.softmax.subcentres) for x_GC in (push_GC, logits_GC))
         if self.positives:
             faces, _ = self.positives
-            push_GT[self.positives], logits_GT[self.positives] = pull_G[faces], scale * cos_G[faces]
+            own = faces, own_G[faces] - self.start
+            push_GT[own], logits_GT[own] = pull_G[faces], scale * cos_G[faces]
         push_GT.mul_(each * self.inverse_T)
         radial_T = logits_GT.mul_(push_GT).sum(0).mul_(self.inverse_T / scale)
         return _operand(push_GT, self.softmax.precision), radial_T
@@ -361,11 +417,39 @@ class _LogSumExp:
         return self.top_G + self.sum_G.log()
 
 
-def tile_size(faces: int, embedding: int, device: torch.device) -> int:
+class _SoftplusSum:
+    """Running Σ softplus(logit − b) and Σ sigmoid(logit − b) over tiles."""
+
+    def __init__(self, unit_GD: Tensor, bias: Tensor) -> None:
+        self.bias = bias.to(unit_GD)
+        self.sums_2G = unit_GD.new_zeros(2, len(unit_GD))
+
+    def add(self, logits_GT: Tensor) -> None:
+        """Add a tile, whose logits are overwritten."""
+        logits_GT.sub_(self.bias)
+        self.sums_2G[0] += F.softplus(logits_GT).sum(1)
+        self.sums_2G[1] += logits_GT.sigmoid_().sum(1)
+
+    def loss(self, own_G: Tensor, threshold: Threshold, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss, what to subtract from logits [G], and the positive's derivative by its logit [G].
+
+        It writes the derivative by b. One collective adds up three numbers of each face.
+
+        Args:
+            own_G: logit of the positive class, and 0 if another rank holds the class.
+        """
+        parts_W3G = ranks.gather(torch.cat([self.sums_2G, own_G[None]])).unflatten(0, (ranks.size, 3))
+        softplus_G, sigmoid_G, positive_G = parts_W3G.sum(0)
+        away_G = -torch.sigmoid(self.bias - positive_G)
+        threshold.gradient.copy_((-away_G - threshold.balance * sigmoid_G).mean())
+        loss = (F.softplus(self.bias - positive_G) + threshold.balance * softplus_G).mean()
+        return loss, self.bias.expand_as(positive_G), away_G
+
+
+def tile_size(faces: int, embedding: int, device: torch.device, subcentres: int = 1) -> int:
     """Return the classes per tile, for a softmax that does not set them."""
-    if device.type == "cuda":
-        return max(MIN_TILE, GPU_LOGITS // faces)
-    return max(MIN_TILE, min(CPU_ROWS // embedding, CPU_LOGITS // faces))
+    rows = GPU_LOGITS // faces if device.type == "cuda" else min(CPU_ROWS // embedding, CPU_LOGITS // faces)
+    return max(1, max(MIN_TILE, rows) // subcentres)
 
 
 def kernel_tile_size(faces: int, embedding: int) -> int:
@@ -380,8 +464,8 @@ def _tiles(
     weight_ND: Tensor, rows_S: Tensor | None, positives: _Positives, softmax: Softmax, inverse_S: Tensor | None = None
 ) -> Iterator[_Tile]:
     """Yield the rows that take part, tile by tile; ``inverse_S``: their inverse lengths, if already known."""
-    for start, places in positives:
-        end = start + positives.size
+    for first, places in positives:
+        start, end = (softmax.subcentres * place for place in (first, first + positives.size))
         rows = slice(start, end) if rows_S is None else rows_S[start:end]
         weight_TD = weight_ND[rows]
         if inverse_S is None:
@@ -405,6 +489,52 @@ def over_ranks(negative_G: Tensor, positive_G: Tensor, ranks: Ranks) -> tuple[Te
 def rows_of(column_G: Tensor, rows_S: Tensor | None) -> Tensor:
     """Return the row of each face's class; some row, if another rank holds the class."""
     return column_G.clamp_min(0) if rows_S is None else rows_S[column_G.clamp_min(0)]
+
+
+def nearest_own(
+    unit_GD: Tensor, weight_ND: Tensor, column_G: Tensor, rows_S: Tensor | None, subcentres: int
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine of each face and the nearest row of its class, and this row's place among those that take part.
+
+    If another rank holds the class, the place is negative, and the cosine means nothing.
+    """
+    place_GK = subcentres * column_G[:, None] + torch.arange(subcentres, device=column_G.device)
+    cos_GK = (unit_GD[:, None] * F.normalize(weight_ND[rows_of(place_GK, rows_S)], dim=2)).sum(2)
+    cos_G, nearest_G = cos_GK.max(1)
+    return cos_G, subcentres * column_G + nearest_G
+
+
+def _at_nearest(x_GC: Tensor, nearest_GC: Tensor | None, subcentres: int) -> Tensor:
+    """Return each class's number at the nearest of its rows, and 0 at the others [G, T]."""
+    if nearest_GC is None:
+        return x_GC
+    zeros_GCK = x_GC.new_zeros(*x_GC.shape, subcentres)
+    return zeros_GCK.scatter_(2, nearest_GC[:, :, None], x_GC[:, :, None]).flatten(1)
+
+
+def own_slope_by_m2(cos_G: Tensor, m2_G: Tensor | None, column_G: Tensor, softmax: Softmax) -> Tensor | None:
+    """Return the derivative of the positive cosine by m2, 0 for classes of other ranks; None if m2 has no gradient."""
+    if m2_G is None:
+        return None
+    assert isinstance(softmax.margin, FaceMargin)
+    return torch.where(column_G >= 0, slope_by_m2(cos_G, softmax.margin), 0)
+
+
+def sparse_rows(rows_S: Tensor, grad_SD: Tensor, weight_ND: Tensor) -> Tensor:
+    """Return the gradient of the class matrix, which has the given rows only."""
+    return torch.sparse_coo_tensor(rows_S[None], grad_SD, weight_ND.shape, is_coalesced=True, check_invariants=False)
+
+
+def bend(logits_GC: Tensor, scale: float, hard: Hard) -> tuple[Tensor, Tensor]:
+    """Return the logits of a tile with those of hard negatives, s·cos·(t + cos), and their derivative by s·cos.
+
+    Args:
+        logits_GC: scale · cosine; a masked logit stays what it is.
+    """
+    cos_GC = logits_GC / scale
+    is_hard_GC = cos_GC > hard.above_G[:, None]
+    bent_GC = torch.where(is_hard_GC, (cos_GC + hard.t).mul_(logits_GC), logits_GC)
+    return bent_GC, torch.where(is_hard_GC, cos_GC.mul_(2).add_(hard.t), 1.0)
 
 
 def _mask(logits_GT: Tensor, places: tuple[Tensor, Tensor]) -> None:

@@ -215,30 +215,30 @@ def read_head(
     return {name: torch.cat(rows) for name, rows in pieces.items()}, same
 
 
-def known_rows(folder: AnyPath, classes_S: Tensor) -> Tensor:
-    """Read rows of a checkpoint's class matrix: float32 [S, D]. The class −1 gets a row of zeros.
+def known_rows(folder: AnyPath, rows_S: Tensor) -> Tensor:
+    """Read rows of a checkpoint's class matrix: float32 [S, D]. The row −1 is one of zeros.
 
     Args:
         folder: Folder of the checkpoint.
-        classes_S: int64, classes of the checkpoint.
+        rows_S: int64, rows of the checkpoint's class matrix.
     """
     summary = read_summary(folder)
     found: Tensor | None = None
     for part in summary["head"]:
         first, last = part["rows"]
-        here_S = (classes_S >= first) & (classes_S < last)
+        here_S = (rows_S >= first) & (rows_S < last)
         if found is not None and not here_S.any():
             continue
         with verified_file(folder, summary, part["file"]) as local, safe_open(local, "pt") as file:
-            rows = file.get_tensor("weight")
-            found = torch.zeros(len(classes_S), rows.shape[1]) if found is None else found
-            found[here_S] = rows[classes_S[here_S] - first]
+            held = file.get_tensor("weight")
+            found = torch.zeros(len(rows_S), held.shape[1]) if found is None else found
+            found[here_S] = held[rows_S[here_S] - first]
     assert found is not None  # a class matrix has one part at least
     return found
 
 
-def read_identities(folder: AnyPath) -> tuple[list[str], int]:
-    """Read the names of the identities of a checkpoint's class matrix, and the number of variants of each.
+def read_identities(folder: AnyPath) -> tuple[list[str], int, int]:
+    """Read the names of the identities of a checkpoint's class matrix, the variants of each, and the rows of a class.
 
     Raises:
         UserError: The checkpoint has no class matrix.
@@ -250,4 +250,5 @@ def read_identities(folder: AnyPath) -> tuple[list[str], int]:
         )
     with verified_file(folder, summary, IDENTITIES) as local:
         names = pq.read_table(local, columns=["name"])["name"].to_pylist()
-    return names, summary["config"]["data"].get("variants", 1)
+    config = summary["config"]
+    return names, config["data"].get("variants", 1), config["method"].get("subcentres", 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fr_core import rng
-from fr_core.config import Config, class_count, distillation, head_steps, total_steps, unwatched_steps
+from fr_core.config import Config, class_count, class_rows, distillation, head_steps, total_steps, unwatched_steps
 from fr_core.config.nets import Net
 from fr_core.data.plan import Plan
 from fr_core.device import set_arithmetic
@@ -114,7 +114,7 @@ def parameter_figures(config: Config, identities: int) -> dict[str, int]:
     """Count the parameters of a run's backbone and of its class matrix. Fixed centres are not parameters."""
     with torch.device("meta"):
         backbone = sum(param.numel() for param in build_net(config.net).parameters())
-    matrix = class_count(config, identities) * config.net.embedding if config.method.class_matrix else 0
+    matrix = class_rows(config) * class_count(config, identities) * config.net.embedding
     return {"backbone_parameters": backbone, "classifier_parameters": matrix}
 
 

@@ -16,7 +16,7 @@ from fr_core.config.methods import BigFace, FixedCentres, PairLoss
 from fr_core.config.nets import Net
 from fr_core.config.optim import AdamW
 from fr_core.data.plan import held_rows
-from fr_core.heads.streamed import kernel_tile_size
+from fr_core.heads.streamed import kernel_tile_size, tile_size
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net
 from fr_core.nets.finetune import freeze, set_mode
@@ -31,6 +31,7 @@ FLOAT = 4  # bytes
 CONTEXT = 3 * 2**28  # bytes for CUDA, its libraries and the allocator's rounding: assumed, not computed
 POOL_COPIES = 4  # copies of the pool: current, before the step, concatenated, sorted
 READ_WINDOWS = 3  # tables of a window at one time: being read, waiting, and being split
+CARD = torch.device("cuda")
 PAIR_TEMPORARIES = 3  # tensors of the size of a global batch's pairs at one time
 
 
@@ -128,16 +129,22 @@ def matrix_bytes(config: Config, method: BigFace, classes: int, gpus: int) -> di
     """Return the bytes of rank 0's rows of the class matrix, and of what a step needs for them."""
     embedding = config.net.embedding
     lo, hi = Ranks(0, gpus).split(classes)
-    sampled = max(1, int(method.sample_rate * (hi - lo)))
+    rows, sampled = method.subcentres * (hi - lo), method.subcentres * max(1, int(method.sample_rate * (hi - lo)))
     micro = config.train.global_batch // config.train.accumulate
     fused, sparse = method.update == "fused", method.sample_rate < 1
-    matrix, gradient = FLOAT * (hi - lo) * embedding, 0 if fused else FLOAT * sampled * embedding
-    tile = min(method.tile or kernel_tile_size(micro, embedding), sampled)
+    matrix, gradient = FLOAT * rows * embedding, 0 if fused else FLOAT * sampled * embedding
+    number = product_bytes(config, method.precision)
+    if method.subcentres == 1:
+        size = min(method.tile or kernel_tile_size(micro, embedding), sampled)
+        tile = tile_bytes(size, micro, embedding, number, own_products=fused)
+    else:
+        size = method.subcentres * (method.tile or tile_size(micro, embedding, CARD, method.subcentres))
+        tile = eager_tile_bytes(min(size, sampled), method.subcentres, micro, embedding, number)
     return {
         "class_matrix": matrix,
         "class_momentum": matrix,
         "class_gradient": gradient,
-        "tile": tile_bytes(tile, micro, embedding, product_bytes(config, method.precision), own_products=fused),
+        "tile": tile,
         "update": gradient * (3 if sparse else 1),
     }
 
@@ -150,6 +157,18 @@ def tile_bytes(tile: int, faces: int, embedding: int, number: int, own_products:
     """
     operands = number * (tile + faces) * embedding
     return operands + number * faces * tile + (FLOAT * tile * embedding if own_products else 0)
+
+
+def eager_tile_bytes(tile: int, subcentres: int, faces: int, embedding: int, number: int) -> int:
+    """Return the bytes of a tile by PyTorch's operators: operands, logits of rows and of classes, and a product.
+
+    Args:
+        tile: rows.
+        subcentres: rows of a class. The place of the nearest one takes 8 bytes.
+        number: bytes of a number of the products.
+    """
+    of_rows, of_classes = faces * tile * (2 * FLOAT + number), faces * tile // subcentres * (2 * FLOAT + 8)
+    return number * (tile + faces) * embedding + of_rows + of_classes + FLOAT * tile * embedding
 
 
 def product_bytes(config: Config, given: str) -> int:

@@ -142,6 +142,7 @@ def _check_same_run(config: Config, state: TrainState, summary: Summary, folder:
         "train.global_batch": (config.train.global_batch, old.train.global_batch),
         "train.ema on": (config.train.ema > 0, old.train.ema > 0),
         "data.balanced": (config.data.balanced, old.data.balanced),
+        "data.sampling": (config.data.sampling, old.data.sampling),
         "data.views": (config.data.views, old.data.views),
         "data.lanes": (lane_count(config), summary["lanes"]),
         "data.shuffle_window": (config.data.shuffle_window, old.data.shuffle_window),

@@ -6,7 +6,7 @@ Legend: B images of a rank's micro-batch, G = B × ranks, D embedding, E teacher
 from math import ceil
 from typing import Literal, NamedTuple
 
-from fr_core.config import Config, class_count, distillation
+from fr_core.config import Config, class_count, class_rows, distillation
 from fr_core.config.methods import EmbeddingMSE, FixedCentres
 from fr_core.config.optim import AdamW
 from fr_core.losses.ekd import RATES
@@ -49,8 +49,10 @@ def exchanges(config: Config, ranks: Ranks, teacher_width: int = 0) -> list[Exch
         found.append(Exchange("labels", "all_gather", LABEL * own, micro))
     if method.agreement:
         found.append(Exchange("teacher's embeddings", "all_gather", FLOAT * teacher_width * own))
-    if method.class_matrix:
-        found.append(Exchange("softmax", "all_gather", 2 * FLOAT * own * ranks.size, micro))
+    if matrix := method.class_matrix:
+        if matrix.margin.sees_cosines:
+            found.append(Exchange("positive cosines", "all_reduce", FLOAT * own * ranks.size, micro))
+        found.append(Exchange("softmax", "all_gather", matrix.margin.sums * FLOAT * own * ranks.size, micro))
     if (distill := distillation(config)) and distill.adapter:
         found.append(Exchange("adapter", "all_reduce", FLOAT * embedding * teacher_width))
     found.append(Exchange("loss and norms", "all_reduce", FLOAT * (UPDATE_NUMBERS + loss_terms(config))))
@@ -101,7 +103,7 @@ def checkpoint_bytes(config: Config, identities: int, ranks: Ranks, precision: s
     found = nets * (FLOAT * size.numbers + size.fixed_bytes) + moments * FLOAT * size.numbers // shares
     if method.class_matrix:
         lo, hi = ranks.split(class_count(config, identities))
-        found += 2 * FLOAT * (hi - lo) * embedding  # rows and their momentum
+        found += 2 * FLOAT * class_rows(config) * (hi - lo) * embedding  # rows and their momentum
     if isinstance(method, FixedCentres):
         centres = method.layers * method.centres(class_count(config, identities), config.train.global_batch)
         found += centres * embedding * bytes_of(precision)

@@ -1,6 +1,6 @@
 """Starts a run from a trained backbone, on the same or on new identities.
 
-Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix.
+Legend: B batch, G global batch, D embedding, S this rank's rows of the class matrix, or their classes.
 """
 
 import logging
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fr_core.config import Config
+from fr_core.config import Config, class_rows
 from fr_core.config.nets import QuantisedNet
 from fr_core.data.store import to_path
 from fr_core.data.stream import Batch
@@ -111,37 +111,47 @@ def class_matrix_of(state: TrainState) -> ShardedFC:
 
 @torch.no_grad()
 def set_prototypes(config: Config, state: TrainState, epoch: Iterable[Batch], ranks: Ranks) -> None:
-    """Set each row of the class matrix to the mean normalised embedding of its identity's images.
+    """Set the first row of each class to the mean normalised embedding of its identity's images.
 
     Rows are scaled to the length of random rows, so that the learning rate keeps its meaning. An identity without
-    images in ``epoch`` keeps its random row.
+    images in ``epoch`` keeps its random row. A class's other rows stay random: of equal ones only the first would move.
 
     Args:
         epoch: this rank's images of one epoch, not augmented.
     """
     head = class_matrix_of(state)
-    sums_SD = torch.zeros_like(head.weight)
+    first_SD = head.weight[:: class_rows(config)]
+    sums_SD = torch.zeros_like(first_SD)
     state.backbone.eval()
     for batch in epoch:
         with autocast(config, state.device):
             x_BD = state.backbone(normalised(batch.images_BHWC.to(state.device), state.backbone))
         x_GD, labels_G = ranks.gather(F.normalize(x_BD.float())), ranks.gather(batch.labels_B.to(state.device))
-        own_G = (labels_G >= head.lo) & (labels_G < head.hi)
-        sums_SD.index_add_(0, labels_G[own_G] - head.lo, x_GD[own_G])
+        column_G = head.columns(labels_G)
+        own_G = column_G >= 0
+        sums_SD.index_add_(0, column_G[own_G], x_GD[own_G])
     seen_S = sums_SD.norm(dim=1) > 0
     length = INIT_STD * sums_SD.shape[1] ** 0.5
-    head.weight[seen_S] = length * F.normalize(sums_SD[seen_S])
+    first_SD[seen_S] = length * F.normalize(sums_SD[seen_S])
 
 
 @torch.no_grad()
 def copy_rows_by_name(config: Config, state: TrainState) -> None:
     """Copy the rows of identities that the run in ``init.backbone`` knew, matched by name.
 
+    If its classes had fewer rows, the others stay random.
+
     Raises:
-        UserError: ``init.backbone`` has no class matrix with names, or knew none of these identities.
+        UserError: ``init.backbone`` has no class matrix with names, knew none of these identities, or has more rows for
+            each.
     """
     folder = find_checkpoint(to_path(config.init.backbone or ""))
-    known, variants = read_identities(folder)
+    (known, variants, old_rows), rows = read_identities(folder), class_rows(config)
+    if old_rows > rows:
+        raise UserError(
+            f'{folder}: init.head = "names", but each class has {old_rows} rows there: set '
+            f'method.subcentres = {old_rows}, or give init.head = "prototypes"'
+        )
     label_of = {name: label for label, name in enumerate(known)}
     old_N = torch.tensor([label_of.get(name, -1) for name in state.plan.dataset.identity_names()])
     if (old_N < 0).all():
@@ -150,8 +160,9 @@ def copy_rows_by_name(config: Config, state: TrainState) -> None:
             'give init.head = "prototypes"'
         )
     head = class_matrix_of(state)
-    classes_S = torch.arange(head.lo, head.hi)
+    row_S, classes_S = torch.arange(head.lo, head.hi) % rows, torch.arange(head.lo, head.hi) // rows
     label_S = old_N[classes_S // config.data.variants]
     plain_S = classes_S % config.data.variants == 0  # other variants are different warps in every run
-    old_S = torch.where((label_S >= 0) & plain_S, label_S * variants, -1)
+    known_S = (label_S >= 0) & plain_S & (row_S < old_rows)
+    old_S = torch.where(known_S, label_S * variants * old_rows + row_S, -1)
     head.weight[(old_S >= 0).to(state.device)] = known_rows(folder, old_S)[old_S >= 0].to(state.device)

@@ -42,7 +42,7 @@ FOREACH_TENSORS, FOREACH_NUMBERS = 48, 320 * 2**16  # of one launch of PyTorch's
 MUON_STEPS = 5  # of the Newton–Schulz iteration
 PAIR_SWEEPS = 10  # over the cosines of all pairs, in a loss that compares them
 # How often the operators of an eager tile read or write its logits [G, T] (fr_core/heads/streamed.py).
-SCALED, SUMMED, PUSHED = (2,), (1, 2, 2, 1), (2, 2, 2, 3, 1)
+SCALED, SUMMED, RAISED, PUSHED = (2,), (1, 2, 2, 1), (2, 2), (2, 3, 1)
 EAGER_SMALL, CENTRE_SMALL = 12, 9  # operators on a vector of a tile, in one pass over a matrix or centres
 
 Kind = Literal["convolution", "product", "maps", "weights", "logits"]
@@ -225,7 +225,8 @@ def backbone_size(net: Net, frozen: tuple[str, ...] = ()) -> Size:
 def head_work(config: Config, identities: int, ranks: Ranks, precision: str, device: torch.device) -> Work:
     """Count what the head does in a step: products, sweeps over its rows, and sweeps over the logits.
 
-    Fused kernels are counted on a card, where logits stay off memory, and the eager tile on a CPU.
+    Fused kernels are counted on a card, where logits stay off memory. The eager tile is counted on a CPU, and on a card
+    where classes have several rows.
 
     Args:
         identities: identities of the training set.
@@ -238,10 +239,12 @@ def head_work(config: Config, identities: int, ranks: Ranks, precision: str, dev
         faces = int(faces * method.facts.trained) // ranks.size
     size = kernel_tile_size(faces, embedding) if on_card else tile_size(faces, embedding, device)
     if matrix := method.class_matrix:
-        rows = sampled_rows(config, identities, ranks)
-        tiles = ceil(rows / min(matrix.tile or size, rows))
+        rows, each = sampled_rows(config, identities, ranks), matrix.subcentres
+        if each > 1:
+            on_card, size = False, tile_size(faces, embedding, device, each)
+        tiles = ceil(rows // each / min(matrix.tile or size, rows // each))
         moves, gathers = matrix.update == "fused", matrix.sample_rate < 1
-        return repeated(matrix_work(faces, rows, tiles, embedding, precision, moves, gathers, on_card), micro)
+        return repeated(matrix_work(faces, rows, tiles, embedding, precision, moves, gathers, on_card, each), micro)
     if isinstance(method, FixedCentres):
         centres = method.centres(class_count(config, identities), config.train.global_batch)
         tiles = ceil(centres / min(method.tile or size, centres))
@@ -254,11 +257,19 @@ def sampled_rows(config: Config, identities: int, ranks: Ranks) -> int:
     """Return the rows of rank 0's part of the class matrix that take part in a step."""
     matrix = config.method.class_matrix
     lo, hi = ranks.split(class_count(config, identities))
-    return max(1, int(matrix.sample_rate * (hi - lo))) if matrix else 0
+    return matrix.subcentres * max(1, int(matrix.sample_rate * (hi - lo))) if matrix else 0
 
 
 def matrix_work(
-    faces: int, rows: int, tiles: int, embedding: int, precision: str, moves: bool, gathers: bool, on_card: bool
+    faces: int,
+    rows: int,
+    tiles: int,
+    embedding: int,
+    precision: str,
+    moves: bool,
+    gathers: bool,
+    on_card: bool,
+    subcentres: int = 1,
 ) -> Work:
     """Count the streamed softmax over a class matrix: four products of 2·G·S·D, one of them in the forward pass.
 
@@ -268,6 +279,8 @@ def matrix_work(
         tiles: S / T.
         moves: the rows move in the backward pass; else their gradient is written.
         gathers: the rows are gathered from the matrix first.
+        on_card: kernels of a card compute the tiles; they take one row of a class.
+        subcentres: rows of a class.
     """
     size, flops = bytes_of(precision), 2 * faces * rows * embedding // tiles
     logits, tile, unit = faces * rows // tiles, rows * embedding // tiles, faces * embedding
@@ -281,8 +294,14 @@ def matrix_work(
         return repeated(Counter([*read, product(operands), *read, again, SMALL, to_faces, to_rows, *finished]), tiles)
     rounded = sweeps(tile, FLOAT + size) if size < FLOAT else []
     read = rounded + (sweeps(FLOAT * tile, 3) if gathers else [])
-    there = [*read, *sweeps(FLOAT * tile, 1), again, *logit_sweeps(logits, *SCALED, *SUMMED)]
-    back = [*read, again, *logit_sweeps(logits, *SCALED, *PUSHED), to_faces, to_rows]
+    scaled, classes = [again, *logit_sweeps(logits, *SCALED)], logits // subcentres
+    spread: list[Operator] = []  # from the logits of classes to those of rows
+    if subcentres > 1:  # the place of a nearest row takes 8 bytes
+        scaled += [Operator("logits", "float32", 0, FLOAT * (logits + 3 * classes))]
+        spread = [*logit_sweeps(logits, 1), Operator("logits", "float32", 0, FLOAT * (2 * logits + 3 * classes))] * 2
+    there = [*read, *sweeps(FLOAT * tile, 1), *scaled, *logit_sweeps(classes, *SUMMED)]
+    back = [*read, *scaled, *logit_sweeps(classes, *RAISED), *spread, *logit_sweeps(logits, *PUSHED)]
+    back += [to_faces, to_rows]
     back += sweeps(FLOAT * tile, *((1, 3, 3) if moves else (3,)))  # the gradient adds to momentum, which is read too
     back += sweeps(FLOAT * tile, 2, 2, 2) if moves and gathers else []  # gathers the momentum, writes both back
     return repeated(Counter(there + back + [SMALL] * 2 * EAGER_SMALL), tiles)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fr_core.config import Config
-from fr_core.config.methods import BigFace, Margin
+from fr_core.config.methods import AnyMargin, BigFace, Margin
+from fr_core.config.reference import held_sections, kind_of
 from fr_core.device import multiplies_bfloat16, peak_memory, use_processor
+from fr_core.errors import UserError
 from fr_core.heads.class_queue import ClassQueue
 from fr_core.heads.sharded_fc import ShardedFC, initial_rows
 from fr_core.heads.streamed import Softmax, tile_size
@@ -40,6 +42,7 @@ class Head:
     batch: int
     embedding: int
     threads: int
+    margin: AnyMargin = ARCFACE
 
     @property
     def state_bytes(self) -> int:
@@ -113,6 +116,48 @@ def bench_head(
             turn("step")
             figures["million_seconds"] = turn("step")[0]
             figures["million_rss_gib"] = turn("peak")[0] / 2**30
+    return figures
+
+
+def bench_margin(
+    kind: str,
+    identities: int,
+    batch: int,
+    embedding: int,
+    repeats: int,
+    threads: int,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Measure a fused step with a margin against ArcFace's, in float32 and in turns.
+
+    Args:
+        kind: kind of the margin, at its defaults.
+        repeats: timed steps; figures are their medians.
+        threads: threads of each process.
+        say: function that shows a line of progress.
+
+    Returns:
+        Figures:
+
+        - ``time_ratio``: the margin's seconds over ArcFace's.
+        - ``peak_ratio``: growth of peak memory, over ArcFace's; weights and momentum are part of both.
+        - ``seconds_arcface`` and ``seconds_KIND``: seconds of a step.
+        - ``mib_above_state_arcface`` and ``mib_above_state_KIND``: MiB above weights and momentum.
+
+    Raises:
+        UserError: there is no such margin.
+    """
+    sections = {kind_of(section): section for section in held_sections(BigFace.model_fields["margin"].annotation)}
+    if kind not in sections:
+        raise UserError(f"--margin {kind}: no such margin; use {', '.join(sections)}")
+    shape = (identities, batch, embedding, threads)
+    heads = [Head("fused", "float32", *shape), Head("fused", "float32", *shape, margin=sections[kind]())]
+    (arcface, ours), _, peaks = _measured(heads, repeats, say)
+    figures: dict[str, float] = {"identities": identities, "batch": batch, "embedding": embedding, "threads": threads}
+    figures |= {"time_ratio": ratio(ours, arcface), "peak_ratio": peaks[1] / peaks[0]}
+    for name, seconds, head, peak in zip(("arcface", kind), (arcface, ours), heads, peaks, strict=True):
+        figures[f"seconds_{name}"] = statistics.median(seconds)
+        figures[f"mib_above_state_{name}"] = (peak - head.state_bytes) / 2**20
     return figures
 
 
@@ -210,7 +255,8 @@ def _measured(
         for repeat in range(repeats):
             for head, turn, times in zip(heads, turns, seconds, strict=True):
                 times.append(turn("step")[0])
-                say(f"{head.formulation} {head.precision} N={head.identities:,} {repeat + 1}: {times[-1]:.3f} s")
+                what = f"{head.formulation} {head.margin.kind} {head.precision}"
+                say(f"{what} N={head.identities:,} {repeat + 1}: {times[-1]:.3f} s")
         growth = [peak - base for peak, base in (turn("peak") for turn in turns)]
     return seconds, first, growth
 
@@ -249,7 +295,9 @@ def _head_stepper(head: Head, identities: int) -> Callable[[], float]:
     random = torch.Generator().manual_seed(0)
     x_BD = torch.randn(head.batch, head.embedding, generator=random)
     labels_B = torch.randint(0, identities, (head.batch,), generator=random)
-    steppers = {"plain": _plain, "fused": _fused, "products": _products}
+    if head.formulation == "fused":
+        return _fused(x_BD, labels_B, identities, head.precision, head.margin)
+    steppers = {"plain": _plain, "products": _products}
     return steppers[head.formulation](x_BD, labels_B, identities, head.precision)
 
 
@@ -274,14 +322,15 @@ def _plain(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> C
     return step
 
 
-def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str) -> Callable[[], float]:
-    method = BigFace.model_validate({"margin": ARCFACE, "update": "fused", "precision": precision})
+def _fused(x_BD: Tensor, labels_B: Tensor, identities: int, precision: str, margin: AnyMargin) -> Callable[[], float]:
+    method = BigFace.model_validate({"margin": margin, "update": "fused", "precision": precision})
     head = ShardedFC(identities, x_BD.shape[1], method, Ranks(), seed=0)
     optimizer = head_optimizer(Config(method=method), method, head)
     assert isinstance(optimizer, RowSGD)
 
     def step() -> float:
-        loss = head(x_BD.clone().requires_grad_(), labels_B, sgd=optimizer.tile_sgd())
+        (drawn_B,) = head.draw(0, len(x_BD), 1, x_BD.device)
+        loss = head(x_BD.clone().requires_grad_(), labels_B, sgd=optimizer.tile_sgd(), drawn_G=drawn_B)
         loss.backward()
         return float(loss.detach())
 

@@ -25,12 +25,18 @@ def bench_head(
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     million: Annotated[bool, typer.Option(help="Measure a million identities too, in one process.")] = True,
     emulated: Annotated[bool, typer.Option("--emulated", help="bfloat16 also where it is not native.")] = False,
+    margin: Annotated[
+        str | None, typer.Option(help="Measure this margin's fused step against ArcFace's instead: adaface, magface …")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Measure the classifier's fused step against plain PyTorch and against its matrix products alone."""
     from pipelines.bench.heads import bench_head as run
+    from pipelines.bench.heads import bench_margin
 
-    show("bench head", run(identities, batch, embedding, repeats, threads, million, emulated, console.log), json)
+    shape = (identities, batch, embedding, repeats, threads)
+    figures = bench_margin(margin, *shape, console.log) if margin else run(*shape, million, emulated, console.log)
+    show("bench head", figures, json)
 
 
 @bench.command("attfc")

@@ -28,6 +28,14 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03  # neighbouring ids
 
 
+def test_normals_are_normal_and_those_of_a_sample_do_not_depend_on_its_batch():
+    draws = rng.normals(0, "margin", 3, np.arange(20_000))
+    assert np.array_equal(draws[7:9], rng.normals(0, "margin", 3, np.array([7, 8])))
+    assert abs(draws.mean()) < 5 / np.sqrt(20_000)  # five standard errors of each moment: variances 1, 2 and 96
+    assert abs((draws**2).mean() - 1) < 5 * np.sqrt(2 / 20_000)
+    assert abs((draws**4).mean() - 3) < 5 * np.sqrt(96 / 20_000)
+
+
 def test_generators_repeat():
     assert rng.generator(1, "x", 2).random() == rng.generator(1, "x", 2).random()
     assert rng.generator(1, "x", 2).random() != rng.generator(1, "x", 3).random()

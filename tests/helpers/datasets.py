@@ -27,14 +27,16 @@ def write_dataset(
     layout: Layout = "flat",
     chunk: int = 32,
     points: bool = False,
+    labels: np.ndarray | None = None,
 ) -> Path:
     """Shards of noisy images whose colours tell the identity; grouped ones in chunks of at most ``chunk``.
 
-    Two of three have landmarks where ``points`` asks for them.
+    Two of three have landmarks where ``points`` asks for them. Without ``labels``, they are drawn.
     """
     random = np.random.default_rng(seed)
     colours = random.integers(40, 215, (identities, 2, 2, 3))
-    labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
+    if labels is None:
+        labels = np.concatenate([np.arange(identities), random.integers(0, identities, images - identities)])
     rows = []
     for i, label in enumerate(labels):
         image = np.kron(colours[label], np.ones((size // 2, size // 2, 1))) + random.normal(0, 25, (size, size, 3))

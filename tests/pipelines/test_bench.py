@@ -7,9 +7,10 @@ import pytest
 from fr_core.config.recipes import load_config
 from fr_core.data.decode import decode
 from fr_core.data.schema import open_dataset
+from fr_core.errors import UserError
 from pipelines.bench import plan, turns
 from pipelines.bench.data import bench_grouped, bench_masks
-from pipelines.bench.heads import bench_attfc, bench_head
+from pipelines.bench.heads import bench_attfc, bench_head, bench_margin
 from pipelines.bench.manifest import stages, write_simulated
 from pipelines.bench.stream import bench_data, table, write_folder
 
@@ -35,6 +36,18 @@ def test_bench_head_on_a_small_problem():
         "mib_above_state_n2000",
     } <= figures.keys()
     assert all(value > 0 for name, value in figures.items() if name.startswith(("seconds", "time")))
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("forked")
+def test_bench_margin_on_a_small_problem():
+    figures = bench_margin("curricular", 2000, 16, 32, 1, 1, lambda line: None)
+    assert all(figures[name] > 0 for name in ("time_ratio", "peak_ratio", "seconds_arcface", "seconds_curricular"))
+
+
+def test_bench_margin_refuses_what_is_no_margin():
+    with pytest.raises(UserError, match="no such margin; use fixed, adaface"):
+        bench_margin("arcface", 2000, 16, 32, 1, 1, lambda line: None)
 
 
 @pytest.mark.usefixtures("forked")

@@ -50,6 +50,11 @@ def test_a_field_that_does_not_exist_fails_at_once():
         ("distill", "bigface_distill_r240", []),
         ("distill", "debug_distill", [TEACHER]),
         ("quantface", "quantize_ekd", []),
+        ("adaface", "adaface_r50", []),
+        ("magface", "magface_r50", []),
+        ("curricular", "curricularface_r50", []),
+        ("elastic_arc", "elasticface_r50", []),
+        ("uniface", "uniface_r50", []),
     ],
 )
 def test_every_end_of_the_spaces_is_valid(space, recipe, overrides):

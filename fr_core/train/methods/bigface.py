@@ -47,6 +47,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
     images_AXHWC = micro_batches(batch, micro)
     labels_AG = [ranks.gather(labels_B) for labels_B in from_host(batch.labels_B, state.device).chunk(micro)]
     rows_S = head.sample(torch.cat(labels_AG), state.step)
+    drawn_AG = head.draw(state.step, micro * len(labels_AG[0]), micro, state.device)
     labelled = len(batch.labels_B) // micro
     total, distance = torch.zeros(2, device=state.device).unbind()
     with autocast(config, state.device):
@@ -62,7 +63,7 @@ def bigface_step(config: Config, method: BigFace, state: TrainState, batch: Batc
             if distill:  # this rank's share
                 apart = distillation_loss(distill.form, student_XE, targets_AXE[a]) / (micro * ranks.size)
                 faces_BD = faces_BD + 0 * apart.detach()  # tells a fused head that the distance is not finite
-            loss = head(ranks.gather(faces_BD), labels_AG[a], rows_S, sgd) / micro
+            loss = head(ranks.gather(faces_BD), labels_AG[a], rows_S, sgd, drawn_AG[a]) / micro
             total += loss.detach()
             if distill:
                 distance += apart.detach()

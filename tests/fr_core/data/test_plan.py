@@ -1,14 +1,16 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from fr_core.data import decode, schema
-from fr_core.data.plan import Block, Plan, balanced_order, read_rows, read_task
+from fr_core.data.plan import Block, Plan, balanced_order, read_rows, read_task, weighted_order
 from fr_core.data.schema import open_dataset
 from fr_core.data.stream import blocks_in_process
 from fr_core.errors import UserError
 from fr_core.ranks import Ranks
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +169,56 @@ def test_a_large_window_is_arranged_without_quadratic_work():
     first = labels[order[:, :, :4]]
     assert np.array_equal(np.sort(order.ravel()), np.arange(1_000_000))
     assert (first == first[:, :, :1]).all()
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory):
+    """6 identities of 200, 60, 20, 10, 6 and 4 images."""
+    labels = np.repeat(np.arange(6), TAILED)
+    return write_dataset(tmp_path_factory.mktemp("tailed") / "shards", len(labels), 6, labels=labels)
+
+
+TAILED = [200, 60, 20, 10, 6, 4]
+
+
+@pytest.mark.parametrize("sampling", [0.0, 0.5])
+def test_identities_are_drawn_in_proportion_to_a_power_of_their_images(tailed, sampling):
+    """In each window an image comes ⌊e⌋ or ⌈e⌉ times, so of an identity's n images at most n more or fewer than n·e."""
+    plan = Plan(open_dataset(tailed), 3, 20, 4, 300, sampling=sampling)
+    label_of = labels_of(plan)
+    ids = np.array(ids_of_steps(plan, 1, 0, plan.steps_per_epoch))
+    assert ids.size == 300
+    drawn = np.bincount([label_of[i] for i in ids.ravel()], minlength=6)
+    wanted = np.array(TAILED, float) ** sampling
+    expected = 300 * wanted / wanted.sum()
+    assert (np.abs(drawn - expected) < TAILED).all()
+    assert sum(drawn[3:]) > 2 * sum(TAILED[3:])
+    times = np.bincount(ids.ravel(), minlength=300)
+    for label, each in enumerate(expected / TAILED):
+        own = times[[i for i, other in label_of.items() if other == label]]
+        assert set(own.tolist()) <= {math.floor(each), math.ceil(each)}
+
+
+def test_drawn_identities_are_equal_for_every_number_of_ranks_and_after_a_resume_in_mid_block(dataset):
+    plan = Plan(open_dataset(dataset), 3, 32, 4, 256, sampling=0.3)
+    alone = ids_of_steps(plan, 1, 0, 60)
+    assert ids_of_steps(plan, 2, 0, 60) == alone
+    assert ids_of_steps(plan, 4, 13, 30) + ids_of_steps(plan, 2, 30, 60) == alone[13:]
+    assert ids_of_steps(plan, 1, 46, 48)[0] != alone[0]  # the next epoch
+    block = (0, 1, 1, 2, 0)
+    there = read_task(str(plan.dataset.root), plan.dataset.stamp, plan.arguments, block)
+    assert there["sample_id"].to_pylist() == list(itertools.chain(*alone_of_rank(alone[8:16], 1, 2)))
+
+
+def alone_of_rank(steps, rank, size):
+    each = len(steps[0]) // size
+    return [step[rank * each : (rank + 1) * each] for step in steps]
+
+
+def test_equal_weights_draw_each_row_once_and_weights_their_expected_number():
+    random = np.random.default_rng(0)
+    assert sorted(weighted_order(np.ones(1000), 1000, random)) == list(range(1000))
+    weights = random.random(50) ** 4
+    times = sum(np.bincount(weighted_order(weights, 40, random), minlength=50) for _ in range(2000))
+    expected = 40 * weights / weights.sum()
+    assert np.allclose(times / 2000, expected, atol=5 * 0.5 / 2000**0.5)  # a share's deviation is at most ½

@@ -209,6 +209,11 @@ def test_each_view_has_masks_of_its_own(dataset, monkeypatch):
             "data.balanced is for flat shards, and attfc reads grouped ones",
         ),
         (["data.views=2", "method={kind='f2c'}"], "data.views = 2 is for flat shards, and f2c reads grouped ones"),
+        (
+            ["data.sampling=0", "method={kind='attfc'}"],
+            "data.sampling is for flat shards, and attfc reads grouped ones",
+        ),
+        (["data.sampling=0.5", "data.balanced={}"], "data.sampling repeats images, and data.balanced shows each once"),
         (["data.balanced={images=128,share=1}"], "data.balanced.images=128 must be at most 64"),
     ],
 )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fr_core.config.methods import Margin
 from fr_core.heads import kernels
+from fr_core.heads.margins import FaceMargin, Hard
 from fr_core.heads.softmax_on_cards import FixedCentresSoftmax, MarginSoftmax
 from fr_core.heads.streamed import Softmax, TileSGD
 from fr_core.ranks import Ranks
@@ -49,12 +50,12 @@ def target(cos, margin):
     return torch.where(past, cos - margin.m2 * math.sin(margin.m2), value) - margin.m3
 
 
-def by_kernels(unit, weight, column, margin, precision, tile, drop_above=1.0, rows=None, eps=0.0, sgd=None):
+def by_kernels(unit, weight, column, margin, precision, tile, drop_above=1.0, rows=None, eps=0.0, sgd=None, hard=None):
     """The loss and the gradients of faces and rows; None for rows that move."""
     x, w = unit.clone().requires_grad_(), weight.requires_grad_()
     w.grad = None
-    softmax = Softmax(margin, drop_above, precision, tile, eps)
-    loss = MarginSoftmax.apply(x, w, column, softmax, Ranks(), rows, sgd)
+    softmax = Softmax(margin, drop_above, precision, tile, eps, hard)
+    loss = MarginSoftmax.apply(x, w, column, softmax, Ranks(), rows, sgd, softmax.m2_with_gradient)
     loss.backward()
     grad_w = w.grad if rows is None or sgd else w.grad.to_dense()[rows]
     weight.requires_grad_(False)
@@ -66,7 +67,7 @@ def with_value(x, value):
     return x + (value.double() - x).detach()
 
 
-def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None):
+def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None, hard=None):
     """The formula over the whole matrix in float64 by autograd; the negatives' cosines are those of the operands."""
     x, w = unit.double().requires_grad_(), weight.double().requires_grad_()
     unit_w = F.normalize(w if rows is None else w[rows])
@@ -75,14 +76,19 @@ def reference(unit, weight, column, margin, precision, drop_above=1.0, rows=None
     own, at = column >= 0, torch.arange(len(x), device=x.device)
     mine = torch.zeros_like(cos, dtype=torch.bool)
     mine[at[own], column[own]] = True
-    negatives = (margin.scale * cos).masked_fill(mine | (cos.detach() > drop_above), -torch.inf)
+    bent, slope = cos, torch.ones_like(cos)
+    if hard:
+        is_hard = cos.detach() > hard.above_G[:, None]
+        bent = torch.where(is_hard, cos * (hard.t + cos), cos)
+        slope = torch.where(is_hard, hard.t + 2 * cos.detach(), 1.0)
+    negatives = (margin.scale * bent).masked_fill(mine | (cos.detach() > drop_above), -torch.inf)
     positive = margin.scale * target((x * unit_w[column.clamp_min(0)]).sum(1), margin)
     positive = torch.where(own, positive, 0)  # what a rank adds for the rows of others
     logits = torch.cat([positive[:, None], negatives], 1)
     loss = F.cross_entropy(logits, torch.zeros_like(column))
     loss.backward()
     grad_w = w.grad if rows is None else w.grad[rows]
-    return loss.detach(), x.grad, grad_w, logits.softmax(1)[:, 1:].detach()
+    return loss.detach(), x.grad, grad_w, logits.softmax(1)[:, 1:].detach() * slope.abs()
 
 
 def equal(ours, theirs, rounding):
@@ -136,6 +142,37 @@ def test_dropped_negatives_have_no_part():
     expected = reference(*case, drop_above=0.3)
     check(by_kernels(*case, 40, drop_above=0.3), expected, weight, COS, torch.float32)
     assert float(expected[0]) != pytest.approx(float(reference(*case)[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("t", [0.0, 0.6, 1.0])
+def test_hard_negatives_have_their_own_logits_and_slopes(precision, t):
+    """Of nearly one class, so that some probabilities are near 1 and their slopes near 3."""
+    unit, weight, column = problem(19, 24, 75, spread=0.2)
+    weight[7] = weight[column[0]] * 2  # the same direction: a negative of cosine 1 where t = 1
+    hard = Hard(torch.linspace(-0.3, 0.5, 19, device=DEVICE), torch.tensor(t, device=DEVICE))
+    case = unit, weight, column, ARC, precision
+    expected = reference(*case, hard=hard)
+    check(by_kernels(*case, 40, hard=hard), expected, weight, ARC, precision)
+    assert float(expected[3].max()) > 1 + t / 2
+    assert float(expected[0]) != pytest.approx(float(reference(*case)[0]), rel=1e-3)
+
+
+def test_margins_of_the_faces_get_their_gradient():
+    unit, weight, column = problem(19, 24, 75)
+    column[::3] = -1
+    m2 = torch.linspace(0.2, 0.9, 19, device=DEVICE).requires_grad_()
+    by_kernels(unit, weight, column, FaceMargin(ARC.scale, 1.0, m2, 0.0), torch.float32, 40)
+    own = column >= 0
+    theta = torch.acos((unit.double() * F.normalize(weight.double()[column.clamp_min(0)])).sum(1))
+    wide = m2.detach().double().requires_grad_()
+    cos = unit.double() @ F.normalize(weight.double()).T
+    rows = torch.arange(75, device=DEVICE) == column[:, None]
+    logits = torch.cat([torch.where(own, torch.cos(theta + wide), 0)[:, None], cos.masked_fill(rows, -torch.inf)], 1)
+    F.cross_entropy(ARC.scale * logits, torch.zeros_like(column)).backward()
+    assert float(theta.max() + m2.max()) < math.pi
+    assert torch.allclose(m2.grad.double(), wide.grad, rtol=0, atol=1e-5 * float(wide.grad.abs().max()))
+    assert not m2.grad[~own].any()
 
 
 def test_positives_that_another_rank_holds_push_only():

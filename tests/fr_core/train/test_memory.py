@@ -70,6 +70,10 @@ def test_parts_by_hand():
     assert fused["class_gradient"] == 0
     partial = memory(load_config("bigface_r50", ["method.sample_rate=0.1"]), 1000, 3)
     assert partial["class_gradient"] == 33 * 512 * 4
+    three = memory(load_config("bigface_r50", ["method.subcentres=3", "method.sample_rate=0.1"]), 1000, 3)
+    assert (three["class_matrix"], three["class_gradient"]) == (3 * 334 * 512 * 4, 3 * 33 * 512 * 4)
+    rows, faces = 3 * 33, 384  # a tile has them all; 6 sweeps over its logits in bytes, of classes those and a place
+    assert three["tile"] == 2 * (rows + faces) * 512 + faces * rows * 10 + faces * 33 * 16 + 4 * rows * 512
     kept = sum(
         plain[n]
         for n in ("backbone", "backbone_optimizer", "class_matrix", "class_momentum", "class_gradient", "context")

@@ -22,6 +22,8 @@ FLAT = {
     "bigface": [],
     "fused": ["method.update=fused"],
     "sampled": ["method.sample_rate=0.3"],
+    "uniface": ["method.margin.kind=uniface"],
+    "curricular, accumulated": ["method.margin.kind=curricular", "train.accumulate=2"],
     "accumulated": ["train.accumulate=2", "train.compress_gradients=bfloat16"],
     "mobilefacenet": ["net={kind='mobilefacenet', input_size=32}"],
     "moe": ["net={kind='moe', depth=10, width=8, input_size=32, embedding=32, experts=2}"],
@@ -111,7 +113,7 @@ def test_gradients_travel_in_buckets_of_25_mib_after_a_small_one():
     ("recipe", "overrides"),
     [
         ("bigface", []),
-        ("bigface", ["train.ema=0.9", "optim={kind='adamw', head={lr=0.1}}"]),
+        ("bigface", ["train.ema=0.9", "optim={kind='adamw', head={lr=0.1}}", "method.subcentres=2"]),
         ("attfc", []),
         ("dcq", ["train.precision=float32"]),
         ("virtual_fc", []),

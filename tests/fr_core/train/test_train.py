@@ -220,13 +220,15 @@ def restored_rows(ranks, config, folder):
     return state.head.weight.detach(), state.optimizers["head"].state[state.head.weight]["momentum_buffer"]
 
 
-def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(dataset, tmp_path):
-    config = config_of(dataset, "train.global_batch=48", "data.lanes=12", "train.max_steps=3")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_and_momentum_of_the_class_matrix_survive_other_numbers_of_ranks(rows, dataset, tmp_path):
+    given = ["train.global_batch=48", "data.lanes=12", "train.max_steps=3", f"method.subcentres={rows}"]
+    config = config_of(dataset, *given)
     run_ranks(2, rank_run, config, tmp_path)
     folder = checkpoints(tmp_path)[-1]
     whole = [torch.cat(parts) for parts in zip(*run_ranks(1, restored_rows, config, folder), strict=True)]
     shared = [torch.cat(parts) for parts in zip(*run_ranks(3, restored_rows, config, folder), strict=True)]
-    assert whole[0].shape == (40, 32)
+    assert whole[0].shape == (rows * 40, 32)
     assert all(torch.equal(a, b) for a, b in zip(whole, shared, strict=True))
     assert whole[1].abs().sum() > 0
 
@@ -580,6 +582,21 @@ def test_known_identities_keep_their_rows_whatever_the_ranks(tmp_path):
                 if name != "new":
                     expected[0] = old[int(name[2:])][0]  # the other variants are different warps in every run
                 assert torch.allclose(rows[label], expected, atol=1e-4), (case, ranks, label)
+
+
+def test_classes_of_more_rows_begin_with_those_that_are_known(dataset, tmp_path):
+    """The others stay random, so that they still differ. Classes of fewer rows are refused."""
+    run(config_of(dataset, "method.subcentres=2", "train.max_steps=3"), tmp_path / "first")
+    later = [f"init.backbone={tmp_path / 'first'}", "seed=5"]
+    rows = rows_of(Ranks(), config_of(dataset, *later, "init.head=names", "method.subcentres=3")).unflatten(0, (40, 3))
+    prototypes = rows_of(Ranks(), config_of(dataset, *later, "init.head=prototypes", "method.subcentres=3"))
+    random = rows_of(Ranks(), config_of(dataset, *later, "method.subcentres=3")).unflatten(0, (40, 3))
+    assert torch.equal(rows[:, :2], last_weights(tmp_path / "first")["head"].unflatten(0, (40, 2)))
+    assert torch.equal(rows[:, 2], random[:, 2])
+    assert torch.equal(prototypes.unflatten(0, (40, 3))[:, 1:], random[:, 1:])
+    assert not torch.allclose(prototypes.unflatten(0, (40, 3))[:, 0], random[:, 0])
+    with pytest.raises(UserError, match=r"each class has 2 rows there: set method\.subcentres = 2, or give init\.head"):
+        rows_of(Ranks(), config_of(dataset, *later, "init.head=names"))
 
 
 def test_a_head_that_knows_nobody_or_is_not_there_starts_no_run_by_names(dataset, tmp_path):

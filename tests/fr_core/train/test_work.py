@@ -132,14 +132,14 @@ def test_a_backbone_takes_the_flops_of_its_convolutions_by_hand():
     assert sum_of(counted.blocks, "flops") == forward
 
 
-def real_head(faces, rows, embedding, tile, fused, sampled):
+def real_head(faces, rows, embedding, tile, fused, sampled, subcentres=1):
     """Operators of the streamed head in float32, forward and backward."""
     torch.manual_seed(0)
     unit_GD = F.normalize(torch.randn(faces, embedding)).requires_grad_()
     weight_ND = torch.randn(rows * 2 if sampled else rows, embedding, requires_grad=not fused)
     sgd = TileSGD(torch.zeros_like(weight_ND), 0.1, 0.9, 5e-4) if fused else None
-    column_G = torch.arange(faces) * (rows // faces)  # a positive in every tile
-    softmax = Softmax(Margin(), tile=tile)
+    column_G = torch.arange(faces) * (rows // subcentres // faces)  # a positive in every tile
+    softmax = Softmax(Margin(), tile=tile // subcentres, subcentres=subcentres)
     rows_S = 2 * torch.arange(rows) if sampled else None
     with Counting() as counting:
         margin_softmax(unit_GD, weight_ND, column_G, softmax, Ranks(), rows_S, sgd).backward()
@@ -168,6 +168,17 @@ def test_the_streamed_head_does_what_was_counted(fused, sampled):
     of_a_tile = (sum(of_more_tiles.values()) - sum(real.values())) / tiles
     assert sum(counted.values()) / tiles == pytest.approx(of_a_tile, rel=0.1)
     assert sum_of(counted, "bytes") == pytest.approx(sum_of(real, "bytes"), rel=0.1)
+
+
+def test_rows_of_a_class_are_counted_with_the_search_for_the_nearest():
+    """FLOPs exactly, bytes within a tenth. Some logits are those of classes, so their sweeps differ in length."""
+    faces, rows, embedding, tiles, each = 256, 3072, 16, 4, 3
+    real = real_head(faces, rows, embedding, rows // tiles, True, False, each)
+    counted = matrix_work(faces, rows, tiles, embedding, "float32", True, False, on_card=False, subcentres=each)
+    assert sum_of(counted, "flops") == sum_of(real, "flops") == 4 * 2 * faces * rows * embedding
+    assert sum_of(counted, "bytes") == pytest.approx(sum_of(real, "bytes"), rel=0.1)
+    of_one = matrix_work(faces, rows, tiles, embedding, "float32", True, False, on_card=False)
+    assert sum_of(of_one, "bytes") < 0.9 * sum_of(real, "bytes")
 
 
 def real_centres(faces, centres, embedding, tile):
@@ -214,6 +225,7 @@ def test_the_head_follows_the_method_the_ranks_and_the_micro_batches():
     assert flops("bigface_r50", 4, *batch) == pytest.approx(whole / 4, rel=1e-3)
     assert flops("bigface_r50", 1, *batch, "train.accumulate=4") == pytest.approx(whole, rel=1e-3)
     assert flops("bigface_r50", 1, *batch, "method.sample_rate=0.1") == pytest.approx(whole / 10, rel=1e-3)
+    assert flops("bigface_r50", 1, *batch, "method.subcentres=3") == pytest.approx(3 * whole, rel=1e-3)
     slots = load_config("attfc_r50").method.centres(100_000, 384)
     assert flops("attfc_r50", 4) == pytest.approx(4 * 384 / 4 * slots * 512, rel=1e-3)
     assert flops("debug_f2c", 2) == pytest.approx(2 * 4 * 1.5 * 16 * 80 * 32, rel=0.05)

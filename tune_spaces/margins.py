@@ -1,0 +1,31 @@
+"""Search spaces of the margins of a class matrix (docs/methods/margins.md)."""
+
+from fr_core.config.methods import AdaFaceMargin, CurricularMargin, ElasticArcMargin, MagFaceMargin, UniFaceMargin
+from tune_spaces.fields import LogUniform, Uniform, knob
+
+SCALES = LogUniform(16, 64)  # all papers: 64; small sets need less
+
+ADAFACE = (
+    knob(AdaFaceMargin, "scale", SCALES),
+    knob(AdaFaceMargin, "m", Uniform(0.2, 0.6)),  # AdaFace: 0.4
+    knob(AdaFaceMargin, "h", LogUniform(0.1, 1.0)),  # AdaFace: 0.333
+)
+MAGFACE = (
+    knob(MagFaceMargin, "scale", SCALES),
+    knob(MagFaceMargin, "high_margin", Uniform(0.5, 1.0)),  # MagFace: 0.8
+    knob(MagFaceMargin, "weight", LogUniform(1, 100)),  # MagFace: 35
+)
+CURRICULAR = (
+    knob(CurricularMargin, "scale", SCALES),
+    knob(CurricularMargin, "m", Uniform(0.1, 0.6)),  # CurricularFace: 0.5
+)
+ELASTIC_ARC = (
+    knob(ElasticArcMargin, "scale", SCALES),
+    knob(ElasticArcMargin, "m", Uniform(0.1, 0.6)),  # ElasticFace-Arc: 0.5
+    knob(ElasticArcMargin, "sigma", LogUniform(0.01, 0.1)),  # ElasticFace: 0.05
+)
+UNIFACE = (
+    knob(UniFaceMargin, "scale", SCALES),
+    knob(UniFaceMargin, "m", Uniform(0.1, 0.5)),  # UniFace: 0.4
+    knob(UniFaceMargin, "balance", LogUniform(0.1, 10)),  # UniFace: 1
+)
