@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +75,7 @@ class Plan:
             )
 
     @property
-    def arguments(self) -> tuple[float, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """Return the arguments that make this plan again from the same dataset."""
         balanced = (self.groups, self.group_images)
         return self.seed, self.global_batch, self.lanes, self.shuffle_window, *balanced, self.spread, self.sampling
@@ -333,7 +333,7 @@ def read_block(plan: Plan, block: Block) -> pa.Table:
     return read_rows(plan.dataset, plan.block_rows(block), COLUMNS)
 
 
-def read_task(root: str, stamp: str, arguments: tuple[float, ...], block: tuple[int, ...]) -> pa.Table:
+def read_task(root: str, stamp: str, arguments: tuple[Any, ...], block: tuple[int, ...]) -> pa.Table:
     """Call :func:`read_block` in another process, which makes the plan again from these few values.
 
     Args:
@@ -375,7 +375,7 @@ def _read_groups(dataset: Dataset, groups: np.ndarray, columns: list[str] | None
 
 
 @lru_cache(maxsize=4)
-def _plan_of(root: str, stamp: str, arguments: tuple[float, ...]) -> Plan:
+def _plan_of(root: str, stamp: str, arguments: tuple[Any, ...]) -> Plan:
     """Make a plan in a reading process, and keep it for later tasks."""
     dataset = open_dataset(root)
     if dataset.stamp != stamp:
