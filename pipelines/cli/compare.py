@@ -104,6 +104,30 @@ def compare_heads(
     run_comparison("heads", recipe, settings, overrides, conditions, columns, markdown, json, PUBLISHED)
 
 
+@comparisons.command("margins")
+def compare_margins(
+    recipe: Recipe,
+    results: Results,
+    seeds: Seeds = 1,
+    folds: Folds = None,
+    against: Against = None,
+    workers: Workers = 1,
+    in_process: OneWorker = False,
+    minutes: Minutes = 40,
+    overrides: Overrides = None,
+    markdown: Markdown = False,
+    json: Json = None,
+) -> None:
+    """Compare the margins of a class matrix with each other, all at the recipe's scale."""
+    from pipelines.experiments.compare import Conditions
+    from pipelines.experiments.settings import margins
+
+    settings = margins(load_started(recipe, overrides or []))
+    columns = ("accuracy", "tar_at_far_1e-2", "tar_at_far_1e-3", "peak_memory_mib", "seconds")
+    conditions = Conditions(results, list(range(seeds)), folds, workers, in_process, minutes, against=against)
+    run_comparison("margins", recipe, settings, overrides, conditions, columns, markdown, json)
+
+
 @comparisons.command("settings")
 def compare_settings(
     recipe: Recipe,

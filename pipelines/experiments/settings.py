@@ -2,7 +2,22 @@
 
 from fr_core.config import Config
 from fr_core.config.mends import as_toml
-from fr_core.config.methods import DCQ, F2C, AttFC, BaseMethod, BigFace, Margin, VirtualFC
+from fr_core.config.methods import (
+    DCQ,
+    F2C,
+    AdaFaceMargin,
+    AnyMargin,
+    AttFC,
+    BaseMethod,
+    BigFace,
+    CurricularMargin,
+    ElasticArcMargin,
+    ElasticCosMargin,
+    MagFaceMargin,
+    Margin,
+    UniFaceMargin,
+    VirtualFC,
+)
 from fr_core.errors import UserError
 
 
@@ -89,6 +104,32 @@ def heads(
             f"AttFC {centres}": attfc(centres / classes),
         },
     }
+
+
+def margins(config: Config) -> dict[str, list[str]]:
+    """Return the overrides of each margin of a class matrix (docs/methods/margins.md), by name.
+
+    All have the recipe's scale, and their other defaults. Sub-centres have ArcFace's margin.
+
+    Raises:
+        UserError: the recipe trains no class matrix.
+    """
+    if config.method.kind != "bigface":
+        raise UserError(f"margins are compared on a class matrix: method.kind = {config.method.kind} has none")
+    scale = config.method.margin.scale
+    arcface = Margin(scale=scale, m2=0.5, m3=0)
+    compared: dict[str, AnyMargin] = {
+        "ArcFace": arcface,
+        "CosFace": Margin(scale=scale),
+        "AdaFace": AdaFaceMargin(scale=scale),
+        "MagFace": MagFaceMargin(scale=scale),
+        "CurricularFace": CurricularMargin(scale=scale),
+        "ElasticFace-Arc": ElasticArcMargin(scale=scale),
+        "ElasticFace-Cos": ElasticCosMargin(scale=scale),
+        "UniFace": UniFaceMargin(scale=scale),
+    }
+    settings = {name: [f"method.margin={as_toml(margin.model_dump())}"] for name, margin in compared.items()}
+    return settings | {"3 sub-centres": [*settings["ArcFace"], "method.subcentres=3"]}
 
 
 # AttFC's published figure of each row (arXiv 2025): IJB-C TAR@FAR 1e-4; in table 5 the mean of four benchmarks.

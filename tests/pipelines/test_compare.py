@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from fr_core.config.methods import AnyMargin
 from fr_core.config.recipes import load_config
+from fr_core.config.reference import held_sections
 from fr_core.data.schema import open_dataset
 from fr_core.data.synthetic import write_faces
 from fr_core.errors import UserError
@@ -21,7 +23,7 @@ from pipelines.experiments.compare import (
     verdict,
 )
 from pipelines.experiments.paired import mean_interval
-from pipelines.experiments.settings import PUBLISHED, heads, named_settings, schedules
+from pipelines.experiments.settings import PUBLISHED, heads, margins, named_settings, schedules
 from tests.helpers.commands import bigface
 from tests.helpers.datasets import write_dataset
 
@@ -228,6 +230,21 @@ def test_heads_take_no_field_from_the_recipes_method(method, tmp_path):
             assert load_config(recipe, overrides).method == load_config("demo", overrides).method
     with pytest.raises(UserError, match="without a teacher"):
         heads(load_config("debug_distill"), 1800, 10_177, "flat", "grouped", centres=512, scale=32)
+
+
+def test_margins_differ_in_nothing_but_the_margin():
+    recipe = load_config("demo")
+    runs = {name: load_config("demo", given) for name, given in margins(recipe).items()}
+    kinds = {section.model_fields["kind"].default for section in held_sections(AnyMargin)}
+    assert {run.method.margin.kind for run in runs.values()} == kinds
+    for run in runs.values():
+        assert run.method.margin.scale == recipe.method.margin.scale
+        method = run.method.model_copy(update={"margin": recipe.method.margin, "subcentres": 1})
+        assert run.model_copy(update={"method": method}) == recipe
+    assert (runs["ArcFace"].method.margin.m2, runs["ArcFace"].method.margin.m3) == (0.5, 0)
+    assert runs["3 sub-centres"].method.subcentres == 3
+    with pytest.raises(UserError, match="has none"):
+        margins(load_config("debug_attfc"))
 
 
 def test_schedules_warm_up_as_long_as_the_recipe():
