@@ -257,7 +257,7 @@ def test_fastface_does_not_see_the_losses_of_the_head_alone(dataset, weights, tm
     schedule = "schedule={kind='fastface_recurrence', alpha=0.5, beta=0.5, threshold=99.0, patience=0.25}"
     run(config_of(dataset, *given(weights, "finetune.head_epochs=0.18", schedule)), tmp_path / "run")  # 8 of 20 steps
     rows = read_metrics(tmp_path / "run")
-    assert [row["stationary"] for row in rows[:13]] == [0] * 10 + [1, 2, 3]
+    assert [row["stationary"] for row in rows[:13]] == [0] * 9 + [1, 2, 3, 0]  # a quarter of 12 steps is a stretch
 
 
 def test_published_weights_are_fine_tuned_with_all_of_it(dataset, tmp_path):
