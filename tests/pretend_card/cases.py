@@ -46,6 +46,7 @@ RARE: dict[str, tuple[str, ...]] = {
     "bigface-arcface": ("method.margin={scale=16.0, m2=0.5, m3=0.0}",),
     "bigface-partial-fc-accumulate": SAMPLED + ACCUMULATE,
     "bigface-ghost": ("train.ghost_batch=8",),
+    "bigface-ghostfacenet": ("net={kind='ghostfacenet', width=0.5, input_size=32, embedding=32}",),
     "bigface-lars": ("optim.kind=lars", "optim.head.lr=0.1"),
     "bigface-muon": ("optim={kind='muon'}",),
     "bigface-adamw": ("optim={kind='adamw', head={lr=0.1}}",),
