@@ -60,6 +60,7 @@ RARE: dict[str, tuple[str, ...]] = {
     "bigface-curricular-fused": ("method.margin.kind=curricular", *FUSED),
     "bigface-partial-fc-accumulate": SAMPLED + ACCUMULATE,
     "bigface-ghost": ("train.ghost_batch=8",),
+    "bigface-ghostfacenet": ("net={kind='ghostfacenet', width=0.5, input_size=32, embedding=32}",),
     "bigface-lars": ("optim.kind=lars", "optim.head.lr=0.1"),
     "bigface-muon": ("optim={kind='muon'}",),
     "bigface-frozen": FROZEN,
