@@ -19,6 +19,8 @@ SPACES = {
     "curricular": margins.CURRICULAR,
     "elastic_arc": margins.ELASTIC_ARC,
     "uniface": margins.UNIFACE,
+    "subcentres": margins.SUBCENTRES,
+    "ldam": margins.LDAM,
 }
 
 

@@ -1,7 +1,16 @@
-"""Search spaces of the margins of a class matrix (docs/methods/margins.md)."""
+"""Search spaces of the margins of a class matrix (docs/methods/margins.md, docs/methods/subcentres.md)."""
 
-from fr_core.config.methods import AdaFaceMargin, CurricularMargin, ElasticArcMargin, MagFaceMargin, UniFaceMargin
-from tune_spaces.fields import LogUniform, Uniform, knob
+from fr_core.config.methods import (
+    AdaFaceMargin,
+    BigFace,
+    CurricularMargin,
+    ElasticArcMargin,
+    LDAMMargin,
+    MagFaceMargin,
+    UniFaceMargin,
+)
+from fr_core.config.sections import Data
+from tune_spaces.fields import Integers, LogUniform, Uniform, knob
 
 SCALES = LogUniform(16, 64)  # all papers: 64; small sets need less
 
@@ -28,4 +37,11 @@ UNIFACE = (
     knob(UniFaceMargin, "scale", SCALES),
     knob(UniFaceMargin, "m", Uniform(0.1, 0.5)),  # UniFace: 0.4
     knob(UniFaceMargin, "balance", LogUniform(0.1, 10)),  # UniFace: 1
+)
+SUBCENTRES = (knob(BigFace, "subcentres", Integers(1, 5)),)  # sub-centre ArcFace: 3
+LDAM = (
+    knob(LDAMMargin, "scale", SCALES),
+    knob(LDAMMargin, "m3", Uniform(0.2, 0.7)),  # LDAM: 0.5
+    knob(LDAMMargin, "power", Uniform(0.0, 0.5)),  # LDAM: 0.25
+    knob(Data, "sampling", Uniform(0.0, 1.0)),  # class-balanced: 0, every image once: 1
 )

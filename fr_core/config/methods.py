@@ -262,8 +262,37 @@ class UniFaceMargin(BaseMargin):
         return 3
 
 
+class LDAMMargin(BaseMargin):
+    """LDAM: the fewer images an identity has, the greater its margin (Cao et al., NeurIPS 2019).
+
+    s·(cos(θ + m2·c) − m3·c), where c is in proportion to n^(−power) for an identity of n images.
+    """
+
+    kind: Literal["ldam"] = "ldam"
+    """The margin follows the number of images of the identity, for long-tailed sets."""
+    m2: Annotated[float, Field(ge=0, le=1.5)] = 0.0
+    """Margin added to the angle, in radians."""
+    m3: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Margin subtracted from the cosine (LDAM's public code)."""
+    power: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """How fast the margin falls with the number of images (LDAM, 2019: 1/4). 0: the same for all."""
+    stated: Literal["largest", "mean"] = "largest"
+    """Which identity m2 and m3 are for: the one with the fewest images, as in LDAM's public code, or the mean one."""
+    gradient: Literal["exact", "straight_through"] = "exact"
+    """Gradient of the margin; see the fixed margin."""
+    past_pi: Literal["fallback", "wrap"] = "fallback"
+    """Where θ + m2·c > π; see the fixed margin."""
+
+
 AnyMargin = Annotated[
-    Margin | AdaFaceMargin | MagFaceMargin | ElasticArcMargin | ElasticCosMargin | CurricularMargin | UniFaceMargin,
+    Margin
+    | AdaFaceMargin
+    | MagFaceMargin
+    | ElasticArcMargin
+    | ElasticCosMargin
+    | CurricularMargin
+    | UniFaceMargin
+    | LDAMMargin,
     Field(discriminator="kind"),
 ]
 

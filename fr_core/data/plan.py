@@ -11,8 +11,8 @@ images of a chunk must lie apart, or a queue of recent classes holds few people.
 the end of the epoch. A reader keeps a row group until its last strand has passed.
 
 Balanced batches shuffle the windows of all lanes together, because labels decide which images come side by side. So
-every rank reads the labels of the whole window, but only the images of its lanes. So it is where identities are drawn
-more or less often than they have images: then each window's rows are drawn from the window by their weights.
+every rank reads the labels of the whole window, but only the images of its lanes. Class-balanced
+sampling does the same: it draws the rows of a window from the window, by weights that follow from labels.
 
 This module does not import PyTorch, so that processes that only read start quickly.
 

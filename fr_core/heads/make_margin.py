@@ -8,6 +8,7 @@ from fr_core.config.methods import (
     CurricularMargin,
     ElasticArcMargin,
     ElasticCosMargin,
+    LDAMMargin,
     MagFaceMargin,
     Margin,
     UniFaceMargin,
@@ -15,6 +16,7 @@ from fr_core.config.methods import (
 from fr_core.heads.adaface import AdaFace
 from fr_core.heads.curricularface import CurricularFace
 from fr_core.heads.elasticface import ElasticFace
+from fr_core.heads.ldam import LDAM
 from fr_core.heads.magface import MagFace
 from fr_core.heads.margins import FaceMargins, FixedMargin
 from fr_core.heads.uniface import UniFace
@@ -39,5 +41,7 @@ def make_margin(margin: AnyMargin, classes: float) -> FaceMargins:
             return CurricularFace(margin)
         case UniFaceMargin():
             return UniFace(margin, classes)
+        case LDAMMargin():
+            return LDAM(margin)
         case _ as unknown:
             assert_never(unknown)

@@ -69,6 +69,8 @@ class Faces(NamedTuple):
     """Cosine of each face with its class, without gradient, for margins that state ``sees_cosines``."""
     drawn_G: Tensor | None = None
     """Standard normal numbers, for modules that ``draws``."""
+    labels_G: Tensor | None = None
+    """int64, the class of each face."""
 
 
 class FaceMargins(nn.Module):

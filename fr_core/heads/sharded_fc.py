@@ -1,7 +1,7 @@
 """The class matrix, sharded over ranks, with its margin softmax: exact loss, exact gradients (docs/methods/bigface.md).
 
-Legend: G global batch, D embedding, N identities, S rows of this rank that take part (all, or the sampled ones), K rows
-of a class. Row k of class c lies at c·K + k.
+Legend: G global batch, D embedding, N identities, S rows of this rank that take part (all, or the sampled ones). K rows
+of a class; row k of class c lies at c·K + k.
 """
 
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ class ShardedFC(Head):
             unit_GD, cos_G = F.normalize(x_GD), None
             if given.margin.sees_cosines:
                 cos_G = own_cosines(unit_GD, self.weight, column_G, self.ranks, rows_S, given.subcentres)
-            margin = self.margin(Faces(x_GD, cos_G, drawn_G))
+            margin = self.margin(Faces(x_GD, cos_G, drawn_G, labels_G))
             softmax = Softmax(
                 margin,
                 given.drop_negatives_above,

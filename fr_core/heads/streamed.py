@@ -9,11 +9,11 @@ move while their tile is in cache, and the class matrix has no gradient at all.
 
 The positive class is masked in its tile and handled separately. Subtracting it, Σ exp − exp(positive), would cancel.
 
-A class may have K rows that neighbour each other. Then the row nearest to a face stands for its class, and the face
-moves no other row of it (sub-centre ArcFace: Deng et al., ECCV 2020, Eq. 3). Of equally near rows the first one counts.
+A class may have K rows that neighbour each other. Then the row nearest to a face stands for the class, and the face
+moves no other of its rows. Of equally near rows the first one counts (sub-centre ArcFace: Deng et al., ECCV 2020).
 
-Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile, C its classes,
-K rows of a class: T = C·K.
+Legend: G faces of the global batch, D embedding, S rows of this rank that take part, T rows of one tile. C classes of a
+tile, K rows of a class: T = C·K.
 """
 
 import math

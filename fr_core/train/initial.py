@@ -15,6 +15,8 @@ from fr_core.config import Config, class_count, class_rows, distillation, head_s
 from fr_core.config.nets import Net
 from fr_core.data.plan import Plan
 from fr_core.device import set_arithmetic
+from fr_core.heads.ldam import LDAM
+from fr_core.heads.sharded_fc import ShardedFC
 from fr_core.losses.ekd import Agreement
 from fr_core.nets.backbone import Backbone
 from fr_core.nets.build import build_net, on_device
@@ -44,6 +46,8 @@ def initial_state(config: Config, plan: Plan, ranks: Ranks, device: torch.device
     frozen = freeze(backbone, config.finetune.freeze)
     head = make_head(config, class_count(config, plan.dataset.manifest.identities), ranks, device)
     head = head.to(device) if head else None
+    if isinstance(head, ShardedFC) and isinstance(head.margin, LDAM):
+        head.margin.know(plan.dataset.identity_counts(), config.data.variants, device)
     compile_blocks(config, backbone, device)
     distill, teacher, adapter = distillation(config), open_teacher(config, plan.dataset, device), None
     if distill and distill.adapter and teacher:

@@ -45,7 +45,7 @@ def plan(
     check_shares(config, gpus)
     check_lanes(lane_count(config), gpus, lane_multiple(config))
     here = memory(config, identities, gpus)
-    matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "distill"})
+    matrix = {"kind": "bigface"} | config.method.model_dump(include={"margin", "subcentres", "distill"})
     modes = {"as written": config}
     if config.method.agreement is None:  # a class matrix does not replace a loss that compares pairs
         modes |= {

@@ -55,6 +55,8 @@ def test_a_field_that_does_not_exist_fails_at_once():
         ("curricular", "curricularface_r50", []),
         ("elastic_arc", "elasticface_r50", []),
         ("uniface", "uniface_r50", []),
+        ("subcentres", "subcentre_r50", []),
+        ("ldam", "ldam_r50", []),
     ],
 )
 def test_every_end_of_the_spaces_is_valid(space, recipe, overrides):

@@ -42,6 +42,7 @@ OPTIONS = {
     "partial": {"sample_rate": 0.5},
     "filter": {"drop_negatives_above": 0.3},
     "tiles": {"tile": 2},
+    "sub-centres": {"subcentres": 2, "tile": 3},
 }
 CASES = [(name, "whole") for name in MARGINS] + [(name, option) for name in ALONE for option in list(OPTIONS)[1:]]
 
@@ -83,7 +84,7 @@ class Reference:
 
     def loss(self, x, weight, columns, step):
         given, at = self.margin, torch.arange(len(x))
-        cos = F.normalize(x) @ F.normalize(weight).T
+        cos = (F.normalize(x) @ F.normalize(weight).T).unflatten(1, (-1, self.method.subcentres)).max(2).values
         own, length = cos[at, columns], x.norm(dim=1)
         theta, extra = torch.acos(own.clamp(-1, 1)), 0.0
         negatives = cos
@@ -197,12 +198,13 @@ def close(ours, theirs):
 def test_losses_gradients_and_state_equal_the_whole_matrix_in_float64(found_on, size, case):
     results = [found[case] for found in found_on(size)]
     name, option = case
-    reference = Reference(method_of(name, **OPTIONS[option]))
+    method = method_of(name, **OPTIONS[option])
+    reference, whole = Reference(method), N * method.subcentres
     for step in range(STEPS):
         losses, x_grads, grads, taken, states, _ = zip(*(result[step] for result in results), strict=True)
         rows = torch.cat(taken)
-        assert len(rows) == (N if option != "partial" else sum(len(part) for part in taken))
-        x, w = embeddings(step).double().requires_grad_(), initial_rows(0, N, D, SEED).double().requires_grad_()
+        assert len(rows) == (whole if option != "partial" else sum(len(part) for part in taken))
+        x, w = embeddings(step).double().requires_grad_(), initial_rows(0, whole, D, SEED).double().requires_grad_()
         expected = reference.loss(x, w[rows], torch.searchsorted(rows, labels(step)), step)
         expected.backward()
         assert all(close(torch.tensor(loss), expected.detach()) for loss in losses)
