@@ -147,11 +147,12 @@ def bench_margin(
     Raises:
         UserError: there is no such margin.
     """
-    sections = {kind_of(section): section for section in held_sections(BigFace.model_fields["margin"].annotation)}
-    if kind not in sections:
-        raise UserError(f"--margin {kind}: no such margin; use {', '.join(sections)}")
+    kinds = [str(kind_of(section)) for section in held_sections(BigFace.model_fields["margin"].annotation)]
+    if kind not in kinds:
+        raise UserError(f"--margin {kind}: no such margin; use {', '.join(kinds)}")
+    margin = BigFace.model_validate({"margin": {"kind": kind}}).margin
     shape = (identities, batch, embedding, threads)
-    heads = [Head("fused", "float32", *shape), Head("fused", "float32", *shape, margin=sections[kind]())]
+    heads = [Head("fused", "float32", *shape), Head("fused", "float32", *shape, margin=margin)]
     (arcface, ours), _, peaks = _measured(heads, repeats, say)
     figures: dict[str, float] = {"identities": identities, "batch": batch, "embedding": embedding, "threads": threads}
     figures |= {"time_ratio": ratio(ours, arcface), "peak_ratio": peaks[1] / peaks[0]}
