@@ -216,7 +216,9 @@ class _MarginSoftmax(torch.autograd.Function):
         value_G, slope_G = with_margin(cos_G, softmax.margin)
         operand_GD = _operand(unit_GD, softmax.precision)
         threshold = softmax.threshold
-        sums = _SoftplusSum(unit_GD, threshold.bias) if threshold else _LogSumExp(unit_GD, scale)
+        sums: _SoftplusSum | _LogSumExp = _LogSumExp(unit_GD, scale)
+        if threshold:
+            sums = _SoftplusSum(unit_GD, threshold.bias)
         inverses = []
         size = softmax.tile or tile_size(len(unit_GD), unit_GD.shape[1], unit_GD.device, softmax.subcentres)
         classes = len(weight_ND if rows_S is None else rows_S) // softmax.subcentres
