@@ -353,7 +353,8 @@ def exponentials(
     The filter skips a block whose probabilities are all below ``eps`` (Cut Cross Entropy: Wijmans et al., ICLR 2025,
     Section 4.3). Let c = scale·grad / G, as in :func:`gradient_of_faces`. A face loses less than eps a skipped row, so
     its gradient moves by less than c·eps·(skipped rows of the face). The gradient of a row moves by less than
-    c·eps·(skipped faces of the row) / length of the row. A bound of δ·c for every face needs eps = δ / identities.
+    c·eps·(skipped faces of the row) / length of the row. A bound of δ·c for every face needs eps = δ / identities. Hard
+    negatives have up to three times these errors.
 
     Args:
         reference_G: float32.

@@ -103,7 +103,7 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'bigface_small'"):
         load_config("bigface_smal")
     with pytest.raises(
-        UserError, match=r"backbone are attfc_r50, .*bigface_r50, .*; or write net\.kind=iresnet net\.depth=50"
+        UserError, match=r"backbone are .*attfc_r50, .*bigface_r50, .*; or write net\.kind=iresnet net\.depth=50"
     ):
         load_config("resnet50")
     with pytest.raises(UserError, match="ArcFace is a margin of bigface"):
@@ -144,6 +144,8 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
         ("net.kind=resnet151", "net.depth=N, where N is one of 10, 18"),
         ("net.kind=iresnt", "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, quantised"),
         ("method.kind=arcface", "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"),
+        ("method.kind=uniface", "write method.kind=bigface method.margin.kind=uniface"),
+        ("method.margin.kind=arc", "unknown kind 'arc' of method.margin. The kinds are: fixed, adaface, magface"),
         ("method.kind=sphere", "unknown kind 'sphere' of method. The kinds are: bigface, attfc"),
         ("net.kind=quantised", "needs the float net that it quantises: to quantise a trained run use bigface quantize"),
         ("schedule.kind=multistep", "schedule.milestones is missing: give schedule.milestones="),
@@ -155,6 +157,16 @@ def test_words_of_other_code_are_told_bigfaces_field(override, message):
         load_config("debug_bigface", [override])
     assert str(caught.value).startswith("command line: ")
     assert message in str(caught.value)
+
+
+def test_methods_without_a_class_matrix_keep_the_fixed_margin():
+    with pytest.raises(UserError, match="^command line: method.margin.kind='adaface' must be fixed$"):
+        load_config("attfc_r50", ["method.margin.kind=adaface"])
+
+
+def test_a_new_kind_of_margin_keeps_the_recipes_scale():
+    given = load_config("debug_bigface", ["method.margin.kind=magface"]).method.margin
+    assert (given.kind, given.scale, given.low_margin) == ("magface", 16.0, 0.45)
 
 
 def test_no_word_of_other_code_is_a_field_at_its_place():
