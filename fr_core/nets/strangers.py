@@ -9,6 +9,7 @@ from torch import Tensor
 NETS = {
     r"layers\.1\.layer\.weight$": "a quantised net of bigface, without its section",
     r"layer4\.experts\.": "a mixture of experts of bigface, without its section",
+    r"tower\.0\.qkv\.weight$": "a vision transformer of bigface, without its section",
     r"(mixed_6a|mixed_7a|repeat_1\.0|block8)\.": "an InceptionResnetV1 (facenet-pytorch)",
     r"(relative_position_bias_table|attn\.relative_position_index)$": "a Swin transformer",
     r"(patch_embed(ding)?s?|attn\.qkv|encoder_layer_\d+|\bvit|patch_to_embedding)\.": "a vision transformer (ViT)",

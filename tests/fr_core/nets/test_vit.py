@@ -261,7 +261,7 @@ def test_what_cannot_be_done_with_it_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="iresnet"):
         QuantisedNet.model_validate({"net": config.model_dump()})
     save_file(net.state_dict(), path)
-    with pytest.raises(UserError, match=r"net\.safetensors holds a vit: open its run or checkpoint instead"):
+    with pytest.raises(UserError, match=r"net\.safetensors holds a vision transformer of bigface, without its section"):
         open_net(path)
 
 
@@ -271,7 +271,11 @@ def test_what_cannot_be_done_with_it_is_refused_in_one_line(tmp_path):
         ({"width": 100}, {}, r"net.heads = 8 does not divide net.width = 100"),
         ({"patch": 120}, {}, r"net.patch = 120 is more than net.input_size = 112"),
         ({"patch": 112, "mask": 0.1}, {}, r"net.mask = 0.1 leaves no patch: lower it"),
-        ({}, {"data": {"progressive": {"size": 96}}}, r"data.progressive is for nets that take smaller images"),
+        (
+            {},
+            {"data": {"progressive": {"size": 96, "share": 0.5}}},
+            r"data.progressive is for nets that take smaller images",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(net, other, mistake):

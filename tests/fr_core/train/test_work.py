@@ -39,7 +39,11 @@ NETS = {
     "ghost batches": (IResNetNet(depth=34, **SMALL), 2),
     "mixture": (MoENet(depth=50, experts=2, **SMALL), None),
     "mobilefacenet": (MobileFaceNetNet(input_size=32), None),
-    "vit": (ViTNet(depth=4, heads=2, patch=8, drop_path=0.2, mask=0.2, **SMALL), None),
+    "vit": (ViTNet(depth=4, heads=2, patch=8, drop_path=0.0, mask=0.2, **SMALL), None),
+    "vit that skips branches": (
+        ViTNet(depth=2, heads=2, patch=8, drop_path=0.2, **SMALL),
+        None,
+    ),  # draws for all blocks
 }
 
 
