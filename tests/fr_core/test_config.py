@@ -142,7 +142,10 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
         ("net.kind=ir50", "unknown kind 'ir50' of net: write net.kind=iresnet net.depth=50"),
         ("net=resnet50", "unknown kind 'resnet50' of net: write net.kind=iresnet net.depth=50"),
         ("net.kind=resnet151", "net.depth=N, where N is one of 10, 18"),
-        ("net.kind=iresnt", "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, quantised"),
+        (
+            "net.kind=iresnt",
+            "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, ghostfacenet, factory, quantised",
+        ),
         ("method.kind=arcface", "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"),
         ("method.kind=uniface", "write method.kind=bigface method.margin.kind=uniface"),
         ("method.margin.kind=arc", "unknown kind 'arc' of method.margin. The kinds are: fixed, adaface, magface"),

@@ -15,7 +15,7 @@ from fr_core.nets.build import build_net
 from fr_core.nets.fold_bn import folded
 from fr_core.nets.open import find_weights
 from fr_core.nets.prune import narrower
-from fr_core.train.memory import backbone_bytes
+from fr_core.train.memory import backbone_bytes, feature_bytes
 from fr_core.train.work import backbone_size, backbone_work
 from tests.helpers.own_nets import CALL, forget, was_imported, write_module
 
@@ -100,6 +100,11 @@ def test_it_is_priced_without_memory():
     images, patches, width = 4, 8 * 8, 8
     macs = images * (patches * width * (3 * 4 * 4) + 2 * patches * width * width + width * 32)
     assert sum(operator.flops * count for operator, count in work.items()) == 2 * macs
+
+
+def test_layers_may_return_several_tensors():
+    patches = 4 * 16 * 32 * 4  # bytes of 16 patches of 32 channels of 4 images, the largest map
+    assert feature_bytes(section(call="somebodys_nets:attention"), 4, "float32") == 3 * patches
 
 
 def test_its_code_runs_only_for_those_who_trust_it(module):
