@@ -68,7 +68,8 @@ def layer_rates(net: Backbone, decay: float) -> dict[Tensor, float]:
         raise UserError("finetune.layer_decay counts the blocks of a net, and this net names none: leave it out")
     block_of = {param: block for block, module in enumerate(blocks, 1) for param in module.parameters()}
     last = max(i for i, param in enumerate(params) if param in block_of)
-    rates, layer = {}, 0
+    rates: dict[Tensor, float] = {}
+    layer = 0
     for i, param in enumerate(params):  # in the order of the layers
         layer = block_of.get(param, layer) if i <= last else len(blocks) + 1
         rates[param] = decay ** (len(blocks) + 1 - layer)
