@@ -146,10 +146,10 @@ class AdaFaceMargin(BaseMargin):
     """Share of its old value that the moving average of the lengths' mean and deviation keeps (AdaFace, 2022)."""
     statistics: Literal["batch", "public"] = "batch"
     """Where the average begins: with the first batch. public: with mean 20 and deviation 100, and lengths are clipped
-    to 0.001 … 100, like the public code."""
+    to 0.001 at least and 100 at most, like the public code."""
     past_ends: Literal["clamp", "wrap"] = "clamp"
-    """Where θ − m·z leaves 0 … π, clamp holds the angle at the end, where it has no gradient, like the public code.
-    wrap lets the cosine turn, as the formula does."""
+    """Where θ − m·z is below 0 or above π, clamp holds the angle there, without a gradient, like the public code. wrap
+    lets the cosine turn, as the formula does."""
 
 
 class MagFaceMargin(BaseMargin):

@@ -141,9 +141,8 @@ class Reference:
         given = self.margin
         start = math.log(10 * N * self.method.sample_rate)
         b = torch.as_tensor(self.state.get("bias", start), dtype=torch.float64).requires_grad_()
-        pairs = torch.where(
-            is_own, torch.log1p(torch.exp(b - logits)), given.balance * torch.log1p(torch.exp(logits - b))
-        )
+        pairs = torch.log1p(torch.exp(torch.where(is_own, b - logits, logits - b)))
+        pairs = torch.where(is_own, pairs, given.balance * pairs)
         loss = pairs.sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, b, retain_graph=True)
         velocity = given.momentum * self.state.get("velocity", 0.0) + gradient
