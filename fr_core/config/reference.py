@@ -239,6 +239,8 @@ def _show(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, str):
         return value or '""'
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value) if isinstance(value, int | dict) else "required"
 
 

@@ -142,17 +142,18 @@ def duration(config: Config, images: int | None, images_per_second: float | None
     """
     if images is None:
         check_warmup(config, config.train.epochs)
-        return "Steps and hours: give data.path=SHARDS or --images, and --images-per-second.", {}
+        speed = "" if images_per_second else ", and --images-per-second or --gpu"
+        return f"Steps and hours: give data.path=SHARDS or --images{speed}.", {}
     steps_per_epoch = images // step_rows(config)
     if not steps_per_epoch:
         raise UserError(f"{images:,} images are fewer than a batch of {step_rows(config):,}: lower train.global_batch")
     steps = total_steps(config, steps_per_epoch)
     check_warmup(config, steps / steps_per_epoch)
     if images_per_second is None:
-        line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports."
+        line = f"{steps:,} steps. Hours: give --gpu, or --images-per-second, which a short run on these cards reports."
         return line, {"steps": steps}
     hours = steps * (config.train.global_batch + unlabelled_batch(config)) / images_per_second / 3600
-    line = f"{steps:,} steps, about {time_in_words(hours)} at {images_per_second:,g} images/s, without verifications."
+    line = f"{steps:,} steps, about {time_in_words(hours)} at {images_per_second:,.0f} images/s, without verifications."
     return line, {"steps": steps, "hours": hours}
 
 
