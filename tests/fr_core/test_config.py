@@ -160,7 +160,7 @@ def test_words_of_other_code_are_told_bigfaces_field(override, message):
 
 
 def test_methods_without_a_class_matrix_keep_the_fixed_margin():
-    with pytest.raises(UserError, match="^command line: method.margin.kind='adaface' must be fixed$"):
+    with pytest.raises(UserError, match=r"^command line: method\.margin\.kind='adaface' must be fixed$"):
         load_config("attfc_r50", ["method.margin.kind=adaface"])
 
 
