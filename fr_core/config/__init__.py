@@ -45,7 +45,7 @@ class Config(Section):
     init: Init = Init()
     """Weights that the run starts from."""
     finetune: FineTune = FineTune()
-    """Which of these weights move, when, and how fast."""
+    """Which weights are trained, when, and how fast."""
     train: Train = Train()
     """Length, batch, precision, memory, checkpoints."""
     verify: Verify = Verify()
