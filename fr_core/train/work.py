@@ -109,18 +109,33 @@ class Counting(TorchDispatchMode):
             leaves = tree_leaves(args[1:] if name in FIRST_UNREAD else (args, kwargs, out))
             tensors = [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
             again = MORE_READS[name] * args[0].nbytes if name in MORE_READS else 0
-            listed = name.removesuffix("_").replace("_for_cpu", "")  # it lacks addmm_, and attention on a CPU
-            flops = flop_registry.get(getattr(torch.ops.aten, listed, None))
-            kind: Kind = "product" if flops else "maps"
+            flops = _flops_of(name, args, kwargs or {}, out)
+            kind: Kind = "maps" if flops is None else "product"
             self.work[
                 Operator(
                     "convolution" if name.startswith("convolution") else kind,
                     str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32",
-                    int(flops(*args, **(kwargs or {}), out_val=out)) if flops else 0,
+                    flops or 0,
                     sum(x.nbytes for x in tensors) + again,
                 )
             ] += 1
         return out
+
+
+def _flops_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+    """Return the FLOPs of an operator, None where PyTorch has no formula for it."""
+    listed = name.removesuffix("_").replace("_for_cpu", "")  # it lacks addmm_, and attention on a CPU
+    formula = flop_registry.get(getattr(torch.ops.aten, listed, None))
+    if formula is None:
+        return None
+    if listed != "convolution_backward":
+        return int(formula(*args, **kwargs, out_val=out))
+    *given, groups, (of_input, of_weight, _) = args  # PyTorch's formula for the weight's gradient knows no groups
+    parts = (
+        formula(*given, groups, (of_input, False, False), out_val=out),
+        formula(*given, groups, (False, of_weight, False), out_val=out),
+    )
+    return int(parts[0] + parts[1] // groups)
 
 
 # Nets

@@ -122,6 +122,17 @@ def test_frozen_weights_are_neither_moved_nor_sent():
     assert swept[1] < swept[0] - 4 * left * 5
 
 
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_a_grouped_convolution_takes_as_many_flops_backward_as_twice_forward(groups):
+    weight, x = torch.ones(8, 8 // groups, 3, 3, requires_grad=True), torch.ones(2, 8, 10, 10, requires_grad=True)
+    with Counting() as forward:
+        out = F.conv2d(x, weight, groups=groups)
+    with Counting() as backward:
+        out.backward(torch.ones_like(out))
+    assert sum_of(forward.work, "flops") == 2 * out.numel() * weight[0].numel()
+    assert sum_of(backward.work, "flops") == 2 * sum_of(forward.work, "flops")
+
+
 def test_a_backbone_takes_the_flops_of_its_convolutions_by_hand():
     """IR-10: a stem, and in each stage two convolutions 3×3 and one 1×1. Pixels get no gradient."""
     images, width, side = 3, 8, 32
