@@ -106,7 +106,9 @@ def load_checkpoint(config: Config, state: TrainState, folder: AnyPath, ranks: R
         net.load_state_dict(_select_prefix(f"{name}/", extra))
     _load_optimizer(state.optimizers["backbone"], state.trained, _select_prefix("optimizer/", extra))
     _load_head(state, folder, summary)
-    state.step, state.loss_scale = summary["step"], summary["loss_scale"]
+    state.step = summary["step"]
+    if 1 not in (state.loss_scale, summary["loss_scale"]):  # a scale of 1 is none: a precision that needs none had it
+        state.loss_scale = summary["loss_scale"]
     state.began = time.monotonic() - summary.get("seconds", 0.0)
     state.good_steps, state.bad_steps, state.run_id = summary["good_steps"], summary["bad_steps"], summary["run_id"]
     state.dropped_steps = summary.get("dropped_steps", 0)

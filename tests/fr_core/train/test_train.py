@@ -295,6 +295,13 @@ def test_other_settings_are_not_resumed_silently(dataset, tmp_path):
     assert checkpoints(tmp_path)[-1].name == "step_00000004"
 
 
+def test_a_resumed_run_scales_its_loss_as_its_own_precision_needs(dataset, tmp_path):
+    for steps, precision in enumerate(["float32", "float16", "float16", "float32"], 1):
+        run(config_of(dataset, f"train.max_steps={steps}", f"train.precision={precision}"), tmp_path)
+        scale = read_summary(checkpoints(tmp_path)[-1])["loss_scale"]
+        assert (scale > 1) == (precision == "float16"), (steps, precision)
+
+
 def test_a_run_beyond_the_new_end_is_refused_and_other_changes_are_named(dataset, tmp_path):
     long = config_of(dataset, "train.epochs=50", "train.max_steps=6")
     run(long, tmp_path)
