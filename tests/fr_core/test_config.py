@@ -144,7 +144,7 @@ def test_unknown_recipe_names_the_nearest(tmp_path, monkeypatch):
         ("net.kind=resnet151", "net.depth=N, where N is one of 10, 18"),
         (
             "net.kind=iresnt",
-            "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, ghostfacenet, factory, quantised",
+            "did you mean 'iresnet'? The kinds are: iresnet, moe, mobilefacenet, ghostfacenet, vit, factory, quantised",
         ),
         ("method.kind=arcface", "write method.kind=bigface method.margin.m2=0.5 method.margin.m3=0"),
         ("method.kind=uniface", "write method.kind=bigface method.margin.kind=uniface"),
