@@ -154,15 +154,15 @@ class GhostFaceNetNet(FloatNet):
 
     kind: Literal["ghostfacenet"] = "ghostfacenet"
     input_std: Positive = 128.0
-    """Scale of the input: x = (pixel − input_mean) / input_std."""
+    """Scale of the input (GhostFaceNets, 2023: 128): x = (pixel − input_mean) / input_std."""
     width: Annotated[float, Field(ge=0.5, le=8)] = 1.3
     """Factor of all channels (GhostFaceNets, 2023: 1.3 for its best nets)."""
     stem_stride: Literal[1, 2] = 1
     """Stride of the first convolution; with 2 an image costs a quarter (GhostFaceNets, 2023: both)."""
     embedding: Annotated[int, Field(ge=2)] = 512
-    """Dimensions of the embedding."""
+    """Dimensions of the embedding (GhostFaceNets, 2023: 512)."""
     norm_eps: Positive = 1e-5
-    """ε of the batch norms."""
+    """ε of all batch norms."""
 
     @property
     def stride(self) -> int:
@@ -213,7 +213,7 @@ class ViTNet(FloatNet):
     mask: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the patches that training leaves out of the blocks."""
     embedding: Annotated[int, Field(ge=2)] = 512
-    """Dimensions of the embedding."""
+    """Dimensions of the embedding (insightface: 512)."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ViTNet":

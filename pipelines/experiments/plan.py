@@ -150,7 +150,7 @@ def duration(config: Config, images: int | None, images_per_second: float | None
     steps = total_steps(config, steps_per_epoch)
     check_warmup(config, steps / steps_per_epoch)
     if images_per_second is None:
-        line = f"{steps:,} steps. Hours: give --gpu, or --images-per-second, which a short run on these cards reports."
+        line = f"{steps:,} steps. Hours: give --images-per-second, which a short run on these cards reports, or --gpu."
         return line, {"steps": steps}
     hours = steps * (config.train.global_batch + unlabelled_batch(config)) / images_per_second / 3600
     line = f"{steps:,} steps, about {time_in_words(hours)} at {images_per_second:,.0f} images/s, without verifications."

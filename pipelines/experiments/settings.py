@@ -13,6 +13,7 @@ from fr_core.config.methods import (
     CurricularMargin,
     ElasticArcMargin,
     ElasticCosMargin,
+    LDAMMargin,
     MagFaceMargin,
     Margin,
     UniFaceMargin,
@@ -127,6 +128,7 @@ def margins(config: Config) -> dict[str, list[str]]:
         "ElasticFace-Arc": ElasticArcMargin(scale=scale),
         "ElasticFace-Cos": ElasticCosMargin(scale=scale),
         "UniFace": UniFaceMargin(scale=scale),
+        "LDAM": LDAMMargin(scale=scale),
     }
     settings = {name: [f"method.margin={as_toml(margin.model_dump())}"] for name, margin in compared.items()}
     return settings | {"3 sub-centres": [*settings["ArcFace"], "method.subcentres=3"]}
